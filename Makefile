@@ -1,0 +1,49 @@
+# Two commands do everything on a machine with Python >= 3.11 and pip:
+#   make demo   set up, fetch a real dataset, train A-CLIP on it, end with a report to look at
+#   make test   run the tests
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lint types check clean help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN ?= runs/demo
+SEED ?= 0
+EPOCHS ?= 20
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile; echo '  make check  lint, types and tests'; echo '  make clean  remove what was set up here'
+
+# The environment is rebuilt when the project's requirements change; a failed attempt leaves no stamp.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Use: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "setting up $(VENV) (a few minutes: PyTorch is large)"
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) 2>/dev/null \
+	  || { rm -rf $(VENV); $(PYTHON) -m pip install --quiet --target $(VENV)-bootstrap virtualenv \
+	       && PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv --quiet $(VENV) && rm -rf $(VENV)-bootstrap; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/aclip data fetch emoji
+	$(BIN)/aclip train --resume --output $(RUN) --seed $(SEED) --recipe a-clip --model vit-tiny --data emoji:train \
+	  --validation emoji:val_vendor emoji:val_concept emoji:val_both --batch-size 64 --epochs $(EPOCHS) \
+	  --unmasked-tuning 0.15 --evaluate-every 10
+
+test: $(INSTALLED)
+	$(BIN)/pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check --no-cache .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) $(VENV)-bootstrap .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,262 @@
+"""Putting the layers together: from a configuration to a finished run. Only the command line composes."""
+
+import io
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import aclip
+from aclip import data, export, plan, towers
+from aclip.cli.recipes import dataflow_table
+from aclip.config import to_dict
+from aclip.data.fetch import resolve_spec
+from aclip.engine import checkpoint
+from aclip.engine.console import ProgressSink, TensorBoardSink
+from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
+from aclip.engine.run_folder import RunFolder
+from aclip.engine.trainer import Sink, Trainer, fit
+from aclip.errors import BadSampleError, ConfigError, MissingDependencyError
+from aclip.evaluation import Evaluator, Retrieval
+from aclip.evaluation.features import encode_pictures
+from aclip.evaluation.records import write_examples
+from aclip.method import Method
+from aclip.report import take_snapshot, write_report
+from aclip.rng import generator
+
+SNAPSHOT_PICTURES = 8
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A named source to evaluate on."""
+
+    name: str
+    source: data.Source
+
+
+def open_held_out(specs: Sequence[str]) -> list[HeldOut]:
+    """Open `[NAME=]SOURCE` specifications; a name not given is the last word of the source.
+
+    Raises:
+        ConfigError: two sets of one name, whose results could not be told apart.
+    """
+    found = []
+    for spec in specs:
+        name, separator, rest = spec.partition("=")
+        if not (separator and name.replace("-", "_").isidentifier()):
+            name, rest = Path(spec.rpartition(":")[2]).stem, spec
+        found.append(HeldOut(name, open_by_spec(rest)))
+    twice = [name for name, count in Counter(held.name for held in found).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two held-out sets are called '{twice[0]}': name them apart, as in NAME=SOURCE")
+    return found
+
+
+def open_by_spec(spec: str) -> data.Source:
+    """Open any source that the command line takes, sets of `aclip data fetch` included."""
+    return data.open_source(resolve_spec(spec))
+
+
+def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: str) -> None:
+    """Train a run from its start or its newest checkpoint, evaluate it, write model and report."""
+    console = Console(highlight=False)
+    device = choose_device(config.device)
+    source = open_by_spec(config.data)
+    config = settled(config, len(source), device)
+    held_out = open_held_out(config.validation)
+
+    torch.manual_seed(config.seed)
+    model_config = towers.model_config(config.model, image_size=config.image_size)
+    resolved = plan.resolve(config.recipe, towers.shape_of(model_config))
+    model = towers.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text)
+    pixels = towers.preprocess_config(model)
+    method = Method(model, resolved, pixels["mean"], pixels["std"]).to(device).train()
+    timetable = Timetable.of(config, len(source))
+    trainer = Trainer(config, method, timetable, device)
+
+    dataflow = dataflow_table(resolved, config.model, text_tokens=14)
+    if resumed:
+        check_same_data(folder, len(source))
+        if checkpoint.list_checkpoints(folder.checkpoints):
+            trainer.restore(checkpoint.load_latest(folder.checkpoints))
+        folder.rewind(trainer.step)
+    else:
+        folder.create()
+        folder.write_json("config.json", to_dict(config) | {
+            "num_pairs": len(source), "command": command, "dataflow": plain_text(dataflow),
+            "versions": versions(device)})
+    print_header(console, config, trainer, dataflow, len(source))
+
+    tokenizer = data.CaptionTokenizer(towers.tokenizer_of(config.model))
+    encoder = towers.LoadedModel(model, tokenizer)
+    dataset = data.PairDataset(source, resolved.pipeline, tokenizer, sizes=resolved.view_sizes, seed=config.seed)
+    examiner = Examiner(config, folder, trainer, encoder, held_out, dataset, console)
+    assert config.batch_size is not None
+    batches = data.build_loader(
+        dataset, batch_size=config.batch_size, start_step=trainer.step, total_steps=timetable.total_steps,
+        workers=config.workers, device=device,
+        cut_text=towers.cut_after_eot if resolved.shape.text_cut else None,
+    )
+    if trainer.step == 0:
+        examiner.look(0)
+    if trainer.step < timetable.total_steps:
+        with ExitStack() as open_sinks:
+            sinks: list[Sink] = [
+                open_sinks.enter_context(ProgressSink(console, timetable.total_steps, trainer.step))]
+            if config.tensorboard:
+                writer = open_sinks.enter_context(tensorboard_writer(folder, trainer.step))
+                sinks.append(TensorBoardSink(writer))
+            fit(trainer, batches, folder, sinks, examiner.examine)
+    export.open_clip.save(model, model_config, pixels, folder.final)
+    finish(folder, console)
+
+
+def check_same_data(folder: RunFolder, num_pairs: int) -> None:
+    """Refuse to resume on a source that has grown or shrunk: its order would be another.
+
+    Raises:
+        ConfigError: another number of pairs than when the run was started.
+    """
+    before = folder.read_json("config.json").get("num_pairs", num_pairs)
+    if before != num_pairs:
+        raise ConfigError(f"the data of {folder.path} had {before:,} pairs when the run was started and has "
+                          f"{num_pairs:,} now: put it back to resume, or start a new run")
+
+
+def finish(folder: RunFolder, console: Console) -> None:
+    """Name what was skipped, write the report, and say where the results are."""
+    bad = [(record["key"], record["reason"]) for record in folder.records("skipped")]
+    if bad:
+        console.print(f"{name_skipped(bad)}; all in {folder.path}/skipped.jsonl", markup=False, soft_wrap=True)
+    report = write_report(folder.path)
+    console.print(f"done. model: {folder.final}  report: {report}", markup=False, soft_wrap=True)
+
+
+def name_skipped(bad: Sequence[tuple[str, str]], most: int = 5) -> str:
+    """Return the sentence that counts bad samples and names the first few, with the reasons."""
+    shown = "; ".join(f"{key} ({reason})" for key, reason in bad[:most])
+    return f"skipped {len(bad)} bad samples: {shown}" + (f" and {len(bad) - most} more" if len(bad) > most else "")
+
+
+class Examiner:
+    """Evaluates the model in training on every held-out set, and keeps a picture of what it looks at."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, trainer: Trainer, encoder: towers.LoadedModel,
+        held_out: Sequence[HeldOut], dataset: data.PairDataset, console: Console,
+    ) -> None:
+        self.config, self.folder, self.trainer, self.encoder = config, folder, trainer, encoder
+        self.held_out, self.console = held_out, console
+        shown = held_out[0].source if held_out else dataset.source
+        self.shown = pick_pictures(shown, SNAPSHOT_PICTURES, config.seed)
+
+    def look(self, step: int) -> None:
+        """Keep a picture of what the model looks at after `step` optimizer steps."""
+        if self.shown:
+            images, captions = zip(*self.shown, strict=True)
+            take_snapshot(self.trainer.method, images, captions, step, self.folder.snapshots)
+
+    def examine(self, step: int) -> None:
+        """Look, and evaluate, after `step` optimizer steps."""
+        self.look(step)
+        if self.trainer.method.plan.uses_text:
+            evaluate_sets(self.encoder, self.held_out, (Retrieval(),), self.folder, self.console, step=step,
+                          samples_seen=self.trainer.samples_seen, device=self.trainer.device,
+                          workers=self.config.workers)
+
+
+def pick_pictures(source: data.Source, count: int, seed: int) -> list[tuple[Any, str]]:
+    """Return a few usable (picture, caption) pairs of a source, the same ones for the same seed."""
+    found: list[tuple[Any, str]] = []
+    for index in generator(seed, "snapshot").permutation(len(source))[: 8 * count].tolist():
+        try:
+            raw = source.read(index)
+            found.append((data.decode_image(raw.image), data.clean_captions(raw.captions)[0]))
+        except BadSampleError:
+            continue
+        if len(found) == count:
+            break
+    return found
+
+
+def evaluate_sets(
+    encoder: towers.LoadedModel, held_out: Sequence[HeldOut], evaluators: Sequence[Evaluator],
+    folder: RunFolder | None, console: Console, *, step: int, samples_seen: int, device: torch.device, workers: int,
+    weights: str = "online",
+) -> None:
+    """Run evaluators on held-out sets, print their numbers, and journal them where there is a run folder."""
+    for held in held_out:
+        pictures = data.EvaluationSet(held.source, encoder.preprocess, batch_size=256, workers=workers)
+        with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(f"evaluating {held.name}", total=len(held.source))
+            encoded = encode_pictures(encoder, pictures, device, progress=partial(progress.advance, task))
+        if encoded.skipped:
+            console.print(f"{held.name}: {name_skipped(encoded.skipped)}", markup=False, soft_wrap=True)
+        for evaluator in evaluators:
+            result = evaluator.measure(encoder, encoded, device)
+            numbers = "  ".join(f"{key} {value:.1%}" if "rank" not in key else f"{key} {value:g}"
+                                for key, value in result.metrics.items())
+            counts = ", ".join(f"{value:,} {key}" for key, value in result.counts.items() if value)
+            console.print(f"{held.name} {evaluator.name} ({counts}): {numbers}", markup=False, soft_wrap=True)
+            if folder is not None:
+                folder.append("evaluations", result.to_record(
+                    set_name=held.name, weights=weights, step=step, samples_seen=samples_seen))
+                write_examples(folder.path, held.name, result.examples)
+
+
+def print_header(console: Console, config: RunConfig, trainer: Trainer, dataflow: Table, num_pairs: int) -> None:
+    """Say what is about to happen."""
+    table = trainer.timetable
+    console.print(dataflow)
+    groups = ", ".join(f"{g.count / 1e6:.2f} M {g.title} (decay {g.weight_decay:g})" for g in trainer.groups)
+    console.print(f"trained: {groups}; {config.precision} on {trainer.device}", soft_wrap=True)
+    console.print(f"{num_pairs:,} pairs, batch {config.batch_size}, {table.total_steps:,} steps "
+                  f"({table.total_steps / table.steps_per_epoch:.1f} epochs), warm-up {table.warmup_steps}"
+                  + (f", unmasked after step {table.masked_steps:,}" if table.masked_steps < table.total_steps else "")
+                  + (f", from step {trainer.step:,}" if trainer.step else ""), soft_wrap=True)
+
+
+def plain_text(table: Table) -> str:
+    """Return a rich table as text."""
+    console = Console(width=140, file=io.StringIO(), no_color=True)
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Return what the run's numbers depend on besides its configuration."""
+    return {
+        "attentive-clip": aclip.__version__, "torch": torch.__version__, "open_clip": open_clip.__version__,
+        "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads",
+    }
+
+
+def tensorboard_writer(folder: RunFolder, step: int) -> Any:
+    """Return a TensorBoard writer into the run folder, for what comes after optimizer step `step`.
+
+    Closing it writes what it still holds. Events of later steps, from before a resume, are no longer shown.
+
+    Raises:
+        MissingDependencyError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError("--tensorboard needs the package tensorboard: "
+                                     "pip install 'attentive-clip[tensorboard]'") from error
+    return SummaryWriter(folder.path / "tensorboard", purge_step=step + 1)

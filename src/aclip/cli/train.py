@@ -1,0 +1,172 @@
+"""`aclip train`: train or resume a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aclip.engine.run_config import RunConfig
+
+DEFAULT_RECIPE, DEFAULT_MODEL = "a-clip", "vit-tiny"
+
+EXAMPLES = """\
+examples:
+  aclip train --recipe a-clip --model vit-tiny --data pairs.csv --output runs/first
+  aclip train --recipe a-clip --model ViT-B-16 --data 'shards/{000000..000099}.tar' --precision bf16 \\
+              --epochs 25 --batch-size 1024 --validation held-out.csv --output runs/b16
+  aclip train --recipe a-clip-eff --model vit-small --data pictures/ --set recipe.passes.masked.mask_ratio=0.6 \\
+              --output runs/sixty
+  aclip train --resume runs/b16
+
+sources (--data, --validation):
+  FILE.tar, 'a/{0000..0099}.tar', FOLDER of tars   WebDataset shards
+  FILE.csv, FILE.tsv                               a table; columns are guessed and stated
+  FOLDER                                           pictures with .txt captions beside them
+  emoji:train                                      a split of a set from `aclip data fetch`
+"""
+
+
+class Tuple(argparse.Action):
+    """Stores the values of an option as a tuple, as configurations hold them."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Store."""
+        setattr(namespace, self.dest, tuple(values))
+
+
+def register(verbs: Any) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "train", help="train a model on image-text pairs", epilog=EXAMPLES,
+        description="Train any recipe on any open_clip ViT with your own image-text pairs. Everything about the "
+                    "run goes to its folder; its last lines say where the results are.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--recipe", help=f"the method, see `aclip recipes` (default: {DEFAULT_RECIPE})")
+    what.add_argument("--model", help="open_clip name, NAME:PRETRAINED, a preset (vit-tiny, vit-small), or a folder "
+                      f"(default: {DEFAULT_MODEL})")
+    what.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the input; positions are interpolated "
+                      "(default: the model's own)")
+    what.add_argument("--data", help="training source, see below")
+    what.add_argument("--validation", nargs="+", type=str, action=Tuple, metavar="[NAME=]SOURCE",
+                      help="sources to evaluate on during and after training")
+    what.add_argument("--output", help="the run's folder (default: runs/RECIPE-MODEL)")
+    what.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue a run exactly where it was "
+                      "saved; without a folder: the one of --output, if it is there")
+
+    how = parser.add_argument_group("how")
+    length = how.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, help="passes over the data (default: 25)")
+    length.add_argument("--samples", type=int, help="pairs to train on, instead of --epochs")
+    how.add_argument("--batch-size", type=int, help="pairs per optimizer step (default: 256, or all the data)")
+    how.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    how.add_argument("--weight-decay", type=float, help="AdamW's, on matrices (default: the recipe's)")
+    how.add_argument("--mask-ratio", type=float, help="fraction of patches removed in every masked pass "
+                     "(default: the recipe's)")
+    how.add_argument("--unmasked-tuning", type=float, metavar="SHARE", help="share of the steps, at the end, in which "
+                     "nothing is masked (default: 0)")
+    how.add_argument("--seed", type=int, help="of weights, order, crops and masks (default: 0)")
+    how.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
+                     help="of the towers' arithmetic (default: bf16 on a GPU or a CPU with AMX, else fp32)")
+    how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    how.add_argument("--workers", type=int, help="loader processes (default: 2)")
+    how.add_argument("--evaluate-every", type=float, metavar="EPOCHS", help="0 evaluates at the end alone (default: 1)")
+    how.add_argument("--save-every", type=float, metavar="EPOCHS", help="between checkpoints (default: 1)")
+    how.add_argument("--log-every", type=int, metavar="STEPS", help="between lines of metrics.jsonl (default: 10)")
+    how.add_argument("--tensorboard", action="store_true", default=None, help="also write TensorBoard events")
+    how.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
+                     help="change any field of the run, e.g. recipe.objectives.byol.weight=1 (repeatable)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, evaluate and write the report."""
+    from aclip.engine.run_folder import RunFolder
+    from aclip.errors import ConfigError
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training on several processes is not possible yet: start one process, without torchrun")
+    config, folder, resumed = _settle(args)
+    from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
+
+    command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
+    train_run(config, RunFolder(folder), resumed=resumed, command=command)
+
+
+def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
+    """Return the run's configuration, its folder, and whether it is to be resumed."""
+    import dataclasses
+
+    from aclip.engine.run_config import saved_config
+    from aclip.engine.run_folder import RunFolder
+    from aclip.errors import ConfigError
+
+    if args.resume is None:
+        config = _new_config(args)
+        return config, Path(config.output), False
+    folder = Path(args.resume or _output(args))
+    if not (folder / "config.json").exists():
+        if args.resume:
+            raise ConfigError(f"{folder} holds no run to resume: it has no config.json")
+        return _new_config(args), folder, False
+    saved = saved_config(RunFolder(folder))
+    wanted = _with_options(saved, args)
+    changed = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(wanted, f.name)]
+    if changed:
+        raise ConfigError(f"the run in {folder} was started with other settings ({', '.join(changed)}): a resumed "
+                          "run keeps its own; leave the options out, or choose another --output")
+    return saved, folder, True
+
+
+def _new_config(args: argparse.Namespace) -> RunConfig:
+    """Return the configuration of a run that starts."""
+    from aclip.engine.run_config import RunConfig
+    from aclip.errors import ConfigError
+    from aclip.recipes import RECIPES
+
+    if args.data is None:
+        raise ConfigError("--data is missing: name a source of image-text pairs, or get one with "
+                          "`aclip data fetch emoji` and use --data emoji:train")
+    base = RunConfig(recipe=RECIPES[DEFAULT_RECIPE], model=DEFAULT_MODEL, data=args.data, output=_output(args))
+    return _with_options(base, args)
+
+
+def _with_options(config: RunConfig, args: argparse.Namespace) -> RunConfig:
+    """Return `config` with every option that was given on the command line."""
+    import dataclasses
+
+    from aclip.config import override
+    from aclip.engine.run_config import RunConfig
+    from aclip.errors import ConfigError, unknown_name
+    from aclip.recipes import RECIPES
+
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    recipe = config.recipe
+    if "recipe" in given and given["recipe"] != recipe.name:
+        if given["recipe"] not in RECIPES:
+            raise ConfigError(unknown_name("recipe", given["recipe"], RECIPES))
+        recipe = RECIPES[given["recipe"]]
+    if "mask_ratio" in given:
+        if all(p.masking == "none" for p in recipe.passes):
+            raise ConfigError(f"--mask-ratio has nothing to act on: recipe '{recipe.name}' masks nothing")
+        recipe = dataclasses.replace(recipe, passes=tuple(
+            dataclasses.replace(p, mask_ratio=given["mask_ratio"]) if p.masking != "none" else p
+            for p in recipe.passes))
+    settings = {name: given[name] for name in ("lr", "weight_decay") if name in given}
+    recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, **settings))
+    fields = {f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given}
+    config = dataclasses.replace(config, **fields | {"recipe": recipe})
+    config = override(config, args.assignments)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _output(args: argparse.Namespace) -> str:
+    model = (args.model or DEFAULT_MODEL).replace("/", "-").replace(":", "-")
+    return str(args.output or f"runs/{args.recipe or DEFAULT_RECIPE}-{model}")

@@ -1,0 +1,30 @@
+"""From files to batches: sources, decoding, captions, views, order, loader."""
+
+from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
+from aclip.data.dataset import Item, PairDataset
+from aclip.data.decode import decode_image
+from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet
+from aclip.data.loader import BatchLoader, build_loader
+from aclip.data.order import BatchSampler, Request, epoch_order
+from aclip.data.sources import READERS, RawSample, Source, open_source
+
+__all__ = [
+    "READERS",
+    "BatchLoader",
+    "BatchSampler",
+    "CaptionTokenizer",
+    "EvaluationBatch",
+    "EvaluationSet",
+    "Item",
+    "PairDataset",
+    "RawSample",
+    "Request",
+    "Source",
+    "build_loader",
+    "caption_id",
+    "clean_captions",
+    "decode_image",
+    "draw_caption",
+    "epoch_order",
+    "open_source",
+]

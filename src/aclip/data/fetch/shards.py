@@ -1,0 +1,183 @@
+"""WebDataset shards written so that an interrupted fetch continues and a finished one is known by hash.
+
+A folder is built shard by shard. Each shard appears whole or not at all, and is then entered with its
+hash in `progress.json`; when all are there, `dataset.json` takes its place. A shard's bytes depend on its
+samples alone: no times, no owners, no order of directories.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aclip.data.fetch.packages import file_sha256
+from aclip.errors import DataError
+from aclip.files import write_atomically
+
+_FINISHED = "dataset.json"
+_UNFINISHED = "progress.json"
+
+
+class Sample(NamedTuple):
+    """One sample of a shard.
+
+    Attributes:
+        key: name that its members share; no dot, no slash.
+        members: bytes by extension, e.g. {"png": ..., "txt": ...}.
+    """
+
+    key: str
+    members: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a finished shard.
+
+    Attributes:
+        samples: how many it holds.
+        bytes: size of the file.
+        sha256: of the file, 64 hex digits.
+        skipped: samples that it should hold and could not, with the reason.
+    """
+
+    samples: int
+    bytes: int
+    sha256: str
+    skipped: Mapping[str, str]
+
+
+def split_sizes(folder: Path) -> dict[str, int]:
+    """Return the number of samples of each split of a finished folder; empty for any other folder."""
+    try:
+        splits = json.loads((folder / _FINISHED).read_bytes())["splits"]
+        return {name: int(split["samples"]) for name, split in splits.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def tar_bytes(samples: Iterable[Sample]) -> bytes:
+    """Return the tar archive of some samples in WebDataset layout: members `key.extension`, in order.
+
+    Raises:
+        ValueError: a key that readers would cut at its first dot or take for a folder.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in samples:
+            if not sample.key or set(sample.key) & set("./\\"):
+                raise ValueError(f"the key {sample.key!r} of a sample is empty or has a dot or a slash")
+            for extension, data in sorted(sample.members.items()):
+                member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                member.size = len(data)  # the other fields keep their fixed defaults: time 0, owner 0
+                archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+class ShardFolder:
+    """A folder of shards under construction.
+
+    Args:
+        folder: made if missing. One that was built from something else is built anew, shard by shard.
+        origin: all that the bytes depend on (versions, hashes, sizes), JSON values. It is kept in
+            `dataset.json`.
+    """
+
+    def __init__(self, folder: Path, origin: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.origin = dict(origin)
+        self._tools: dict[str, str] = {}
+        self._records: dict[str, ShardRecord] = {}
+
+    def is_finished(self) -> bool:
+        """Say whether an earlier call has finished this folder and all its shards are still as written.
+
+        Every shard's hash is computed (about a second a gigabyte). The tools it was made with do not
+        matter: a set that is there stays as it is.
+        """
+        records, _ = self._read(_FINISHED)
+        return bool(records) and all(self._is_intact(name, record) for name, record in records.items())
+
+    def resume(self, tools: Mapping[str, str]) -> None:
+        """Go on where an earlier call stopped: keep the shards that are entered and intact.
+
+        A finished folder with a damaged shard counts as unfinished from here on.
+
+        Args:
+            tools: versions of what makes the samples. Shards made with others are made anew, so that no
+                folder mixes them.
+        """
+        self._tools = dict(tools)
+        for state in (_FINISHED, _UNFINISHED):
+            records, made_with = self._read(state)
+            if made_with == self._tools:
+                self._records.update(
+                    {name: record for name, record in records.items() if self._is_intact(name, record)}
+                )
+        self._write(_UNFINISHED, {})
+        (self.folder / _FINISHED).unlink(missing_ok=True)
+
+    def has(self, name: str) -> bool:
+        """Say whether the shard `name` (path below the folder) is there."""
+        return name in self._records
+
+    def skipped(self) -> dict[str, str]:
+        """Return the samples that no shard could hold, with the reason of each."""
+        reasons: dict[str, str] = {}
+        for name in sorted(self._records):
+            reasons.update(self._records[name].skipped)
+        return reasons
+
+    def add(self, name: str, samples: Iterable[Sample], skipped: Mapping[str, str]) -> None:
+        """Write one shard and enter it; an exception from `samples` leaves no trace of it.
+
+        Args:
+            name: path below the folder.
+            samples: what it holds, in order.
+            skipped: what it should have held, with the reason; read after `samples` is exhausted.
+        """
+        samples = list(samples)
+        data = tar_bytes(samples)
+        write_atomically(self.folder / name, data)
+        digest = hashlib.sha256(data).hexdigest()
+        self._records[name] = ShardRecord(len(samples), len(data), digest, dict(skipped))
+        self._write(_UNFINISHED, {})
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Mark the folder as finished.
+
+        Args:
+            facts: what else a reader may want to know, JSON values: `splits` maps the name of each split
+                to an object with at least `samples`.
+        """
+        self._write(_FINISHED, facts)
+        (self.folder / _UNFINISHED).unlink(missing_ok=True)
+
+    def _is_intact(self, name: str, record: ShardRecord) -> bool:
+        path = self.folder / name
+        return path.is_file() and path.stat().st_size == record.bytes and file_sha256(path) == record.sha256
+
+    def _read(self, name: str) -> tuple[dict[str, ShardRecord], dict[str, str]]:
+        """Return records and tools of a state file: none if it is missing, damaged or of another origin."""
+        try:
+            state = json.loads((self.folder / name).read_bytes())
+            if state["origin"] != self.origin:
+                return {}, {}
+            return {shard: ShardRecord(**record) for shard, record in state["shards"].items()}, state["tools"]
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+            return {}, {}
+        except OSError as error:
+            raise DataError(f"{self.folder / name} cannot be read: {error.strerror}") from None
+
+    def _write(self, name: str, facts: Mapping[str, Any]) -> None:
+        state = {
+            **facts,
+            "origin": self.origin,
+            "tools": self._tools,
+            "shards": {shard: asdict(self._records[shard]) for shard in sorted(self._records)},
+        }
+        write_atomically(self.folder / name, (json.dumps(state, indent=1) + "\n").encode())

@@ -1,0 +1,89 @@
+"""What every source is: pairs that can be counted, and read in any order."""
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One pair as it is stored.
+
+    Attributes:
+        key: the sample's name, by which it is reported.
+        image: the bytes of the picture's file, not yet decoded.
+        captions: as written; none where the source has none for this picture.
+        tags: further words for the picture.
+        label: the picture's class, or None.
+    """
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    tags: tuple[str, ...] = ()
+    label: str | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A numbered collection of pairs, cheap to hand to worker processes.
+
+    A source is pickled or forked into every worker, so it holds no open file, and all processes see
+    the same samples under the same indices.
+
+    Attributes:
+        name: what the user called it.
+    """
+
+    name: str
+
+    def __len__(self) -> int:
+        """Return the number of samples, bad ones included."""
+        ...
+
+    def key(self, index: int) -> str:
+        """Return the name of sample `index` without reading it."""
+        ...
+
+    def read(self, index: int) -> RawSample:
+        """Read sample `index`, 0 <= index < len.
+
+        Raises:
+            BadSampleError: the sample's files or fields are missing or unreadable.
+        """
+        ...
+
+
+def printable(name: str) -> str:
+    """Return `name` with the bytes of an undecodable file name as escapes: journals and terminals take UTF-8."""
+    return name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+class PackedStrings:
+    """A list of strings in two flat buffers, to which can be appended.
+
+    A million Python strings cost about 60 MB more than their text, and touching their reference counts
+    copies them into every forked worker; a buffer costs 8 bytes a string and stays shared.
+    """
+
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        """Pack `strings`; lone surrogates (undecodable file names) survive."""
+        self._text = bytearray()
+        self._ends = array("q", [0])
+        for string in strings:
+            self.append(string)
+
+    def append(self, string: str) -> None:
+        """Add one string at the end."""
+        self._text += string.encode("utf-8", errors="surrogateescape")
+        self._ends.append(len(self._text))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} strings")
+        text = self._text[self._ends[index] : self._ends[index + 1]]
+        return text.decode("utf-8", errors="surrogateescape")

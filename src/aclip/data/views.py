@@ -1,0 +1,315 @@
+"""View pipelines: named crops of one decoded image, and where in the image they lie.
+
+Crops are cut and resized in the loader's workers and travel as uint8; colours are changed later, in batch
+(`aclip.data.augment`), from parameters that are drawn here. Every draw is a function of (seed, epoch, sample,
+view), so that a sample gets the same views in any process and at any place in a batch.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+from aclip import rng
+from aclip.data.augment import AUGMENTATIONS, draw
+from aclip.errors import ConfigError, unknown_name
+
+Box = tuple[int, int, int, int]
+"""(top, left, height, width) in pixels of the decoded source image."""
+
+_DrawFor = tuple[int, int, int]  # (seed, epoch, sample)
+
+_TRIES = 10  # of random crops before the central one, as in torchvision
+
+# A crop is first averaged over whole pixels down to this many times its final size. Views of 224 from images
+# of 2000 pixels take a third of the time of the exact filter and differ by under one grey level on average;
+# crops less than four times too large are not affected.
+_REDUCING_GAP = 2.0
+
+
+class Crop(NamedTuple):
+    """One view of one image, before its colours are changed.
+
+    Attributes:
+        pixels: (3, h, w) uint8 RGB, already mirrored if `flipped`.
+        box: what it shows of the source image.
+        flipped: whether it is mirrored left to right.
+        augmentation: (A,) float32 parameters for `aclip.data.augment.apply`, or None for a plain view.
+    """
+
+    pixels: UInt8[np.ndarray, "3 h w"]
+    box: Box
+    flipped: bool
+    augmentation: Float32[np.ndarray, " A"] | None
+
+
+class ViewPipeline(Protocol):
+    """What every entry of `VIEWS` builds.
+
+    Attributes:
+        names: the views it returns.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    def __call__(
+        self, image: Image.Image, *, seed: int, epoch: int, sample: int, sizes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Crop]:
+        """Return the crops of one decoded image.
+
+        Args:
+            image: in mode RGB.
+            seed, epoch, sample: what the draws depend on, with the view's name.
+            sizes: view name -> (height, width) of the crop in pixels. A view without a size is drawn, so that
+                the others stay the same, but not cut.
+
+        Raises:
+            ConfigError: a size for a view that this pipeline does not have.
+        """
+
+    def boxes(self, height: int, width: int, *, seed: int, epoch: int, sample: int) -> dict[str, Box]:
+        """Return the boxes that `__call__` cuts from an image of this size: the geometry alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCrops:
+    """Independent random crops, one for each of the class's view names; the base of all pipelines.
+
+    Attributes:
+        scale: share of the image's area, drawn uniformly between these.
+        ratio: width over height in source pixels, drawn log-uniformly between these.
+        augmentation: name in `aclip.data.augment.AUGMENTATIONS`.
+        flip: probability of mirroring a view left to right.
+
+    Raises:
+        ConfigError: an option outside its range, or an unknown name.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    augmentation: str = "none"
+    flip: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_interval("scale", self.scale, largest=1.0)
+        _check_interval("ratio", self.ratio)
+        if not _is_number(self.flip) or not 0 <= self.flip <= 1:
+            raise ConfigError(f"view option 'flip' is a probability between 0 and 1, not {self.flip!r}")
+        _check_name("augmentation", self.augmentation, AUGMENTATIONS)
+
+    def __call__(
+        self, image: Image.Image, *, seed: int, epoch: int, sample: int, sizes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Crop]:
+        """See `ViewPipeline`."""
+        for name in sizes:
+            _check_name("view", name, self.names)
+        views = self._draw(image.height, image.width, (seed, epoch, sample))
+        return {
+            name: Crop(
+                cut(image, box, sizes[name], flipped),
+                box,
+                flipped,
+                self._draw_augmentation(name, (seed, epoch, sample)),
+            )
+            for name, (box, flipped) in views.items()
+            if name in sizes
+        }
+
+    def boxes(self, height: int, width: int, *, seed: int, epoch: int, sample: int) -> dict[str, Box]:
+        """See `ViewPipeline`."""
+        return {name: box for name, (box, _) in self._draw(height, width, (seed, epoch, sample)).items()}
+
+    def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
+        """Return each view's box and whether it is flipped."""
+        return {name: self._draw_crop(name, height, width, draw_for) for name in self.names}
+
+    def _draw_crop(self, name: str, height: int, width: int, draw_for: _DrawFor) -> tuple[Box, bool]:
+        generator = _generator("crop", name, draw_for)
+        flipped = generator.random() < self.flip
+        return random_box(generator, height, width, self.scale, self.ratio), flipped
+
+    def _draw_augmentation(self, name: str, draw_for: _DrawFor) -> Float32[np.ndarray, " A"] | None:
+        if self.augmentation == "none":
+            return None
+        return draw(AUGMENTATIONS[self.augmentation], _generator("augment", name, draw_for))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneCrop(RandomCrops):
+    """View "a": one random crop, as CLIP and FLIP train on; options as in `RandomCrops`."""
+
+    names: ClassVar[tuple[str, ...]] = ("a",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoAugs(RandomCrops):
+    """Views "a" and "b": two crops, each with an augmentation of its own; options as in `RandomCrops`."""
+
+    names: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    augmentation: str = "a-clip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoCropsInContext(RandomCrops):
+    """Views "a" and "b" as in `TwoAugs`, and "context", the plain crop that A-CLIP's EMA encoder scores.
+
+    The context is only resized, never augmented or flipped.
+
+    Attributes:
+        context: how its box is drawn. "paper" (arXiv 2212.08653): `enclosing_box`, which contains both views.
+            "released": `released_context_box`, as the authors' public code draws it, which cuts off part of a
+            view in most samples.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("a", "b", "context")
+
+    augmentation: str = "a-clip"
+    context: Literal["paper", "released"] = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_name("context", self.context, _CONTEXT_BOXES)
+
+    def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
+        a, b = (self._draw_crop(name, height, width, draw_for) for name in ("a", "b"))
+        context_box = _CONTEXT_BOXES[self.context]
+        box = context_box(_generator("crop", "context", draw_for), height, width, a[0], b[0])
+        return {"a": a, "b": b, "context": (box, False)}
+
+    def _draw_augmentation(self, name: str, draw_for: _DrawFor) -> Float32[np.ndarray, " A"] | None:
+        return None if name == "context" else super()._draw_augmentation(name, draw_for)
+
+
+VIEWS: dict[str, type[RandomCrops]] = {
+    "one_crop": OneCrop,
+    "two_augs": TwoAugs,
+    "two_crops_in_context": TwoCropsInContext,
+}
+"""View pipelines by the name that a recipe gives; a recipe's `view_options` are their keyword arguments."""
+
+
+def random_box(
+    generator: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """Draw a crop as torchvision's `RandomResizedCrop` does.
+
+    Area share uniform in `scale`, width / height log-uniform in `ratio`, both sides rounded to whole pixels,
+    position uniform. After ten boxes that do not fit, the largest central box with an allowed ratio.
+
+    Args:
+        generator: advanced by four draws a try.
+        height, width: of the image, at least 1 pixel.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_TRIES):
+        u_area, u_ratio, u_top, u_left = generator.random(4).tolist()
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * u_area)
+        drawn_ratio = math.exp(low + (high - low) * u_ratio)
+        h, w = round(math.sqrt(area / drawn_ratio)), round(math.sqrt(area * drawn_ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
+    # a very long image can ask for a side of less than half a pixel here
+    h = min(height, max(1, round(width / ratio[0])))
+    w = min(width, max(1, round(height * ratio[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def enclosing_box(generator: np.random.Generator, height: int, width: int, a: Box, b: Box) -> Box:
+    """Draw a box inside the image that contains both `a` and `b`.
+
+    Starts from the smallest such box and moves each of its four edges outwards, uniformly over the whole
+    pixels up to the image's edge.
+    """
+    top, left, bottom, right = _union(a, b)
+    u_top, u_left, u_bottom, u_right = generator.random(4).tolist()
+    top, left = int(u_top * (top + 1)), int(u_left * (left + 1))
+    bottom += int(u_bottom * (height - bottom + 1))
+    right += int(u_right * (width - right + 1))
+    return top, left, bottom - top, right - left
+
+
+def released_context_box(generator: np.random.Generator, height: int, width: int, a: Box, b: Box) -> Box:
+    """Draw the scored box of the public A-CLIP release, which is not certain to contain the views.
+
+    Two things differ from `enclosing_box`:
+
+    - Its left edge starts from the smaller of a's left and b's *height* (in place of b's left), so that a
+      part of b on the left is missing.
+    - Its top and left edges are moved outwards first, and then height and width are drawn uniformly between
+      those of the box *before* that move and what the image leaves, so that the bottom and the right edge
+      can end up inside a view by as much as the other edges were moved.
+    """
+    top, _, bottom, right = _union(a, b)
+    left = min(a[1], b[2])
+    h, w = bottom - top, right - left
+    u_top, u_left, u_height, u_width = generator.random(4).tolist()
+    top, left = int(u_top * (top + 1)), int(u_left * (left + 1))
+    h += int(u_height * (height - top - h + 1))
+    w += int(u_width * (width - left - w + 1))
+    return top, left, h, w
+
+
+_CONTEXT_BOXES = {"paper": enclosing_box, "released": released_context_box}
+
+
+def cut(image: Image.Image, box: Box, size: tuple[int, int], flipped: bool) -> UInt8[np.ndarray, "3 h w"]:
+    """Return the part of an RGB image inside `box`, resized (bicubic, antialiased) and mirrored if asked.
+
+    Args:
+        image: in mode RGB.
+        box: inside the image. Pixels next to it take part in the filter at its edges, so that a view of the
+            inside of an image has no edge of its own.
+        size: (height, width) of the result in pixels.
+        flipped: mirror left to right.
+
+    Returns:
+        (3, height, width) uint8, contiguous.
+    """
+    top, left, height, width = box
+    resized = image.resize(
+        (size[1], size[0]),
+        Image.Resampling.BICUBIC,
+        box=(left, top, left + width, top + height),
+        reducing_gap=_REDUCING_GAP,
+    )
+    pixels = np.asarray(resized)
+    if flipped:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _union(a: Box, b: Box) -> tuple[int, int, int, int]:
+    """Return (top, left, bottom, right) of the smallest box around both."""
+    return min(a[0], b[0]), min(a[1], b[1]), max(a[0] + a[2], b[0] + b[2]), max(a[1] + a[3], b[1] + b[3])
+
+
+def _generator(purpose: str, view: str, draw_for: _DrawFor) -> np.random.Generator:
+    seed, epoch, sample = draw_for
+    return rng.generator(seed, purpose, epoch, sample, view)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_interval(name: str, value: Any, largest: float = math.inf) -> None:
+    two = isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_number, value))
+    if not two or not 0 < value[0] <= value[1] <= largest or value[1] == math.inf:
+        limit = f" <= {largest:g}" if largest < math.inf else ""
+        raise ConfigError(f"view option '{name}' takes two numbers, 0 < low <= high{limit}, not {value!r}")
+
+
+def _check_name(kind: str, name: Any, known: Iterable[str]) -> None:
+    if name not in list(known):  # a list, because what a config holds need not be hashable
+        raise ConfigError(unknown_name(kind, str(name), known))

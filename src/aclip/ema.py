@@ -1,0 +1,47 @@
+"""The exponential moving average of modules: what scores patches and what BYOL regresses on."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """Return a deep copy of `module` whose parameters take no gradient."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+class Ema:
+    """Averages pairs of modules in place: theta_ema <- m theta_ema + (1 - m) theta.
+
+    Parameters and floating-point buffers are averaged, integer buffers (batch counters) copied. One fused
+    `foreach` call for all of them, without host synchronisation.
+
+    Args:
+        pairs: (online module, its `frozen_copy`), in any number.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+        self._online: list[Tensor] = []
+        self._average: list[Tensor] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
+        for online, average in pairs:
+            for source, target in zip(_tensors(online), _tensors(average), strict=True):
+                if target.is_floating_point():
+                    self._online.append(source)
+                    self._average.append(target)
+                else:
+                    self._copied.append((source, target))
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """Move the averages; call once per optimizer step, after it."""
+        if self._average:
+            torch._foreach_lerp_(self._average, self._online, 1.0 - momentum)
+        for source, target in self._copied:
+            target.copy_(source)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -1,0 +1,176 @@
+"""Everything that determines a run, as one frozen dataclass that is written to its folder."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from aclip.config import Recipe, from_dict
+from aclip.engine.run_folder import RunFolder
+from aclip.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One execution of a recipe.
+
+    Attributes:
+        recipe: the method, its optimization included.
+        model: open_clip name, preset, or folder.
+        image_size: side of the input in pixels, or None for the model's own.
+        data: training source. validation: sources to evaluate on, as "name=source" or a source.
+        output: the run folder.
+        epochs: passes over the data; ignored where `samples` is set.
+        samples: pairs to train on, or None.
+        batch_size: pairs per optimizer step over all processes (global); None is 256, or all the data.
+        unmasked_tuning: share of the optimizer steps, the last ones, in which nothing is masked, so that the
+            model gets used to whole pictures before it is evaluated on them (FLIP). Their arithmetic is that
+            of the recipe at mask ratio 0.
+        seed: of weights, order, crops, captions and masks.
+        workers: loader processes.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        precision: of the towers' arithmetic; weights, losses and optimizer are always fp32. None is bf16
+            where the device multiplies in it (GPUs; CPUs with AMX), else fp32.
+        log_every: optimizer steps between lines of metrics.jsonl.
+        evaluate_every: epochs between evaluations; 0 evaluates at the end alone.
+        save_every: epochs between checkpoints. keep_checkpoints: how many of the newest to keep.
+        tensorboard: also write TensorBoard events to the run folder.
+    """
+
+    recipe: Recipe
+    model: str
+    data: str
+    output: str
+    image_size: int | None = None
+    validation: tuple[str, ...] = ()
+    epochs: float = 25.0
+    samples: int | None = None
+    batch_size: int | None = None
+    unmasked_tuning: float = 0.0
+    seed: int = 0
+    workers: int = 2
+    device: str = "auto"
+    precision: Precision | None = None
+    log_every: int = 10
+    evaluate_every: float = 1.0
+    save_every: float = 1.0
+    keep_checkpoints: int = 2
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_size is not None and self.batch_size < 2:
+            raise ConfigError("batch_size must be at least 2: a contrast needs another pair to differ from")
+        for name in ("workers", "evaluate_every", "save_every", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ConfigError(f"{name} must be 0 or more, and finite, but is {getattr(self, name)}")
+        if not 0.0 <= self.unmasked_tuning <= 1.0:
+            raise ConfigError(f"unmasked_tuning is a share of the steps, 0 to 1, not {self.unmasked_tuning}")
+        if self.samples is None and not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs must be positive, not {self.epochs}")
+
+
+DEFAULT_BATCH_SIZE = 256
+
+
+def settled(config: RunConfig, num_pairs: int, device: torch.device) -> RunConfig:
+    """Return `config` with what it leaves open decided by the data and the device."""
+    batch_size = config.batch_size or max(2, min(DEFAULT_BATCH_SIZE, num_pairs))
+    precision = config.precision or ("bf16" if multiplies_bf16(device) else "fp32")
+    return replace(config, batch_size=batch_size, precision=precision)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return whether bf16 is the fast choice: on CUDA, and on CPUs with matrix units for it (AMX)."""
+    if device.type == "cpu":
+        flags = Path("/proc/cpuinfo")
+        return flags.exists() and "amx_bf16" in flags.read_text()
+    return device.type == "cuda"
+
+
+def saved_config(folder: RunFolder) -> RunConfig:
+    """Return the configuration that a run's folder holds.
+
+    Raises:
+        ConfigError: no run, or one of an incompatible version.
+    """
+    known = {f.name for f in fields(RunConfig)}
+    values = {key: value for key, value in folder.read_json("config.json").items() if key in known}
+    config = from_dict(RunConfig, values, where=f"{folder.path}/config.json")
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that a name means; "auto" is a GPU if there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"there is no device '{name}' here: {str(error).splitlines()[0]}; use auto, cpu, "
+                          "cuda, cuda:N or mps") from error
+    return device
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """A run's length in optimizer steps.
+
+    Attributes:
+        steps_per_epoch: whole batches per pass over the data.
+        total_steps: optimizer steps of the run.
+        warmup_steps: steps of linear warm-up, at most a tenth of the run.
+        masked_steps: steps before unmasked tuning begins.
+        evaluate_every, save_every: in steps; 0 means at the end alone.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    masked_steps: int
+    evaluate_every: int
+    save_every: int
+
+    @classmethod
+    def of(cls, config: RunConfig, num_pairs: int) -> "Timetable":
+        """Return the timetable of a settled run over `num_pairs` pairs.
+
+        Raises:
+            ConfigError: fewer pairs than one batch, or a run shorter than one step.
+        """
+        assert config.batch_size is not None
+        per_epoch = num_pairs // config.batch_size
+        if per_epoch == 0:
+            raise ConfigError(f"the data has {num_pairs} pairs, fewer than one batch of {config.batch_size}: "
+                              f"use --batch-size {max(2, num_pairs)} or less")
+        if config.samples is not None:
+            total = config.samples // config.batch_size
+        else:
+            total = round(config.epochs * per_epoch)
+        if total < 1:
+            raise ConfigError("the run is shorter than one optimizer step: raise --epochs or --samples")
+        warmup = min(round(config.recipe.optimization.warmup_epochs * per_epoch), math.ceil(total / 10))
+        return cls(
+            steps_per_epoch=per_epoch,
+            total_steps=total,
+            warmup_steps=warmup,
+            masked_steps=total - round(config.unmasked_tuning * total),
+            evaluate_every=_steps(config.evaluate_every, per_epoch),
+            save_every=_steps(config.save_every, per_epoch),
+        )
+
+
+def _steps(epochs: float, per_epoch: int) -> int:
+    return max(1, round(epochs * per_epoch)) if epochs > 0 else 0

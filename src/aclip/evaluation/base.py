@@ -1,0 +1,103 @@
+"""An evaluator: a name, and numbers about a model on a set of pictures."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from aclip.evaluation.features import PictureFeatures, encode_pictures
+from aclip.evaluation.interface import Encoder, PictureSet, Progress
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture that an evaluation found telling.
+
+    Attributes:
+        kind: "best" (right, by the widest margin) or "worst" (the true caption ranked last).
+        key: the picture's name. caption: its true caption.
+        rank: of the true caption, from 1.
+        similarity: cosine with the true caption.
+        top: the most similar captions with their cosine similarities, best first.
+        thumbnail: PNG, base64 encoded, at most 96 pixels a side.
+    """
+
+    kind: str
+    key: str
+    caption: str
+    rank: int
+    similarity: float
+    top: tuple[tuple[str, float], ...]
+    thumbnail: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values, as `examples/<set>.json` holds it."""
+        top = [{"caption": caption, "similarity": similarity} for caption, similarity in self.top]
+        return {"kind": self.kind, "key": self.key, "caption": self.caption, "rank": self.rank,
+                "similarity": self.similarity, "top": top, "thumbnail": self.thumbnail}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator found.
+
+    Attributes:
+        evaluator: its name.
+        metrics: name -> value; recalls and accuracies are shares in [0, 1].
+        chance: name -> expected value of that metric for a random order, where it has one.
+        counts: name -> how many pictures, captions, classes, skipped pictures.
+        examples: telling pictures, possibly none.
+    """
+
+    evaluator: str
+    metrics: Mapping[str, float]
+    chance: Mapping[str, float]
+    counts: Mapping[str, int]
+    examples: tuple[Example, ...] = field(default=())
+
+    def to_record(self, *, set_name: str, weights: str, step: int, samples_seen: int) -> dict[str, Any]:
+        """Return one line of `evaluations.jsonl`: everything but the examples, as plain JSON values.
+
+        Args:
+            set_name: the pictures' set. weights: "online" or "ema".
+            step: optimizer steps done. samples_seen: pairs seen over all ranks.
+        """
+        return {"step": step, "samples_seen": samples_seen, "weights": weights, "evaluator": self.evaluator,
+                "set": set_name, "metrics": dict(self.metrics), "chance": dict(self.chance),
+                "counts": dict(self.counts)}
+
+
+class Evaluator(ABC):
+    """Measures one ability of a model; subclasses implement `measure`."""
+
+    name: ClassVar[str]
+
+    def run(
+        self,
+        model: Encoder,
+        pictures: PictureSet,
+        device: torch.device,
+        *,
+        precision: torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Encode the pictures and measure; see `encode_pictures` for the arguments.
+
+        Runs on one process. With several evaluators for one set, call `encode_pictures` once and
+        `measure` of each.
+        """
+        encoded = encode_pictures(model, pictures, device, precision=precision, progress=progress)
+        return self.measure(model, encoded, device, precision=precision)
+
+    @abstractmethod
+    def measure(
+        self,
+        model: Encoder,
+        pictures: PictureFeatures,
+        device: torch.device,
+        *,
+        precision: torch.dtype | None = None,
+    ) -> Evaluation:
+        """Measure on pictures that `encode_pictures` has encoded with the same model."""

@@ -1,0 +1,173 @@
+"""Encode the pictures and texts of an evaluation, each once.
+
+Retrieval and zero-shot classification read the same picture features, so a caller with several
+evaluators encodes the set once with `encode_pictures` and hands the result to each.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aclip.errors import DataError
+from aclip.evaluation.interface import Encoder, PictureSet, Progress
+
+THUMBNAIL_SIDE = 96
+"""Longest side in pixels of a kept thumbnail."""
+
+
+@dataclass(frozen=True)
+class PictureFeatures:
+    """A set of pictures after one pass through the image encoder.
+
+    Attributes:
+        features: (B, D) float32, L2-normalised, on the device of the encoder.
+        captions: the caption of each picture. labels: its class, or None. keys: its name.
+        skipped: (name, reason) of pictures that could not be used.
+        thumbnails: picture index -> (3, h, w) uint8, for a share of the set spread evenly over it.
+    """
+
+    features: Float[Tensor, "B D"]
+    captions: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    keys: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    thumbnails: dict[int, UInt8[Tensor, "3 h w"]]
+
+    @property
+    def size(self) -> int:
+        """Number of pictures B."""
+        return len(self.captions)
+
+
+def encode_pictures(
+    model: Encoder,
+    pictures: PictureSet,
+    device: torch.device,
+    *,
+    precision: torch.dtype | None = None,
+    progress: Progress | None = None,
+    thumbnails: int = 2048,
+) -> PictureFeatures:
+    """Encode all pictures of a set without gradient, in evaluation mode, which is undone afterwards.
+
+    Args:
+        model: the encoder, already on `device`.
+        pictures: read once, from beginning to end.
+        device: where the encoder runs and the features stay.
+        precision: type of autocast (`torch.bfloat16`), or None for none. Features are float32 either way.
+        progress: told the size of every batch that is done.
+        thumbnails: at most this many pictures, evenly spread over the set, are kept small for reports, so
+            that memory does not grow with the set. 0 keeps none.
+
+    Raises:
+        DataError: the set holds no usable picture.
+    """
+    features: list[Tensor] = []
+    captions: list[str] = []
+    labels: list[str | None] = []
+    keys: list[str] = []
+    gallery = _Gallery(thumbnails, *_normalisation(model))
+    with _evaluating(model), torch.inference_mode():
+        for batch in pictures:
+            with _autocast(device, precision):
+                encoded = model.encode_image(batch.pixels.to(device, non_blocking=True), normalize=True)
+            features.append(F.normalize(encoded.float(), dim=-1))
+            gallery.add(len(captions), batch.pixels)
+            captions += batch.captions
+            labels += batch.labels
+            keys += batch.keys
+            if progress is not None:
+                progress(len(batch.captions))
+    if not features:
+        raise DataError("nothing to evaluate: the set holds no usable picture "
+                        f"({len(pictures.skipped)} skipped)")
+    return PictureFeatures(torch.cat(features), tuple(captions), tuple(labels), tuple(keys),
+                           tuple(pictures.skipped), gallery.kept)
+
+
+def encode_texts(
+    model: Encoder,
+    texts: Sequence[str],
+    device: torch.device,
+    *,
+    precision: torch.dtype | None = None,
+    batch_size: int = 256,
+) -> Float[Tensor, "M D"]:
+    """Encode texts without gradient, in evaluation mode, which is undone afterwards.
+
+    Returns:
+        (M, D) float32, L2-normalised, on `device`, in the order of `texts`.
+    """
+    features = []
+    with _evaluating(model), torch.inference_mode():
+        for start in range(0, len(texts), batch_size):
+            tokens = model.tokenizer(list(texts[start : start + batch_size])).to(device)
+            with _autocast(device, precision):
+                encoded = model.encode_text(tokens, normalize=True)
+            features.append(F.normalize(encoded.float(), dim=-1))
+    return torch.cat(features)
+
+
+class _Gallery:
+    """Keeps every `stride`-th picture as a thumbnail; the stride doubles whenever the gallery is full.
+
+    A set need not know its length beforehand, and which pictures are kept depends on their positions
+    alone.
+    """
+
+    def __init__(self, capacity: int, mean: Tensor, std: Tensor) -> None:
+        self.kept: dict[int, Tensor] = {}
+        self._capacity, self._mean, self._std = capacity, mean, std
+        self._stride = 1
+
+    def add(self, start: int, pixels: Float[Tensor, "B 3 h w"]) -> None:
+        if self._capacity < 1:
+            return
+        chosen = [i for i in range(len(pixels)) if (start + i) % self._stride == 0]
+        if not chosen:
+            return
+        small = self._shrink(pixels[chosen])
+        self.kept.update({start + i: image for i, image in zip(chosen, small, strict=True)})
+        while len(self.kept) > self._capacity:
+            self._stride *= 2
+            self.kept = {i: image for i, image in self.kept.items() if i % self._stride == 0}
+
+    def _shrink(self, pixels: Float[Tensor, "B 3 h w"]) -> UInt8[Tensor, "B 3 _h _w"]:
+        colours = pixels.float().cpu() * self._std[:, None, None] + self._mean[:, None, None]
+        h, w = colours.shape[-2:]
+        scale = min(1.0, THUMBNAIL_SIDE / max(h, w))
+        if scale < 1.0:
+            size = (max(1, round(h * scale)), max(1, round(w * scale)))
+            colours = F.interpolate(colours, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return (colours * 255.0).round().clamp(0, 255).to(torch.uint8)
+
+
+def _normalisation(model: Encoder) -> tuple[Tensor, Tensor]:
+    """Return the (3,) mean and deviation of the model's preprocessing; none found means none applied."""
+    for transform in reversed(getattr(model.preprocess, "transforms", [])):
+        if hasattr(transform, "mean") and hasattr(transform, "std"):
+            return torch.as_tensor(transform.mean).float(), torch.as_tensor(transform.std).float()
+    return torch.zeros(3), torch.ones(3)
+
+
+def _autocast(device: torch.device, precision: torch.dtype | None) -> Any:
+    return nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
+
+
+@contextmanager
+def _evaluating(model: Encoder) -> Iterator[None]:
+    """Put a module in evaluation mode and give each of its modules back the mode it had."""
+    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,182 @@
+"""THE ALGORITHM: one training step of every recipe, from CLIP to A-CLIP.
+
+A-CLIP (Yang et al., "Attentive Mask CLIP", arXiv 2212.08653) is the general case; other methods are the
+same four steps with parts switched off.
+
+    1. text:        t = norm(text_encoder(captions)), once, cut after the longest caption
+    2. passes, in declared order:
+       a. scores:   resample an earlier pass's [CLS] attention onto each view's own patch grid
+       b. masking:  keep_indices = strategy(scores): the K patches of each view that stay
+       c. encoding: v = norm(encoder(kept patches of all views)), encoder = online, or its EMA without
+                    gradient
+    3. objectives:  L = sum of weight * objective(passes, t)
+    4. EMA:         after the optimizer step, theta_ema <- m theta_ema + (1 - m) theta
+
+In the recipe `a-clip` the EMA encoder sees `context`, a plain crop that encloses the two augmented views;
+its attention ranks their patches, the better half of which the online encoder sees:
+    L = 1/2 NCE(v1, t) + 1/2 NCE(v2, t) + SimCLR(v1, v2) + 2 mean BYOL(v -> ema).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from aclip import towers
+from aclip.data import augment
+from aclip.ema import Ema, frozen_copy
+from aclip.errors import ConfigError
+from aclip.masking import MaskingContext, crop_scores
+from aclip.objectives import Objective
+from aclip.plan import PassPlan, Plan, build_objective
+from aclip.structs import Batch, Encoded, StepContext, StepOutput, ViewBatch
+
+
+class Method(nn.Module):
+    """A model, its EMA image encoder, and the heads of a recipe: everything that a step computes with.
+
+    Args:
+        model: an open_clip model; stays native, so that its state dict is open_clip's.
+        plan: the recipe resolved for this model (`aclip.plan.resolve`).
+        mean, std: normalisation of the model's input.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.model = model
+        self.ema_visual = frozen_copy(towers.visual_of(model)) if plan.recipe.uses_ema else None
+        freeze(model, plan.recipe.freeze)
+        self.objectives = nn.ModuleDict({o.name: build_objective(o, plan) for o in plan.recipe.objectives})
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def forward(self, batch: Batch, masked: bool = True) -> StepOutput:
+        """Return the loss of one batch, its parts, and the encoded passes.
+
+        Args:
+            batch: on the method's device.
+            masked: False keeps every patch in this step (unmasked tuning, FLIP, arXiv 2212.00794, section 3).
+        """
+        # 1. text, once
+        text, logit_scale = None, None
+        if self.plan.uses_text:
+            text = F.normalize(towers.encode_text(self.model, batch.tokens).float(), dim=-1)
+            logit_scale = towers.logit_scale_of(self.model).exp()
+
+        # 2. passes
+        passes = self.run_passes(batch, masked)
+
+        # 3. objectives
+        context = StepContext(passes, text, batch.caption_ids, logit_scale)
+        losses = {name: objective(context) for name, objective in self.objectives.items()}
+        loss = torch.stack([o.weight * losses[o.name] for o in self.plan.recipe.objectives]).sum()
+        return StepOutput(loss, {name: part.detach() for name, part in losses.items()}, passes)
+
+    def run_passes(self, batch: Batch, masked: bool = True) -> dict[str, Encoded]:
+        """Step 2: (score ->) mask -> encode, pass by pass."""
+        # what was drawn per sample in the loader is applied here, in batch, on the device
+        images = {name: augment.apply(view, self.mean, self.std) for name, view in batch.views.items()}
+        passes: dict[str, Encoded] = {}
+        for p in self.plan.passes:
+            views = [resized(images[view], p.image_size) for view in p.spec.views]
+            removes = masked and p.num_keep < p.num_patches
+            keep = self.choose_patches(p, batch, passes, views) if removes else None
+            passes[p.spec.name] = self.encode(p, views, keep)
+        return passes
+
+    def ema(self) -> Ema:
+        """Step 4: return what averages the image encoder and the heads that have an EMA copy.
+
+        The caller calls its `update(momentum)` once after each optimizer step.
+        """
+        objectives = cast(Iterable[Objective], self.objectives.values())
+        pairs = [pair for objective in objectives for pair in objective.ema_pairs()]
+        if self.ema_visual is not None:
+            pairs.append((towers.visual_of(self.model), self.ema_visual))
+        return Ema(pairs)
+
+    def choose_patches(
+        self, p: PassPlan, batch: Batch, passes: Mapping[str, Encoded], views: list[Tensor]
+    ) -> Int[Tensor, "VB K"]:
+        """Steps 2a and 2b: return the kept patches of every view, stacked view by view."""
+        chosen = []
+        for name, pixels in zip(p.spec.views, views, strict=True):
+            chosen.append(p.strategy(MaskingContext(
+                batch_size=batch.size,
+                grid_size=p.grid_size,
+                device=pixels.device,
+                scores=self.scores_for(p, name, batch.views, passes),
+                images=pixels,
+                seeds=batch.seeds,
+                purpose=f"mask/{p.spec.name}/{name}",
+            )))
+        return torch.cat(chosen)
+
+    def scores_for(
+        self, p: PassPlan, view: str, batch_views: Mapping[str, ViewBatch], passes: Mapping[str, Encoded]
+    ) -> Float[Tensor, "B N"] | None:
+        """Step 2a: return the scores of one view's patches, seen by the pass that it reads them from."""
+        if p.spec.scores_from is None:
+            return None
+        source = next(s for s in self.plan.passes if s.spec.name == p.spec.scores_from)
+        source_view = view if view in source.spec.views else source.spec.views[0]
+        scores = passes[source.spec.name].scores
+        assert scores is not None
+        seen, wanted = batch_views[source_view], batch_views[view]
+        maps = scores[source.spec.views.index(source_view)].unflatten(1, source.grid_size)
+        upright = torch.where(seen.flipped[:, None, None], maps.flip(2), maps).flatten(1)
+        return crop_scores(
+            upright, source.grid_size, seen.boxes, wanted.boxes, p.grid_size,
+            flipped=wanted.flipped, padding=p.spec.score_padding,
+        )
+
+    def encode(
+        self, p: PassPlan, views: list[Tensor], keep: Int[Tensor, "VB K"] | None
+    ) -> Encoded:
+        """Step 2c: run all views of a pass through its encoder in one batch."""
+        online = p.spec.encoder == "online"
+        visual = towers.visual_of(self.model) if online else self.ema_visual
+        assert visual is not None
+        with torch.set_grad_enabled(online and torch.is_grad_enabled()):
+            out = towers.encode_image(visual, torch.cat(views), keep, return_scores=p.gives_scores)
+        by_view = (len(views), -1)
+        return Encoded(
+            features=F.normalize(out.features.float(), dim=-1).unflatten(0, by_view),
+            cls=out.cls.unflatten(0, by_view),
+            scores=out.scores.unflatten(0, by_view) if out.scores is not None else None,
+            keep_indices=keep.unflatten(0, by_view) if keep is not None else None,
+            num_tokens=out.num_tokens,
+        )
+
+
+def resized(pixels: Float[Tensor, "B 3 h w"], size: tuple[int, int]) -> Float[Tensor, "B 3 p q"]:
+    """Return the images at `size`; the loader already delivers all but views shared between sizes."""
+    if pixels.shape[-2:] == size:
+        return pixels
+    return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Stop training the parameters whose names equal a pattern, or start with one ending in ".".
+
+    Raises:
+        ConfigError: a pattern that names nothing.
+    """
+    for pattern in patterns:
+        matched = [
+            parameter for name, parameter in model.named_parameters()
+            if name == pattern or (pattern.endswith(".") and name.startswith(pattern))
+        ]
+        if not matched:
+            raise ConfigError(f"nothing to freeze: no parameter of the model is called '{pattern}'")
+        for parameter in matched:
+            parameter.requires_grad_(False)

@@ -1,0 +1,191 @@
+"""The tensors that travel between layers.
+
+Letters used in every shape of the project:
+
+    B samples, V views, N patches, K kept patches, P prefix tokens (CLS, registers), L = P + patches,
+    C tower width, D joint width, T text length, H heads.
+
+Patches are numbered row by row on the patch grid; the CLS token is never counted. Boxes are
+(top, left, height, width) in pixels of the decoded source image.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+
+class _OnDevice:
+    """Moves every tensor of a dataclass, nested ones and mappings of them included."""
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
+        """Return a copy on `device`; what is not a tensor is shared."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return a copy in page-locked memory (the DataLoader calls this by name)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> Self:
+        def visit(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return function(value)
+            if isinstance(value, _OnDevice):
+                return value._map(function)
+            if isinstance(value, Mapping):
+                return {key: visit(item) for key, item in value.items()}
+            return value
+
+        changes = {f.name: visit(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class ViewBatch(_OnDevice):
+    """One named view of a batch of images, as the loader delivers it.
+
+    Attributes:
+        pixels: (B, 3, h, w) uint8, cropped and resized, not yet augmented or normalised.
+        boxes: (B, 4) float32, the crop (top, left, height, width) in source pixels.
+        flipped: (B,) bool, whether the crop has been mirrored left to right.
+        augmentation: (B, A) float32 parameters drawn per sample, or None for a plain view;
+            `aclip.data.augment` names the columns.
+    """
+
+    pixels: UInt8[Tensor, "B 3 h w"]
+    boxes: Float[Tensor, "B 4"]
+    flipped: Bool[Tensor, " B"]
+    augmentation: Float[Tensor, "B A"] | None = None
+
+
+@dataclass(frozen=True)
+class Batch(_OnDevice):
+    """What one optimizer step reads.
+
+    Attributes:
+        views: view name -> `ViewBatch`.
+        tokens: (B, T) int64 token ids, cut after the batch's longest caption where the tower allows it.
+        caption_ids: (B,) int64; equal ids mean the same caption (tags aside), so that two pictures of one
+            concept are not each other's negatives.
+        seeds: (B,) int64, the per-sample, per-epoch seed of everything drawn on the device.
+        keys: the samples' names, for reports.
+        skipped: (name, reason) of bad samples met while this batch was filled; others took their places.
+        truncated: captions that fill the whole context, so that a tail of nearly all of them was cut.
+    """
+
+    views: Mapping[str, ViewBatch]
+    tokens: Int[Tensor, "B T"]
+    caption_ids: Int[Tensor, " B"]
+    seeds: Int[Tensor, " B"]
+    keys: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    truncated: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of pairs B."""
+        return int(self.tokens.shape[0])
+
+
+@dataclass(frozen=True)
+class ImageEncoding:
+    """What an image tower returns for one stack of images.
+
+    Attributes:
+        features: (B, D) projected into the joint space, not normalised.
+        cls: (B, C) the pooled token after the final norm, before the projection.
+        scores: (B, N) CLS-to-patch attention averaged over layers and heads, or None if not asked for.
+        num_tokens: tokens that went through the blocks, prefix included (L).
+    """
+
+    features: Float[Tensor, "B D"]
+    cls: Float[Tensor, "B C"]
+    scores: Float[Tensor, "B N"] | None
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One pass of a recipe: V views of the batch through one encoder.
+
+    Attributes:
+        features: (V, B, D) projected and L2-normalised.
+        cls: (V, B, C) the pooled token after the final norm, which the self-supervised heads read.
+        scores: (V, B, N) or None; only a pass that a later pass reads scores from has them.
+        keep_indices: (V, B, K) int64 ascending, or None where nothing was removed.
+        num_tokens: tokens per view that went through the blocks, prefix included.
+    """
+
+    features: Float[Tensor, "V B D"]
+    cls: Float[Tensor, "V B C"]
+    scores: Float[Tensor, "V B N"] | None
+    keep_indices: Int[Tensor, "V B K"] | None
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What objectives may read: everything that was computed before them in this step.
+
+    Attributes:
+        passes: pass name -> `Encoded`, in declared order.
+        text_features: (B, D) L2-normalised, or None for recipes without text.
+        caption_ids: (B,) int64.
+        logit_scale: scalar multiplier, already exponentiated, or None without text.
+    """
+
+    passes: Mapping[str, Encoded]
+    text_features: Float[Tensor, "B D"] | None
+    caption_ids: Int[Tensor, " B"]
+    logit_scale: Float[Tensor, ""] | None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step returns.
+
+    Attributes:
+        loss: the weighted sum to differentiate.
+        parts: objective name -> unweighted, detached loss.
+        passes: as in `StepContext`, for pictures and tests.
+    """
+
+    loss: Float[Tensor, ""]
+    parts: Mapping[str, Float[Tensor, ""]]
+    passes: Mapping[str, Encoded] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The sizes of a model that plans, heads and cost arithmetic need, read from its config.
+
+    Attributes:
+        image_size, patch_size: (height, width) in pixels.
+        width, layers, heads, mlp_width: of the image tower (C, depth, H, hidden width of an MLP).
+        joint_dim: D.
+        num_prefix_tokens: P, 1 for a CLS token.
+        text_width, text_layers, text_mlp_width, context_length: of the text tower.
+        text_cut: whether text may be cut after the longest EOT (causal and EOT-pooled).
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    joint_dim: int
+    num_prefix_tokens: int
+    text_width: int
+    text_layers: int
+    text_mlp_width: int
+    context_length: int
+    text_cut: bool
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches (down, across) at the model's own image size."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]

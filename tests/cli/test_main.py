@@ -1,0 +1,79 @@
+"""The command line outside of training: help, recipes, errors."""
+
+import pytest
+
+from aclip.cli import VERBS, main
+from aclip.recipes import RECIPES
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("verb", [v.__name__.rpartition(".")[2] for v in VERBS])
+def test_every_verb_explains_itself_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert "examples:\n  aclip " in capsys.readouterr().out
+
+
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["trane"])
+    assert stop.value.code == 2
+    assert "trane" in capsys.readouterr().err
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = run(capsys, "recipes")
+    assert all(name in listed for name in RECIPES)
+
+
+def test_the_dataflow_of_a_clip_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = run(capsys, "recipes", "show", "a-clip", "--model", "ViT-B-16")
+    for fact in ("100 of 196 patches kept, 101 tokens -> online encoder", "196 of 196 patches kept", "scores from "
+                 "'context'", "weight 2, reads masked -> context", "0.996 -> 1.0", "1.29 of CLIP"):
+        assert fact in shown, (fact, shown)
+
+
+def test_blocks_that_do_not_fit_are_said_aloud(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = run(capsys, "recipes", "show", "a-clip", "--model", "ViT-B-32")
+    assert "blocks of 2 x 2 do not tile the 7 x 7 grid, single patches are chosen" in shown
+    assert "25 of 49 patches kept" in shown
+
+
+def test_a_recipe_can_be_changed_before_it_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ("recipes", "show", "flip", "--set", "passes.masked.mask_ratio=0.75")
+    assert "49 of 196 patches kept" in run(capsys, *arguments)
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["recipes", "show", "a_clip"], "did you mean 'a-clip'"),
+    (["recipes", "show", "flip", "--set", "passes.mask.mask_ratio=0.5"], "did you mean 'masked'"),
+    (["recipes", "show", "flip", "--set", "passes.masked.mask_ratio=half"], "takes float, not 'half'"),
+    (["report", "/nowhere"], "/nowhere"),
+    (["evaluate", "/nowhere", "--data", "x.csv"], "/nowhere"),
+    (["evaluate", "vit-tiny", "--data", "x.csv", "--evaluators", "retrival"], "did you mean 'retrieval'"),
+])
+def test_errors_are_one_sentence_that_says_what_exists(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) in (1, 2)
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    assert error.strip().count("\n") == 0
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(Exception, match="a-clip"):
+        main(["--debug", "recipes", "show", "a_clip"])

@@ -1,0 +1,283 @@
+"""`aclip train` as a user runs it: to the end, through a kill, on bad data; and what it leaves behind."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import aclip
+from aclip.cli import main
+from bad_samples import USED, check_skipped, make_mixed_folder
+
+SMALL = ("--model", "vit-tiny", "--precision", "fp32", "--log-every", "1",
+         "--set", "recipe.objectives.ntxent.options.hidden=32", "--set", "recipe.objectives.byol.options.hidden=32")
+TIMINGS = ("samples_per_second", "data_wait")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 noisy pictures with captions, of different sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(24):
+        noise = np.random.default_rng(number).integers(0, 256, (40 + number, 60, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"noise number {number}\n")
+    return folder
+
+
+def options(pictures: Path, output: Path, *more: str) -> list[str]:
+    return ["train", "--data", str(pictures), "--output", str(output), "--batch-size", "8", *SMALL, *more]
+
+
+def in_another_process(arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "aclip", *arguments], env=environment,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def journal(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+def without_timings(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of six epochs with two loader workers."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    process = in_another_process(options(pictures, run, "--epochs", "6", "--workers", "2", "--validation",
+                                         f"held={pictures}"))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()
+    return run
+
+
+def test_leaves_everything_that_is_promised(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["recipe"]["name"] == "a-clip"
+    assert config["batch_size"] == 8
+    records = journal(finished)
+    assert [r["step"] for r in records] == list(range(1, 19))
+    assert all(r["samples_seen"] == 8 * r["step"] for r in records)
+    for key in ("loss", "parts", "lr", "logit_scale", "ema_momentum", "samples_per_second", "data_wait"):
+        assert key in records[0], key
+    assert {r["set"] for r in journal(finished, "evaluations")} == {"held"}
+    assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["step-00000015", "step-00000018"]
+    assert "<html" in (finished / "report.html").read_text()
+
+
+def test_model_loads_in_open_clip_and_gives_the_same_features(finished: Path) -> None:
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{finished / 'final'}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{finished / 'final'}")
+    ours = aclip.load(finished)
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 80, 3), dtype=np.uint8))
+    torch.testing.assert_close(preprocess(picture), ours.preprocess(picture))
+    pixels, tokens = preprocess(picture)[None], tokenizer(["noise number 3", "a long caption " * 40])
+    assert torch.equal(tokens, ours.tokenizer(["noise number 3", "a long caption " * 40]))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode_image(pixels), theirs.eval().encode_image(pixels, normalize=True),
+                                   rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens, normalize=True),
+                                   rtol=0, atol=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(finished: Path, pictures: Path, tmp_path: Path) -> None:
+    """SIGKILL at a random moment; then every metric but the timings equals the uninterrupted run's."""
+    run = tmp_path / "killed"
+    chance = random.Random()  # a new moment every time: any moment must do
+    last_words = chance.randint(4, 15)
+    process = in_another_process(options(pictures, run, "--epochs", "6", "--workers", "2", "--validation",
+                                         f"held={pictures}"))
+    try:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            metrics = run / "metrics.jsonl"
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= last_words:
+                break
+            assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9999, "loss": 1.0}\n{"step": 99')  # lines after the checkpoint, the last one torn
+    resumed = in_another_process(["train", "--resume", str(run)])
+    _, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors.decode()
+    assert without_timings(journal(run)) == without_timings(journal(finished))
+    assert journal(run, "evaluations") == journal(finished, "evaluations")
+    ours, theirs = aclip.load(run).state_dict(), aclip.load(finished).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_interrupted_run_saves_itself(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "interrupted"
+    process = in_another_process(options(pictures, run, "--epochs", "1000", "--save-every", "0", "--workers", "1"))
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "continue with aclip train --resume" in errors.decode()
+    saved = int((next((run / "checkpoints").glob("step-*"))).name.removeprefix("step-"))
+    assert saved == journal(run)[-1]["step"]
+
+
+def test_ema_weights_can_be_evaluated(finished: Path, pictures: Path) -> None:
+    before = len(journal(finished, "evaluations"))
+    assert main(["evaluate", str(finished), "--data", f"held={pictures}", "--weights", "ema", "--workers", "0"]) == 0
+    assert [r["weights"] for r in journal(finished, "evaluations")[before:]] == ["ema"]
+
+
+def test_zero_shot_takes_classes_and_templates(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"noise number {number}\n" for number in range(30)))
+    arguments = ["evaluate", str(finished), "--data", f"held={pictures}", "--evaluators", "zero_shot", "--workers", "0",
+                 "--classes", str(names)]
+    assert main([*arguments, "--templates", "this is {}", "{}"]) == 0
+    record = journal(finished, "evaluations")[-1]
+    assert record["evaluator"] == "zero_shot"
+    assert record["counts"]["classes"] == 30
+    assert main([*arguments, "--templates", "no slot"]) == 2
+    assert "no slot" in capsys.readouterr().err
+
+
+def test_any_field_can_be_set_and_a_typo_is_explained(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options(pictures, tmp_path / "run", "--set", "recipe.passes.maskd.mask_ratio=0.75")
+    assert main(arguments) == 2
+    assert "did you mean 'masked'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--data", "/nowhere/at/all.csv"], "/nowhere/at/all.csv"),
+    (["--recipe", "aclip"], "did you mean 'a-clip'"),
+    (["--model", "ViT-B-61"], "did you mean 'ViT-B-16'"),
+    (["--batch-size", "25"], "fewer than one batch of 25"),
+    (["--mask-ratio", "1.5"], "0 <= ratio < 1"),
+    (["--recipe", "clip", "--mask-ratio", "0.5"], "masks nothing"),
+    (["--device", "cuda:99"], "there is no device 'cuda:99'"),
+])
+def test_wrong_usage_is_one_sentence(
+    arguments: list[str], sentence: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ["train", "--data", str(pictures), "--output", str(tmp_path / "run"), *arguments]
+    assert main(plain) in (1, 2)
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+def test_a_second_run_does_not_overwrite_the_first(
+    finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options(pictures, finished)) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_resuming_another_recipe_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "other"
+    (run / "checkpoints").mkdir(parents=True)
+    config = json.loads((finished / "config.json").read_text())
+    config["recipe"] = json.loads(json.dumps(config["recipe"]).replace('"hidden": 32', '"hidden": 48'))
+    (run / "config.json").write_text(json.dumps(config))
+    os.symlink(finished / "checkpoints" / "step-00000018", run / "checkpoints" / "step-00000018")
+    assert main(["train", "--resume", str(run)]) == 1
+    assert "another model or recipe" in capsys.readouterr().err
+
+
+def test_a_folder_of_bad_samples_trains_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hundred good pairs, six unusual ones that are used, six bad ones that are skipped and named."""
+    run, folder = tmp_path / "run", make_mixed_folder(tmp_path / "mixed")
+    arguments = options(folder, run, "--epochs", "2", "--workers", "1", "--validation", f"held={folder}")
+    assert main([*arguments, "--batch-size", "16", "--tensorboard"]) == 0
+    assert [r["step"] for r in journal(run)] == list(range(1, 15))  # 112 // 16 steps an epoch, none lost
+    check_skipped({(r["key"], r["reason"]) for r in journal(run, "skipped")})
+    assert len(journal(run, "skipped")) == 6  # each once, though every epoch meets them
+    assert journal(run)[-1]["skipped_samples"] == 6
+    assert sum(r["cut_captions"] for r in journal(run)) == 2  # the long caption, once an epoch
+    said = capsys.readouterr().out
+    assert "skipped 6 bad samples" in said
+    assert journal(run, "evaluations")[-1]["counts"] == {"pictures": 106, "captions": 106, "skipped": 6}
+    assert not USED & {r["key"] for r in journal(run, "skipped")}
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_options_that_a_resumed_run_cannot_take_are_refused(
+    finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--resume", str(finished), "--epochs", "7", "--lr", "0.1"]) == 2
+    assert "other settings (recipe, epochs)" in capsys.readouterr().err
+
+
+def test_torchrun_is_refused_clearly(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(options(pictures, tmp_path / "run")) == 2
+    assert "start one process" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options(pictures, tmp_path / "run", "--epochs", "4", "--lr", "1e30", "--workers", "0")) == 1
+    error = capsys.readouterr().err
+    assert "the loss is no longer finite at step" in error
+    assert "try a lower --lr" in error
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_data_that_has_grown_is_not_resumed_on(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "grown"
+    run.mkdir()
+    config = json.loads((finished / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"num_pairs": 23}))
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "had 23 pairs when the run was started and has 24 now" in capsys.readouterr().err
+
+
+def test_held_out_sets_of_one_name_are_refused(
+    finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(finished), "--data", f"held={pictures}", f"held={pictures}"]) == 2
+    assert "two held-out sets are called 'held'" in capsys.readouterr().err
+
+
+def test_cut_captions_between_two_records_survive_a_resume(tmp_path: Path) -> None:
+    """Checkpoints every epoch of 7 steps, records every 5: what was counted between them is not lost."""
+    folder = make_mixed_folder(tmp_path / "mixed")
+    more = ("--epochs", "2", "--workers", "0", "--batch-size", "16", "--log-every", "5")
+    assert main(options(folder, tmp_path / "whole", *more)) == 0
+    whole = [r["cut_captions"] for r in journal(tmp_path / "whole")]
+    assert sum(whole) == 2
+    run = tmp_path / "again"
+    assert main(options(folder, run, *more)) == 0
+    shutil.rmtree(run / "checkpoints" / "step-00000014")
+    assert main(["train", "--resume", str(run)]) == 0
+    assert without_timings(journal(run)) == without_timings(journal(tmp_path / "whole"))

@@ -1,0 +1,180 @@
+"""WebDataset shards: what groups into a sample, and what happens when a shard is broken."""
+
+import io
+import json
+import logging
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from aclip.data.sources import ShardSource, open_source
+from aclip.data.sources.shards import expand_shards
+from aclip.errors import BadSampleError, DataError
+from made_pictures import encode, picture
+
+
+def write_tar(path: Path, members: dict[str, bytes], **options: object) -> Path:
+    with tarfile.open(path, **{"mode": "w", **options}) as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def keys(source: ShardSource) -> list[str]:
+    return [source.key(index) for index in range(len(source))]
+
+
+def test_members_of_one_name_are_one_sample(tmp_path: Path) -> None:
+    members = {
+        "a/0.1.jpg": b"left",  # the name ends at the first dot
+        "a/0.txt": b"one\ntwo\n",
+        "b/0.png": b"other folder",
+        "b/0.json": json.dumps({"caption": "three", "tags": ["x", 5, "y"], "label": 7}).encode(),
+        "1.json": json.dumps({"captions": ["four", "five"], "label": "json"}).encode(),
+        "a/0.png": b"second picture",
+        "1.WebP": b"webp",
+        "1.cls": b"12\n",
+        "2.jpg": b"no caption",
+        "notes.md": b"# not a sample",
+    }
+    source = open_source(str(write_tar(tmp_path / "s.tar", members)))
+    assert keys(source) == ["s.tar/a/0", "s.tar/b/0", "s.tar/1", "s.tar/2"]
+    samples = [source.read(index) for index in range(4)]
+    assert [sample.image for sample in samples] == [b"left", b"other folder", b"webp", b"no caption"]
+    assert [sample.captions for sample in samples] == [("one", "two"), ("three",), ("four", "five"), ()]
+    assert [sample.label for sample in samples] == [None, "7", "12", None]
+    assert samples[1].tags == ("x", "y")
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names(tmp_path: Path, tar_format: int) -> None:
+    name = "ordner/" * 12 + "schildkröte-" * 3 + "漢字"
+    path = write_tar(tmp_path / "s.tar", {f"{name}.jpg": b"picture"}, format=tar_format)
+    source = open_source(str(path))
+    assert keys(source) == [f"s.tar/{name}"]
+    assert source.read(0).image == b"picture"
+
+
+def test_only_regular_files_count_and_names_are_not_paths(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            member = tarfile.TarInfo(f"{kind.decode()}.jpg")
+            member.type = kind
+            member.linkname = "/etc/passwd"
+            archive.addfile(member)
+        member = tarfile.TarInfo("../../escape.jpg")
+        member.size = 4
+        archive.addfile(member, io.BytesIO(b"data"))
+    source = open_source(str(path))
+    assert keys(source) == ["s.tar/../../escape"]
+    assert source.read(0).image == b"data"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s.tar"]
+
+
+def test_samples_that_are_bad_on_their_own(tmp_path: Path) -> None:
+    members = {
+        "0.txt": b"a caption alone",
+        "1.jpg": b"x", "1.json": b"{broken",
+        "2.jpg": b"x", "2.json": b"[1, 2]",
+        "3.jpg": b"x", "3.json": b"[" * 100_000,
+        "4.jpg": b"x", "4.txt": b" \n",
+    }  # fmt: skip
+    source = open_source(str(write_tar(tmp_path / "s.tar", members)))
+    broken = "JSON that cannot be read"
+    for index, reason in enumerate(("no picture in the shard", broken, "JSON that is not an object", broken)):
+        with pytest.raises(BadSampleError, match=reason):
+            source.read(index)
+    assert source.read(4).captions == ("",)
+
+
+def test_patterns(tmp_path: Path) -> None:
+    for number in (8, 9, 10):
+        write_tar(tmp_path / f"train-{number:04}.tar", {f"{number}.jpg": b"x"})
+    expected = [f"train-{number:04}.tar/{number}" for number in (8, 9, 10)]
+    for pattern in ("train-{0008..0010}.tar", "train-*.tar", "train-{0008,0009,0010}.tar", ""):
+        assert keys(open_source(str(tmp_path / pattern))) == expected
+    two_braces = open_source(str(tmp_path / "{train,train}-{0009..0010}.tar"))
+    assert keys(two_braces) == expected[1:] * 2
+    with pytest.raises(DataError, match=r"no such shard: .*train-0011\.tar \(2 missing, 3 found"):
+        expand_shards(str(tmp_path / "train-{0008..0012}.tar"))
+    with pytest.raises(DataError, match="no such shard"):
+        open_source(str(tmp_path / "eval-*.tar"))
+
+
+def test_reading_is_random_access_over_shards_and_survives_pickling(tmp_path: Path) -> None:
+    for shard in range(3):
+        members = {f"{shard}{n}.png": encode(picture(10 * shard + n)) for n in range(4)}
+        write_tar(tmp_path / f"{shard}.tar", members)
+    source = pickle.loads(pickle.dumps(open_source(str(tmp_path))))
+    for index in (11, 0, 5, 5, 3):
+        assert source.read(index).image == encode(picture(10 * (index // 4) + index % 4))
+
+
+def damaged(path: Path, kind: str) -> int:
+    """Damage a shard of four samples; return how many can still be read."""
+    data = bytearray(path.read_bytes())
+    third, fourth = data.index(b"2.png"), data.index(b"3.png")
+    if kind == "cut in a picture":
+        del data[third + 700 :]
+        survivors = 2
+    elif kind == "cut in a header":
+        del data[fourth + 100 :]
+        survivors = 3
+    elif kind == "no end":
+        del data[fourth + 512 + 2048 :]
+        survivors = 4
+    else:
+        data[third : third + 512] = b"?" * 512
+        survivors = 2
+    path.write_bytes(data)
+    return survivors
+
+
+@pytest.mark.parametrize("kind", ["cut in a picture", "cut in a header", "no end", "garbage"])
+def test_the_readable_part_of_a_damaged_shard_is_used(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_tar(tmp_path / "s.tar", {f"{n}.png": bytes([n]) * 2048 for n in range(4)})
+    survivors = damaged(path, kind)
+    with caplog.at_level(logging.WARNING, logger="aclip"):
+        source = open_source(str(path))
+    images = [source.read(index).image for index in range(len(source))]
+    assert images == [bytes([n]) * 2048 for n in range(survivors)]
+    assert f"{path} is damaged" in caplog.text
+    assert f"its first {survivors} samples are used" in caplog.text
+
+
+def test_a_whole_shard_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_source(str(write_tar(tmp_path / "s.tar", {"0.png": b"x"})))
+    assert caplog.text == ""
+
+
+def test_files_that_are_no_shards(tmp_path: Path) -> None:
+    (tmp_path / "text.tar").write_text("not a tar file " * 100)
+    (tmp_path / "empty.tar").touch()
+    write_tar(tmp_path / "zipped.tar", {"0.png": b"x"}, mode="w:gz")
+    write_tar(tmp_path / "barren.tar", {"readme.md": b"x"})
+    for name, sentence in (
+        ("text", "text.tar is not a tar file"),
+        ("empty", "empty.tar is not a tar file"),
+        ("zipped", r"zipped.tar is compressed, .* unpack it"),
+        ("barren", "no samples in .*barren.tar"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            open_source(str(tmp_path / f"{name}.tar"))
+
+
+def test_a_shard_that_shrinks_later_gives_bad_samples(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", {"0.png": b"x" * 5000})
+    source = open_source(str(path))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(BadSampleError, match="cut off since it was opened"):
+        source.read(0)
+    path.unlink()
+    with pytest.raises(BadSampleError, match=r"cannot read s\.tar: No such file"):
+        source.read(0)

@@ -1,0 +1,79 @@
+"""Finding the reader, and what a folder of pictures with captions reads as."""
+
+import logging
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aclip.data.sources import FolderSource, PackedStrings, ShardSource, Source, TableSource, open_source
+from aclip.errors import BadSampleError, DataError
+from made_pictures import encode, picture
+
+
+@given(st.lists(st.text(max_size=9)))
+def test_packed_strings(strings: list[str]) -> None:
+    packed = PackedStrings(strings)
+    packed.append("last\udcff")
+    assert list(packed) == [*strings, "last\udcff"]
+    assert list(pickle.loads(pickle.dumps(packed))) == [*strings, "last\udcff"]
+    with pytest.raises(IndexError):
+        packed[len(strings) + 1]
+
+
+def test_a_folder(pair_folder: Path) -> None:
+    source = open_source(str(pair_folder))
+    assert isinstance(source, FolderSource)
+    assert isinstance(source, Source)
+    assert [source.key(i) for i in range(len(source))] == [f"{i:03}.png" for i in range(40)]
+    sample = source.read(7)
+    assert (sample.key, sample.captions, sample.tags, sample.label) == ("007.png", ("picture 7",), (), None)
+    assert sample.image == encode(picture(7))
+
+
+def test_what_a_folder_takes_and_what_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("z.PNG", "cats/b.c.jpeg", "cats/a.tiff", ".hidden.jpg", ".git/x.jpg", "notes.pdf", "a.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    (tmp_path / "cats/b.c.txt").write_text("first line\n\nsecond line\n", encoding="utf-16")
+    with caplog.at_level(logging.WARNING, logger="aclip"):
+        source = open_source(str(tmp_path))
+    assert [source.key(i) for i in range(len(source))] == ["cats/a.tiff", "cats/b.c.jpeg", "z.PNG"]
+    assert source.read(0).captions == ()
+    assert source.read(0).label == "cats"
+    assert source.read(1).captions == ("first line", "second line")
+    assert "1 text files have no picture beside them, e.g. a.txt" in caplog.text
+
+
+def test_a_picture_that_goes_missing_is_a_bad_sample(pair_folder: Path) -> None:
+    source = open_source(str(pair_folder))
+    (pair_folder / "003.png").unlink()
+    with pytest.raises(BadSampleError, match="cannot read the file: No such file"):
+        source.read(3)
+
+
+def test_readers_are_found_by_name(pair_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.CSV").write_text("filepath,caption\na.png,hello\n")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "0.tar", "w") as archive:
+        archive.add(pair_folder / "000.png", "000.png")
+    assert isinstance(open_source(str(tmp_path / "pairs.CSV")), TableSource)
+    assert isinstance(open_source(str(shards)), ShardSource)
+    assert isinstance(open_source(str(shards / "0.tar")), ShardSource)
+    (shards / "picture.png").write_bytes(b"")
+    assert isinstance(open_source(str(shards)), FolderSource)
+
+
+def test_a_source_that_is_nothing_lists_what_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").touch()
+    for name, problem in (("nowhere", "does not exist"), ("a.pdf", "is none of what can be read")):
+        with pytest.raises(DataError, match=f"{name}' {problem}") as caught:
+            open_source(str(tmp_path / name))
+        assert all(word in str(caught.value) for word in (".tar", ".csv", ".tsv", "folder"))
+    with pytest.raises(DataError, match="no pictures in"):
+        open_source(str(tmp_path))

@@ -1,0 +1,164 @@
+"""Tables: delimiters, encodings and columns are found out; rows that do not fit are bad samples."""
+
+import csv
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aclip.data.sources import TableSource, open_source
+from aclip.data.sources.table import Columns, guess_columns
+from aclip.errors import BadSampleError, ConfigError, DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(b"picture %d" % number)
+    return tmp_path
+
+
+def open_text(folder: Path, text: str, name: str = "pairs.csv", encoding: str = "utf-8") -> TableSource:
+    (folder / name).write_bytes(text.encode(encoding))
+    source = open_source(str(folder / name))
+    assert isinstance(source, TableSource)
+    return source
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv"])
+def test_delimiters(folder: Path, delimiter: str, name: str) -> None:
+    # Captions with every other delimiter in them must not mislead.
+    other = "".join({",", ";", "\t", "|"} - {delimiter})
+    rows = [["filepath", "title"]] + [[f"images/{n}.jpg", f"dog{other} {n}"] for n in range(3)]
+    source = open_text(folder, "\n".join(delimiter.join(row) for row in rows), name)
+    assert [source.read(n).captions for n in range(3)] == [(f"dog{other} {n}",) for n in range(3)]
+    assert [source.read(n).image for n in range(3)] == [b"picture %d" % n for n in range(3)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_encodings(folder: Path, encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="aclip"):
+        source = open_text(folder, "image,caption\r\nimages/0.jpg,„café“\r\n", encoding=encoding)
+    assert source.read(0).captions == ("„café“",)
+    assert ("read as Windows-1252" in caplog.text) == (encoding == "cp1252")
+    assert "image from column 'image', caption from 'caption'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("filepath,title", Columns("filepath", ("title",))),
+        ("id,Image Path,ALT-TEXT,Tags", Columns("Image Path", ("ALT-TEXT",), tags="Tags")),
+        ("image,label", Columns("image", ("label",), label="label")),
+        ("path,label,caption", Columns("path", ("caption",), label="label")),
+        ("file_name,text,title", Columns("file_name", ("title",))),
+        ("file,title,description,keywords", Columns("file", ("title", "description"), tags="keywords")),
+        ("image,filepath,caption", Columns("filepath", ("caption",))),
+    ],
+)
+def test_columns_are_guessed(header: str, expected: Columns) -> None:
+    assert guess_columns(Path("t.csv"), header.split(",")) == expected
+
+
+def test_columns_that_cannot_be_guessed_are_listed(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no column looks like the caption; there are: image, wording, n;"):
+        open_text(folder, "image,wording,n\nimages/0.jpg,a,1\n")
+    with pytest.raises(ConfigError, match="no column looks like the image; there are: where, caption"):
+        open_text(folder, "where,caption\nimages/0.jpg,a\n")
+
+
+def test_columns_can_be_said(folder: Path) -> None:
+    (folder / "t.csv").write_text("where,wording,kind\nimages/1.jpg,a dog,animal\n")
+    path = f"{folder / 't.csv'}"
+    sample = open_source(f"{path}?image=where&caption=wording,kind&label=kind").read(0)
+    assert (sample.captions, sample.label) == (("a dog", "animal"), "animal")
+    for query, message in (
+        ("image=wher&caption=wording", "unknown column 'wher': did you mean 'where'"),
+        ("image=where&captain=wording", "unknown field 'captain': did you mean 'caption'"),
+        ("image=where", "name both columns"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_source(f"{path}?{query}")
+
+
+def test_tags_labels_and_absolute_paths(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "x.jpg"
+    elsewhere.write_bytes(b"far")
+    source = open_text(folder, f"image,caption,tags,class\n{elsewhere},hi,love; emotion ;,Heart\n")
+    sample = source.read(0)
+    assert (sample.image, sample.tags, sample.label) == (b"far", ("love", "emotion"), "Heart")
+    assert sample.key == f"row 1: {elsewhere}"
+
+
+def test_rows_that_are_bad_on_their_own(folder: Path) -> None:
+    source = open_text(
+        folder,
+        "image,caption\n"
+        "images/0.jpg,a, b and c\n"
+        "images/1.jpg\n"
+        ",no image\n"
+        "images/9.jpg,gone\n"
+        "\n"
+        "https://example.org/1.jpg,far away\n"
+        "images/2.jpg,\n"
+        "images/\0.jpg,null\n",
+    )
+    reasons = (
+        "3 fields in the row, 2 in the header", "1 fields in the row", "missing image path",
+        "cannot read the image file: No such file", "is a URL",
+    )  # fmt: skip
+    for index, reason in enumerate(reasons):
+        with pytest.raises(BadSampleError, match=reason):
+            source.read(index)
+    assert source.read(5).captions == ("",)
+    with pytest.raises(BadSampleError, match="null"):
+        source.read(6)
+    assert len(source) == 7
+
+
+def test_tables_without_rows_or_header(folder: Path) -> None:
+    with pytest.raises(DataError, match="has a header and no rows"):
+        open_text(folder, "image,caption\n")
+    with pytest.raises(ConfigError, match="there are: none"):
+        open_text(folder, "")
+
+
+def test_a_quote_that_never_ends_is_named(folder: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read as a table: field larger than"):
+        open_text(folder, 'image,caption\nimages/0.jpg,"' + "never closed\n" * 20_000)
+
+
+def test_a_quote_that_swallows_rows_is_noted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = open_text(
+        folder,
+        "image\tcaption\n"
+        "images/0.jpg\tok\n"
+        'images/1.jpg\t"Hi, he said\n'
+        "images/2.jpg\tlost\n"
+        'images/0.jpg\t"So\n',
+    )
+    assert len(source) == 2
+    assert "1 rows have a quoted field" in caplog.text
+    assert "the first is row 2" in caplog.text
+
+
+FIELD = st.text(
+    st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20
+).map(str.strip)  # fmt: skip
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(captions=st.lists(FIELD, min_size=1, max_size=6), delimiter=st.sampled_from(",;\t|"))
+def test_quoting_comes_back(folder: Path, captions: list[str], delimiter: str) -> None:
+    path = folder / "quoted.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["image", "caption"])
+        writer.writerows(["images/0.jpg", caption] for caption in captions)
+    source = pickle.loads(pickle.dumps(open_source(str(path))))
+    assert [source.read(n).captions for n in range(len(source))] == [(caption,) for caption in captions]

@@ -1,0 +1,64 @@
+"""Reading ahead: in order, lazily, with errors as they were raised."""
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from aclip.data.workers import _report, read_ahead
+from aclip.errors import DataError
+
+
+def double_slowly(number: int) -> int:
+    time.sleep(0.02 if number % 3 == 0 else 0.0)  # so that later requests are answered first
+    return 2 * number
+
+
+def refuse_seven(number: int) -> int:
+    if number == 7:
+        raise DataError("seven is bad")
+    return number
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_answers_come_in_order(workers: int) -> None:
+    assert list(read_ahead(double_slowly, range(20), workers=workers)) == list(range(0, 40, 2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_keeps_its_one_sentence_and_its_place(workers: int) -> None:
+    answers: list[int] = []
+    with pytest.raises(DataError, match=r"^seven is bad$"):
+        answers.extend(read_ahead(refuse_seven, range(10), workers=workers))
+    answers = list(itertools.islice(read_ahead(refuse_seven, range(10), workers=workers), 7))
+    assert answers == list(range(7))
+
+
+def test_endless_requests_are_drawn_as_needed() -> None:
+    drawn: list[int] = []
+
+    def requests() -> Iterator[int]:
+        for number in itertools.count():
+            drawn.append(number)
+            yield number
+
+    answers = read_ahead(refuse_seven, requests(), workers=1, prefetch=3)
+    assert list(itertools.islice(answers, 5)) == [0, 1, 2, 3, 4]
+    assert len(drawn) == 8  # those five, and three ahead
+    answers.close()  # type: ignore[attr-defined]
+
+
+def test_more_workers_than_cores_is_noted(caplog: pytest.LogCaptureFixture) -> None:
+    count = (os.cpu_count() or 1) + 1
+    with caplog.at_level(logging.WARNING, logger="aclip"):
+        assert list(read_ahead(double_slowly, range(3), workers=count)) == [0, 2, 4]
+    assert f"{count} loader workers share" in caplog.text
+
+
+def test_a_worker_is_silent_about_a_parent_that_hung_up(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (BrokenPipeError("gone"), EOFError(), ValueError("a real fault")):
+        _report(type(error), error, None)
+    assert capsys.readouterr().err == "ValueError: a real fault\n"

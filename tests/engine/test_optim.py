@@ -1,0 +1,140 @@
+"""Who decays, AdamW against its definition, and its state at rest."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from aclip.config import Optimization
+from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
+
+SETTINGS = Optimization(lr=0.1, weight_decay=0.5)
+
+
+class Towers(nn.Module):
+    """The kinds of parameters that a CLIP model has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 2)
+        self.norm = nn.LayerNorm(4)
+        self.linear = nn.Linear(4, 4)
+        self.token_embedding = nn.Embedding(5, 4)
+        self.positional_embedding = nn.Parameter(torch.randn(5, 4))
+        self.class_embedding = nn.Parameter(torch.randn(4))
+        self.logit_scale = nn.Parameter(torch.ones([]))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self) -> torch.Tensor:
+        return sum(((p + 1.0) ** 2).sum() for p in self.parameters() if p.requires_grad)
+
+
+def test_matrices_decay_and_nothing_else() -> None:
+    matrices, others = parameter_groups(Towers(), weight_decay=0.5)
+    assert matrices.weight_decay == 0.5
+    assert set(matrices.names) == {"conv.weight", "linear.weight", "token_embedding.weight"}
+    assert others.weight_decay == 0.0
+    assert set(others.names) == {
+        "conv.bias",
+        "norm.weight",
+        "norm.bias",
+        "linear.bias",
+        "positional_embedding",
+        "class_embedding",
+        "logit_scale",
+    }
+    assert matrices.count == 48 + 16 + 20
+    assert others.count == 4 * 3 + 4 + 20 + 4 + 1
+
+
+def test_an_open_clip_model_is_split_whole() -> None:
+    model = open_clip.model.CLIP(
+        embed_dim=8,
+        vision_cfg={"image_size": 16, "patch_size": 8, "width": 64, "layers": 1},
+        text_cfg={"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
+    )
+    matrices, others = parameter_groups(model, 0.5)
+    assert sorted(matrices.names + others.names) == sorted(name for name, _ in model.named_parameters())
+    assert {name.removeprefix("visual.") for name in matrices.names} == {
+        "conv1.weight",
+        "proj",
+        "text_projection",
+        "token_embedding.weight",
+        *(
+            f"transformer.resblocks.0.{matrix}"
+            for matrix in (
+                "attn.in_proj_weight",
+                "attn.out_proj.weight",
+                "mlp.c_fc.weight",
+                "mlp.c_proj.weight",
+            )
+        ),
+    }
+
+
+def test_empty_groups_are_left_out() -> None:
+    assert [g.title for g in parameter_groups(nn.LayerNorm(3), 0.5)] == ["vectors, norms, positions, logit_scale"]
+    assert parameter_groups(nn.Linear(2, 2).requires_grad_(False), 0.5) == []
+
+
+def test_steps_follow_the_definition_of_adamw() -> None:
+    model = Towers()
+    groups = parameter_groups(model, SETTINGS.weight_decay)
+    optimizer = build_optimizer(groups, SETTINGS)
+    expected = {n: [p.detach().double().clone(), 0.0, 0.0] for n, p in model.named_parameters() if p.requires_grad}
+    beta1, beta2 = SETTINGS.betas
+    for t, lr in enumerate((0.1, 0.03, 0.01), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        model().backward()
+        optimizer.step()
+        for name, state in expected.items():
+            theta, m, v = state
+            gradient = 2 * (theta + 1)
+            m, v = beta1 * m + (1 - beta1) * gradient, beta2 * v + (1 - beta2) * gradient**2
+            decay = 0.5 if name in groups[0].names else 0.0
+            theta = theta * (1 - lr * decay)
+            theta = theta - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + SETTINGS.eps)
+            state[:] = theta, m, v
+    for name, (theta, _, _) in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).double(), theta, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.frozen.weight, Towers().frozen.weight)
+
+
+def stepped(model: Towers, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model().backward()
+        optimizer.step()
+
+
+def test_restored_state_continues_bit_for_bit() -> None:
+    model = Towers()
+    groups = parameter_groups(model, 0.5)
+    optimizer = build_optimizer(groups, SETTINGS)
+    stepped(model, optimizer, 3)
+
+    resumed = copy.deepcopy(model)
+    resumed_groups = parameter_groups(resumed, 0.5)
+    resumed_optimizer = build_optimizer(resumed_groups, SETTINGS)
+    saved = {name: t.clone() for name, t in optimizer_tensors(optimizer, groups).items()}
+    assert {"linear.weight/exp_avg", "linear.weight/exp_avg_sq", "linear.weight/step"} <= set(saved)
+    restore_optimizer(resumed_optimizer, resumed_groups, saved)
+
+    for m, o in ((model, optimizer), (resumed, resumed_optimizer)):
+        stepped(m, o, 2)
+    assert all(torch.equal(p, resumed.get_parameter(n)) for n, p in model.named_parameters())
+    # restored tensors are copies: training on does not change what was saved
+    assert saved["linear.weight/step"] == 3
+    assert not torch.equal(saved["linear.weight/exp_avg"], resumed_optimizer.state[resumed.linear.weight]["exp_avg"])
+
+
+def test_state_of_another_model_is_refused() -> None:
+    model = Towers()
+    groups = parameter_groups(model, 0.5)
+    with pytest.raises(KeyError):
+        restore_optimizer(build_optimizer(groups, SETTINGS), groups, {"other/step": torch.tensor(1.0)})

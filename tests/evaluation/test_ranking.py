@@ -1,0 +1,66 @@
+import math
+from itertools import permutations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from aclip.evaluation.ranking import chance_recall, ranks, recall
+
+
+def slow_ranks(queries, items, query_groups, item_groups):
+    """The docstring's rule, one query and one item at a time."""
+    result = []
+    for q, group in zip(queries.double(), query_groups.tolist(), strict=True):
+        similarity = [float(q @ item) for item in items.double()]
+        right = max(s for s, g in zip(similarity, item_groups.tolist(), strict=True) if g == group)
+        wrong = [s for s, g in zip(similarity, item_groups.tolist(), strict=True) if g != group]
+        result.append(1 + sum(not s < right - 1e-6 for s in wrong))
+    return result
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ranks_equal_the_literal_rule_for_any_chunk_size(seed):
+    generator = torch.Generator().manual_seed(seed)
+    queries = F.normalize(torch.randn(23, 5, generator=generator), dim=-1)
+    items = F.normalize(torch.randn(17, 5, generator=generator), dim=-1)
+    items[3] = items[8]  # a tie
+    item_groups = torch.cat([torch.arange(6), torch.randint(0, 6, (11,), generator=generator)])
+    query_groups = torch.randint(0, 6, (23,), generator=generator)
+    expected = slow_ranks(queries, items, query_groups, item_groups)
+    for chunk_elements in (1, 17, 60, 10**6):
+        rank, _ = ranks(queries, items, query_groups, item_groups, chunk_elements=chunk_elements)
+        assert rank.tolist() == expected
+
+
+def test_margin_is_best_right_minus_best_wrong():
+    items = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    rank, margin = ranks(items[:2], items, torch.tensor([0, 1]), torch.tensor([0, 1, 1]))
+    assert rank.tolist() == [1, 1]
+    torch.testing.assert_close(margin, torch.tensor([0.4, 0.4], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_ties_and_nan_count_against_the_model():
+    same = F.normalize(torch.ones(6, 4), dim=-1)
+    groups = torch.arange(6)
+    assert ranks(same, same, groups, groups)[0].tolist() == [6] * 6
+    nan = torch.full((6, 4), math.nan)
+    assert ranks(nan, nan, groups, groups)[0].tolist() == [6] * 6
+
+
+def test_noise_of_float32_does_not_break_ties():
+    noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    noisy = F.normalize(torch.ones(6, 4) + 1e-7 * noise, dim=-1)
+    groups = torch.arange(6)
+    assert ranks(noisy, noisy, groups, groups)[0].tolist() == [6] * 6
+
+
+def test_recall():
+    assert recall(torch.tensor([1, 2, 5, 6]), 5) == 0.75
+
+
+@pytest.mark.parametrize(("right", "items", "k"), [(1, 5, 1), (2, 5, 2), (3, 5, 3), (2, 4, 9)])
+def test_chance_recall_equals_the_share_of_all_orders(right, items, k):
+    orders = list(permutations(range(items)))
+    hits = sum(any(i < right for i in order[:k]) for order in orders)
+    assert chance_recall(right, items, k) == pytest.approx(hits / len(orders))

@@ -1,0 +1,133 @@
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aclip.evaluation import EVALUATORS, Retrieval, write_examples
+from aclip.evaluation.retrieval import distinct
+
+
+@pytest.fixture
+def emoji(table_model, picture_set):
+    """40 pictures of 12 captions, spelled unevenly; features lean towards their caption's."""
+    generator = torch.Generator().manual_seed(3)
+    names = [f"thing {i}" for i in range(12)]
+    texts = {name: torch.randn(8, generator=generator) for name in names}
+    of_picture = [i % 12 for i in range(40)]
+    noise = 1.2 * torch.randn(40, 8, generator=generator)
+    images = torch.stack([texts[names[i]] for i in of_picture]) + noise
+    captions = [names[i] if n < 12 else f" Thing  {i}" for n, i in enumerate(of_picture)]
+    return table_model(images, texts), picture_set(captions, skipped=[("bad", "empty file")])
+
+
+def oracle(model, captions):
+    """Literal R@k and median ranks from the full matrix of cosines, by sorting."""
+    names = sorted({" ".join(c.casefold().split()) for c in captions})
+    own = [names.index(" ".join(c.casefold().split())) for c in captions]
+    texts = np.stack([model.texts[n].numpy() for n in names]).astype(float)
+    images = model.images.numpy().astype(float)
+    cosine = (images / np.linalg.norm(images, axis=1, keepdims=True)) @ (
+        texts / np.linalg.norm(texts, axis=1, keepdims=True)).T
+    to_text = [1 + list(np.argsort(-row)).index(c) for row, c in zip(cosine, own, strict=True)]
+    to_image = []
+    for c, column in enumerate(cosine.T):
+        order = [own[i] for i in np.argsort(-column)]
+        to_image.append(1 + order.index(c))  # what precedes the first right picture is all wrong
+    return {"image_to_text": to_text, "text_to_image": to_image}
+
+
+def test_metrics_equal_a_sorting_oracle(emoji, cpu):
+    model, pictures = emoji
+    result = Retrieval().run(model, pictures, cpu)
+    for direction, rank in oracle(model, pictures.captions).items():
+        for k in (1, 5, 10):
+            assert result.metrics[f"{direction}_r{k}"] == pytest.approx(np.mean([r <= k for r in rank]))
+        assert result.metrics[f"{direction}_median_rank"] == np.median(rank)
+    assert 0.2 < result.metrics["image_to_text_r1"] < 1.0  # the oracle was not compared on a trivial case
+    assert result.counts == {"pictures": 40, "captions": 12, "skipped": 1}
+
+
+def test_metrics_do_not_depend_on_chunks_or_batches(emoji, picture_set, cpu):
+    model, pictures = emoji
+    expected = Retrieval().run(model, pictures, cpu).metrics
+    other = picture_set(pictures.captions, batch_size=11)
+    assert Retrieval(chunk_elements=1).run(model, other, cpu).metrics == expected
+
+
+def test_perfect_and_collapsed_models(table_model, picture_set, cpu):
+    texts = {f"c{i}": torch.eye(12)[i] for i in range(12)}
+    pictures = picture_set(list(texts))
+    perfect = Retrieval().run(table_model(torch.eye(12), texts), pictures, cpu).metrics
+    assert {perfect[f"{d}_r1"] for d in ("image_to_text", "text_to_image")} == {1.0}
+    collapsed = {name: torch.ones(12) for name in texts}
+    metrics = Retrieval().run(table_model(torch.ones(12, 12), collapsed), pictures, cpu).metrics
+    assert {metrics[f"{d}_r{k}"] for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)} == {0.0}
+
+
+def test_any_picture_of_a_caption_is_right_for_it(table_model, picture_set, cpu):
+    texts = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
+    images = torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.0, 1.0]])  # the second "a" looks like "b"
+    result = Retrieval().run(table_model(images, texts), picture_set(["a", "a", "b"]), cpu)
+    assert result.metrics["text_to_image_r1"] == 1.0
+    assert result.metrics["image_to_text_r1"] == pytest.approx(2 / 3)
+
+
+def test_chance_levels(emoji, cpu):
+    chance = Retrieval().run(*emoji, cpu).chance
+    assert chance["image_to_text_r5"] == pytest.approx(5 / 12)
+    # Captions 0-3 have four pictures, the others three.
+    expected = (4 * (4 / 40) + 8 * (3 / 40)) / 12
+    assert chance["text_to_image_r1"] == pytest.approx(expected)
+    assert not any("median" in name for name in chance)
+
+
+def test_distinct_ignores_case_and_spacing_and_keeps_the_first_spelling():
+    assert distinct(["Red  heart", "cat", "red heart ", "CAT", "dog"]) == (["Red  heart", "cat", "dog"],
+                                                                          [0, 1, 0, 1, 2])
+
+
+def test_examples_show_the_widest_and_the_worst(emoji, cpu):
+    model, pictures = emoji
+    result = Retrieval(examples=3).run(model, pictures, cpu)
+    rank = oracle(model, pictures.captions)["image_to_text"]
+    best = [e for e in result.examples if e.kind == "best"]
+    worst = [e for e in result.examples if e.kind == "worst"]
+    assert len(best) == len(worst) == 3
+    assert all(e.rank == 1 and distinct([e.caption, e.top[0][0]])[1] == [0, 0] for e in best)
+    assert worst[0].rank == max(rank)
+    for e in result.examples:
+        assert e.rank == rank[int(e.key.removeprefix("key"))]
+        values = [value for _, value in e.top]
+        assert len(values) == 5
+        assert values == sorted(values, reverse=True)
+        assert Image.open(io.BytesIO(base64.b64decode(e.thumbnail))).size == (4, 4)
+    assert len({e.caption.casefold().strip() for e in worst}) == 3
+
+
+def test_small_and_collapsed_sets_have_fewer_examples(table_model, picture_set, cpu):
+    model = table_model(torch.ones(2, 3), {"a": torch.ones(3), "b": torch.ones(3)})
+    result = Retrieval().run(model, picture_set(["a", "b"]), cpu)
+    assert [e.kind for e in result.examples] == ["worst", "worst"]
+
+
+def test_record_and_examples_file(emoji, cpu, tmp_path):
+    result = Retrieval(examples=2).run(*emoji, cpu)
+    record = result.to_record(set_name="val", weights="ema", step=7, samples_seen=70)
+    assert json.loads(json.dumps(record)) == record
+    named = {name: record[name] for name in ("evaluator", "set", "weights", "step", "samples_seen")}
+    assert list(named.values()) == ["retrieval", "val", "ema", 7, 70]
+    path = write_examples(tmp_path, "../val/vendor", result.examples)
+    assert path == tmp_path / "examples" / "_val_vendor.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert [e["kind"] for e in written] == ["best", "best", "worst", "worst"]
+    assert set(written[0]["top"][0]) == {"caption", "similarity"}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_table_names_match():
+    assert all(evaluator.name == name for name, evaluator in EVALUATORS.items())
+    assert set(EVALUATORS) == {"retrieval", "zero_shot"}

@@ -1,0 +1,111 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from aclip.errors import ConfigError
+from aclip.evaluation import ZeroShot
+from aclip.evaluation.zero_shot import class_embeddings
+
+TEMPLATES = ("{}", "a picture of {}")
+
+
+@pytest.fixture
+def task(table_model, picture_set):
+    """30 pictures in 6 classes of uneven sizes; two prompts a class."""
+    generator = torch.Generator().manual_seed(5)
+    classes = [f"class {i}" for i in range(6)]
+    texts = {t.replace("{}", c): torch.randn(8, generator=generator) for c in classes for t in TEMPLATES}
+    labels = [classes[min(i % 9, 5)] for i in range(30)]
+    images = torch.stack([texts[label] for label in labels]) + torch.randn(30, 8, generator=generator)
+    return table_model(images, texts), picture_set([f"caption {i}" for i in range(30)], labels), classes
+
+
+def oracle(model, labels, classes):
+    """Literal loops over pictures, classes and templates."""
+    embeddings = []
+    for c in classes:
+        prompts = [model.texts[t.replace("{}", c)].double().numpy() for t in TEMPLATES]
+        mean = np.mean([p / np.linalg.norm(p) for p in prompts], axis=0)
+        embeddings.append(mean / np.linalg.norm(mean))
+    hits1, hits5, per_class = [], [], {c: [] for c in classes}
+    for image, label in zip(model.images.double().numpy(), labels, strict=True):
+        order = [classes[i] for i in np.argsort([-e @ image for e in embeddings])]
+        hits1.append(order[0] == label)
+        hits5.append(label in order[:5])
+        per_class[label].append(order[0] == label)
+    return {"top1": np.mean(hits1), "top5": np.mean(hits5),
+            "mean_per_class": np.mean([np.mean(hits) for hits in per_class.values()])}
+
+
+def test_metrics_equal_a_literal_oracle(task, cpu):
+    model, pictures, classes = task
+    result = ZeroShot(templates=TEMPLATES).run(model, pictures, cpu)
+    expected = oracle(model, pictures.labels, classes)
+    assert result.metrics == pytest.approx(expected)
+    assert expected["top1"] != pytest.approx(expected["mean_per_class"])  # the case tells them apart
+    assert result.counts == {"pictures": 30, "classes": 6, "skipped": 0, "outside_classes": 0}
+    assert result.chance == pytest.approx({"top1": 1 / 6, "top5": 5 / 6, "mean_per_class": 1 / 6})
+
+
+def test_order_of_given_classes_and_chunks_do_not_matter(task, cpu):
+    model, pictures, classes = task
+    expected = ZeroShot(templates=TEMPLATES).run(model, pictures, cpu).metrics
+    given = ZeroShot(classes=tuple(reversed(classes)), templates=TEMPLATES, chunk_elements=1)
+    assert given.run(model, pictures, cpu).metrics == pytest.approx(expected)
+
+
+def test_captions_are_the_classes_where_labels_are_missing(table_model, picture_set, cpu):
+    texts = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
+    pictures = picture_set(["a", "b", "b"], labels=["x", None, "x"])
+    result = ZeroShot(templates=("{}",)).run(table_model(torch.eye(2)[[0, 1, 1]], texts), pictures, cpu)
+    assert result.metrics["top1"] == 1.0
+    assert result.counts["classes"] == 2
+
+
+def test_pictures_of_other_classes_are_left_out_and_counted(task, cpu, caplog):
+    model, pictures, classes = task
+    with caplog.at_level(logging.WARNING, logger="aclip"):
+        result = ZeroShot(classes=tuple(classes[:2]), templates=TEMPLATES).run(model, pictures, cpu)
+    of_two = sum(label in classes[:2] for label in pictures.labels)
+    assert (result.counts["pictures"], result.counts["outside_classes"]) == (of_two, 30 - of_two)
+    assert f"{30 - of_two} of 30 pictures" in caplog.text
+
+
+def test_a_given_class_without_pictures_does_not_count_in_the_mean(table_model, picture_set, cpu):
+    texts = {"a": torch.tensor([1.0, 0.0]), "never": torch.tensor([0.0, 1.0])}
+    evaluator = ZeroShot(classes=("never", "a"), templates=("{}",))
+    result = evaluator.run(table_model(torch.eye(2)[:1], texts), picture_set(["a"]), cpu)
+    assert result.metrics["mean_per_class"] == 1.0
+
+
+def test_collapsed_model_scores_nothing(task, cpu):
+    model, pictures, _ = task
+    model.images = torch.ones_like(model.images)
+    model.texts = {name: torch.ones(8) for name in model.texts}
+    metrics = ZeroShot(templates=TEMPLATES).run(model, pictures, cpu).metrics
+    assert set(metrics.values()) == {0.0}
+
+
+def test_embedding_averages_normalised_prompts(table_model, cpu):
+    texts = {"ax": torch.tensor([3.0, 0.0]), "ya{b}": torch.tensor([0.0, 100.0])}
+    model = table_model(torch.eye(2), texts)
+    embedding = class_embeddings(model, ["a"], ["{}x", "y{}{b}"], cpu)
+    torch.testing.assert_close(embedding, torch.full((1, 2), 0.5**0.5))
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    ({"templates": ("a picture",)}, r"'a picture' has no \{\}"),
+    ({"templates": ()}, "at least one prompt template"),
+    ({"classes": ("cat", "dog", "Cat ")}, "'Cat ' is named twice"),
+])
+def test_senseless_settings_are_refused(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ZeroShot(**options)
+
+
+def test_classes_that_nothing_belongs_to_are_an_error(task, cpu):
+    model, pictures, _ = task
+    with pytest.raises(ConfigError, match=r"no picture of the set .* for example: class 0"):
+        ZeroShot(classes=("elephant",)).run(model, pictures, cpu)

@@ -1,0 +1,77 @@
+"""The projection heads, and what every objective of the table has in common."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from made_passes import SHAPE, made_pass, step_context
+from torch import nn
+
+from aclip.errors import ConfigError
+from aclip.objectives import OBJECTIVES, Objective
+from aclip.objectives.base import hidden_width, mlp
+
+ONLINE, TARGET = made_pass("masked", ("a", "b")), made_pass("context", ("context",), "ema")
+
+
+def build(name: str) -> Objective:
+    return OBJECTIVES[name](
+        [ONLINE, TARGET][: OBJECTIVES[name].num_reads],
+        SHAPE,
+        **({} if name == "contrastive" else {"hidden": 16, "out": 4}),
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("widths", [[3, 5], [3, 7, 5], [3, 7, 9, 5]])
+def test_mlp_is_linear_norm_relu_and_ends_with_linear(widths: list[int], bias: bool) -> None:
+    layers = list(mlp(widths, bias))
+    assert [type(layer) for layer in layers] == ([nn.Linear, nn.BatchNorm1d, nn.ReLU] * (len(widths) - 1))[:-2]
+    linear = layers[::3]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == list(pairwise(widths))
+    assert all((layer.bias is not None) == bias for layer in linear)
+
+
+def test_mlp_normalises_with_the_statistics_of_the_batch() -> None:
+    head = mlp([3, 4, 2], bias=True)
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    hidden = x @ head[0].weight.T + head[0].bias
+    hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = hidden.clamp(min=0) @ head[3].weight.T + head[3].bias
+    torch.testing.assert_close(head(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "expected"), [(1024, 4096), (768, 4096), (384, 2048), (192, 1024)])
+def test_heads_are_4096_wide_from_width_768_and_in_proportion_below(width: int, expected: int) -> None:
+    assert hidden_width(replace(SHAPE, width=width)) == expected
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_returns_a_float32_scalar_and_trains_all_of_its_heads(name: str) -> None:
+    objective = build(name)
+    context = step_context(ONLINE, TARGET)
+    loss = objective(context)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    averaged = {id(p) for _, average in objective.ema_pairs() for p in average.parameters()}
+    trained = [p for p in objective.parameters() if id(p) not in averaged]
+    assert all(p.requires_grad == (id(p) not in averaged) for p in objective.parameters())
+    if trained:
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_reads_text_only_if_it_says_so(name: str) -> None:
+    if not OBJECTIVES[name].needs_text:
+        assert build(name)(step_context(ONLINE, TARGET, with_text=False)).isfinite()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_refuses_another_number_of_passes(name: str) -> None:
+    count = OBJECTIVES[name].num_reads
+    with pytest.raises(ConfigError, match=rf"reads {count} pass\(es\), not {count + 1}: masked"):
+        OBJECTIVES[name]([ONLINE] * (count + 1), SHAPE)
+    with pytest.raises(ConfigError, match="not 0: none"):
+        OBJECTIVES[name]([], SHAPE)

@@ -1,0 +1,86 @@
+"""Two processes with half of a batch each compute what one process computes with all of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from torch import Tensor, multiprocessing
+
+from aclip import dist
+from aclip.objectives.functional import clip_loss, ntxent_loss
+
+RANKS, ROWS = 2, 10
+# equal captions inside each half (0, 5) and across the halves (1)
+CAPTION_IDS = torch.tensor([0, 0, 1, 2, 3, 4, 5, 5, 1, 6])
+
+
+def inputs() -> list[Tensor]:
+    noise = torch.Generator().manual_seed(0)
+    return [torch.randn(ROWS, 8, generator=noise) for _ in range(2)]
+
+
+def compute(loss_name: str, a: Tensor, b: Tensor, caption_ids: Tensor) -> dict[str, Tensor]:
+    """Return the loss and its gradients with respect to this process's rows and the scale."""
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    scale = torch.tensor(9.0, requires_grad=True)
+    if loss_name == "ntxent":
+        loss = ntxent_loss(a, b, temperature=0.2) * scale
+    else:
+        ids = caption_ids if loss_name == "clip with caption_ids" else None
+        loss = clip_loss(F.normalize(a, dim=1), F.normalize(b, dim=1), scale, ids)
+    loss.backward()
+    return {"loss": loss.detach(), "a": a.grad, "b": b.grad, "scale": scale.grad}
+
+
+LOSSES = ("clip", "clip with caption_ids", "ntxent")
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    own = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
+    a, b = inputs()
+    results: dict[str, object] = {name: compute(name, a[own], b[own], CAPTION_IDS[own]) for name in LOSSES}
+    results["gathered"] = dist.gather(CAPTION_IDS[own])
+    results["place"] = (dist.rank(), dist.world_size())
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch_dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(one_rank, args=(str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_ranks_equal_one_process(by_rank: list[dict], name: str) -> None:
+    alone = compute(name, *inputs(), CAPTION_IDS)
+    ranks = [result[name] for result in by_rank]
+    # averaged over ranks, as data-parallel training averages gradients
+    assert torch.allclose(torch.stack([r["loss"] for r in ranks]).mean(), alone["loss"], rtol=0, atol=1e-6)
+    assert torch.allclose(torch.stack([r["scale"] for r in ranks]).mean(0), alone["scale"], rtol=0, atol=1e-6)
+    for side in ("a", "b"):
+        rows = torch.cat([r[side] for r in ranks]) / RANKS
+        assert alone[side].abs().max() > 1e-2
+        assert torch.allclose(rows, alone[side], rtol=0, atol=1e-6)
+
+
+def test_caption_ids_change_the_loss(by_rank: list[dict]) -> None:
+    for result in by_rank:
+        assert result["clip with caption_ids"]["loss"] < result["clip"]["loss"] - 1e-3
+
+
+def test_gather_keeps_rank_order_and_integers(by_rank: list[dict]) -> None:
+    for rank, result in enumerate(by_rank):
+        assert torch.equal(result["gathered"], CAPTION_IDS)
+        assert result["place"] == (rank, RANKS)
+
+
+def test_one_process_is_the_identity() -> None:
+    x = torch.randn(3, 2)
+    assert dist.gather(x) is x
+    assert (dist.rank(), dist.world_size()) == (0, 1)

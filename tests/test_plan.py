@@ -1,0 +1,239 @@
+"""Recipes resolved against models: tokens, arithmetic, and wiring errors that say what exists."""
+
+import importlib
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from aclip.config import EmaMomentum, ObjectiveConfig, Pass, Recipe
+from aclip.errors import ConfigError
+from aclip.plan import Plan, build_objective, image_macs, resolve, text_macs
+from aclip.recipes import RECIPES
+from aclip.structs import TowerShape
+
+VIT_B_16 = TowerShape(
+    image_size=(224, 224),
+    patch_size=(16, 16),
+    width=768,
+    layers=12,
+    heads=12,
+    mlp_width=3072,
+    joint_dim=512,
+    num_prefix_tokens=1,
+    text_width=512,
+    text_layers=12,
+    text_mlp_width=2048,
+    context_length=77,
+    text_cut=True,
+)
+FLIP_75 = replace(RECIPES["flip"], passes=tuple(replace(p, mask_ratio=0.75) for p in RECIPES["flip"].passes))
+
+
+def resolved(recipe: str | Recipe, **shape: Any) -> Plan:
+    return resolve(RECIPES[recipe] if isinstance(recipe, str) else recipe, replace(VIT_B_16, **shape))
+
+
+@pytest.mark.parametrize(("patches", "gmacs"), [(196, 17.56), (98, 8.70), (49, 4.32)])
+def test_image_arithmetic(patches: int, gmacs: float) -> None:
+    assert image_macs(VIT_B_16, patches) == pytest.approx(
+        gmacs * 1e9, rel=0.01
+    )  # there every patch is embedded
+
+
+@pytest.mark.parametrize(("tokens", "gmacs"), [(None, 2.98), (77, 2.98), (14, 0.53)])
+def test_text_arithmetic(tokens: int | None, gmacs: float) -> None:
+    assert text_macs(VIT_B_16, tokens) == pytest.approx(gmacs * 1e9, rel=0.01)
+    assert text_macs(replace(VIT_B_16, text_cut=False), tokens) == text_macs(VIT_B_16)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "padded", "cut"),
+    [
+        ("clip", 1.00, 1.00),
+        ("flip", 0.57, 0.51),
+        (FLIP_75, 0.36, 0.27),
+        ("a-clip", 1.28, 1.32),
+        ("a-clip-eff", 1.07, 1.07),
+        ("a-clip-released", 1.28, 1.32),
+    ],
+    ids=str,
+)
+def test_cost_relative_to_clip(recipe: str | Recipe, padded: float, cut: float) -> None:
+    plan = resolved(recipe)
+    assert plan.relative_cost() == pytest.approx(padded, rel=0.03)
+    assert plan.relative_cost(text_tokens=77) == plan.relative_cost()
+    assert plan.relative_cost(text_tokens=14) == pytest.approx(cut, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["clip", "flip", "a-clip", "a-clip-eff"])
+def test_docstrings_state_the_cost(name: str) -> None:
+    module = importlib.import_module(f"aclip.recipes.{name.replace('-', '_')}")
+    assert module.__doc__ is not None
+    stated = re.search(r"[Cc]ost (\d\.\d\d)", module.__doc__)
+    assert stated is not None
+    assert resolved(name).relative_cost() == pytest.approx(float(stated[1]), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens"),
+    [
+        ("clip", {"full": 197}),
+        ("flip", {"masked": 99}),
+        (FLIP_75, {"masked": 50}),
+        ("a-clip", {"context": 197, "masked": 101}),  # 25 of 49 blocks of 4
+        ("a-clip-eff", {"context": 50, "masked": 101}),
+        ("a-clip-released", {"context": 197, "masked": 101}),
+    ],
+    ids=str,
+)
+def test_tokens(recipe: str | Recipe, tokens: dict[str, int]) -> None:
+    plan = resolved(recipe)
+    assert {p.spec.name: p.num_tokens for p in plan.passes} == tokens
+    assert all(p.num_tokens == p.num_keep + 1 for p in plan.passes)
+    assert [p.gives_scores for p in plan.passes] == ([True, False] if len(tokens) == 2 else [False])
+    assert plan.uses_text
+    assert plan.notes == ()
+
+
+def test_prefix_tokens_are_never_removed() -> None:
+    assert [p.num_tokens for p in resolved("a-clip", num_prefix_tokens=5).passes] == [201, 105]
+
+
+@pytest.mark.parametrize(
+    ("image", "patch", "resolution", "size", "grid"),
+    [
+        ((224, 224), (16, 16), 0.5, (112, 112), (7, 7)),
+        ((224, 224), (32, 32), 0.5, (128, 128), (4, 4)),  # 3.5 patches round up
+        ((240, 176), (16, 16), 0.5, (128, 96), (8, 6)),
+        ((224, 224), (14, 14), 0.75, (168, 168), (12, 12)),
+        ((32, 32), (16, 16), 0.1, (16, 16), (1, 1)),  # at least one patch
+    ],
+)
+def test_resolution_is_rounded_to_whole_patches(
+    image: tuple[int, int],
+    patch: tuple[int, int],
+    resolution: float,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+) -> None:
+    recipe = replace(
+        RECIPES["a-clip"],
+        passes=tuple(
+            replace(p, resolution=resolution) if p.encoder == "ema" else p for p in RECIPES["a-clip"].passes
+        ),
+    )
+    plan = resolved(recipe, image_size=image, patch_size=patch)
+    assert (plan.passes[0].image_size, plan.passes[0].grid_size) == (size, grid)
+    assert plan.passes[0].num_patches == grid[0] * grid[1]
+    assert plan.view_sizes == {"context": size, "a": image, "b": image}
+
+
+def test_a_view_shared_between_sizes_is_delivered_in_the_larger() -> None:
+    recipe = replace(
+        RECIPES["clip"],
+        ema_momentum=EmaMomentum(),
+        passes=(Pass("small", ("a",), encoder="ema", resolution=0.5), *RECIPES["clip"].passes),
+    )
+    assert resolved(recipe).view_sizes == {"a": (224, 224)}
+
+
+def test_notes_say_what_was_adapted() -> None:
+    odd = resolved("a-clip", image_size=(112, 112))
+    assert odd.passes[1].num_keep == 25
+    assert any("2 x 2 do not tile the 7 x 7 grid, single patches" in note for note in odd.notes)
+    assert any("text runs at full length" in note for note in resolved("clip", text_cut=False).notes)
+
+
+def changed_pass(recipe: str, index: int, **changes: Any) -> Recipe:
+    passes = list(RECIPES[recipe].passes)
+    passes[index] = replace(passes[index], **changes)
+    return replace(RECIPES[recipe], passes=tuple(passes))
+
+
+def two_scored_views(**changes: Any) -> Recipe:
+    """Return a recipe whose scores come from the full views a and b."""
+    scored = Pass("scored", ("a", "b"), encoder="ema")
+    masked = replace(RECIPES["a-clip"].passes[1], scores_from="scored", **changes)
+    return replace(
+        RECIPES["a-clip"], passes=(scored, masked), objectives=(ObjectiveConfig("contrastive", ("masked",)),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            replace(RECIPES["clip"], views="one_crops"),
+            "unknown view pipeline 'one_crops': did you mean 'one_crop'",
+        ),
+        (
+            replace(RECIPES["clip"], view_options={"scal": 1}),
+            "views 'one_crop' does not take these options: .*'scal'",
+        ),
+        (changed_pass("clip", 0, views=("b",)), "pass 'full': unknown view 'b': There are: a"),
+        (
+            changed_pass("a-clip", 1, views=("a", "contex")),
+            "did you mean 'context'. There are: a, b, context",
+        ),
+        (
+            changed_pass("flip", 0, masking="unifrom"),
+            "unknown masking 'unifrom': did you mean 'uniform'. There are: attentive, none, uniform",
+        ),
+        (
+            changed_pass("flip", 0, masking_options={"size": 2}),
+            "masking 'uniform' does not take these options: .*'size'",
+        ),
+        (changed_pass("flip", 0, masking="none"), "mask_ratio must be 0, not 0.5"),
+        (
+            changed_pass("flip", 0, masking="attentive"),
+            "so the pass needs scores_from, the name of an earlier pass",
+        ),
+        (
+            two_scored_views(views=("a", "context")),
+            "view 'context' cannot take scores from 'scored', which has several other views: a, b",
+        ),
+        (
+            replace(RECIPES["clip"], objectives=(ObjectiveConfig("contrast", ("full",)),)),
+            "unknown objective 'contrast': did you mean 'contrastive'. There are: byol, contrastive, ntxent",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, Recipe) else value[:30],
+)
+def test_wiring_errors_say_what_exists(recipe: Recipe, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved(recipe)
+
+
+def test_scores_come_from_the_same_view_where_there_is_one() -> None:
+    assert resolved(two_scored_views()).passes[0].gives_scores
+
+
+def test_objective_options_are_checked() -> None:
+    plan = resolved("a-clip")
+    config = ObjectiveConfig("contrastive", ("masked",), options={"temperatur": 0.1})
+    with pytest.raises(
+        ConfigError, match=r"objective 'contrastive' does not take these options: .*'temperatur'"
+    ):
+        build_objective(config, plan)
+
+
+def test_no_text_without_an_objective_that_reads_it() -> None:
+    recipe = replace(RECIPES["a-clip"], objectives=RECIPES["a-clip"].objectives[1:])
+    plan = resolved(recipe)
+    assert not plan.uses_text
+    assert plan.macs() == resolved("a-clip").macs() - 3 * text_macs(VIT_B_16)
+
+
+def test_scores_cannot_come_from_a_masked_pass() -> None:
+    recipe = replace(RECIPES["a-clip"], passes=(
+        Pass("context", ("context",), encoder="ema", masking="uniform", mask_ratio=0.5), RECIPES["a-clip"].passes[1]))
+    with pytest.raises(ConfigError, match="context"):
+        resolved(recipe)
+
+
+def test_an_unknown_option_of_a_strategy_is_met_with_what_exists() -> None:
+    masked = replace(RECIPES["a-clip"].passes[1], masking_options={"blocksize": 2})
+    with pytest.raises(ConfigError, match="did you mean 'block_size'"):
+        resolved(replace(RECIPES["a-clip"], passes=(RECIPES["a-clip"].passes[0], masked)))

@@ -1,0 +1,47 @@
+"""What several test files build on."""
+
+import torch
+
+from aclip.data.augment import AUGMENTATIONS, draw
+from aclip.plan import Plan
+from aclip.rng import generator
+from aclip.structs import Batch, ViewBatch
+
+SOT, EOT = 49406, 49407
+
+
+def random_batch(plan: Plan, batch_size: int, seed: int = 0, text_length: int = 9) -> Batch:
+    """Return a batch of noise in the shape that a plan asks for: random boxes, flips, colours, captions."""
+    noise = torch.Generator().manual_seed(seed)
+    views = {}
+    for name in plan.pipeline.names:
+        size = plan.view_sizes[name]
+        top_left = torch.rand(batch_size, 2, generator=noise) * 20
+        extent = 30 + torch.rand(batch_size, 2, generator=noise) * 30
+        if name == "context":
+            top_left, extent = torch.zeros(batch_size, 2), torch.full((batch_size, 2), 80.0)
+        drawn = [draw(AUGMENTATIONS["a-clip"], generator(seed, name, i)) for i in range(batch_size)]
+        views[name] = ViewBatch(
+            pixels=torch.randint(0, 256, (batch_size, 3, *size), generator=noise, dtype=torch.uint8),
+            boxes=torch.cat([top_left, extent], dim=1),
+            flipped=torch.rand(batch_size, generator=noise) < (0.0 if name == "context" else 0.5),
+            augmentation=None if name == "context" else torch.stack([torch.from_numpy(d) for d in drawn]),
+        )
+    tokens = torch.randint(1, 1000, (batch_size, text_length), generator=noise)
+    tokens[:, 0], tokens[:, -1] = SOT, EOT
+    return Batch(
+        views=views, tokens=tokens, caption_ids=torch.arange(batch_size),
+        seeds=torch.randint(0, 2**62, (batch_size,), generator=noise),
+    )
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Return some samples of a batch."""
+    views = {
+        name: ViewBatch(
+            view.pixels[rows], view.boxes[rows], view.flipped[rows],
+            None if view.augmentation is None else view.augmentation[rows],
+        )
+        for name, view in batch.views.items()
+    }
+    return Batch(views, batch.tokens[rows], batch.caption_ids[rows], batch.seeds[rows])

@@ -1,0 +1,315 @@
+import json
+import logging
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tower_oracles import fresh_model, images, open_clip_alone, shake, write_model
+
+from aclip import towers
+from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError
+from aclip.towers.models import IMAGENET_MEAN, IMAGENET_STD
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return fresh_model("vit-tiny")
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "saved", tiny, towers.model_config("vit-tiny"))
+
+
+@pytest.mark.parametrize("name", [
+    "vit-tiny", "vit-small", "ViT-B-32", "ViT-B-16", pytest.param("ViT-L-14", marks=pytest.mark.slow),
+])
+@torch.no_grad()
+def test_unmasked_features_equal_open_clips(name):
+    model = fresh_model(name)
+    pixels = images(1, model.visual.image_size)
+    tokens = towers.tokenizer_of(name)(["a photo of a cat"])
+    ours = F.normalize(towers.encode_image(towers.visual_of(model), pixels).features)
+    torch.testing.assert_close(ours, model.encode_image(pixels, normalize=True), rtol=0, atol=1e-5)
+    ours = F.normalize(towers.encode_text(model, towers.cut_after_eot(tokens)))
+    torch.testing.assert_close(ours, model.encode_text(tokens, normalize=True), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit-tiny", "vit-small"])
+def test_presets_load_in_open_clip_from_their_config_alone(name, tmp_path):
+    model = fresh_model(name)
+    folder = write_model(tmp_path / "final", model, towers.model_config(name))
+    text = (folder / "open_clip_config.json").read_text()
+    assert name not in text  # no registered name is needed
+    theirs = open_clip_alone(folder)
+    pixels = images(1, model.visual.image_size)
+    assert torch.equal(theirs.encode_image(pixels), model.encode_image(pixels))
+    assert theirs.visual.preprocess_cfg["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_presets_are_what_they_say():
+    tiny, small = (towers.shape_of(towers.model_config(name)) for name in ("vit-tiny", "vit-small"))
+    assert (tiny.grid_size, tiny.width, tiny.layers, tiny.heads, tiny.joint_dim) == ((8, 8), 192, 4, 3, 192)
+    assert (tiny.text_width, tiny.text_layers, tiny.context_length, tiny.text_cut) == (192, 4, 77, True)
+    assert (small.grid_size, small.width, small.layers, small.heads) == ((14, 14), 384, 12, 6)
+    assert small.joint_dim == 256
+    assert (small.text_width, small.text_layers, small.context_length, small.text_cut) == (256, 6, 77, True)
+
+
+def test_shape_agrees_with_the_model_that_is_built(tiny):
+    shape, visual = towers.shape_of(towers.model_config("vit-tiny")), tiny.visual
+    block, text_block = visual.transformer.resblocks[0], tiny.transformer.resblocks[0]
+    assert shape.image_size == visual.image_size
+    assert shape.patch_size == visual.conv1.kernel_size
+    assert shape.grid_size == visual.grid_size
+    assert (shape.width, shape.layers) == (visual.transformer.width, len(visual.transformer.resblocks))
+    assert shape.heads == block.attn.num_heads
+    assert shape.mlp_width == block.mlp.c_fc.out_features
+    assert shape.joint_dim == visual.output_dim
+    assert shape.num_prefix_tokens == len(visual.positional_embedding) - 64
+    assert shape.text_width == tiny.transformer.width
+    assert shape.text_layers == len(tiny.transformer.resblocks)
+    assert shape.text_mlp_width == text_block.mlp.c_fc.out_features
+    assert shape.context_length == tiny.context_length
+
+
+def test_every_listed_model_has_a_shape_and_is_a_vit():
+    names = towers.list_models()
+    assert {"vit-tiny", "vit-small", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14-CLIPA"} <= set(names)
+    assert not [name for name in names if name.startswith(("RN", "convnext", "coca", "roberta"))]
+    for name in names:
+        shape = towers.shape_of(towers.model_config(name))
+        assert shape.grid_size[0] * shape.patch_size[0] == shape.image_size[0]
+        assert shape.width % shape.heads == 0
+    assert not towers.shape_of(towers.model_config("ViT-H-14-CLIPA")).text_cut
+
+
+@pytest.mark.parametrize(("name", "what"), [
+    ("RN50", "a ResNet image tower"),
+    ("convnext_base", "timm's image tower convnext_base"),
+    ("coca_ViT-B-32", "pools by attention"),
+    ("coca_base", r"captioning decoder \(CoCa\)"),
+    ("roberta-ViT-B-32", "Hugging Face text tower roberta-base"),
+])
+def test_unsupported_models_are_refused_before_they_are_built(name, what):
+    for use in (towers.create_model, towers.model_config):
+        with pytest.raises(UnsupportedModelError, match=f"model '{name}': .*{what}.*supported are .*ViT-B"):
+            use(name)
+
+
+@pytest.mark.parametrize(("name", "error", "match"), [
+    ("vit-tinny", ConfigError, "unknown model 'vit-tinny': did you mean 'vit-tiny'"),
+    ("ViT-B-33", ConfigError, "did you mean 'ViT-B-32'"),
+    ("ViT-B-32:laion", ConfigError, r"unknown pretrained weights of ViT-B-32 'laion': .*There are: .*openai"),
+    ("vit-tiny:openai", ConfigError, "There are: none"),
+    ("runs/nothing-here", ConfigError, "there is no folder 'runs/nothing-here', nor a model of that name"),
+    ("local-dir:nothing-here", ConfigError, "there is no folder 'nothing-here'"),
+])
+def test_names_that_mean_nothing(name, error, match):
+    with pytest.raises(error, match=match):
+        towers.create_model(name)
+
+
+def test_hub_models_that_cannot_be_fetched_are_named(monkeypatch):
+    def unreachable(name):
+        raise OSError("no route")
+
+    monkeypatch.setattr(open_clip, "get_model_config", unreachable)
+    with pytest.raises(CheckpointError, match="'hf-hub:someone/model' cannot be fetched: no route"):
+        towers.create_model("hf-hub:someone/model")
+
+
+def test_slashes_are_read_as_open_clip_reads_them():
+    assert towers.model_config("ViT-B/32") == towers.model_config("ViT-B-32")
+
+
+def test_tags_bring_their_activation():
+    assert towers.model_config("ViT-B-32:openai")["quick_gelu"] is True
+    assert not towers.model_config("ViT-B-32:laion2b_s34b_b79k").get("quick_gelu", False)
+    assert "quick_gelu" not in towers.model_config("ViT-B-32")
+
+
+def test_a_returned_config_is_the_callers_own():
+    towers.model_config("vit-tiny")["vision_cfg"]["width"] = 1
+    assert towers.model_config("vit-tiny")["vision_cfg"]["width"] == 192
+
+
+def test_fresh_weights_follow_the_seed_and_not_the_text():
+    torch.manual_seed(5)
+    whole = towers.create_model("vit-tiny")
+    torch.manual_seed(5)
+    image_only = towers.create_model("vit-tiny", with_text=False)
+    names = [name for name, _ in image_only.named_parameters()]
+    assert all(name.startswith("visual.") for name in names)
+    assert not list(image_only.buffers())
+    whole_state = whole.state_dict()
+    assert all(torch.equal(value, whole_state[name]) for name, value in image_only.state_dict().items())
+    assert isinstance(whole, open_clip.CLIP)
+    pixels = images(1, (64, 64))
+    assert torch.equal(image_only.encode_image(pixels), whole.encode_image(pixels))
+
+
+def test_models_are_trainable_in_fp32(tiny):
+    assert towers.create_model("vit-tiny").training
+    assert {p.dtype for p in tiny.parameters()} == {torch.float32}
+    fixed = [name for name, p in tiny.named_parameters() if not p.requires_grad]
+    assert fixed == ["visual.positional_embedding"]  # sine-cosine
+
+
+def test_presets_learn_their_positions_on_oblong_grids():
+    """open_clip has sine-cosine positions for square grids alone; ours start from those, interpolated."""
+    oblong = towers.create_model("vit-tiny", image_size=(32, 64))
+    assert oblong.visual.positional_embedding.requires_grad
+    square = towers.create_model("vit-tiny")
+    at_size = towers.vision.positions_at(square.visual, (4, 8))
+    assert torch.equal(oblong.visual.positional_embedding, at_size)
+    assert "pos_embed_type" not in towers.model_config("vit-tiny", image_size=(32, 64))["vision_cfg"]
+    assert towers.model_config("vit-tiny", image_size=32)["vision_cfg"]["pos_embed_type"] == "sin_cos_2d"
+
+
+@pytest.mark.parametrize(("given", "size"), [(96, (96, 96)), ((32, 64), (32, 64))])
+def test_fresh_models_take_any_size(given, size):
+    model = towers.create_model("vit-tiny", image_size=given, with_text=False)
+    grid = size[0] // 8, size[1] // 8
+    assert model.visual.grid_size == grid
+    assert len(model.visual.positional_embedding) == grid[0] * grid[1] + 1
+    assert towers.preprocess_config(model)["size"] == size
+    config = towers.model_config("vit-tiny", image_size=given)
+    assert towers.shape_of(json.loads(json.dumps(config))).grid_size == grid
+
+
+@pytest.mark.parametrize("size", [30, (64, 0)])
+def test_sizes_that_are_not_whole_patches_are_refused(size):
+    for use in (towers.create_model, towers.model_config):
+        with pytest.raises(ConfigError, match="cannot be cut into patches of 8 x 8"):
+            use("vit-tiny", image_size=size)
+
+
+def test_saved_models_take_another_size_as_in_open_clip(saved):
+    ours = towers.create_model(saved, image_size=96).eval()
+    theirs = open_clip_alone(saved, force_image_size=96)
+    torch.testing.assert_close(
+        ours.visual.positional_embedding, theirs.visual.positional_embedding, rtol=0, atol=1e-6)
+    pixels = images(1, (96, 96))
+    torch.testing.assert_close(ours.encode_image(pixels), theirs.encode_image(pixels), rtol=0, atol=1e-5)
+    assert towers.preprocess_config(ours)["size"] == (96, 96)
+
+
+def test_models_saved_at_an_oblong_size_load_at_any(tmp_path):
+    model = fresh_model("vit-tiny", image_size=(32, 64))
+    folder = write_model(tmp_path / "oblong", model, towers.model_config("vit-tiny", image_size=(32, 64)))
+    pixels = images(1, (32, 64))
+    expected = model.encode_image(pixels)
+    again = towers.create_model(folder).eval()
+    torch.testing.assert_close(again.encode_image(pixels), expected, rtol=0, atol=1e-5)
+    square = towers.create_model(folder, image_size=64).eval()
+    pixels = images(1, (64, 64))
+    torch.testing.assert_close(
+        square.encode_image(pixels), towers.encode_image(model.visual, pixels).features, rtol=0, atol=1e-5)
+
+
+def test_fresh_models_normalise_as_imagenet_and_saved_ones_as_saved(tiny, saved):
+    fresh = towers.preprocess_config(tiny)
+    assert (fresh["mean"], fresh["std"], fresh["interpolation"]) == (IMAGENET_MEAN, IMAGENET_STD, "bicubic")
+    assert fresh["size"] == (64, 64)
+    assert list(towers.preprocess_config(towers.create_model(saved))["mean"]) == [0.1, 0.2, 0.3]
+
+
+def test_folders_prefixes_and_runs_name_the_same_model(tiny, saved, tmp_path):
+    run = tmp_path / "run"
+    write_model(run / "final", tiny, towers.model_config("vit-tiny"))
+    for name in (saved, str(saved), f"local-dir:{saved}", run):
+        state = towers.create_model(name).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in tiny.state_dict().items())
+        assert towers.model_config(name) == towers.model_config("vit-tiny")
+
+
+def test_a_weight_file_fills_a_named_architecture(tiny, saved):
+    model = towers.create_model("vit-tiny", checkpoint=saved / "open_clip_model.safetensors")
+    assert torch.equal(model.token_embedding.weight, tiny.token_embedding.weight)
+    with pytest.raises(CheckpointError, match="cannot be loaded into this model"):
+        towers.create_model("vit-small", checkpoint=saved / "open_clip_model.safetensors")
+    with pytest.raises(CheckpointError, match="there is no weight file"):
+        towers.create_model("vit-tiny", checkpoint=saved / "missing.safetensors")
+
+
+def test_weights_of_an_image_tower_start_a_model_with_fresh_text(tiny, tmp_path, caplog):
+    image_only = towers.create_model("vit-tiny", with_text=False)
+    shake(image_only, seed=9)
+    folder = write_model(tmp_path / "image-only", image_only, towers.model_config("vit-tiny"))
+    torch.manual_seed(0)
+    with caplog.at_level(logging.INFO, "aclip"):
+        model = towers.create_model(folder)
+    assert "the text tower starts fresh" in caplog.text
+    for name, value in image_only.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    torch.manual_seed(0)
+    assert torch.equal(model.text_projection, towers.create_model("vit-tiny").text_projection)
+    state = load_file(folder / "open_clip_model.safetensors")
+    del state["visual.proj"]
+    save_file(state, folder / "open_clip_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"another image tower: they differ in visual\.proj"):
+        towers.create_model(folder)
+
+
+def damage(folder: Path, file: str, content: bytes | None) -> None:
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+
+
+@pytest.mark.parametrize(("file", "content", "match"), [
+    ("open_clip_model.safetensors", None, "no weights beside it"),
+    ("open_clip_model.safetensors", b"", "damaged"),
+    ("open_clip_model.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "are empty"),
+    ("open_clip_config.json", None, "holds no model: there is neither open_clip_config.json"),
+    ("open_clip_config.json", b"{", "is damaged"),
+    ("open_clip_config.json", b"{}", "is damaged"),
+])
+def test_damaged_folders_are_named(tiny, tmp_path, file, content, match):
+    folder = write_model(tmp_path / "model", tiny, towers.model_config("vit-tiny"))
+    damage(folder, file, content)
+    with pytest.raises(CheckpointError, match=match):
+        towers.create_model(folder)
+
+
+def test_configs_that_are_none_are_named():
+    with pytest.raises(ConfigError, match="not an open_clip model config"):
+        towers.shape_of({"embed_dim": 1})
+    config = towers.model_config("vit-tiny")
+    config["vision_cfg"]["colour"] = "red"
+    with pytest.raises(ConfigError, match="does not know: colour"):
+        towers.shape_of(config)
+
+
+def test_building_leaves_the_root_logger_alone(saved, caplog):
+    root = logging.getLogger()
+    before = list(root.handlers), list(root.filters)
+    with caplog.at_level(logging.INFO):
+        towers.create_model("vit-tiny")
+        towers.create_model(saved)
+    assert (list(root.handlers), list(root.filters)) == before
+    assert not caplog.records
+
+
+def test_open_clips_own_warnings_are_passed_on(tiny, tmp_path, caplog):
+    folder = write_model(tmp_path / "odd", tiny, towers.model_config("vit-tiny"))
+    (folder / "open_clip_model.safetensors").rename(folder / "epoch_3.safetensors")
+    towers.create_model(folder)
+    assert [(r.name, r.levelname) for r in caplog.records] == [("aclip.towers.models", "WARNING")]
+    assert "epoch_3.safetensors" in caplog.text
+
+
+def test_tokenizers_by_name_folder_and_config_agree(saved):
+    texts = ["A cat, sitting.", "two dogs"]
+    expected = open_clip.get_tokenizer("ViT-B-32")(texts)
+    for model in ("vit-tiny", saved, towers.model_config("vit-small")):
+        assert torch.equal(towers.tokenizer_of(model)(texts), expected)
+    short = towers.model_config("vit-tiny")
+    short["text_cfg"]["context_length"] = 4
+    assert towers.tokenizer_of(short)(texts).tolist() == [
+        [49406, 320, 2368, 49407], [49406, 1237, 3255, 49407]]

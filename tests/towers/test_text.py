@@ -1,0 +1,121 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from tower_oracles import assert_same_gradients, fresh_model, gradients, shake
+
+from aclip import towers
+from aclip.errors import UnsupportedModelError
+from aclip.towers.models import ImageTower
+
+CAPTIONS = ["a cat", "", "a red heart with an arrow, love", "日本の旗 🇯🇵", "it's 3 o'clock!"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fresh_model("vit-tiny")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return towers.tokenizer_of("vit-tiny")
+
+
+def custom_text_model(**text):
+    """Build a model that keeps its text tower apart (`model.text`)."""
+    torch.manual_seed(0)
+    vision = CLIPVisionCfg(layers=1, width=32, head_width=32, patch_size=8, image_size=8)
+    options = {"context_length": 16, "width": 32, "heads": 2, "layers": 2, "vocab_size": 49408, **text}
+    return shake(CustomTextCLIP(24, vision, CLIPTextCfg(**options))).eval()
+
+
+def test_cut_text_has_the_features_and_gradients_of_open_clip_at_full_context(model, tokenizer):
+    tokens = tokenizer(CAPTIONS)
+    cut = towers.cut_after_eot(tokens)
+    assert cut.shape[1] < tokens.shape[1] == 77
+    ours, theirs = towers.encode_text(model, cut), model.encode_text(tokens)
+    torch.testing.assert_close(F.normalize(ours), F.normalize(theirs), rtol=0, atol=1e-6)
+    torch.testing.assert_close(towers.encode_text(model, tokens), theirs, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model, ours), gradients(model, theirs))
+
+
+def test_features_do_not_depend_on_the_other_captions(model, tokenizer):
+    tokens = tokenizer(CAPTIONS)
+    together = towers.encode_text(model, towers.cut_after_eot(tokens))
+    for index in range(len(CAPTIONS)):
+        alone = towers.encode_text(model, towers.cut_after_eot(tokens[index:index + 1]))
+        torch.testing.assert_close(together[index:index + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_long_captions_keep_their_eot_and_stay_apart(model, tokenizer):
+    long = ["a dog " * 500, "a cat " * 500, "word " * 10_000]
+    tokens = tokenizer(long)
+    assert tokens.shape == (3, 77)
+    assert (tokens[:, -1] == 49407).all()
+    assert (tokens.argmax(dim=1) == 76).all()
+    features = F.normalize(towers.encode_text(model, towers.cut_after_eot(tokens)))
+    assert (features @ features.T).fill_diagonal_(0).max() < 0.999
+
+
+def test_cut_ends_with_the_longest_captions_eot():
+    tokens = torch.tensor([[8, 3, 9, 0, 0, 0], [8, 3, 4, 9, 0, 0], [8, 9, 0, 9, 0, 0]])
+    assert torch.equal(towers.cut_after_eot(tokens), tokens[:, :4])
+    assert torch.equal(towers.cut_after_eot(tokens[2:]), tokens[2:, :2])  # the first EOT is read
+    full = torch.tensor([[8, 3, 9]])
+    assert torch.equal(towers.cut_after_eot(full), full)
+
+
+@pytest.mark.parametrize("text", [{}, {"proj_bias": True}, {"proj_type": "none"}, {"ls_init_value": 0.2}])
+def test_separate_text_towers_are_cut_too(text):
+    model = custom_text_model(**text)
+    tokens = torch.tensor([[8, 3, 9], [8, 9, 0]])
+    full = F.pad(tokens, (0, 13))
+    assert towers.can_cut(model)
+    torch.testing.assert_close(towers.encode_text(model, tokens), model.encode_text(full), rtol=0, atol=1e-5)
+
+
+UNCUTTABLE = [{"no_causal_mask": True}, {"pool_type": "last"}, {"pool_type": "eos", "eos_id": 9},
+              {"embed_cls": True}, {"qk_norm": True}]
+
+
+@pytest.mark.parametrize("text", UNCUTTABLE, ids=str)
+def test_other_text_towers_run_at_full_context_only(text):
+    model = custom_text_model(**text)
+    assert not towers.can_cut(model)
+    assert not towers.can_cut({"text_cfg": text})
+    tokens = F.pad(torch.tensor([[8, 3, 9], [8, 9, 0]]), (0, 13))
+    assert torch.equal(towers.encode_text(model, tokens), model.encode_text(tokens))
+    with pytest.raises(ValueError, match="reads exactly 16 tokens, not 3"):
+        towers.encode_text(model, tokens[:, :3])
+
+
+def test_config_and_model_agree_on_cutting(model):
+    assert towers.can_cut(model)
+    for name in ("vit-tiny", "vit-small", "ViT-B-32", "ViT-L-14"):
+        assert towers.can_cut(towers.model_config(name))
+    assert not towers.can_cut({"text_cfg": {"hf_model_name": "roberta-base"}})
+
+
+def test_text_beyond_the_context_is_refused(model):
+    with pytest.raises(ValueError, match="78 tokens are more than the text tower's context of 77"):
+        towers.encode_text(model, torch.ones(1, 78, dtype=torch.int64))
+
+
+def test_models_without_text_say_so(model):
+    image_only = ImageTower(model.visual)
+    tokens = torch.ones(1, 2, dtype=torch.int64)
+    for use in (towers.logit_scale_of, towers.can_cut, lambda m: towers.encode_text(m, tokens)):
+        with pytest.raises(UnsupportedModelError, match="has an image tower only"):
+            use(image_only)
+    assert towers.logit_scale_of(model) is model.logit_scale
+
+
+def test_half_precision_text_is_close(model, tokenizer):
+    tokens = towers.cut_after_eot(tokenizer(CAPTIONS))
+    exact = towers.encode_text(model, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = towers.encode_text(model, tokens)
+    assert F.cosine_similarity(half.float(), exact).min() > 0.999
+    expected, rough = gradients(model, exact), gradients(model, half.float())
+    flat = [torch.cat([g[name].flatten() for name in expected]) for g in (rough, expected)]
+    assert F.cosine_similarity(*flat, dim=0) > 0.998
