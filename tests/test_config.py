@@ -29,7 +29,7 @@ def recipe(**changes: Any) -> Recipe:
         "paper": "",
         "views": "one_crop",
         "passes": (Pass("full", ("a",)),),
-        "objectives": (ObjectiveConfig("contrastive", ("full",)),),
+        "objectives": (ObjectiveConfig("contrastive", ("full", "captions")),),
     }
     return Recipe(**(fields | changes))
 
@@ -60,12 +60,12 @@ def test_pass_refuses(changes: dict[str, Any], message: str) -> None:
         ({"passes": (Pass("full", ("a",), encoder="ema"),)}, "needs an ema_momentum"),
         ({"objectives": ()}, "has no objective"),
         (
-            {"objectives": (ObjectiveConfig("contrastive", ("full",)),) * 2},
+            {"objectives": (ObjectiveConfig("contrastive", ("full", "captions")),) * 2},
             "two objectives are called 'contrastive'",
         ),
         (
-            {"objectives": (ObjectiveConfig("contrastive", ("ful",)),)},
-            "unknown pass 'ful': did you mean 'full'. There are: full",
+            {"objectives": (ObjectiveConfig("contrastive", ("ful", "captions")),)},
+            "unknown pass 'ful': did you mean 'full'. There are: captions, full",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, multiprocessing
 
 from aclip import dist
-from aclip.objectives.functional import clip_loss, ntxent_loss
+from aclip.objectives.functional import clip_loss, ntxent_loss, sigmoid_loss
 
 RANKS, ROWS = 2, 10
 # equal captions inside each half (0, 5) and across the halves (1)
@@ -28,13 +28,18 @@ def compute(loss_name: str, a: Tensor, b: Tensor, caption_ids: Tensor) -> dict[s
     if loss_name == "ntxent":
         loss = ntxent_loss(a, b, temperature=0.2) * scale
     else:
-        ids = caption_ids if loss_name == "clip with caption_ids" else None
-        loss = clip_loss(F.normalize(a, dim=1), F.normalize(b, dim=1), scale, ids)
+        a_unit, b_unit, ids = F.normalize(a, dim=1), F.normalize(b, dim=1), None
+        if loss_name.endswith("with caption_ids"):
+            ids = caption_ids
+        if loss_name.startswith("sigmoid"):
+            loss = sigmoid_loss(a_unit, b_unit, scale, -2.0, ids)
+        else:
+            loss = clip_loss(a_unit, b_unit, scale, ids)
     loss.backward()
     return {"loss": loss.detach(), "a": a.grad, "b": b.grad, "scale": scale.grad}
 
 
-LOSSES = ("clip", "clip with caption_ids", "ntxent")
+LOSSES = ("clip", "clip with caption_ids", "sigmoid", "sigmoid with caption_ids", "ntxent")
 
 
 def one_rank(rank: int, folder: str) -> None:
@@ -45,6 +50,7 @@ def one_rank(rank: int, folder: str) -> None:
     results: dict[str, object] = {name: compute(name, a[own], b[own], CAPTION_IDS[own]) for name in LOSSES}
     results["gathered"] = dist.gather(CAPTION_IDS[own])
     results["place"] = (dist.rank(), dist.world_size())
+    results["summed"] = dist.sum_over_ranks(CAPTION_IDS[own])
     torch.save(results, f"{folder}/{rank}.pt")
     torch_dist.destroy_process_group()
 
@@ -71,7 +77,8 @@ def test_two_ranks_equal_one_process(by_rank: list[dict], name: str) -> None:
 
 def test_caption_ids_change_the_loss(by_rank: list[dict]) -> None:
     for result in by_rank:
-        assert result["clip with caption_ids"]["loss"] < result["clip"]["loss"] - 1e-3
+        for name in ("clip", "sigmoid"):
+            assert result[f"{name} with caption_ids"]["loss"] < result[name]["loss"] - 1e-3
 
 
 def test_gather_keeps_rank_order_and_integers(by_rank: list[dict]) -> None:
@@ -80,7 +87,14 @@ def test_gather_keeps_rank_order_and_integers(by_rank: list[dict]) -> None:
         assert result["place"] == (rank, RANKS)
 
 
+def test_sums_are_the_same_on_every_rank(by_rank: list[dict]) -> None:
+    for result in by_rank:
+        assert torch.equal(result["summed"], CAPTION_IDS.unflatten(0, (RANKS, -1)).sum(dim=0))
+
+
 def test_one_process_is_the_identity() -> None:
-    x = torch.randn(3, 2)
+    x = torch.randn(3, 2, requires_grad=True)
     assert dist.gather(x) is x
+    assert torch.equal(dist.sum_over_ranks(x), x)
+    assert not dist.sum_over_ranks(x).requires_grad
     assert (dist.rank(), dist.world_size()) == (0, 1)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aclip import plan, towers
-from aclip.config import EmaMomentum, ObjectiveConfig, Pass
+from aclip.config import EmaMomentum, ObjectiveConfig, Pass, TextPass
 from aclip.errors import ConfigError
+from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReductionContext
 from aclip.method import Method, freeze
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, ViewBatch
@@ -147,7 +148,8 @@ def test_step_equals_the_literal_paper() -> None:
 def test_scores_of_a_flipped_source_are_read_upright() -> None:
     """A pass may take scores from any view: mirroring source and view together changes nothing."""
     recipe = replace(
-        RECIPES["a-clip"], views="two_augs", view_options={}, objectives=(ObjectiveConfig("contrastive", ("m",)),),
+        RECIPES["a-clip"], views="two_augs", view_options={},
+        objectives=(ObjectiveConfig("contrastive", ("m", "captions")),),
         passes=(Pass("s", ("a",), encoder="ema"),
                 Pass("m", ("b",), masking="attentive", mask_ratio=0.5, scores_from="s")),
         ema_momentum=EmaMomentum(),
@@ -161,7 +163,7 @@ def test_scores_of_a_flipped_source_are_read_upright() -> None:
 
     def read(batch: Batch, scores: Tensor) -> Tensor:
         encoded = replace(method.run_passes(batch)["s"], scores=scores.flatten(1)[None])
-        result = method.scores_for(p, "b", batch.views, {"s": encoded})
+        result = method.scores_for(method.plan, p, "b", batch.views, {"s": encoded})
         assert result is not None
         return result.reshape(4, 8, 8)
 
@@ -181,4 +183,36 @@ def test_freezing_what_does_not_exist_is_an_error() -> None:
 def test_small_heads_change_widths_alone() -> None:
     recipe = small(RECIPES["a-clip"])
     assert [o.name for o in recipe.objectives] == [o.name for o in RECIPES["a-clip"].objectives]
-    assert plan.objective_class(recipe.objectives[1]).num_reads == 1
+    assert plan.objective_class(recipe.objectives[1]).takes == (Pass,)
+
+
+@pytest.mark.parametrize("name", ["clip", "a-clip", "mae", "maskclip"])
+def test_a_smaller_resolution_shrinks_every_pass(name: str) -> None:
+    method = build(RECIPES[name])
+    batch = random_batch(method.plan, batch_size=4)
+    output = method(batch, resolution=0.5)
+    smaller = plan.resolve(method.plan.recipe, method.plan.shape, 0.5)
+    for p in smaller.passes:
+        assert p.grid_size == (4, 4)
+        assert output.passes[p.spec.name].grid_size == (4, 4)
+        assert output.passes[p.spec.name].num_tokens == p.num_tokens
+    torch.testing.assert_close(output.loss, method(batch, resolution=0.5).loss, rtol=0, atol=0)
+    assert output.loss.isfinite()
+    assert method(batch).passes[p.spec.name].grid_size == (8, 8)
+
+
+@pytest.mark.parametrize("reduction", TEXT_REDUCTIONS)
+def test_reduced_captions_are_what_is_encoded(reduction: str) -> None:
+    recipe = replace(RECIPES["clip"], texts=(
+        TextPass(reduction=reduction, reduction_options={"num_keep": 3}),))
+    method = build(recipe)
+    if method.frequencies is not None:
+        method.frequencies.fill_(1 / len(method.frequencies))
+    batch = random_batch(method.plan, batch_size=4)
+    seen = method.encode_text(method.plan.texts[0], batch)
+    assert seen.tokens.shape == (4, 5)
+    context = TextReductionContext(seeds=batch.seeds, frequencies=method.frequencies)
+    assert torch.equal(seen.tokens, TEXT_REDUCTIONS[reduction](3)(batch.tokens, context))
+    features = F.normalize(towers.encode_text(method.model, seen.tokens), dim=-1)
+    torch.testing.assert_close(seen.features, features, rtol=0, atol=0)
+    assert torch.equal(method.encode_text(method.plan.texts[0], batch, masked=False).tokens, batch.tokens)

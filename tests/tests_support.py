@@ -14,7 +14,7 @@ def random_batch(plan: Plan, batch_size: int, seed: int = 0, text_length: int = 
     """Return a batch of noise in the shape that a plan asks for: random boxes, flips, colours, captions."""
     noise = torch.Generator().manual_seed(seed)
     views = {}
-    for name in plan.pipeline.names:
+    for name in (view for view in plan.pipeline.names if view in plan.view_sizes):
         size = plan.view_sizes[name]
         top_left = torch.rand(batch_size, 2, generator=noise) * 20
         extent = 30 + torch.rand(batch_size, 2, generator=noise) * 30

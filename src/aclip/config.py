@@ -29,6 +29,7 @@ class Pass:
         scores_from: name of an earlier pass whose CLS attention ranks this pass's patches.
         score_padding: what lies outside the scored box: "border" clamps, "zeros" as the release does.
         resolution: image side relative to the model's own, rounded to whole patches.
+        fill: removed patches stay in the sequence as a learned mask token (SimMIM) instead of leaving it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Pass:
     scores_from: str | None = None
     score_padding: Literal["border", "zeros"] = "border"
     resolution: float = 1.0
+    fill: bool = False
 
     def __post_init__(self) -> None:
         if not self.views:
@@ -52,12 +54,35 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class TextPass:
+    """One run of the text encoder over the captions.
+
+    Attributes:
+        name: how objectives refer to it.
+        reduction: name in `aclip.masking.TEXT_REDUCTIONS`, or "none": which of a caption's tokens are encoded.
+        reduction_options: arguments of that strategy, e.g. `{"num_keep": 8}`.
+        mask_ratio: fraction of a caption's tokens that are hidden from the encoder, in [0, 1), as BERT hides them
+            (arXiv 1810.04805, section 3.1): 80 % behind a mask token, 10 % behind a random one, 10 % left as they are.
+    """
+
+    name: str = "captions"
+    reduction: str = "none"
+    reduction_options: Mapping[str, Any] = field(default_factory=dict)
+    mask_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.mask_ratio < 1.0:
+            raise ConfigError(f"text pass '{self.name}': mask_ratio is the fraction hidden, 0 <= ratio < 1, "
+                              f"not {self.mask_ratio}")
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """One weighted term of the loss.
 
     Attributes:
         name: name in `aclip.OBJECTIVES`, and in the logs.
-        reads: names of the passes it reads, in the order that its class documents.
+        reads: names of the passes it reads, text passes included, in the order that its class documents.
         weight: factor in the total loss.
         options: further arguments of its class (head widths, temperature).
     """
@@ -121,6 +146,7 @@ class Recipe:
         paper: where it comes from.
         views: name in `aclip.data.views.VIEWS`. view_options: arguments of that pipeline.
         passes: run in this order. objectives: summed with their weights.
+        texts: the text passes; those that no objective reads are not run.
         ema_momentum: needed if a pass uses the EMA encoder.
         freeze: parameter names, or prefixes ending in ".", that are not trained.
         optimization: the published settings.
@@ -134,11 +160,12 @@ class Recipe:
     objectives: tuple[ObjectiveConfig, ...]
     view_options: Mapping[str, Any] = field(default_factory=dict)
     ema_momentum: EmaMomentum | None = None
+    texts: tuple[TextPass, ...] = (TextPass(),)
     freeze: tuple[str, ...] = ()
     optimization: Optimization = Optimization()
 
     def __post_init__(self) -> None:
-        earlier: dict[str, Pass] = {}
+        earlier: dict[str, Pass | TextPass] = {}
         for p in self.passes:
             if p.name in earlier:
                 raise ConfigError(f"recipe '{self.name}': two passes are called '{p.name}'")
@@ -149,6 +176,10 @@ class Recipe:
                 raise ConfigError(f"recipe '{self.name}': pass '{p.name}' uses the EMA encoder, "
                                   "so the recipe needs an ema_momentum")
             earlier[p.name] = p
+        for text in self.texts:
+            if text.name in earlier:
+                raise ConfigError(f"recipe '{self.name}': two passes are called '{text.name}'")
+            earlier[text.name] = text
         if not self.objectives:
             raise ConfigError(f"recipe '{self.name}' has no objective")
         names = [o.name for o in self.objectives]

@@ -31,6 +31,18 @@ def gather(x: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "WB *rest"]:
     return gathered
 
 
+def sum_over_ranks(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Return the sum of `x` over all ranks, the same on each of them, without a gradient.
+
+    For statistics of the whole batch, such as counts and means. Every rank must bring the same shape.
+    """
+    total = x.detach()
+    if world_size() > 1:
+        total = total.clone()
+        torch_dist.all_reduce(total)
+    return total
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A-CLIP (Yang et al., "Attentive Mask CLIP", arXiv 2212.08653) is the general case; other methods are the
 same four steps with parts switched off.
 
-    1. text:        t = norm(text_encoder(captions)), once, cut after the longest caption
+    1. text:        t = norm(text_encoder(captions)), once, cut after the longest caption; for masked language
+                    modelling a second time, with some words hidden
     2. passes, in declared order:
        a. scores:   resample an earlier pass's [CLS] attention onto each view's own patch grid
        b. masking:  keep_indices = strategy(scores): the K patches of each view that stay
@@ -29,10 +30,11 @@ from aclip import towers
 from aclip.data import augment
 from aclip.ema import Ema, frozen_copy
 from aclip.errors import ConfigError
-from aclip.masking import MaskingContext, crop_scores
+from aclip.masking import MaskingContext, crop_scores, hide_tokens
+from aclip.masking.text_reduction import TextReductionContext
 from aclip.objectives import Objective
-from aclip.plan import PassPlan, Plan, build_objective
-from aclip.structs import Batch, Encoded, StepContext, StepOutput, ViewBatch
+from aclip.plan import PassPlan, Plan, TextPlan, build_objective, resolve
+from aclip.structs import Batch, Encoded, EncodedText, StepContext, StepOutput, ViewBatch
 
 
 class Method(nn.Module):
@@ -42,54 +44,82 @@ class Method(nn.Module):
         model: an open_clip model; stays native, so that its state dict is open_clip's.
         plan: the recipe resolved for this model (`aclip.plan.resolve`).
         mean, std: normalisation of the model's input.
+
+    Attributes:
+        frequencies: (vocabulary,) relative frequency of every token in the training captions, where a text pass is
+            reduced by it; zeros until they are filled in from the data, kept in checkpoints.
     """
 
     mean: Tensor
     std: Tensor
+    frequencies: Tensor | None
 
     def __init__(
         self, model: nn.Module, plan: Plan, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
         self.plan = plan
+        self._plans: dict[float, Plan] = {}
         self.model = model
         self.ema_visual = frozen_copy(towers.visual_of(model)) if plan.recipe.uses_ema else None
         freeze(model, plan.recipe.freeze)
+        shape = plan.shape
+        fills = any(p.spec.fill for p in plan.passes)
+        hides = any(text.spec.mask_ratio > 0 for text in plan.texts)
+        self.mask_token = nn.Parameter(torch.randn(shape.width) * 0.02) if fills else None
+        self.text_mask_token = nn.Parameter(torch.randn(shape.text_width) * 0.02) if hides else None
         self.objectives = nn.ModuleDict({o.name: build_objective(o, plan) for o in plan.recipe.objectives})
+        counts = any(text.reduction is not None and text.reduction.needs_frequencies for text in plan.texts)
+        self.register_buffer("frequencies", torch.zeros(shape.vocab_size) if counts else None)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
-    def forward(self, batch: Batch, masked: bool = True) -> StepOutput:
+    def forward(self, batch: Batch, masked: bool = True, resolution: float = 1.0) -> StepOutput:
         """Return the loss of one batch, its parts, and the encoded passes.
 
         Args:
             batch: on the method's device.
-            masked: False keeps every patch in this step (unmasked tuning, FLIP, arXiv 2212.00794, section 3).
+            masked: False keeps every patch and every word in this step (unmasked tuning, FLIP, arXiv 2212.00794,
+                section 3).
+            resolution: image side relative to the recipe's own (a resolution schedule starts with small images).
         """
-        # 1. text, once
-        text, logit_scale = None, None
-        if self.plan.uses_text:
-            text = F.normalize(towers.encode_text(self.model, batch.tokens).float(), dim=-1)
-            logit_scale = towers.logit_scale_of(self.model).exp()
+        # 1. text
+        texts = {text.spec.name: self.encode_text(text, batch, masked) for text in self.plan.texts}
+        logit_scale = towers.logit_scale_of(self.model).exp() if self.plan.uses_text else None
 
         # 2. passes
-        passes = self.run_passes(batch, masked)
+        passes = self.run_passes(batch, masked, resolution)
 
         # 3. objectives
-        context = StepContext(passes, text, batch.caption_ids, logit_scale)
+        context = StepContext(passes, texts, batch.caption_ids, logit_scale)
         losses = {name: objective(context) for name, objective in self.objectives.items()}
         loss = torch.stack([o.weight * losses[o.name] for o in self.plan.recipe.objectives]).sum()
         return StepOutput(loss, {name: part.detach() for name, part in losses.items()}, passes)
 
-    def run_passes(self, batch: Batch, masked: bool = True) -> dict[str, Encoded]:
+    def encode_text(self, text: TextPlan, batch: Batch, masked: bool = True) -> EncodedText:
+        """Step 1: run the text encoder over the captions, or what a text pass leaves of them."""
+        tokens = batch.tokens
+        if text.reduction is not None and masked:
+            tokens = text.reduction(tokens, TextReductionContext(seeds=batch.seeds, frequencies=self.frequencies))
+        if not text.encoded:
+            return EncodedText(tokens)
+        if self.text_mask_token is not None and text.spec.mask_ratio > 0:
+            ratio = text.spec.mask_ratio if masked else 0.0
+            seen = hide_tokens(tokens, ratio, batch.seeds, self.plan.shape.vocab_size, f"text/{text.spec.name}")
+            states = towers.encode_hidden_text(self.model, seen.tokens, seen.behind_mask, self.text_mask_token)
+            return EncodedText(tokens, hidden=seen.hidden, states=states)
+        return EncodedText(tokens, F.normalize(towers.encode_text(self.model, tokens).float(), dim=-1))
+
+    def run_passes(self, batch: Batch, masked: bool = True, resolution: float = 1.0) -> dict[str, Encoded]:
         """Step 2: (score ->) mask -> encode, pass by pass."""
+        plan = self.plan_at(resolution)
         # what was drawn per sample in the loader is applied here, in batch, on the device
         images = {name: augment.apply(view, self.mean, self.std) for name, view in batch.views.items()}
         passes: dict[str, Encoded] = {}
-        for p in self.plan.passes:
+        for p in plan.passes:
             views = [resized(images[view], p.image_size) for view in p.spec.views]
             removes = masked and p.num_keep < p.num_patches
-            keep = self.choose_patches(p, batch, passes, views) if removes else None
+            keep = self.choose_patches(plan, p, batch, passes, views) if removes else None
             passes[p.spec.name] = self.encode(p, views, keep)
         return passes
 
@@ -105,7 +135,7 @@ class Method(nn.Module):
         return Ema(pairs)
 
     def choose_patches(
-        self, p: PassPlan, batch: Batch, passes: Mapping[str, Encoded], views: list[Tensor]
+        self, plan: Plan, p: PassPlan, batch: Batch, passes: Mapping[str, Encoded], views: list[Tensor]
     ) -> Int[Tensor, "VB K"]:
         """Steps 2a and 2b: return the kept patches of every view, stacked view by view."""
         chosen = []
@@ -114,7 +144,7 @@ class Method(nn.Module):
                 batch_size=batch.size,
                 grid_size=p.grid_size,
                 device=pixels.device,
-                scores=self.scores_for(p, name, batch.views, passes),
+                scores=self.scores_for(plan, p, name, batch.views, passes),
                 images=pixels,
                 seeds=batch.seeds,
                 purpose=f"mask/{p.spec.name}/{name}",
@@ -122,12 +152,13 @@ class Method(nn.Module):
         return torch.cat(chosen)
 
     def scores_for(
-        self, p: PassPlan, view: str, batch_views: Mapping[str, ViewBatch], passes: Mapping[str, Encoded]
+        self, plan: Plan, p: PassPlan, view: str, batch_views: Mapping[str, ViewBatch],
+        passes: Mapping[str, Encoded],
     ) -> Float[Tensor, "B N"] | None:
         """Step 2a: return the scores of one view's patches, seen by the pass that it reads them from."""
         if p.spec.scores_from is None:
             return None
-        source = next(s for s in self.plan.passes if s.spec.name == p.spec.scores_from)
+        source = next(s for s in plan.passes if s.spec.name == p.spec.scores_from)
         source_view = view if view in source.spec.views else source.spec.views[0]
         scores = passes[source.spec.name].scores
         assert scores is not None
@@ -147,7 +178,11 @@ class Method(nn.Module):
         visual = towers.visual_of(self.model) if online else self.ema_visual
         assert visual is not None
         with torch.set_grad_enabled(online and torch.is_grad_enabled()):
-            out = towers.encode_image(visual, torch.cat(views), keep, return_scores=p.gives_scores)
+            pixels = torch.cat(views)
+            out = towers.encode_image(
+                visual, pixels, keep, mask_token=self.mask_token if p.spec.fill else None,
+                return_scores=p.gives_scores, return_patches=p.gives_patches,
+            )
         by_view = (len(views), -1)
         return Encoded(
             features=F.normalize(out.features.float(), dim=-1).unflatten(0, by_view),
@@ -155,7 +190,18 @@ class Method(nn.Module):
             scores=out.scores.unflatten(0, by_view) if out.scores is not None else None,
             keep_indices=keep.unflatten(0, by_view) if keep is not None else None,
             num_tokens=out.num_tokens,
+            grid_size=p.grid_size,
+            pixels=pixels.unflatten(0, by_view),
+            patches=out.patches.unflatten(0, by_view) if out.patches is not None else None,
         )
+
+    def plan_at(self, resolution: float) -> Plan:
+        """Return the plan with images of another size; positions are interpolated to it."""
+        if resolution == 1.0:
+            return self.plan
+        if resolution not in self._plans:
+            self._plans[resolution] = resolve(self.plan.recipe, self.plan.shape, resolution)
+        return self._plans[resolution]
 
 
 def resized(pixels: Float[Tensor, "B 3 h w"], size: tuple[int, int]) -> Float[Tensor, "B 3 p q"]:

@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aclip.config import ObjectiveConfig, Pass, Recipe
+import torch
+
+from aclip.config import ObjectiveConfig, Pass, Recipe, TextPass
 from aclip.data.views import VIEWS, ViewPipeline
 from aclip.errors import ConfigError, unknown_name
 from aclip.masking import MASKING, MaskingStrategy, fitting_block_size
+from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReduction
 from aclip.objectives import OBJECTIVES, Objective
+from aclip.objectives.base import block_macs
 from aclip.structs import TowerShape
 
 
@@ -27,8 +31,9 @@ class PassPlan:
         strategy: its masking strategy, built.
         image_size: (height, width) in pixels. grid_size: patches (down, across).
         num_keep: patches per view that go through the blocks (K).
-        num_tokens: K plus the prefix tokens.
+        num_tokens: tokens of a view in the blocks: the prefix tokens and K, or N where the pass fills.
         gives_scores: whether a later pass reads this pass's attention scores.
+        gives_patches: whether an objective reads its patch tokens.
     """
 
     spec: Pass
@@ -38,11 +43,34 @@ class PassPlan:
     num_keep: int
     num_tokens: int
     gives_scores: bool
+    gives_patches: bool
 
     @property
     def num_patches(self) -> int:
         """N, before anything is removed."""
         return self.grid_size[0] * self.grid_size[1]
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """One text pass with what its readers want of it.
+
+    Attributes:
+        spec: the recipe's text pass.
+        reduction: its strategy, built, or None for whole captions.
+        encoded: whether any reader wants more than the tokens themselves.
+    """
+
+    spec: TextPass
+    reduction: TextReduction | None
+    encoded: bool
+
+    def length(self, text_tokens: float | None) -> float | None:
+        """Return how many of `text_tokens` tokens are encoded (None: the full context), SOT and EOT included."""
+        if self.reduction is None:
+            return text_tokens
+        kept = self.reduction.num_keep + 2.0
+        return kept if text_tokens is None else min(kept, text_tokens)
 
 
 @dataclass(frozen=True)
@@ -52,9 +80,9 @@ class Plan:
     Attributes:
         recipe, shape: what was resolved.
         pipeline: the view pipeline, built.
-        passes: in order.
+        passes: in order. texts: the text passes that an objective reads, in order.
         view_sizes: view name -> (height, width) in which the loader delivers it.
-        uses_text: whether any objective reads text.
+        uses_text: whether captions are encoded.
         notes: sentences about what was adapted, to be said aloud.
     """
 
@@ -62,6 +90,7 @@ class Plan:
     shape: TowerShape
     pipeline: ViewPipeline
     passes: tuple[PassPlan, ...]
+    texts: tuple[TextPlan, ...]
     view_sizes: Mapping[str, tuple[int, int]]
     uses_text: bool
     notes: tuple[str, ...]
@@ -69,28 +98,45 @@ class Plan:
     def macs(self, text_tokens: float | None = None) -> float:
         """Return multiply-accumulates of the towers per pair and training step.
 
-        A trained module costs three times its forward pass, the EMA encoder once; heads and losses are
-        left out (under 1 % at ViT-B/16).
+        A trained module costs three times its forward pass, the EMA encoder once; decoders count, other heads and
+        losses are left out (under 1 % at ViT-B/16).
 
         Args:
             text_tokens: length of the text as encoded; None is the full context.
         """
         shape = self.shape
-        total = 3.0 * text_macs(shape, text_tokens) if self.uses_text else 0.0
+        total = 0.0
+        for text in self.texts:
+            if text.encoded:
+                total += 3.0 * text_macs(shape, text.length(text_tokens))
         for p in self.passes:
             passes = 3.0 if p.spec.encoder == "online" else 1.0
-            total += passes * len(p.spec.views) * image_macs(shape, p.num_keep)
+            total += passes * len(p.spec.views) * image_macs(shape, p.num_keep, p.num_tokens)
+        specs = {p.spec.name: p for p in self.passes}
+        for config in self.recipe.objectives:
+            with torch.device("meta"):
+                objective = build_objective(config, self)
+            decoded = [(len(p.spec.views), p.num_patches, p.num_keep)
+                       for p in (specs.get(name) for name in config.reads) if p is not None]
+            total += 3.0 * objective.decoder_macs(decoded, self.shape.context_length if text_tokens is None
+                                                  else text_tokens)
         return total
 
     def relative_cost(self, text_tokens: float | None = None) -> float:
         """Return `macs` over those of CLIP with one full view and the same text handling."""
-        clip = 3.0 * (image_macs(self.shape, math.prod(self.shape.grid_size))
+        patches = math.prod(self.shape.grid_size)
+        clip = 3.0 * (image_macs(self.shape, patches, patches + self.shape.num_prefix_tokens)
                       + text_macs(self.shape, text_tokens))
         return self.macs(text_tokens) / clip
 
 
-def resolve(recipe: Recipe, shape: TowerShape) -> Plan:
+def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
     """Resolve `recipe` for a model of this shape.
+
+    Args:
+        recipe: what to resolve.
+        shape: of the model.
+        resolution: image side of all passes relative to the recipe's own, rounded to whole patches.
 
     Raises:
         ConfigError: an unknown masking, view, objective or option, each with what exists instead.
@@ -108,7 +154,7 @@ def resolve(recipe: Recipe, shape: TowerShape) -> Plan:
             raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': masking '{p.masking}' ranks patches, "
                               "so the pass needs scores_from, the name of an earlier pass")
         image_size = tuple(
-            max(1, math.floor(side * p.resolution / patch + 0.5)) * patch
+            max(1, math.floor(side * p.resolution * resolution / patch + 0.5)) * patch
             for side, patch in zip(shape.image_size, shape.patch_size, strict=True)
         )
         grid = image_size[0] // shape.patch_size[0], image_size[1] // shape.patch_size[1]
@@ -118,14 +164,16 @@ def resolve(recipe: Recipe, shape: TowerShape) -> Plan:
         keep = strategy.num_keep(grid)
         passes.append(PassPlan(
             spec=p, strategy=strategy, image_size=(image_size[0], image_size[1]), grid_size=grid,
-            num_keep=keep, num_tokens=keep + shape.num_prefix_tokens,
+            num_keep=keep, num_tokens=(math.prod(grid) if p.fill else keep) + shape.num_prefix_tokens,
             gives_scores=any(other.scores_from == p.name for other in recipe.passes),
+            gives_patches=any(p.name in o.reads and objective_class(o).needs_patches for o in recipe.objectives),
         ))
     _check_score_sources(recipe, passes)
-    uses_text = any(objective_class(o).needs_text for o in recipe.objectives)
+    texts = _text_plans(recipe)
+    uses_text = any(text.encoded for text in texts)
     if uses_text and not shape.text_cut:
         notes.append("text runs at full length: this tower is not causal and EOT-pooled")
-    return Plan(recipe, shape, pipeline, tuple(passes), _view_sizes(passes), uses_text, tuple(notes))
+    return Plan(recipe, shape, pipeline, tuple(passes), texts, _view_sizes(passes), uses_text, tuple(notes))
 
 
 def build_pipeline(recipe: Recipe) -> ViewPipeline:
@@ -154,30 +202,31 @@ def objective_class(config: ObjectiveConfig) -> type[Objective]:
 
 def build_objective(config: ObjectiveConfig, plan: Plan) -> Objective:
     """Return an objective with fresh heads for this plan."""
-    specs = {p.spec.name: p.spec for p in plan.passes}
+    every: tuple[Pass | TextPass, ...] = (*plan.recipe.passes, *plan.recipe.texts)
+    specs = {p.name: p for p in every}
     given = {"reads": [specs[name] for name in config.reads], "shape": plan.shape}
     objective: Objective = _build(objective_class(config), given, config.options, f"objective '{config.name}'")
     return objective
 
 
-def image_macs(shape: TowerShape, patches: int) -> float:
-    """Return multiply-accumulates of one image's forward pass with this many patches kept.
+def image_macs(shape: TowerShape, patches: int, tokens: int) -> float:
+    """Return multiply-accumulates of one image's forward pass.
 
     A block on L tokens of width d with an MLP of width m: L (4 d^2 + 2 d m) + 2 L^2 d.
+
+    Args:
+        shape: of the tower.
+        patches: how many are embedded.
+        tokens: how many go through the blocks (L).
     """
     pixels = 3 * shape.patch_size[0] * shape.patch_size[1]
-    tokens = patches + shape.num_prefix_tokens
-    return patches * pixels * shape.width + shape.layers * _block_macs(tokens, shape.width, shape.mlp_width)
+    return patches * pixels * shape.width + shape.layers * block_macs(tokens, shape.width, shape.mlp_width)
 
 
 def text_macs(shape: TowerShape, tokens: float | None = None) -> float:
     """Return multiply-accumulates of one caption's forward pass; None is the full context."""
     length = shape.context_length if tokens is None or not shape.text_cut else tokens
-    return shape.text_layers * _block_macs(length, shape.text_width, shape.text_mlp_width)
-
-
-def _block_macs(tokens: float, width: int, mlp_width: int) -> float:
-    return tokens * (4.0 * width**2 + 2.0 * width * mlp_width) + 2.0 * tokens**2 * width
+    return shape.text_layers * block_macs(length, shape.text_width, shape.text_mlp_width)
 
 
 def _build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: str) -> Any:
@@ -190,6 +239,23 @@ def _build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what:
         return cls(**given, **options)
     except TypeError as error:
         raise ConfigError(f"{what} does not take these options: {str(error).split('__init__() ')[-1]}") from error
+
+
+def _text_plans(recipe: Recipe) -> tuple[TextPlan, ...]:
+    plans = []
+    for text in recipe.texts:
+        readers = [o for o in recipe.objectives if text.name in o.reads]
+        if not readers:
+            continue
+        reduction = None
+        if text.reduction != "none":
+            if text.reduction not in TEXT_REDUCTIONS:
+                raise ConfigError(f"text pass '{text.name}': "
+                                  f"{unknown_name('text reduction', text.reduction, ['none', *TEXT_REDUCTIONS])}")
+            reduction = _build(TEXT_REDUCTIONS[text.reduction], {}, text.reduction_options,
+                               f"text reduction '{text.reduction}'")
+        plans.append(TextPlan(text, reduction, any(objective_class(o).needs_text for o in readers)))
+    return tuple(plans)
 
 
 def _view_sizes(passes: list[PassPlan]) -> dict[str, tuple[int, int]]:

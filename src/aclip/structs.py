@@ -98,12 +98,15 @@ class ImageEncoding:
         features: (B, D) projected into the joint space, not normalised.
         cls: (B, C) the pooled token after the final norm, before the projection.
         scores: (B, N) CLS-to-patch attention averaged over layers and heads, or None if not asked for.
+        patches: (B, M, C) the patch tokens after the final norm, or None if not asked for; M is K where patches
+            left the sequence, else N.
         num_tokens: tokens that went through the blocks, prefix included (L).
     """
 
     features: Float[Tensor, "B D"]
     cls: Float[Tensor, "B C"]
     scores: Float[Tensor, "B N"] | None
+    patches: Float[Tensor, "B M C"] | None
     num_tokens: int
 
 
@@ -117,6 +120,10 @@ class Encoded:
         scores: (V, B, N) or None; only a pass that a later pass reads scores from has them.
         keep_indices: (V, B, K) int64 ascending, or None where nothing was removed.
         num_tokens: tokens per view that went through the blocks, prefix included.
+        grid_size: patches (down, across) of a whole view; N = down * across.
+        pixels: (V, B, 3, h, w) the normalised views, with all their patches.
+        patches: (V, B, M, C) the patch tokens after the final norm, where an objective reads them; M is K where
+            patches left the sequence, else N.
     """
 
     features: Float[Tensor, "V B D"]
@@ -124,6 +131,27 @@ class Encoded:
     scores: Float[Tensor, "V B N"] | None
     keep_indices: Int[Tensor, "V B K"] | None
     num_tokens: int
+    grid_size: tuple[int, int]
+    pixels: Float[Tensor, "V B 3 h w"]
+    patches: Float[Tensor, "V B M C"] | None = None
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One text pass of a recipe.
+
+    Attributes:
+        tokens: (B, T) int64, the captions' own tokens, whatever was hidden from the encoder.
+        features: (B, D) projected and L2-normalised; None for a pass that hides tokens, and for one whose readers
+            want the tokens alone.
+        hidden: (B, T) bool, which tokens have to be predicted; None for a pass that hides none.
+        states: (B, T, C) every token after the final norm, of a pass that hides tokens, else None.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    features: Float[Tensor, "B D"] | None = None
+    hidden: Bool[Tensor, "B T"] | None = None
+    states: Float[Tensor, "B T C"] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,13 +160,13 @@ class StepContext:
 
     Attributes:
         passes: pass name -> `Encoded`, in declared order.
-        text_features: (B, D) L2-normalised, or None for recipes without text.
+        texts: text pass name -> `EncodedText`.
         caption_ids: (B,) int64.
         logit_scale: scalar multiplier, already exponentiated, or None without text.
     """
 
     passes: Mapping[str, Encoded]
-    text_features: Float[Tensor, "B D"] | None
+    texts: Mapping[str, EncodedText]
     caption_ids: Int[Tensor, " B"]
     logit_scale: Float[Tensor, ""] | None
 
@@ -167,7 +195,7 @@ class TowerShape:
         width, layers, heads, mlp_width: of the image tower (C, depth, H, hidden width of an MLP).
         joint_dim: D.
         num_prefix_tokens: P, 1 for a CLS token.
-        text_width, text_layers, text_mlp_width, context_length: of the text tower.
+        text_width, text_layers, text_mlp_width, context_length, vocab_size: of the text tower.
         text_cut: whether text may be cut after the longest EOT (causal and EOT-pooled).
     """
 
@@ -183,6 +211,7 @@ class TowerShape:
     text_layers: int
     text_mlp_width: int
     context_length: int
+    vocab_size: int
     text_cut: bool
 
     @property

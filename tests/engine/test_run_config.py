@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from aclip.config import Optimization, to_dict
-from aclip.engine.run_config import RunConfig, Timetable, choose_device, saved_config, settled
+from aclip.engine.run_config import (
+    Phase,
+    ResolutionPhase,
+    RunConfig,
+    Timetable,
+    choose_device,
+    saved_config,
+    settled,
+)
 from aclip.engine.run_folder import RunFolder
 from aclip.errors import ConfigError
 from aclip.recipes import RECIPES
@@ -31,6 +39,9 @@ def config(**changes: Any) -> RunConfig:
         ({"save_every": -0.5}, "save_every must be 0 or more"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"epochs": 0.0}, "epochs must be positive"),
+        ({"unmasked_tuning": 1.5}, "unmasked_tuning is a share of the steps"),
+        ({"unmasked_lr": 0.0}, "unmasked_lr is a positive factor"),
+        ({"resolution_schedule": (ResolutionPhase(0.6, 0.5),) * 2}, "add up to at most 1, not 1.2"),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:
@@ -42,7 +53,8 @@ def test_epochs_do_not_matter_where_samples_are_given() -> None:
     assert config(epochs=0.0, samples=100).samples == 100
 
 
-@pytest.fixture(params=["avx2 amx_bf16 amx_tile", "avx2", None], ids=["AMX", "AVX2", "not Linux"])
+@pytest.fixture(params=["avx2 amx_bf16 amx_tile", "avx512f avx512_bf16", "avx2", None],
+                ids=["AMX", "AVX512-BF16", "AVX2", "not Linux"])
 def cpu_flags(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """Stand in for what /proc/cpuinfo says."""
     monkeypatch.setattr(Path, "exists", lambda _: request.param is not None)
@@ -52,7 +64,7 @@ def cpu_flags(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_bf16_is_chosen_where_it_is_fast(cpu_flags: str | None) -> None:
-    expected = "bf16" if cpu_flags and "amx" in cpu_flags else "fp32"
+    expected = "bf16" if cpu_flags and "bf16" in cpu_flags else "fp32"
     assert settled(config(), 10_000, CPU).precision == expected
     assert settled(config(), 10_000, CUDA).precision == "bf16"
     assert settled(config(), 10_000, torch.device("mps")).precision == "fp32"
@@ -142,3 +154,24 @@ def test_timetable(changes: dict[str, Any], pairs: int, expected: tuple[int, ...
 def test_timetable_refuses(changes: dict[str, Any], pairs: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Timetable.of(config(**changes), pairs)
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.5), (1.5, 0.5), (0.5, 0.0), (0.5, float("inf"))])
+def test_a_resolution_phase_refuses(values: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="a phase of a resolution schedule"):
+        ResolutionPhase(*values)
+
+
+def test_every_step_knows_its_phase() -> None:
+    schedule = (ResolutionPhase(0.5, 0.5), ResolutionPhase(0.25, 0.75))
+    table = Timetable.of(
+        config(batch_size=10, samples=200, resolution_schedule=schedule, unmasked_tuning=0.1, unmasked_lr=0.01), 100)
+    phases = [table.phase(step) for step in range(20)]
+    assert phases == (
+        [Phase(True, 0.5, 1.0)] * 10 + [Phase(True, 0.75, 1.0)] * 5 + [Phase(True, 1.0, 1.0)] * 3
+        + [Phase(False, 1.0, 0.01)] * 2)
+
+
+def test_a_plain_run_has_one_phase() -> None:
+    table = Timetable.of(config(batch_size=10, samples=200), 100)
+    assert {table.phase(step) for step in range(20)} == {Phase(True, 1.0, 1.0)}

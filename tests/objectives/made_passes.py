@@ -1,10 +1,12 @@
 """Encoded passes of noise, for objectives to read."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from aclip.config import Pass
-from aclip.structs import Encoded, StepContext, TowerShape
+from aclip.config import Pass, TextPass
+from aclip.structs import Encoded, EncodedText, StepContext, TowerShape
 
 SHAPE = TowerShape(
     image_size=(32, 32),
@@ -19,31 +21,62 @@ SHAPE = TowerShape(
     text_layers=2,
     text_mlp_width=32,
     context_length=16,
+    vocab_size=40,
     text_cut=True,
 )
-B = 5
+B, GRID, NUM_PATCHES, LENGTH = 5, (4, 4), 16, 9
+SOT, EOT = SHAPE.vocab_size - 2, SHAPE.vocab_size - 1
+CAPTIONS = TextPass("captions")
+HIDDEN = TextPass("hidden", mask_ratio=0.3)
 
 
-def made_pass(name: str, views: tuple[str, ...], encoder: str = "online") -> Pass:
-    return Pass(name, views, encoder=encoder)
+def made_pass(name: str, views: tuple[str, ...], encoder: str = "online", **fields: Any) -> Pass:
+    """Return a pass; with masking="uniform", mask_ratio=..., its encoding keeps that share of the patches."""
+    return Pass(name, views, encoder=encoder, **fields)
 
 
 def encoded(p: Pass, seed: int = 0) -> Encoded:
     noise = torch.Generator().manual_seed(seed)
+    views, trained = len(p.views), p.encoder == "online"
+    kept, keep_indices = NUM_PATCHES, None
+    if p.mask_ratio > 0:
+        kept = round(NUM_PATCHES * (1 - p.mask_ratio))
+        order = torch.rand(views, B, NUM_PATCHES, generator=noise).argsort(dim=-1)
+        keep_indices = order[..., :kept].sort(dim=-1).values
+    tokens = NUM_PATCHES if p.fill else kept
     return Encoded(
-        features=F.normalize(torch.randn(len(p.views), B, SHAPE.joint_dim, generator=noise), dim=-1),
-        cls=torch.randn(len(p.views), B, SHAPE.width, generator=noise).requires_grad_(p.encoder == "online"),
+        features=F.normalize(torch.randn(views, B, SHAPE.joint_dim, generator=noise), dim=-1),
+        cls=torch.randn(views, B, SHAPE.width, generator=noise).requires_grad_(trained),
         scores=None,
-        keep_indices=None,
-        num_tokens=17,
+        keep_indices=keep_indices,
+        num_tokens=tokens + 1,
+        grid_size=GRID,
+        pixels=torch.randn(views, B, 3, 32, 32, generator=noise),
+        patches=torch.randn(views, B, tokens, SHAPE.width, generator=noise).requires_grad_(trained),
     )
 
 
-def step_context(*passes: Pass, caption_ids: tuple[int, ...] = (0, 1, 2, 3, 4), with_text: bool = True) -> StepContext:
-    text = F.normalize(torch.randn(B, SHAPE.joint_dim, generator=torch.Generator().manual_seed(99)), dim=-1)
+def encoded_text(text: TextPass) -> EncodedText:
+    """Captions of 1 to 7 words; a pass that hides tokens hides words 1 and 3 of every caption that has them."""
+    noise = torch.Generator().manual_seed(99)
+    tokens = torch.zeros(B, LENGTH, dtype=torch.int64)
+    for row, words in enumerate((7, 1, 4, 7, 3)):
+        tokens[row, 0], tokens[row, words + 1] = SOT, EOT
+        tokens[row, 1 : words + 1] = torch.randint(1, SOT, (words,), generator=noise)
+    if text.mask_ratio == 0:
+        return EncodedText(tokens, F.normalize(torch.randn(B, SHAPE.joint_dim, generator=noise), dim=-1))
+    place = torch.arange(LENGTH)
+    hidden = ((place == 1) | (place == 3)) & (place < tokens.argmax(dim=1, keepdim=True))
+    states = torch.randn(B, LENGTH, SHAPE.text_width, generator=noise).requires_grad_(True)
+    return EncodedText(tokens, hidden=hidden, states=states)
+
+
+def step_context(
+    *passes: Pass, texts: tuple[TextPass, ...] = (CAPTIONS,), caption_ids: tuple[int, ...] = (0, 1, 2, 3, 4)
+) -> StepContext:
     return StepContext(
         passes={p.name: encoded(p, seed) for seed, p in enumerate(passes)},
-        text_features=text if with_text else None,
+        texts={text.name: encoded_text(text) for text in texts},
         caption_ids=torch.tensor(caption_ids),
-        logit_scale=torch.tensor(12.0) if with_text else None,
+        logit_scale=torch.tensor(12.0) if texts else None,
     )

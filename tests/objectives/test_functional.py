@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from aclip.objectives.functional import byol_loss, clip_loss, ntxent_loss
+from aclip.objectives.functional import byol_loss, clip_loss, ntxent_loss, sigmoid_loss
 from golden_numbers import Golden
 
 GRADIENTS = ("image_embed", "text_embed", "image_ssl_embed", "byol_feats", "logit_scale")
@@ -92,6 +92,30 @@ def test_loss_of_equal_features_is_the_logarithm_of_the_batch() -> None:
     assert ntxent_loss(same, same, 0.1).item() == pytest.approx(math.log(15), rel=1e-6)
 
 
+@pytest.mark.parametrize("ids", [None, [0, 1, 2, 3, 4, 5], [7, 7, 1, 2, 7, 1], [3] * 6])
+@pytest.mark.parametrize(("scale", "bias"), [(1.0, 0.0), (10.0, -10.0), (100.0, 3.0)])
+def test_sigmoid_loss_is_the_papers(ids: list[int] | None, scale: float, bias: float) -> None:
+    image, text = F.normalize(randn(6, 5), dim=1), F.normalize(randn(6, 5, seed=1), dim=1)
+    caption_ids = None if ids is None else torch.tensor(ids)
+    loss = sigmoid_loss(image, text, torch.tensor(scale), torch.tensor(bias), caption_ids)
+    expected = 0.0
+    for i, v in enumerate(image.tolist()):
+        for j, t in enumerate(text.tolist()):
+            if i == j or ids is None or ids[i] != ids[j]:
+                logit = (1 if i == j else -1) * (scale * dot(v, t) + bias)
+                expected -= math.log(1 / (1 + math.exp(-logit)))  # log sigmoid
+    assert loss.item() == pytest.approx(expected / 6, rel=1e-5)
+
+
+def test_sigmoid_loss_asks_about_every_pair_on_its_own() -> None:
+    features = torch.eye(4)
+    # all four positives right without a doubt; all negatives at the bias
+    loss = sigmoid_loss(features, features, 1000.0, -10.0)
+    assert loss.item() == pytest.approx(3 * math.log1p(math.exp(-10)), rel=1e-5)
+    # one shared caption: nothing is negative
+    assert sigmoid_loss(features, features, 1000.0, -10.0, torch.zeros(4, dtype=torch.int64)).item() == 0.0
+
+
 def slow_ntxent(z1: list[list[float]], z2: list[list[float]], temperature: float) -> float:
     """SimCLR's algorithm 1: rows 2k - 1 and 2k are the views of one image; l(i, j) over both orders."""
     rows = [[x / math.sqrt(dot(row, row)) for x in row] for pair in zip(z1, z2, strict=True) for row in pair]
@@ -137,6 +161,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "clip": lambda a, b: clip_loss(a, b, torch.tensor(100.0)),
     "ntxent": lambda a, b: ntxent_loss(a, b, temperature=0.01),
     "byol": byol_loss,
+    "sigmoid": lambda a, b: sigmoid_loss(a, b, torch.tensor(100.0), torch.tensor(-10.0)),
 }
 
 
@@ -162,6 +187,7 @@ def test_is_differentiable_against_finite_differences(name: str) -> None:
             "clip": lambda: clip_loss(a, b, 2.0, torch.tensor([0, 0, 1, 2])),
             "ntxent": lambda: ntxent_loss(a, b, 0.5),
             "byol": lambda: byol_loss(a, b),
+            "sigmoid": lambda: sigmoid_loss(a, b, 2.0, -1.0, torch.tensor([0, 0, 1, 2])),
         }[name]()
 
     a, direction, step = randn(4, 3).requires_grad_(), randn(4, 3, seed=2), 1e-2

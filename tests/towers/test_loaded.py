@@ -43,6 +43,16 @@ def test_loaded_model_gives_open_clips_features(loaded, run):
     assert torch.allclose(loaded.encode_image(pixels).norm(dim=1), torch.ones(1))
 
 
+@torch.no_grad()
+def test_the_trunk_is_what_open_clip_projects(loaded, run):
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{run / 'final'}")
+    pixels = images(3, (64, 64))
+    trunk = loaded.encode_trunk(pixels)
+    assert loaded.has_text
+    assert trunk.shape == (3, loaded.model.visual.proj.shape[0])
+    torch.testing.assert_close(trunk @ loaded.model.visual.proj, theirs.eval().encode_image(pixels), rtol=0, atol=1e-5)
+
+
 def test_attention_scores_are_the_class_tokens(loaded):
     pixels = images(2, (64, 64))
     scores = loaded.attention_scores(pixels)
@@ -76,5 +86,7 @@ def test_runs_without_text_encode_images_only(tmp_path):
     pixels = images(1, (64, 64))
     assert torch.equal(loaded.encode_image(pixels, normalize=False),
                        towers.encode_image(model.visual, pixels).features)
+    assert torch.equal(loaded.encode_trunk(pixels), towers.encode_image(model.visual, pixels).cls)
+    assert not loaded.has_text
     with pytest.raises(UnsupportedModelError, match="image tower only"):
         loaded.encode_text(loaded.tokenizer(["a cat"]))

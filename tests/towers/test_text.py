@@ -119,3 +119,64 @@ def test_half_precision_text_is_close(model, tokenizer):
     expected, rough = gradients(model, exact), gradients(model, half.float())
     flat = [torch.cat([g[name].flatten() for name in expected]) for g in (rough, expected)]
     assert F.cosine_similarity(*flat, dim=0) > 0.998
+
+
+def literal_hidden_states(model, tokens, hidden, mask_token):
+    """Caption by caption, token by token, then open_clip's own transformer under its causal mask."""
+    states = []
+    for caption, is_hidden in zip(tokens, hidden, strict=True):
+        x = torch.stack([
+            (mask_token if is_hidden[i] else model.token_embedding.weight[token]) + model.positional_embedding[i]
+            for i, token in enumerate(caption)
+        ])
+        x = model.transformer(x[None], attn_mask=model.attn_mask[: len(x), : len(x)])
+        states.append(model.ln_final(x)[0])
+    return torch.stack(states)
+
+
+def hide_some(tokens):
+    """Return a mask token and where it stands: at the second and fourth words of captions that are that long."""
+    place, end = torch.arange(tokens.shape[1]), tokens.argmax(dim=1, keepdim=True)
+    hidden = ((place == 2) | (place == 4)) & (place < end)
+    return torch.randn(192, generator=torch.Generator().manual_seed(5)), hidden
+
+
+def test_hidden_text_equals_open_clip_with_other_embeddings(model, tokenizer):
+    tokens = towers.cut_after_eot(tokenizer(CAPTIONS))
+    mask_token, hidden = hide_some(tokens)
+    mask_token.requires_grad_()
+    ours = towers.encode_hidden_text(model, tokens, hidden, mask_token)
+    theirs = literal_hidden_states(model, tokens, hidden, mask_token)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    ours_by_name, theirs_by_name = {}, {}
+    for states, by_name in ((ours, ours_by_name), (theirs, theirs_by_name)):
+        mask_token.grad = None
+        by_name.update(gradients(model, states))
+        by_name["mask_token"] = mask_token.grad.clone()
+    assert_same_gradients(ours_by_name, theirs_by_name)
+    assert ours_by_name["mask_token"].abs().max() > 0
+
+
+def test_nothing_hidden_is_the_text_encoder(model, tokenizer):
+    tokens = towers.cut_after_eot(tokenizer(CAPTIONS))
+    states = towers.encode_hidden_text(model, tokens, tokens < 0, torch.full((192,), 9.0))
+    at_eot = states[torch.arange(len(tokens)), tokens.argmax(dim=1)] @ model.text_projection
+    torch.testing.assert_close(at_eot, towers.encode_text(model, tokens), rtol=0, atol=1e-5)
+
+
+def test_a_hidden_token_is_not_seen_and_its_mask_is(model, tokenizer):
+    tokens = towers.cut_after_eot(tokenizer(CAPTIONS))
+    mask_token, hidden = hide_some(tokens)
+    states = towers.encode_hidden_text(model, tokens, hidden, mask_token)
+    other_words = torch.where(hidden, 1234, tokens)
+    assert torch.equal(towers.encode_hidden_text(model, other_words, hidden, mask_token), states)
+    changed = (towers.encode_hidden_text(model, tokens, hidden, mask_token + 1) - states).abs().amax(dim=2) > 0
+    assert torch.equal(changed, hidden.cumsum(dim=1) > 0)  # causal: from the first hidden token on
+
+
+def test_tokens_can_be_hidden_in_towers_that_can_be_cut_alone():
+    tokens = torch.tensor([[8, 3, 9], [8, 9, 0]])
+    hidden, mask_token = tokens == 3, torch.zeros(32)
+    assert towers.encode_hidden_text(custom_text_model(), tokens, hidden, mask_token).shape == (2, 3, 32)
+    with pytest.raises(UnsupportedModelError, match="causal, EOT-pooled text towers only"):
+        towers.encode_hidden_text(custom_text_model(no_causal_mask=True), tokens, hidden, mask_token)

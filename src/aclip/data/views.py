@@ -6,7 +6,7 @@ view), so that a sample gets the same views in any process and at any place in a
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -130,9 +130,7 @@ class RandomCrops:
         return {name: self._draw_crop(name, height, width, draw_for) for name in self.names}
 
     def _draw_crop(self, name: str, height: int, width: int, draw_for: _DrawFor) -> tuple[Box, bool]:
-        generator = _generator("crop", name, draw_for)
-        flipped = generator.random() < self.flip
-        return random_box(generator, height, width, self.scale, self.ratio), flipped
+        return random_crop(name, height, width, draw_for, self.scale, self.ratio, self.flip)
 
     def _draw_augmentation(self, name: str, draw_for: _DrawFor) -> Float32[np.ndarray, " A"] | None:
         if self.augmentation == "none":
@@ -178,21 +176,69 @@ class TwoCropsInContext(RandomCrops):
         _check_name("context", self.context, _CONTEXT_BOXES)
 
     def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
-        a, b = (self._draw_crop(name, height, width, draw_for) for name in ("a", "b"))
+        crops = {name: self._draw_crop(name, height, width, draw_for) for name in self.names if name != "context"}
         context_box = _CONTEXT_BOXES[self.context]
-        box = context_box(_generator("crop", "context", draw_for), height, width, a[0], b[0])
-        return {"a": a, "b": b, "context": (box, False)}
+        boxes = [box for box, _ in crops.values()]
+        box = context_box(_generator("crop", "context", draw_for), height, width, *boxes)
+        return {**crops, "context": (box, False)}
 
     def _draw_augmentation(self, name: str, draw_for: _DrawFor) -> Float32[np.ndarray, " A"] | None:
         return None if name == "context" else super()._draw_augmentation(name, draw_for)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreeCropsInContext(TwoCropsInContext):
+    """Views "a", "b" and "c", and the "context" that contains all three; options as in `TwoCropsInContext`."""
+
+    names: ClassVar[tuple[str, ...]] = ("a", "b", "c", "context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropAndTwoAugs(RandomCrops):
+    """View "a", a plain random crop, and "b" and "c", two augmented ones, as SLIP trains on (arXiv 2112.12750).
+
+    Attributes:
+        scale: of the plain crop, which is never flipped.
+        augmented_scale: of the augmented crops. `augmentation` and `flip` are theirs alone.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("a", "b", "c")
+
+    augmentation: str = "slip"
+    flip: float = 0.5
+    augmented_scale: tuple[float, float] = (0.08, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_interval("augmented_scale", self.augmented_scale, largest=1.0)
+
+    def _draw_crop(self, name: str, height: int, width: int, draw_for: _DrawFor) -> tuple[Box, bool]:
+        if name != "a":
+            return random_crop(name, height, width, draw_for, self.augmented_scale, self.ratio, self.flip)
+        return random_crop(name, height, width, draw_for, self.scale, self.ratio, flip=0.0)
+
+    def _draw_augmentation(self, name: str, draw_for: _DrawFor) -> Float32[np.ndarray, " A"] | None:
+        return None if name == "a" else super()._draw_augmentation(name, draw_for)
 
 
 VIEWS: dict[str, type[RandomCrops]] = {
     "one_crop": OneCrop,
     "two_augs": TwoAugs,
     "two_crops_in_context": TwoCropsInContext,
+    "three_crops_in_context": ThreeCropsInContext,
+    "crop_and_two_augs": CropAndTwoAugs,
 }
 """View pipelines by the name that a recipe gives; a recipe's `view_options` are their keyword arguments."""
+
+
+def random_crop(
+    view: str, height: int, width: int, draw_for: _DrawFor,
+    scale: tuple[float, float], ratio: tuple[float, float], flip: float,
+) -> tuple[Box, bool]:
+    """Draw a view's box, see `random_box`, and whether it is mirrored."""
+    generator = _generator("crop", view, draw_for)
+    flipped = generator.random() < flip
+    return random_box(generator, height, width, scale, ratio), flipped
 
 
 def random_box(
@@ -225,13 +271,13 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def enclosing_box(generator: np.random.Generator, height: int, width: int, a: Box, b: Box) -> Box:
-    """Draw a box inside the image that contains both `a` and `b`.
+def enclosing_box(generator: np.random.Generator, height: int, width: int, *views: Box) -> Box:
+    """Draw a box inside the image that contains all `views`.
 
     Starts from the smallest such box and moves each of its four edges outwards, uniformly over the whole
     pixels up to the image's edge.
     """
-    top, left, bottom, right = _union(a, b)
+    top, left, bottom, right = _union(views)
     u_top, u_left, u_bottom, u_right = generator.random(4).tolist()
     top, left = int(u_top * (top + 1)), int(u_left * (left + 1))
     bottom += int(u_bottom * (height - bottom + 1))
@@ -239,7 +285,7 @@ def enclosing_box(generator: np.random.Generator, height: int, width: int, a: Bo
     return top, left, bottom - top, right - left
 
 
-def released_context_box(generator: np.random.Generator, height: int, width: int, a: Box, b: Box) -> Box:
+def released_context_box(generator: np.random.Generator, height: int, width: int, *views: Box) -> Box:
     """Draw the scored box of the public A-CLIP release, which is not certain to contain the views.
 
     Two things differ from `enclosing_box`:
@@ -250,8 +296,8 @@ def released_context_box(generator: np.random.Generator, height: int, width: int
       those of the box *before* that move and what the image leaves, so that the bottom and the right edge
       can end up inside a view by as much as the other edges were moved.
     """
-    top, _, bottom, right = _union(a, b)
-    left = min(a[1], b[2])
+    top, _, bottom, right = _union(views)
+    left = min(views[0][1], *(view[2] for view in views[1:]))
     h, w = bottom - top, right - left
     u_top, u_left, u_height, u_width = generator.random(4).tolist()
     top, left = int(u_top * (top + 1)), int(u_left * (left + 1))
@@ -289,9 +335,11 @@ def cut(image: Image.Image, box: Box, size: tuple[int, int], flipped: bool) -> U
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _union(a: Box, b: Box) -> tuple[int, int, int, int]:
-    """Return (top, left, bottom, right) of the smallest box around both."""
-    return min(a[0], b[0]), min(a[1], b[1]), max(a[0] + a[2], b[0] + b[2]), max(a[1] + a[3], b[1] + b[3])
+def _union(boxes: Sequence[Box]) -> tuple[int, int, int, int]:
+    """Return (top, left, bottom, right) of the smallest box around all of them."""
+    tops, lefts, heights, widths = zip(*boxes, strict=True)
+    return min(tops), min(lefts), max(map(sum, zip(tops, heights, strict=True))), max(
+        map(sum, zip(lefts, widths, strict=True)))
 
 
 def _generator(purpose: str, view: str, draw_for: _DrawFor) -> np.random.Generator:

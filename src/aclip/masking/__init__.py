@@ -13,25 +13,41 @@ from aclip.masking.base import (
     kept_blocks_to_patches,
     num_keep,
 )
+from aclip.masking.cluster import ClusterMasking
 from aclip.masking.crop_scores import crop_scores
+from aclip.masking.edge import EdgeMasking
+from aclip.masking.gaussian import GaussianMasking
+from aclip.masking.hide_tokens import HiddenTokens, hide_tokens
 from aclip.masking.none import NoMasking
+from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReduction, TextReductionContext
 from aclip.masking.uniform import UniformMasking
 
 MASKING: dict[str, type[MaskingStrategy]] = {
     "none": NoMasking,
     "uniform": UniformMasking,
     "attentive": AttentiveMasking,
+    "gaussian": GaussianMasking,
+    "cluster": ClusterMasking,
+    "edge": EdgeMasking,
 }
 
 __all__ = [
     "MASKING",
+    "TEXT_REDUCTIONS",
     "AttentiveMasking",
+    "ClusterMasking",
+    "EdgeMasking",
+    "GaussianMasking",
+    "HiddenTokens",
     "MaskingContext",
     "MaskingStrategy",
     "NoMasking",
+    "TextReduction",
+    "TextReductionContext",
     "UniformMasking",
     "crop_scores",
     "fitting_block_size",
+    "hide_tokens",
     "kept_blocks_to_patches",
     "num_keep",
 ]

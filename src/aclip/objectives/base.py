@@ -7,7 +7,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from aclip.config import Pass
+from aclip.config import Pass, TextPass
 from aclip.errors import ConfigError
 from aclip.structs import StepContext, TowerShape
 
@@ -16,23 +16,27 @@ class Objective(nn.Module, ABC):
     """One term of the loss: encoded passes -> scalar.
 
     Attributes:
-        num_reads: how many passes it reads.
-        needs_text: whether it reads text features (a recipe without any such objective has no text tower).
+        takes: the kinds of passes it reads, in order: `Pass` for images, `TextPass` for captions.
+        needs_text: whether it needs captions encoded (a recipe without any such objective has no text tower).
+        needs_patches: whether it reads the patch tokens of its image passes.
     """
 
-    num_reads: ClassVar[int] = 1
+    takes: ClassVar[tuple[type[Pass | TextPass], ...]] = (Pass,)
     needs_text: ClassVar[bool] = False
+    needs_patches: ClassVar[bool] = False
 
-    def __init__(self, reads: Sequence[Pass], shape: TowerShape) -> None:
+    def __init__(self, reads: Sequence[Pass | TextPass], shape: TowerShape) -> None:
         """Take the passes to read, in the order that the class documents, and the sizes for its heads.
 
         Raises:
-            ConfigError: another number of passes than it reads.
+            ConfigError: other passes than it reads.
         """
         super().__init__()
-        if len(reads) != self.num_reads:
-            raise ConfigError(f"objective '{type(self).__name__}' reads {self.num_reads} pass(es), not "
-                              f"{len(reads)}: {', '.join(p.name for p in reads) or 'none'}")
+        if tuple(map(type, reads)) != self.takes:
+            kinds = {Pass: "an image pass", TextPass: "a text pass"}
+            wanted = ", then ".join(kinds[kind] for kind in self.takes)
+            raise ConfigError(f"objective '{type(self).__name__}' reads {wanted}, not "
+                              f"{', '.join(p.name for p in reads) or 'none'}")
         self.reads = tuple(p.name for p in reads)
 
     @abstractmethod
@@ -42,6 +46,20 @@ class Objective(nn.Module, ABC):
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (online head, EMA head) pairs that must be averaged after each step."""
         return []
+
+    def decoder_macs(self, images: Sequence[tuple[int, int, int]], text_tokens: float) -> float:
+        """Return multiply-accumulates of a decoder's forward pass per pair; MLP heads are not counted.
+
+        Args:
+            images: (views, N patches, K kept) of each image pass that it reads.
+            text_tokens: length of the text.
+        """
+        return 0.0
+
+
+def block_macs(tokens: float, width: int, mlp_width: int) -> float:
+    """Return multiply-accumulates of one transformer block: L (4 d^2 + 2 d m) + 2 L^2 d."""
+    return tokens * (4.0 * width**2 + 2.0 * width * mlp_width) + 2.0 * tokens**2 * width
 
 
 def hidden_width(shape: TowerShape) -> int:

@@ -28,7 +28,7 @@ class Byol(Objective):
         hidden, out: widths of projector and predictor; `hidden` None is the paper's, see `hidden_width`.
     """
 
-    num_reads = 2
+    takes = (Pass, Pass)
 
     def __init__(
         self, reads: Sequence[Pass], shape: TowerShape, hidden: int | None = None, out: int = 256

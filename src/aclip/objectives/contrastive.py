@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from aclip.config import Pass, TextPass
 from aclip.objectives.base import Objective
 from aclip.objectives.functional import clip_loss
 from aclip.structs import StepContext
@@ -16,14 +17,13 @@ class Contrastive(Objective):
     caption are not each other's negatives.
     """
 
+    takes = (Pass, TextPass)
     needs_text = True
 
     def forward(self, context: StepContext) -> Float[Tensor, ""]:
-        """Read pass `reads[0]` and the text features."""
-        assert context.text_features is not None
+        """Read the features of image pass `reads[0]` and of text pass `reads[1]`."""
+        images, captions = context.passes[self.reads[0]].features, context.texts[self.reads[1]].features
+        assert captions is not None
         assert context.logit_scale is not None
-        losses = [
-            clip_loss(view, context.text_features, context.logit_scale, context.caption_ids)
-            for view in context.passes[self.reads[0]].features
-        ]
+        losses = [clip_loss(view, captions, context.logit_scale, context.caption_ids) for view in images]
         return torch.stack(losses).mean()

@@ -8,10 +8,12 @@ whole batch.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from aclip import dist
+
+_NOT_A_TOKEN = -1
 
 
 def clip_loss(
@@ -45,6 +47,37 @@ def clip_loss(
         return (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
 
 
+def sigmoid_loss(
+    image_features: Float[Tensor, "B D"],
+    text_features: Float[Tensor, "B D"],
+    logit_scale: Float[Tensor, ""] | float,
+    logit_bias: Float[Tensor, ""] | float,
+    caption_ids: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, ""]:
+    """Sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343, equation 1).
+
+    L = -1/B sum_i sum_j log sigmoid(z_ij (s v_i . t_j + b)), z_ij = 1 where i = j, else -1
+
+    Args:
+        image_features: (B, D) rows of unit length.
+        text_features: (B, D) rows of unit length.
+        logit_scale: the multiplier s (already exponentiated).
+        logit_bias: b.
+        caption_ids: (B,) int64; where two different pairs have equal ids, their cross terms are left out of the sum,
+            neither positive nor negative.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        image, all_text = image_features.float(), dist.gather(text_features.float())
+        labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
+        logits = logit_scale * image @ all_text.T + logit_bias
+        pairs = labels[:, None] == torch.arange(len(all_text), device=image.device)
+        losses = -F.logsigmoid(torch.where(pairs, logits, -logits))
+        if caption_ids is not None:
+            same = caption_ids[:, None] == dist.gather(caption_ids)[None, :]
+            losses = losses.masked_fill(same & ~pairs, 0.0)
+        return losses.sum(dim=1).mean()
+
+
 def ntxent_loss(
     z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature: float
 ) -> Float[Tensor, ""]:
@@ -73,3 +106,55 @@ def byol_loss(prediction: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) ->
     """
     with torch.autocast(prediction.device.type, enabled=False):
         return (2 - 2 * F.cosine_similarity(prediction.float(), target.detach().float(), dim=1)).mean()
+
+
+def codeword_loss(
+    logits: Float[Tensor, "M W"],
+    teacher_logits: Float[Tensor, "M W"],
+    temperature: float,
+    teacher_temperature: float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy between soft codewords, as in DINO (Caron et al., arXiv 2104.14294, section 3.1).
+
+        L = mean_m [-sum_w q_mw log p_mw]
+        p_m = softmax(s_m / tau),  q_m = softmax((t_m - mean_m' t_m') / tau_teacher)
+
+    The centre is the mean over the rows of all ranks, who must bring equally many. The teacher carries no gradient.
+    Without rows the loss is 0, with a gradient of 0.
+
+    Deviation: DINO's centre is a moving average over steps. Here it is a function of the batch alone, so that a
+    resumed run needs no state for it.
+
+    Args:
+        logits: (M, W) the student's, s, over W codewords.
+        teacher_logits: (M, W) the teacher's, t.
+        temperature: tau of the student.
+        teacher_temperature: tau of the teacher, lower than the student's to keep its codewords sharp.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        rows = max(1, len(logits))
+        teacher = teacher_logits.detach().float()
+        centre = dist.sum_over_ranks(teacher.sum(dim=0)) / (rows * dist.world_size())
+        targets = ((teacher - centre) / teacher_temperature).softmax(dim=1)
+        return F.cross_entropy(logits.float() / temperature, targets, reduction="sum") / rows
+
+
+def hidden_token_loss(
+    logits: Float[Tensor, "M W"], tokens: Int[Tensor, " M"], hidden: Bool[Tensor, " M"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the hidden tokens (BERT, Devlin et al., arXiv 1810.04805, section 3.1).
+
+        L = -1/n sum_{m hidden} log softmax(s_m)[token_m],  n = hidden tokens
+
+    n is counted over all ranks and divided by their number, so that the mean over ranks is the mean over all hidden
+    tokens, however many each rank has. With nothing hidden the loss is 0, with a gradient of 0.
+
+    Args:
+        logits: (M, W) s over a vocabulary of W.
+        tokens: (M,) int64 what stood there.
+        hidden: (M,) bool, which rows count.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        targets = tokens.masked_fill(~hidden, _NOT_A_TOKEN)
+        total = F.cross_entropy(logits.float(), targets, ignore_index=_NOT_A_TOKEN, reduction="sum")
+        return total * dist.world_size() / dist.sum_over_ranks(hidden.sum()).clamp(min=1)

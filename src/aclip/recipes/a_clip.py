@@ -22,7 +22,7 @@ A_CLIP = Recipe(
         ),
     ),
     objectives=(
-        ObjectiveConfig("contrastive", reads=("masked",)),
+        ObjectiveConfig("contrastive", reads=("masked", "captions")),
         ObjectiveConfig("ntxent", reads=("masked",), options={"temperature": 0.1}),
         ObjectiveConfig("byol", reads=("masked", "context"), weight=2.0),
     ),

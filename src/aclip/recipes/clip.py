@@ -15,5 +15,5 @@ CLIP = Recipe(
     views="one_crop",
     view_options={"scale": (0.5, 1.0)},
     passes=(Pass("full", views=("a",)),),
-    objectives=(ObjectiveConfig("contrastive", reads=("full",)),),
+    objectives=(ObjectiveConfig("contrastive", reads=("full", "captions")),),
 )

@@ -17,5 +17,5 @@ FLIP = Recipe(
     views="one_crop",
     view_options={"scale": (0.5, 1.0)},
     passes=(Pass("masked", views=("a",), masking="uniform", mask_ratio=0.5),),
-    objectives=(ObjectiveConfig("contrastive", reads=("masked",)),),
+    objectives=(ObjectiveConfig("contrastive", reads=("masked", "captions")),),
 )

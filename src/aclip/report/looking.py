@@ -47,7 +47,7 @@ def take_snapshot(
 
 def _scores(method: Method, batch: Batch, passes: dict[str, Encoded], shown: PassPlan) -> Tensor:
     """Return the scores that a pass used, on its grid, or the online encoder's if it used none."""
-    used = method.scores_for(shown, shown.spec.views[0], batch.views, passes)
+    used = method.scores_for(method.plan, shown, shown.spec.views[0], batch.views, passes)
     if used is not None:
         return used
     view = batch.views[shown.spec.views[0]]

@@ -8,7 +8,7 @@ from aclip.towers.loaded import LoadedModel, load
 from aclip.towers.models import ImageTower, create_model, preprocess_config, visual_of
 from aclip.towers.shapes import shape_of
 from aclip.towers.sources import Tokenizer, list_models, model_config, tokenizer_of
-from aclip.towers.text import can_cut, cut_after_eot, encode_text, logit_scale_of
+from aclip.towers.text import can_cut, cut_after_eot, encode_hidden_text, encode_text, logit_scale_of
 from aclip.towers.vision import encode_image
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "can_cut",
     "create_model",
     "cut_after_eot",
+    "encode_hidden_text",
     "encode_image",
     "encode_text",
     "list_models",

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +17,7 @@ def run_blocks(
     read: Int[Tensor, " B"] | None = None,
     *,
     causal: bool = False,
+    visible: Bool[Tensor, "B L"] | None = None,
     with_scores: bool = False,
 ) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
     """Run all blocks of an open_clip `Transformer` of plain pre-norm blocks.
@@ -34,6 +35,8 @@ def run_blocks(
         x: (B, L, C) embedded tokens.
         read: (B,) int64 position of the token of each sample that is read, or None for all.
         causal: token i sees tokens 0..i only.
+        visible: (B, L) bool, the tokens of each sample that are seen, at least one; None for all. What comes out at
+            the others means nothing. Not together with `causal` or `with_scores`.
         with_scores: also return the attention of token 0 to the others, averaged over blocks.
 
     Returns:
@@ -43,7 +46,7 @@ def run_blocks(
     rows: list[Tensor] = []
     last = len(transformer.resblocks) - 1
     for index, block in enumerate(transformer.resblocks):
-        arguments = (block, x, read if index == last else None, causal, with_scores)
+        arguments = (block, x, read if index == last else None, causal, visible, with_scores)
         if recompute:
             x, row = checkpoint(run_block, *arguments, use_reentrant=False)
         else:
@@ -54,21 +57,26 @@ def run_blocks(
 
 
 def run_block(
-    block: Any, x: Float[Tensor, "B L C"], read: Int[Tensor, " B"] | None, causal: bool, with_scores: bool
+    block: Any,
+    x: Float[Tensor, "B L C"],
+    read: Int[Tensor, " B"] | None,
+    causal: bool,
+    visible: Bool[Tensor, "B L"] | None,
+    with_scores: bool,
 ) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
     """Run one block; arguments and results as in `run_blocks`."""
     normed = block.ln_1(x)
-    visible = None
     if read is None:
         q, k, v = project(block.attn, normed)
     else:
         q, k, v = project(block.attn, normed, _row(normed, read))
         x = _row(x, read)
         if causal:
-            visible = (torch.arange(normed.shape[1], device=x.device) <= read[:, None])[:, None, None]
+            visible = torch.arange(normed.shape[1], device=x.device) <= read[:, None]
             causal = False
     scores = cls_attention(q, k) if with_scores else None
-    mixed = attention(q, k, v, causal=causal, visible=visible).transpose(1, 2).flatten(2)
+    keys = None if visible is None else visible[:, None, None]
+    mixed = attention(q, k, v, causal=causal, visible=keys).transpose(1, 2).flatten(2)
     x = x + block.ls_1(block.attn.out_proj(mixed))
     x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return x, scores

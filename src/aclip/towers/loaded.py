@@ -11,8 +11,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aclip.towers.models import create_model, is_image_only, preprocess_config, visual_of
-from aclip.towers.sources import WEIGHTS_NAME, Tokenizer, resolve_source, tokenizer_of
+from aclip.towers.models import ImageTower, create_model, is_image_only, preprocess_config, visual_of, weight_file
+from aclip.towers.sources import Tokenizer, resolve_source, tokenizer_of
 from aclip.towers.text import encode_text
 from aclip.towers.vision import encode_image
 
@@ -35,6 +35,11 @@ class LoadedModel(nn.Module):
         self.preprocess: Callable[[Any], Tensor] = image_transform_v2(
             PreprocessCfg(**preprocess_config(model)), is_train=False)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether it can encode captions: a run of a recipe without text saves its image tower alone."""
+        return not isinstance(self.model, ImageTower)
+
     def encode_image(self, images: Float[Tensor, "B 3 h w"], normalize: bool = True) -> Float[Tensor, "B D"]:
         """Return image features in the joint space.
 
@@ -44,6 +49,19 @@ class LoadedModel(nn.Module):
         """
         features = encode_image(visual_of(self.model), images).features
         return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_trunk(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C"]:
+        """Return the pooled image token after the final norm, before the projection into the joint space.
+
+        What CLIP's (arXiv 2103.00020, appendix A.3) and SLIP's probes read; also of models without text.
+
+        Args:
+            images: as in `encode_image`.
+
+        Returns:
+            (B, C), not normalised.
+        """
+        return encode_image(visual_of(self.model), images).cls
 
     def encode_text(self, tokens: Int[Tensor, "B T"], normalize: bool = True) -> Float[Tensor, "B D"]:
         """Return text features in the joint space.
@@ -92,6 +110,7 @@ def load(source: str | Path, *, checkpoint: str | Path | None = None) -> LoadedM
     found = resolve_source(source)
     if not found.has_weights and checkpoint is None:
         logger.warning("'%s' names an architecture without weights: its features mean nothing yet", source)
-    weights = [Path(checkpoint)] if checkpoint is not None else [found.folder / WEIGHTS_NAME] if found.folder else []
-    model = create_model(source, checkpoint=checkpoint, with_text=not any(map(is_image_only, weights)))
+    weights = weight_file(found, checkpoint)
+    image_only = weights is not None and is_image_only(weights)
+    model = create_model(source, checkpoint=checkpoint, with_text=not image_only)
     return LoadedModel(model.eval(), tokenizer_of(source)).eval()

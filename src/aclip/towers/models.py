@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 class ImageTower(nn.Module):
     """A model without text: no text parameter exists, and the state dict is `visual.*` of open_clip's.
 
+    Without captions there is no joint space either: the tower's projection is left out, and its features are the
+    pooled token, (B, C).
+
     Attributes:
         visual: open_clip's image tower.
     """
@@ -34,9 +37,10 @@ class ImageTower(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
+        self.visual.proj = None  # type: ignore[assignment]
 
     def encode_image(self, image: Float[Tensor, "B 3 h w"], normalize: bool = False) -> Float[Tensor, "B D"]:
-        """As `open_clip.CLIP.encode_image`: (B, D) projected features, L2-normalised on request."""
+        """Return the pooled token after the final norm, (B, C), L2-normalised on request."""
         features: Tensor = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -81,6 +85,9 @@ def create_model(
         _load_weights(model, source.folder / WEIGHTS_NAME)
     if checkpoint is not None:
         _load_weights(model, Path(checkpoint))
+    given = weight_file(source, checkpoint)
+    if with_text and given is not None and is_image_only(given):
+        logger.info("%s holds an image tower only: projection and text tower start fresh", given)
     if size is not None:
         resize_images(visual_of(model), size)
     if unfixed:
@@ -144,6 +151,13 @@ def _build(source: Source, image_size: tuple[int, int] | None, *, fresh: bool) -
     return model
 
 
+def weight_file(source: Source, checkpoint: str | Path | None = None) -> Path | None:
+    """Return the local file that a model's weights come from, or None for a name."""
+    if checkpoint is not None:
+        return Path(checkpoint)
+    return source.folder / WEIGHTS_NAME if source.folder is not None else None
+
+
 def is_image_only(weights: Path) -> bool:
     """Whether a safetensors file holds an image tower and nothing else.
 
@@ -173,11 +187,11 @@ def _load_weights(model: nn.Module, weights: Path) -> None:
     except Exception as error:  # as in _build
         raise CheckpointError(f"the weights {weights} cannot be loaded into this model: {error}") from error
     if image_only:
-        wrong = [name for name in keys.missing_keys if name.startswith("visual.")] + keys.unexpected_keys
+        missing = [name for name in keys.missing_keys if name.startswith("visual.") and name != "visual.proj"]
+        wrong = missing + keys.unexpected_keys
         if wrong:
             raise CheckpointError(f"the weights {weights} are of another image tower: they differ in "
                                   f"{', '.join(wrong[:3])} and {max(0, len(wrong) - 3)} more")
-        logger.info("%s holds an image tower only: the text tower starts fresh", weights)
 
 
 @contextlib.contextmanager

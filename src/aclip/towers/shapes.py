@@ -35,6 +35,7 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
         text_layers=text.layers,
         text_mlp_width=int(text.width * text.mlp_ratio),
         context_length=text.context_length,
+        vocab_size=text.vocab_size,
         text_cut=can_cut(config),
     )
 

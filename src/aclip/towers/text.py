@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from open_clip.model import CLIPTextCfg
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
@@ -47,6 +48,31 @@ def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "
     if projection is not None:
         pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
     return pooled
+
+
+def encode_hidden_text(
+    model: nn.Module, tokens: Int[Tensor, "B T"], hidden: Bool[Tensor, "B T"], mask_token: Float[Tensor, " C"]
+) -> Float[Tensor, "B T C"]:
+    """Return every token's state after the final norm, where some tokens are hidden behind a mask token.
+
+    Args:
+        model: as in `encode_text`; the tower must be one that can be cut.
+        tokens: (B, T) int64 token ids.
+        hidden: (B, T) bool, where `mask_token` takes the place of the token's embedding.
+        mask_token: (C,) learned embedding.
+
+    Raises:
+        UnsupportedModelError: a tower that is not causal and EOT-pooled.
+    """
+    if not can_cut(model):
+        raise UnsupportedModelError("tokens can be hidden in causal, EOT-pooled text towers only: choose a recipe "
+                                    "without masked language modelling, or a model such as ViT-B-16")
+    tower = text_tower_of(model)
+    x = torch.where(hidden[:, :, None], mask_token, tower.token_embedding(tokens))
+    x = x + tower.positional_embedding[: tokens.shape[1]]
+    x, _ = run_blocks(tower.transformer, x, causal=True)
+    states: Tensor = tower.ln_final(x)
+    return states
 
 
 def can_cut(model: nn.Module | Mapping[str, Any]) -> bool:

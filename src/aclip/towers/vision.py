@@ -24,7 +24,9 @@ def encode_image(
     pixels: Float[Tensor, "B 3 h w"],
     keep_indices: Int[Tensor, "B K"] | None = None,
     *,
+    mask_token: Float[Tensor, " C"] | None = None,
     return_scores: bool = False,
+    return_patches: bool = False,
 ) -> ImageEncoding:
     """Encode images, or only some of their patches, with an open_clip ViT and its own weights.
 
@@ -43,11 +45,14 @@ def encode_image(
         pixels: (B, 3, h, w) float, normalised; h and w multiples of the patch size.
         keep_indices: (B, K) int64 ascending patch numbers on the (h / patch, w / patch) grid, row by row,
             CLS never counted; None keeps all.
+        mask_token: (C,) what stands for a removed patch, its position added, where removed patches stay in the
+            sequence (SimMIM, arXiv 2111.09886); None takes them out of it.
         return_scores: also return the scores; only with all patches kept.
+        return_patches: also return the patch tokens after the final norm.
 
     Returns:
         `ImageEncoding`: features (B, D) not normalised, cls (B, C), scores (B, N) float32 without gradient
-        or None, number of tokens.
+        or None, patches (B, M, C) or None, number of tokens.
 
     Raises:
         UnsupportedModelError: not one of open_clip's own ViTs.
@@ -57,23 +62,28 @@ def encode_image(
     tower = check_visual(visual)
     if return_scores and keep_indices is not None:
         raise ValueError("scores rank all patches: they cannot be returned when only some are kept")
-    x = embed_patches(tower, pixels, keep_indices)
+    x = embed_patches(tower, pixels, keep_indices, mask_token)
     cls = tower.class_embedding + tower.positional_embedding[0]
     x = torch.cat([cls.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
     x = tower.ln_pre(x)
     num_tokens = x.shape[1]
 
     # mean pooling reads every patch, class token pooling one token
-    first = None if tower.pool_type == "avg" else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    reads_all = return_patches or tower.pool_type == "avg"
+    first = None if reads_all else torch.zeros(len(x), dtype=torch.int64, device=x.device)
     x, scores = run_blocks(tower.transformer, x, first, with_scores=return_scores)
     pooled = pool(tower, x)
     features = pooled if tower.proj is None else pooled @ tower.proj
-    return ImageEncoding(features=features, cls=pooled, scores=scores, num_tokens=num_tokens)
+    patches = tower.ln_post(x[:, NUM_PREFIX_TOKENS:]) if return_patches else None
+    return ImageEncoding(features=features, cls=pooled, scores=scores, patches=patches, num_tokens=num_tokens)
 
 
 def embed_patches(
-    tower: Any, pixels: Float[Tensor, "B 3 h w"], keep_indices: Int[Tensor, "B K"] | None
-) -> Float[Tensor, "B K C"]:
+    tower: Any,
+    pixels: Float[Tensor, "B 3 h w"],
+    keep_indices: Int[Tensor, "B K"] | None,
+    mask_token: Float[Tensor, " C"] | None = None,
+) -> Float[Tensor, "B M C"]:
     """Cut images into patches, drop those not kept, embed the rest and add their positions.
 
     The stride of open_clip's convolution is its kernel size, so it is a matrix product over the pixels
@@ -83,9 +93,10 @@ def embed_patches(
         tower: the ViT.
         pixels: (B, 3, h, w) float.
         keep_indices: (B, K) int64, or None for all N.
+        mask_token: (C,) what takes the place of a patch not kept, or None to drop it.
 
     Returns:
-        (B, K or N, C).
+        (B, M, C), M = K where patches are dropped, else N.
     """
     patch = tower.conv1.kernel_size
     grid = grid_of((pixels.shape[-2], pixels.shape[-1]), patch)
@@ -97,8 +108,12 @@ def embed_patches(
         sample = torch.arange(len(pixels), device=pixels.device)[:, None]
         patches = cells[sample, keep_indices // grid[1], keep_indices % grid[1]]
         positions = F.embedding(keep_indices, positions)  # indexing has a slow backward
-    embedded = F.linear(patches.flatten(2), tower.conv1.weight.flatten(1), tower.conv1.bias)
-    return embedded + positions
+    embedded = F.linear(patches.flatten(2), tower.conv1.weight.flatten(1), tower.conv1.bias) + positions
+    if keep_indices is None or mask_token is None:
+        return embedded
+    everywhere = (mask_token + positions_at(tower, grid)[NUM_PREFIX_TOKENS:]).to(embedded.dtype)
+    everywhere = everywhere.expand(len(pixels), -1, -1)
+    return everywhere.scatter(1, keep_indices[:, :, None].expand_as(embedded), embedded)
 
 
 def pool(tower: Any, x: Float[Tensor, "B L C"]) -> Float[Tensor, "B C"]:

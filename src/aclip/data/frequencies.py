@@ -1,0 +1,72 @@
+"""How often each token occurs in the captions of a source."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int
+from torch import Tensor
+
+from aclip import rng
+from aclip.data.captions import CaptionTokenizer, clean_captions, draw_caption
+from aclip.data.sources import Source
+from aclip.errors import BadSampleError, ConfigError, DataError
+
+_CAPTIONS_AT_ONCE = 1024
+
+
+def token_frequencies(
+    source: Source, tokenizer: CaptionTokenizer, vocab_size: int, *, seed: int, limit: int = 100_000
+) -> Float32[Tensor, " V"]:
+    """Return the share of each token id in the captions that training draws, for frequency masking.
+
+    Counted are the captions of the first epoch of a run with this seed, tags included, of all samples or of
+    `limit` drawn at random; start, end and padding are not. Bad samples are skipped. Samples are read whole, as a
+    source gives them, but no picture is decoded.
+
+    Args:
+        source: the training pairs.
+        tokenizer: as in training; its rows hold the start, the caption, the end (the row's highest id), padding.
+        vocab_size: V, ids that the text tower knows.
+        seed: the run's; the result is a function of the arguments alone, the same on every rank.
+        limit: samples that are read at most.
+
+    Returns:
+        (V,) float32, non-negative, sum 1.
+
+    Raises:
+        DataError: not one token in all of these captions.
+        ConfigError: a token id that is not below `vocab_size`.
+    """
+    chosen = np.arange(len(source))
+    if len(source) > limit:
+        chosen = np.sort(rng.generator(seed, "frequencies").choice(len(source), size=limit, replace=False))
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for first in range(0, len(chosen), _CAPTIONS_AT_ONCE):
+        captions = list(_drawn_captions(source, chosen[first : first + _CAPTIONS_AT_ONCE].tolist(), seed))
+        if captions:
+            counted = torch.bincount(_words(tokenizer(captions)), minlength=vocab_size)
+            if len(counted) > vocab_size:
+                raise ConfigError(f"token id {len(counted) - 1} does not fit a vocabulary of {vocab_size}: count with "
+                                  "the tokenizer of the model")
+            counts += counted
+    if not counts.any():
+        raise DataError(f"no caption with a token among {len(chosen)} samples of {source.name}: token frequencies "
+                        "cannot be counted")
+    return (counts.double() / counts.sum()).float()
+
+
+def _drawn_captions(source: Source, indices: list[int], seed: int) -> Iterator[str]:
+    for index in indices:
+        try:
+            raw = source.read(index)
+            captions = clean_captions(raw.captions)
+        except BadSampleError:
+            continue
+        yield draw_caption(captions, raw.tags, seed=seed, epoch=0, sample=index).text
+
+
+def _words(tokens: Int[Tensor, "B T"]) -> Int[Tensor, " n"]:
+    """Return the ids between start and end of all rows; by place, since padding shares its id with a word."""
+    position = torch.arange(tokens.shape[1])
+    return tokens[(position > 0) & (position < tokens.argmax(dim=1, keepdim=True))]

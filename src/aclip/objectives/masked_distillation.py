@@ -1,0 +1,157 @@
+"""Masked self-distillation: what the EMA encoder makes of removed patches, predicted from the rest (MaskCLIP)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from aclip.config import Pass
+from aclip.ema import frozen_copy
+from aclip.errors import ConfigError
+from aclip.objectives.base import Objective
+from aclip.objectives.decoder import PatchDecoder, missing_patches
+from aclip.objectives.functional import codeword_loss
+from aclip.structs import StepContext, TowerShape
+
+BOTTLENECK = 256  # width in which patches are compared with codewords: DINO's and iBOT's
+
+
+class MaskedDistillation(Objective):
+    """The image part of MaskCLIP (Dong et al., arXiv 2208.12262, section 3.2), a reconstruction.
+
+        L = mean_{k removed} [-sum_w q_kw log p_kw]
+        p = softmax(h(decoder(f))_k / tau),  q = softmax((h_ema(f_ema)_k - centre) / tau_teacher)
+
+    f are the online encoder's tokens of the kept patches, f_ema the EMA encoder's of the whole image, h an online
+    quantizer whose average h_ema is the teacher's. Computed for removed patches alone; the mean is over those of all
+    views and samples. Every view loses equally many, so that the mean over ranks is that of the whole batch. With
+    nothing removed the loss is 0, with a gradient of 0.
+
+    No code of the paper was ever released. It names the parts: a one-layer decoder with mask tokens, the teacher's
+    features of the full image as targets, "soft codewords" of an online quantizer after iBOT (arXiv 2111.07832),
+    cross-entropy. What is chosen here:
+
+    - decoder: `PatchDecoder`, as wide as the tower, so that one quantizer reads decoder and teacher alike;
+    - h(x) = cosine of Linear(C, 256)(x) and each codeword, without iBOT's two hidden layers of 2,048: at ViT-B/16 they
+      would cost nearly as much as the decoder;
+    - 8,192 codewords from width 768 on, in proportion below, see `num_codewords`;
+    - tau 0.1, tau_teacher 0.04, and `centre`, the mean logits of the batch, as in `functional.codeword_loss`.
+
+    Reads the online pass, then the teacher pass: the same views at the same resolution, whole.
+
+    Args:
+        decoder_layers: blocks of the decoder.
+        codewords: how many; None is `num_codewords`.
+        student_temperature: tau.
+        teacher_temperature: tau_teacher.
+
+    Raises:
+        ConfigError: passes that cannot be compared patch by patch.
+    """
+
+    takes = (Pass, Pass)
+    needs_patches = True
+
+    def __init__(
+        self,
+        reads: Sequence[Pass],
+        shape: TowerShape,
+        decoder_layers: int = 1,
+        codewords: int | None = None,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+    ) -> None:
+        super().__init__(reads, shape)
+        _check(*reads)
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+        self.decoder = PatchDecoder(shape.width, shape.width, decoder_layers)
+        self.quantizer = Quantizer(shape.width, codewords or num_codewords(shape))
+        self.ema_quantizer = frozen_copy(self.quantizer)
+
+    def forward(self, context: StepContext) -> Float[Tensor, ""]:
+        """Read the kept patches of the online pass `reads[0]` and all patches of the EMA pass `reads[1]`."""
+        student, teacher = (context.passes[name] for name in self.reads)
+        assert student.patches is not None
+        assert teacher.patches is not None
+        targets = teacher.patches.flatten(0, 1)
+        if student.keep_indices is None:  # spelled out, so that the mask token is part of the graph in every step
+            keep = torch.arange(targets.shape[1], device=targets.device).expand(len(targets), -1)
+        else:
+            keep = student.keep_indices.flatten(0, 1)
+        decoded = self.decoder(student.cls.flatten(0, 1), student.patches.flatten(0, 1), keep, student.grid_size)
+        removed = removed_indices(keep, math.prod(student.grid_size))
+        logits = self.quantizer(decoded.take_along_dim(removed[:, :, None], dim=1))
+        with torch.no_grad():
+            teacher_logits = self.ema_quantizer(targets.take_along_dim(removed[:, :, None], dim=1))
+        return codeword_loss(
+            logits.flatten(0, 1), teacher_logits.flatten(0, 1), self.student_temperature, self.teacher_temperature
+        )
+
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the quantizer and its average; the decoder has none."""
+        return [(self.quantizer, self.ema_quantizer)]
+
+    def decoder_macs(self, images: Sequence[tuple[int, int, int]], text_tokens: float) -> float:
+        """Return the decoder's, over the views of the online pass.
+
+        The quantizers are heads and not counted: 1.4 % of MaskCLIP's image part at ViT-B/16.
+        """
+        views, num_patches, _ = images[0]
+        return views * self.decoder.macs(num_patches)
+
+
+class Quantizer(nn.Module):
+    """Features in, cosine similarity to every codeword out.
+
+        s_w = cos(W x + b, c_w)
+
+    Args:
+        width: of the features.
+        codewords: how many.
+    """
+
+    def __init__(self, width: int, codewords: int) -> None:
+        super().__init__()
+        self.bottleneck = nn.Linear(width, BOTTLENECK)
+        self.codewords = nn.Parameter(torch.randn(codewords, BOTTLENECK) * BOTTLENECK**-0.5)
+
+    def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B W"]:
+        """Return (..., W) similarities in [-1, 1], in the precision around it."""
+        unit = F.normalize(self.bottleneck(x).float(), dim=-1)
+        return F.linear(unit, F.normalize(self.codewords, dim=-1))
+
+
+def num_codewords(shape: TowerShape) -> int:
+    """Return how many codewords a tower distils into: 8,192 as in iBOT, less for towers narrower than 768."""
+    return min(8192, shape.width * 32 // 3)
+
+
+def removed_indices(keep_indices: Int[Tensor, "B K"], num_patches: int) -> Int[Tensor, "B R"]:
+    """Return the patches that are not kept, (B, N - K) int64 ascending; its shape is known without the data.
+
+    Args:
+        keep_indices: (B, K) int64, without repeats.
+        num_patches: N.
+    """
+    removed_first = missing_patches(keep_indices, num_patches).byte().argsort(dim=1, descending=True, stable=True)
+    return removed_first[:, : num_patches - keep_indices.shape[1]]
+
+
+def _check(student: Pass, teacher: Pass) -> None:
+    what = "objective 'masked_distillation'"
+    if student.encoder != "online" or teacher.encoder != "ema":
+        raise ConfigError(f"{what} distils an EMA pass into an online pass, but '{student.name}' is {student.encoder} "
+                          f"and '{teacher.name}' is {teacher.encoder}")
+    if (student.views, student.resolution) != (teacher.views, teacher.resolution):
+        seen = [f"'{p.name}' has {', '.join(p.views)} at resolution {p.resolution:g}" for p in (student, teacher)]
+        raise ConfigError(f"{what} compares patch by patch, so both passes need the same views at the same "
+                          f"resolution, but {' and '.join(seen)}")
+    if teacher.mask_ratio > 0:
+        raise ConfigError(f"{what} learns from whole images, but pass '{teacher.name}' removes patches: leave its "
+                          "masking at 'none'")
+    if student.fill:
+        raise ConfigError(f"{what} has its own mask tokens, but pass '{student.name}' fills: set fill to false")

@@ -1,0 +1,117 @@
+"""The pixels of removed patches, from the others: MAE with a decoder, SimMIM with one linear layer."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from aclip.config import Pass
+from aclip.errors import ConfigError, unknown_name
+from aclip.objectives.base import Objective
+from aclip.objectives.decoder import HEAD_WIDTH, PatchDecoder, missing_patches
+from aclip.structs import StepContext, TowerShape
+
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
+
+
+class Reconstruction(Objective):
+    """Mean over the removed patches of the mean error of their pixels.
+
+        L = mean_{k removed} mean_c |x_kc - y_kc|^e,  e = 2 for "mse", 1 for "l1"
+
+    x is linear in a patch token; y are the patch's pixels, three channels, as the encoder would see them: augmented and
+    normalised as images are. With `normalize` y <- (y - mean y) / sqrt(var y + 1e-6), over the values of one patch and
+    with the unbiased variance.
+
+    - MAE (He et al., arXiv 2111.06377): removed patches have left the sequence, and `PatchDecoder` puts mask tokens in
+      their places. "mse" on normalised pixels.
+    - SimMIM (Xie et al., arXiv 2111.09886): `decoder_layers` 0. Mask tokens went through the encoder (a pass with
+      `fill`), so that its own tokens are read. "l1" on pixels as they are.
+
+    The mean is over all views, samples and removed patches. Every image loses equally many, so that the mean over
+    ranks is that of the whole batch. With nothing removed the loss is 0, with a gradient of 0.
+
+    Reads one image pass.
+
+    Args:
+        decoder_layers: blocks of the decoder; 0 is SimMIM's linear layer alone.
+        decoder_width: of the decoder, see `PatchDecoder`; None is `fitting_width`. Means nothing without a decoder.
+        normalize: whether the pixels of each patch are normalised.
+        loss: "mse" or "l1".
+
+    Raises:
+        ConfigError: a decoder for a pass that fills, none for a pass that does not, or an unknown loss.
+    """
+
+    needs_patches = True
+
+    def __init__(
+        self,
+        reads: Sequence[Pass],
+        shape: TowerShape,
+        decoder_layers: int = 8,
+        decoder_width: int | None = None,
+        normalize: bool = True,
+        loss: str = "mse",
+    ) -> None:
+        super().__init__(reads, shape)
+        if loss not in LOSSES:
+            raise ConfigError(f"objective 'reconstruction': {unknown_name('loss', loss, LOSSES)}")
+        if reads[0].fill and decoder_layers != 0:
+            raise ConfigError(f"objective 'reconstruction' has mask tokens of its own in its decoder, but pass "
+                              f"'{reads[0].name}' fills: set fill to false, or decoder_layers to 0 (SimMIM)")
+        if not reads[0].fill and decoder_layers == 0:
+            raise ConfigError(f"objective 'reconstruction' without a decoder reads mask tokens, but pass "
+                              f"'{reads[0].name}' does not fill: set fill to true, or decoder_layers to 8 (MAE)")
+        self.normalize, self.loss = normalize, loss
+        width = decoder_width or fitting_width(shape.width)
+        self.decoder = PatchDecoder(shape.width, width, decoder_layers) if decoder_layers else None
+        self.head = nn.Linear(width if decoder_layers else shape.width, 3 * shape.patch_size[0] * shape.patch_size[1])
+
+    def forward(self, context: StepContext) -> Float[Tensor, ""]:
+        """Read the patch tokens of image pass `reads[0]`, its pixels, and which patches it kept."""
+        seen = context.passes[self.reads[0]]
+        assert seen.patches is not None
+        target = patch_pixels(seen.pixels, seen.grid_size)
+        views, samples, num_patches, _ = target.shape
+        keep = seen.keep_indices
+        if keep is None:  # spelled out, so that every parameter is part of the graph in every step
+            keep = torch.arange(num_patches, device=target.device).expand(views, samples, -1)
+
+        tokens = seen.patches.flatten(0, 1)
+        if self.decoder is not None:
+            tokens = self.decoder(seen.cls.flatten(0, 1), tokens, keep.flatten(0, 1), seen.grid_size)
+        predicted = self.head(tokens).unflatten(0, (views, samples)).float()
+        if self.normalize:
+            target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        error = LOSSES[self.loss](predicted, target, reduction="none").mean(dim=-1)
+        removed = views * samples * (num_patches - keep.shape[-1])
+        return error.masked_fill(~missing_patches(keep, num_patches), 0.0).sum() / max(1, removed)
+
+    def decoder_macs(self, images: Sequence[tuple[int, int, int]], text_tokens: float) -> float:
+        """Return the decoder's, over the views; the linear layer is not counted."""
+        views, num_patches, _ = images[0]
+        return views * self.decoder.macs(num_patches) if self.decoder is not None else 0.0
+
+
+def fitting_width(width: int) -> int:
+    """Return a decoder's width for an encoder's: MAE's 512 from 768 on, two thirds below, in whole heads."""
+    return min(512, max(1, round(width * 2 / 3 / HEAD_WIDTH)) * HEAD_WIDTH)
+
+
+def patch_pixels(
+    pixels: Float[Tensor, "V B 3 h w"], grid_size: tuple[int, int]
+) -> Float[Tensor, "V B N pixels"]:
+    """Return the pixels of every patch, float32, patches row by row.
+
+    Args:
+        pixels: (V, B, 3, h, w) whole views.
+        grid_size: patches (down, across), N = down * across.
+
+    Returns:
+        (V, B, N, 3 * h/down * w/across), ordered (channel, row, column) within a patch.
+    """
+    cells: Tensor = pixels.float().unflatten(4, (grid_size[1], -1)).unflatten(3, (grid_size[0], -1))
+    return cells.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)

@@ -1,0 +1,44 @@
+"""The pairwise image-text contrast of SigLIP, averaged over views."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from aclip.config import Pass, TextPass
+from aclip.objectives.base import Objective
+from aclip.objectives.functional import sigmoid_loss
+from aclip.structs import StepContext, TowerShape
+
+
+class Sigmoid(Objective):
+    """Mean over the V views of a pass of the sigmoid loss with the captions (Zhai et al., arXiv 2303.15343).
+
+    Every image-caption pair is a yes-or-no question of its own, see `functional.sigmoid_loss`. Two different pairs that
+    share a caption are left out. The multiplier is the model's `logit_scale`, which starts where the model has it (at
+    1/0.07 in a fresh one; the paper starts at 10). The bias belongs to this objective and is not part of the saved
+    model: it moves all similarities alike and changes no ranking.
+
+    Reads the image pass, then the text pass.
+
+    Args:
+        init_bias: first value of the bias; the paper's -10 says that nearly all pairs are negative.
+    """
+
+    takes = (Pass, TextPass)
+    needs_text = True
+
+    def __init__(self, reads: Sequence[Pass | TextPass], shape: TowerShape, init_bias: float = -10.0) -> None:
+        super().__init__(reads, shape)
+        self.logit_bias = nn.Parameter(torch.tensor(float(init_bias)))
+
+    def forward(self, context: StepContext) -> Float[Tensor, ""]:
+        """Read the features of image pass `reads[0]` and of text pass `reads[1]`."""
+        images, captions = context.passes[self.reads[0]].features, context.texts[self.reads[1]].features
+        assert captions is not None
+        assert context.logit_scale is not None
+        losses = [
+            sigmoid_loss(view, captions, context.logit_scale, self.logit_bias, context.caption_ids) for view in images
+        ]
+        return torch.stack(losses).mean()

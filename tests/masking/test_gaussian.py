@@ -1,0 +1,97 @@
+"""Centred masking: the density and the choice against a slow transcription, and what the centre gains."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+
+from aclip import rng
+from aclip.errors import ConfigError
+from aclip.masking import GaussianMasking, MaskingContext, UniformMasking
+from aclip.masking.gaussian import centre_density
+
+
+def seeded(batch_size: int, grid: tuple[int, int]) -> MaskingContext:
+    return MaskingContext(batch_size, grid, "cpu", seeds=torch.arange(batch_size))
+
+
+def slow_density(grid: tuple[int, int], variance: float) -> list[float]:
+    """The bivariate normal density with covariance variance * I, patch by patch."""
+    covariance = np.diag([variance, variance])
+    result = []
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            indices = zip((i, j), grid, strict=True)
+            place = np.array([2 * index / (count - 1) - 1 if count > 1 else 0.0 for index, count in indices])
+            exponent = -0.5 * place @ np.linalg.inv(covariance) @ place
+            result.append(math.exp(exponent) / (2 * math.pi * math.sqrt(np.linalg.det(covariance))))
+    return result
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (7, 7), (5, 9), (1, 8), (1, 1)])
+@pytest.mark.parametrize("variance", [0.1, 0.2, 0.8])
+def test_density_equals_the_definition(grid: tuple[int, int], variance: float) -> None:
+    expected = torch.tensor(slow_density(grid, variance))
+    torch.testing.assert_close(centre_density(grid, variance, "cpu"), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_density_is_not_scaled_to_one_at_the_centre() -> None:
+    density = centre_density((7, 7), 0.2, "cpu").reshape(7, 7)
+    assert density.argmax() == 24
+    assert density[3, 3].item() == pytest.approx(1 / (0.4 * math.pi))
+    assert torch.equal(density, density.T)
+    assert torch.equal(density, density.flip(0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 10), width=st.integers(1, 10), ratio=st.integers(0, 15), side=st.integers(1, 3),
+    variance=st.sampled_from([0.1, 0.2, 0.8]),
+)  # fmt: skip
+def test_equals_the_slow_definition(height: int, width: int, ratio: int, side: int, variance: float) -> None:
+    grid = (height, width)
+    tiles = height % side == 0 and width % side == 0
+    block = side if tiles else 1
+    across = width // block
+    density = slow_density((height // block, across), variance)
+    keep = GaussianMasking(ratio / 16, block_size=side, variance=variance)(seeded(3, grid))
+    for kept, draws in zip(keep.tolist(), rng.uniform(torch.arange(3), len(density), "mask").tolist(), strict=True):
+        scores = [u - (1 - p) for u, p in zip(draws, density, strict=True)]
+        order = sorted(range(len(scores)), key=lambda b: -scores[b])
+        count = max(1, math.floor(len(scores) * (1 - ratio / 16) + 0.5))
+        patches = [
+            (b // across * block + i) * width + b % across * block + j
+            for b in order[:count] for i in range(block) for j in range(block)
+        ]  # fmt: skip
+        assert kept == sorted(patches)
+
+
+def test_nearer_the_centre_is_kept_more_often() -> None:
+    keep = GaussianMasking(0.5)(seeded(4000, (5, 5)))
+    counts = torch.bincount(keep.flatten(), minlength=25).reshape(5, 5).double()
+    place = torch.arange(-2, 3)
+    distance = place.square()[:, None] + place.square()
+    rings = [counts[distance == d].mean().item() for d in distance.unique()]
+    assert rings == sorted(rings, reverse=True)
+    assert counts.min() > 0  # still random, even in the corners
+
+
+def test_a_wide_gaussian_is_uniform_masking() -> None:
+    wide = GaussianMasking(0.6, variance=1e6)(seeded(50, (6, 4)))
+    # a density of 1.6e-7 everywhere: float32 draws keep their order
+    assert torch.equal(wide, UniformMasking(0.6)(seeded(50, (6, 4))))
+
+
+def test_reads_no_value_back_to_the_host() -> None:
+    with FakeTensorMode():  # tensors without values: what asks for one raises
+        assert GaussianMasking(0.5)(seeded(4, (7, 7))).shape == (4, 25)
+
+
+@pytest.mark.parametrize("variance", [0.0, -1.0, math.inf, math.nan])
+def test_refuses_other_variances(variance: float) -> None:
+    with pytest.raises(ConfigError, match="positive and finite"):
+        GaussianMasking(0.5, variance=variance)

@@ -1,0 +1,228 @@
+"""MaskCLIP's masked self-distillation against a loop over images, patches and codewords."""
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from made_passes import GRID, NUM_PATCHES, SHAPE, B, made_pass, step_context
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from aclip.config import Pass
+from aclip.ema import Ema
+from aclip.errors import ConfigError
+from aclip.objectives.decoder import PatchDecoder, sine_cosine
+from aclip.objectives.masked_distillation import MaskedDistillation, Quantizer, num_codewords, removed_indices
+from aclip.plan import resolve
+from aclip.recipes import RECIPES
+from aclip.structs import Encoded, StepContext
+from test_plan import VIT_B_16
+
+CODEWORDS = 7
+
+
+def student(views: tuple[str, ...] = ("a", "b"), mask_ratio: float = 0.75, **fields: Any) -> Pass:
+    return made_pass("masked", views, masking="uniform", mask_ratio=mask_ratio, **fields)
+
+
+def teacher(views: tuple[str, ...] = ("a", "b"), **fields: Any) -> Pass:
+    return made_pass("teacher", views, "ema", **fields)
+
+
+def build(**options: Any) -> MaskedDistillation:
+    """Return the objective with an average that differs from its quantizer."""
+    torch.manual_seed(0)
+    objective = MaskedDistillation([student(), teacher()], SHAPE, codewords=CODEWORDS, **options)
+    with torch.no_grad():
+        for parameter in objective.ema_quantizer.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return objective
+
+
+def without_removal(context: StepContext, indices: bool) -> StepContext:
+    """Return a context whose student saw every patch, with or without saying which."""
+    teacher = context.passes["teacher"]
+    whole = replace(teacher, cls=teacher.cls.clone().requires_grad_(), patches=teacher.patches.clone().requires_grad_())
+    keep = torch.arange(NUM_PATCHES).expand(2, B, -1) if indices else None
+    return replace(context, passes={**context.passes, "masked": replace(whole, keep_indices=keep)})
+
+
+def literal_decode(decoder: PatchDecoder, seen: Encoded, v: int, n: int) -> Tensor:
+    """Put one image's sequence together patch by patch and run open_clip's own blocks on it."""
+    keep = seen.keep_indices[v, n].tolist()
+    positions = sine_cosine(SHAPE.width, GRID, torch.device("cpu"))
+    sequence = [decoder.embed(seen.cls[v, n])]
+    for patch in range(NUM_PATCHES):
+        token = decoder.embed(seen.patches[v, n, keep.index(patch)]) if patch in keep else decoder.mask_token
+        sequence.append(token + positions[patch])
+    return decoder.norm(decoder.transformer(torch.stack(sequence)[None]))[0, 1:]
+
+
+def literal_codewords(quantizer: Quantizer, x: Tensor) -> list[Tensor]:
+    """Return the cosine of the patch and each codeword."""
+    y = quantizer.bottleneck.weight @ x + quantizer.bottleneck.bias
+    return [(y @ c) / ((y @ y).sqrt() * (c @ c).sqrt()) for c in quantizer.codewords]
+
+
+def literal_softmax(logits: list[Tensor], temperature: float) -> list[Tensor]:
+    powers = [(logit / temperature).exp() for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def literal_loss(
+    objective: MaskedDistillation, context: StepContext, temperature: float = 0.1, teacher_temperature: float = 0.04
+) -> Tensor:
+    seen, whole = context.passes["masked"], context.passes["teacher"]
+    said, aimed = [], []
+    for v, n in product(range(2), range(B)):
+        decoded = literal_decode(objective.decoder, seen, v, n)
+        for patch in range(NUM_PATCHES):
+            if patch not in seen.keep_indices[v, n].tolist():
+                said.append(literal_codewords(objective.quantizer, decoded[patch]))
+                with torch.no_grad():
+                    aimed.append(literal_codewords(objective.ema_quantizer, whole.patches[v, n, patch]))
+    centre = [sum(row[w] for row in aimed) / len(aimed) for w in range(CODEWORDS)]
+    losses = []
+    for logits, target in zip(said, aimed, strict=True):
+        p = literal_softmax(logits, temperature)
+        q = literal_softmax([t - c for t, c in zip(target, centre, strict=True)], teacher_temperature)
+        losses.append(-sum(q[w] * p[w].log() for w in range(CODEWORDS)))
+    return sum(losses) / len(losses)
+
+
+def gradients(objective: MaskedDistillation, context: StepContext, loss: Tensor) -> dict[str, Tensor]:
+    named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    named |= {"cls": context.passes["masked"].cls, "patches": context.passes["masked"].patches}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"decoder_layers": 2, "student_temperature": 0.2, "teacher_temperature": 0.1}])
+def test_equals_a_loop_over_removed_patches(options: dict[str, Any]) -> None:
+    objective, context = build(**options), step_context(student(), teacher())
+    temperatures = [options[name] for name in ("student_temperature", "teacher_temperature") if name in options]
+    ours, expected = objective(context), literal_loss(objective, context, *temperatures)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    found, wanted = gradients(objective, context, ours), gradients(objective, context, expected)
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+def test_only_the_online_side_learns() -> None:
+    objective, context = build(), step_context(student(), teacher())
+    aimed = context.passes["teacher"].patches.requires_grad_()
+    objective(context).backward()
+    assert aimed.grad is None
+    assert all(p.grad is None and not p.requires_grad for p in objective.ema_quantizer.parameters())
+    for module in (objective.decoder, objective.quantizer):
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+    for seen in (context.passes["masked"].cls.grad, context.passes["masked"].patches.grad):
+        assert (seen.abs().amax(dim=-1) > 0).all()
+
+
+def test_targets_are_removed_patches_alone() -> None:
+    objective, context = build(), step_context(student(), teacher())
+    whole = context.passes["teacher"]
+    kept = torch.zeros(2, B, NUM_PATCHES, dtype=torch.bool)
+    kept.scatter_(2, context.passes["masked"].keep_indices, True)
+
+    def with_noise_at(where: Tensor) -> Tensor:
+        noisy = torch.where(where[..., None], whole.patches + 1.0, whole.patches)
+        return objective(replace(context, passes={**context.passes, "teacher": replace(whole, patches=noisy)}))
+
+    assert with_noise_at(kept) == objective(context)
+    assert with_noise_at(~kept) != objective(context)
+
+
+@pytest.mark.parametrize("indices", [False, True])
+def test_nothing_removed_is_zero_with_a_gradient(indices: bool) -> None:
+    objective = build()
+    context = without_removal(step_context(student(), teacher()), indices)
+    loss = objective(context)
+    assert loss == 0
+    found = gradients(objective, context, loss)
+    assert all(not gradient.any() for gradient in found.values())
+
+
+def test_the_centre_takes_out_what_all_patches_share() -> None:
+    """A direction common to all the teacher's logits does not decide which codeword a patch gets."""
+    objective, context = build(), step_context(student(), teacher())
+    plain = objective(context)
+
+    class Shifted(Quantizer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.arange(CODEWORDS)
+
+    objective.ema_quantizer.__class__ = Shifted
+    torch.testing.assert_close(objective(context), plain, rtol=0, atol=1e-4)
+
+
+def test_the_quantizer_alone_has_an_average() -> None:
+    objective = build()
+    assert objective.ema_pairs() == [(objective.quantizer, objective.ema_quantizer)]
+    old = [p.clone() for p in objective.ema_quantizer.parameters()]
+    Ema(objective.ema_pairs()).update(0.9)
+    for new, start, online in zip(objective.ema_quantizer.parameters(), old, objective.quantizer.parameters(),
+                                  strict=True):
+        torch.testing.assert_close(new, 0.9 * start + 0.1 * online)
+
+
+def test_removed_indices_are_the_rest_in_order() -> None:
+    keep = torch.tensor([[0, 3, 4], [1, 2, 5]])
+    assert removed_indices(keep, 6).tolist() == [[1, 2, 5], [0, 3, 4]]
+    assert removed_indices(torch.arange(6)[None], 6).shape == (1, 0)
+
+
+def test_half_precision_is_close() -> None:
+    objective, context = build(), step_context(student(), teacher())
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = objective(context)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, objective(context), rtol=0.02, atol=0)
+
+
+def test_nothing_is_read_back_to_the_host() -> None:
+    objective = build()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # tensors without data: reading one raises
+        context = step_context(student(), teacher())
+        passes = {
+            name: replace(encoded, **tree_map_only(Tensor, mode.from_tensor, vars(encoded)))
+            for name, encoded in context.passes.items()
+        }
+        assert objective(replace(context, passes=passes)).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("online", "target", "message"),
+    [
+        (student(), made_pass("teacher", ("a", "b")), "'masked' is online and 'teacher' is online"),
+        (made_pass("masked", ("a", "b"), "ema"), teacher(), "'masked' is ema and 'teacher' is ema"),
+        (student(), teacher(("b", "a")), r"same views .* but 'masked' has a, b at resolution 1 and 'teacher' has b, a"),
+        (student(), teacher(resolution=0.5), r"'teacher' has a, b at resolution 0\.5"),
+        (student(), teacher(masking="uniform", mask_ratio=0.5), "'teacher' removes patches: leave its masking"),
+        (student(fill=True), teacher(), "'masked' fills"),
+    ],
+)
+def test_refuses_passes_that_cannot_be_compared(online: Pass, target: Pass, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MaskedDistillation([online, target], SHAPE)
+
+
+@pytest.mark.parametrize(("width", "codewords"), [(1024, 8192), (768, 8192), (384, 4096), (192, 2048)])
+def test_codewords_are_8192_from_width_768_and_in_proportion_below(width: int, codewords: int) -> None:
+    assert num_codewords(replace(SHAPE, width=width)) == codewords
+    passes = [student(), teacher()]
+    assert len(MaskedDistillation(passes, replace(SHAPE, width=width)).quantizer.codewords) == codewords
+
+
+def test_costs_what_the_decoder_costs_over_all_patches() -> None:
+    block = 197 * 12 * 768**2 + 2 * 197**2 * 768
+    with torch.device("meta"):
+        objective = MaskedDistillation([student(), teacher()], VIT_B_16, decoder_layers=2)
+    assert objective.decoder_macs([(2, 196, 49), (2, 196, 196)], 77.0) == pytest.approx(2 * 2 * block)
+    plan = resolve(RECIPES["maskclip"], VIT_B_16)
+    assert plan.relative_cost() == pytest.approx(1.57, rel=0.01)
+    assert plan.relative_cost(14) == pytest.approx(1.65, rel=0.01)
