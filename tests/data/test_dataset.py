@@ -163,3 +163,16 @@ def test_tags_reach_the_tokens(tmp_path: Path) -> None:
     expected = WordTokenizer()(["heart", "heart, love"]).tolist()
     assert rows == {tuple(row) for row in expected}
     assert {data[Request(epoch, 0)].caption_id for epoch in range(5)} == {caption_id("heart")}
+
+
+def test_captions_of_one_concept_count_as_the_same(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        (tmp_path / "0.png").write_bytes(encode(picture(0)))
+        (tmp_path / "0.json").write_text('{"captions": ["cat", "a photo of a cat"], "concept": "cat"}')
+        archive.add(tmp_path / "0.png", "0.png")
+        archive.add(tmp_path / "0.json", "0.json")
+    (tmp_path / "0.png").unlink()
+    data = dataset(tmp_path)
+    items = [data[Request(epoch, 0)] for epoch in range(20)]
+    assert len({tuple(item.tokens.tolist()) for item in items}) == 2
+    assert {item.caption_id for item in items} == {caption_id("cat")}

@@ -18,7 +18,7 @@ EXAMPLES = """\
 examples:
   aclip data list
   aclip data fetch emoji
-  aclip data fetch emoji --root /big/disk/data
+  aclip data fetch cifar10 --root /big/disk/data
   aclip train --recipe a-clip --model vit-tiny --data emoji:train
 """
 

@@ -4,9 +4,10 @@ from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, dr
 from aclip.data.dataset import Item, PairDataset
 from aclip.data.decode import decode_image
 from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet
+from aclip.data.frequencies import token_frequencies
 from aclip.data.loader import BatchLoader, build_loader
 from aclip.data.order import BatchSampler, Request, epoch_order
-from aclip.data.sources import READERS, RawSample, Source, open_source
+from aclip.data.sources import READERS, RawSample, Source, open_source, split_slice
 
 __all__ = [
     "READERS",
@@ -27,4 +28,6 @@ __all__ = [
     "draw_caption",
     "epoch_order",
     "open_source",
+    "split_slice",
+    "token_frequencies",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aclip import rng
-from aclip.data.captions import CaptionTokenizer, DrawnCaption, clean_captions, draw_caption
+from aclip.data.captions import CaptionTokenizer, DrawnCaption, caption_id, clean_captions, draw_caption
 from aclip.data.decode import decode_image
 from aclip.data.order import Request
 from aclip.data.sources import Source
@@ -34,7 +34,8 @@ class Item:
     Attributes:
         views: view name -> `Crop`.
         tokens: (T,) int64, T the tokenizer's context length.
-        caption_id: see `aclip.data.captions.caption_id`.
+        caption_id: see `aclip.data.captions.caption_id`; of the sample's concept where it names one, else of
+            the caption that was drawn.
         seed: from which the device draws for this sample in this epoch.
         key: the sample's name.
         skipped: (name, reason) of the bad samples whose place this one takes.
@@ -124,7 +125,7 @@ class PairDataset(Dataset[Item]):
         return Item(
             views=self._views(image, seed=self.seed, epoch=epoch, sample=sample, sizes=self._sizes),
             tokens=self.tokenizer([caption.text])[0],
-            caption_id=caption.caption_id,
+            caption_id=caption.caption_id if raw.concept is None else caption_id(raw.concept),
             seed=rng.sample_seed(self.seed, epoch, sample),
             key=raw.key,
             skipped=skipped,

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 from made_packs import Shelf
 
+from aclip.data.fetch import wheels
+
 
 @pytest.fixture
 def shelf(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Shelf:
-    """A shelf whose client is the only program on the PATH."""
+    """A shelf whose clients are the only programs on the PATH, and the only pip."""
     shelf = Shelf(tmp_path_factory.mktemp("registry"))
+    monkeypatch.setattr(wheels, "CLIENT", (str(shelf.bin / "pip"),))
     monkeypatch.setenv("PATH", str(shelf.bin))
     return shelf
 

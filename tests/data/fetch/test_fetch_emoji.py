@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_packs import RED, Shelf, emoji_entry, tree
+from made_packs import RED, Interrupting, Shelf, emoji_entry, tree
 
 from aclip.data.fetch import emoji, render
-from aclip.data.fetch.emoji import COUNTS, LABELS, STYLES, Emoji, Style, split_of, unit_hash
+from aclip.data.fetch.emoji import COUNTS, LABELS, STYLES, Emoji, Style
 from aclip.data.fetch.progress import Silent
 from aclip.data.sources import open_source
 from aclip.errors import DataError, MissingDependencyError
@@ -48,22 +48,6 @@ def small(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> Emoji:
     other = shelf.put("@made/unseen", "1.0.0", pack(everything, False, "CC-BY-4.0"))
     counts = {"train": 3, "val_vendor": 3, "val_concept": 2, "val_both": 2}
     return Emoji((Style(coded), Style(other, held_out=True)), labels, counts, workers=1)
-
-
-def test_the_split_hash_is_the_documented_one() -> None:
-    # First 8 hex digits from `printf TEXT | sha1sum`.
-    assert unit_hash("concept1f600") == 0x54626BD9 / 2**32
-    assert unit_hash("concept2764") == 0xB66ECBF7 / 2**32
-    assert unit_hash("concept31-20e3") == 0xE04B6203 / 2**32
-
-
-def test_splits_follow_concept_and_style() -> None:
-    assert split_of("1f600", style_held_out=False) == "train"
-    assert split_of("1f600", style_held_out=True) == "val_vendor"
-    assert split_of("1f607", style_held_out=False) == "val_concept"
-    assert split_of("1f607", style_held_out=True) == "val_both"
-    # 0x1f602 hashes to 0.10395: just above the share that is held out.
-    assert split_of("1f602", style_held_out=False) == "train"
 
 
 def test_the_set_is_pinned_as_documented() -> None:
@@ -140,23 +124,6 @@ def test_licences_are_kept_beside_the_pictures(small: Emoji, tmp_path: Path) -> 
     assert (rows["seen"]["package"], rows["seen"]["version"]) == ("@made/seen", "1.0.0")
     assert (licences / "seen" / "README.md").read_bytes() == b"how it may be used"
     assert (licences / "labels" / "LICENSE").read_bytes() == b"MIT"
-
-
-class Interrupting(Silent):
-    """Raises as Ctrl-C does, with the n-th package or the n-th picture, those of earlier calls included."""
-
-    def __init__(self, unit: str, at: int) -> None:
-        self._unit = unit
-        self._left = at
-
-    def start(self, stage: str, total: int, unit: str) -> None:
-        self._running = unit
-
-    def advance(self, amount: int, *, cached: bool = False) -> None:
-        if self._running == self._unit:
-            self._left -= 1 if self._unit == "bytes" else amount
-            if self._left <= 0:
-                raise KeyboardInterrupt
 
 
 def test_an_interrupted_fetch_continues_to_the_same_bytes(small: Emoji, tmp_path: Path) -> None:

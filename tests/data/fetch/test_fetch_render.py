@@ -11,7 +11,15 @@ from PIL import Image
 
 from aclip.data.fetch import render as module
 from aclip.data.fetch.iconify import Icon
-from aclip.data.fetch.render import Drawing, drawing, open_renderer, render, render_chunk
+from aclip.data.fetch.render import (
+    ELEMENTS,
+    Drawing,
+    drawing,
+    open_renderer,
+    render,
+    render_chunk,
+    render_document,
+)
 from aclip.errors import BadSampleError, MissingDependencyError
 
 pytest.importorskip("resvg_py")
@@ -152,3 +160,52 @@ def test_a_missing_renderer_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'attentive-clip\[demo\]'"):
         render(body(RED), 16)
+
+
+def test_an_animation_is_drawn_as_its_still_picture() -> None:
+    moving = '<rect width="16" height="16" fill="#f00"><animate attributeName="fill" values="#0f0;#00f"/></rect>'
+    assert render(body(moving), 16) == render(body(RED), 16)
+
+
+@pytest.mark.parametrize("text", ["", "<g/>", '<path d="M0 0h16v16z" fill-opacity="0"/>', '<path d="M90 90h9v9z"/>'])
+def test_a_drawing_that_shows_nothing_is_refused(text: str) -> None:
+    with pytest.raises(BadSampleError, match="nothing is drawn"):
+        render(body(text), 16)
+
+
+def document(inner: str, size: str = 'width="20" height="40"') -> bytes:
+    return (
+        '<!DOCTYPE svg [<!ENTITY red "#f00">]>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {size} '
+        f'xmlns:made="http://made.example" made:docbase="C:\\art"><metadata/><made:grid/>{inner}</svg>'
+    ).encode()
+
+
+@pytest.mark.parametrize(("size", "shape"), [((20, 40), (64, 32)), ((40, 20), (32, 64)), ((9, 9), (64, 64))])
+def test_a_document_keeps_its_proportions(size: tuple[int, int], shape: tuple[int, int]) -> None:
+    said = f'width="{size[0]}" height="{size[1]}"'
+    picture = pixels(render_document(document('<rect width="40" height="40" fill="&red;"/>', said), 64, ELEMENTS))
+    assert picture.shape == (*shape, 4)
+    assert (picture == [255, 0, 0, 255]).all()
+
+
+def test_a_document_is_drawn_without_what_is_not_allowed(secret: str) -> None:
+    inner = (
+        f'<rect width="20" height="40" fill="#f00"/><image width="20" height="40" xlink:href="{secret}"/>'
+        '<text y="30" font-size="40">text</text><style>rect{fill:#00f}</style>'
+    )
+    plain = pixels(render_document(document(inner), 40, ELEMENTS))
+    assert (plain == [255, 0, 0, 255]).all()
+    styled = pixels(render_document(document(inner), 40, ELEMENTS | {"style"}))
+    assert (styled == [0, 0, 255, 255]).all()
+
+
+def test_a_document_that_reaches_outside_itself_is_refused(secret: str) -> None:
+    with pytest.raises(BadSampleError, match="outside of the drawing"):
+        render_document(document(f'<use xlink:href="{secret}#a"/>'), 16, ELEMENTS)
+
+
+@pytest.mark.parametrize("text", [b"", b"<svg", b"\xff\xfe", b"<html/>"])
+def test_what_is_no_document_is_refused(text: bytes) -> None:
+    with pytest.raises(BadSampleError):
+        render_document(text, 16, ELEMENTS)

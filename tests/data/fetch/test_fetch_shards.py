@@ -3,12 +3,12 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from aclip.data.fetch.shards import Sample, ShardFolder, split_sizes, tar_bytes
+from aclip.data.fetch.shards import Sample, ShardFolder, shuffled, split_sizes, tar_bytes
 from aclip.files import write_atomically
 
 TOOLS = {"drawer": "1"}
@@ -129,3 +129,43 @@ def test_a_torn_state_file_means_nothing_is_done(text: str, tmp_path: Path) -> N
     assert not ShardFolder(tmp_path, {"version": 1}).is_finished()
     assert not build(tmp_path).has("a")
     assert split_sizes(tmp_path) == {}
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        self.seen.append((stage, total, unit))
+
+    def advance(self, amount: int, *, cached: bool = False) -> None:
+        self.seen.append((amount, cached))
+
+
+def test_fill_writes_each_split_in_shards_and_keeps_those_that_are_there(tmp_path: Path) -> None:
+    splits = {"train": ["a", "b", "c"], "test": ["d"], "none": []}
+    made: list[str] = []
+
+    def samples(part: Sequence[str], skipped: dict[str, str]) -> Iterator[Sample]:
+        for key in part:
+            made.append(key)
+            if key == "c":
+                skipped[key] = "bad"
+            else:
+                yield Sample(key, {"txt": key.encode()})
+
+    shards = ShardFolder(tmp_path, {"v": 1})
+    shards.resume({})
+    shards.add("train/000000.tar", [Sample("a", {"txt": b"a"}), Sample("b", {"txt": b"b"})], {})
+    watch = _Watch()
+    shards.fill(splits, samples, 2, "writing", watch)
+    assert made == ["c", "d"]
+    assert watch.seen == [("writing", 4, "pictures"), (2, True)]
+    assert shards.skipped() == {"c": "bad"}
+    assert sorted(path.name for path in tmp_path.rglob("*.tar")) == ["000000.tar", "000000.tar", "000001.tar"]
+
+
+def test_the_order_of_samples_is_fixed_by_a_hash() -> None:
+    # First 8 hex digits from `printf orderKEY | sha1sum`.
+    assert shuffled("a") == (0xC8D45F50 / 2**32, "a")
+    assert sorted("abc", key=shuffled) == sorted("cab", key=shuffled)

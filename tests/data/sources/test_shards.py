@@ -34,7 +34,7 @@ def test_members_of_one_name_are_one_sample(tmp_path: Path) -> None:
         "a/0.txt": b"one\ntwo\n",
         "b/0.png": b"other folder",
         "b/0.json": json.dumps({"caption": "three", "tags": ["x", 5, "y"], "label": 7}).encode(),
-        "1.json": json.dumps({"captions": ["four", "five"], "label": "json"}).encode(),
+        "1.json": json.dumps({"captions": ["four", "five"], "label": "json", "concept": 4}).encode(),
         "a/0.png": b"second picture",
         "1.WebP": b"webp",
         "1.cls": b"12\n",
@@ -47,6 +47,7 @@ def test_members_of_one_name_are_one_sample(tmp_path: Path) -> None:
     assert [sample.image for sample in samples] == [b"left", b"other folder", b"webp", b"no caption"]
     assert [sample.captions for sample in samples] == [("one", "two"), ("three",), ("four", "five"), ()]
     assert [sample.label for sample in samples] == [None, "7", "12", None]
+    assert [sample.concept for sample in samples] == [None, None, "4", None]
     assert samples[1].tags == ("x", "y")
 
 

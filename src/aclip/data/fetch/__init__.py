@@ -7,9 +7,15 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from aclip.data.fetch.emoji import COUNTS, Emoji
+from aclip.data.fetch import emoji, emoji_vendors
+from aclip.data.fetch.cifar10 import Cifar10
+from aclip.data.fetch.emoji import Emoji
+from aclip.data.fetch.emoji_vendors import EmojiVendors
+from aclip.data.fetch.icons import Icons
 from aclip.data.fetch.progress import Progress, Silent
 from aclip.data.fetch.shards import split_sizes
+from aclip.data.fetch.tuxpaint import TuxPaint
+from aclip.data.sources.part import split_slice
 from aclip.errors import ConfigError, DataError, unknown_name
 
 __all__ = ["DATASETS", "DataSet", "Progress", "default_root", "fetch", "resolve_spec", "split_sizes"]
@@ -44,7 +50,16 @@ class DataSet(Protocol):
         ...
 
 
-DATASETS: dict[str, DataSet] = {one.name: one for one in (Emoji(counts=COUNTS),)}
+DATASETS: dict[str, DataSet] = {
+    one.name: one
+    for one in (
+        Emoji(counts=emoji.COUNTS),
+        EmojiVendors(counts=emoji_vendors.COUNTS),
+        Cifar10(),
+        Icons(),
+        TuxPaint(),
+    )
+}
 
 
 def default_root() -> Path:
@@ -84,7 +99,8 @@ def resolve_spec(spec: str, root: Path | None = None) -> str:
     """Return what a source specification names, sets fetched by name included.
 
     Args:
-        spec: "NAME:SPLIT" with a key of `DATASETS`, e.g. "emoji:train", or anything else.
+        spec: "NAME:SPLIT" with a key of `DATASETS`, e.g. "emoji:train", or anything else; a slice at its end stays
+            there.
         root: folder of all data sets; None takes `default_root()`.
 
     Returns:
@@ -94,6 +110,9 @@ def resolve_spec(spec: str, root: Path | None = None) -> str:
     Raises:
         DataError: the set has not been fetched, or has no such split.
     """
+    whole, part = split_slice(spec)
+    if part is not None:
+        return resolve_spec(whole, root) + spec.removeprefix(whole)
     name, _, split = spec.partition(":")
     if name not in DATASETS or Path(spec).exists():
         return spec

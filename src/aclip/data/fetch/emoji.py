@@ -1,9 +1,7 @@
 """The set `emoji`: 12,720 pictures of 1,914 concepts in ten drawing styles, with names and keywords.
 
 One concept drawn by many designers makes an honest test: a picture in an unseen style, an unseen concept,
-or both. The splits are fixed by a stable hash, so that results stay comparable: with h(s) = first 8 hex
-digits of sha1(s) / 2^32, a concept is held out if h("concept" + code) < 0.10, and three styles are held
-out whole.
+or both. A tenth of the concepts are held out (see `concepts`), and three styles are held out whole.
 
 | split | concepts | styles | pictures |
 |---|---|---|---|
@@ -23,38 +21,26 @@ shuffled by hash for readers that stream, `licences/` with what each package say
 `dataset.json` with counts and hashes.
 """
 
-import csv
-import hashlib
 import importlib.metadata
-import io
-import json
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aclip.data.fetch.concepts import LABELS, Depiction, into_splits, summarise
+from aclip.data.fetch.drawn import draw_samples, worker_count
 from aclip.data.fetch.iconify import Concept, Icon, Pack, match, read_concepts, read_pack
+from aclip.data.fetch.licences import Licence, write_licences
 from aclip.data.fetch.packages import Package, download, read_members
 from aclip.data.fetch.progress import Progress
-from aclip.data.fetch.render import Drawing, Renderer, drawing, open_renderer, require_renderer
+from aclip.data.fetch.render import open_renderer, require_renderer
 from aclip.data.fetch.shards import Sample, ShardFolder
-from aclip.errors import BadSampleError, DataError
-from aclip.files import write_atomically
-
-_log = logging.getLogger(__name__)
 
 PIXELS = 128
 SAMPLES_PER_SHARD = 1000
-HELD_OUT_SHARE = 0.10
 COUNTS = {"train": 6912, "val_vendor": 4612, "val_concept": 706, "val_both": 490}
 
 _LAYOUT = 1  # raise it when the same packages would be written differently
-
-LABELS = Package(
-    "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", 6_711_091
-)
 
 
 @dataclass(frozen=True)
@@ -101,49 +87,11 @@ STYLES = tuple(
 )
 
 
-def unit_hash(text: str) -> float:
-    """Return h(text) in [0, 1): the first 8 hex digits of its SHA-1 as a fraction of 2^32."""
-    return int(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:8], 16) / 2**32
-
-
-def split_of(code: str, style_held_out: bool) -> str:
-    """Return the split of a picture.
-
-    Args:
-        code: of its concept, see `iconify.concept_code`.
-        style_held_out: whether its style is.
-    """
-    if unit_hash(f"concept{code}") < HELD_OUT_SHARE:
-        return "val_both" if style_held_out else "val_concept"
-    return "val_vendor" if style_held_out else "train"
-
-
 @dataclass(frozen=True)
-class _Picture:
-    """A picture to be: what is drawn and what is said of it."""
+class _Picture(Depiction):
+    """A picture to be drawn."""
 
-    style: str
-    licence: str
-    concept: Concept
     icon: Icon
-
-    @property
-    def key(self) -> str:
-        return f"{self.style}-{self.concept.code}"
-
-    def sample(self, png: bytes) -> Sample:
-        concept = self.concept
-        facts = {
-            "caption": concept.label,
-            "tags": concept.tags,
-            "label": concept.label,
-            "concept": concept.code,
-            "group": concept.group,
-            "style": self.style,
-            "licence": self.licence,
-        }
-        text = json.dumps(facts, ensure_ascii=False)
-        return Sample(self.key, {"png": png, "json": text.encode(), "txt": concept.label.encode()})
 
 
 @dataclass(frozen=True)
@@ -191,12 +139,17 @@ class Emoji:
         tarballs = download([self.labels, *(s.package for s in self.styles)], root / "packages", progress)
         concepts = read_concepts(tarballs[self.labels.name])
         packs = {style.name: read_pack(tarballs[style.package.name]) for style in self.styles}
-        splits = self._plan(packs, concepts)
-        renderer = {"resvg-py": importlib.metadata.version("resvg-py")}
-        shards.resume(renderer)
+        held_out = {style.name for style in self.styles if style.held_out}
+        splits = into_splits(self._pictures(packs, concepts), held_out, self.counts)
+        shards.resume({"resvg-py": importlib.metadata.version("resvg-py")})
         self._write_licences(folder / "licences", packs, tarballs)
-        self._render(shards, splits, progress)
-        shards.finish(self._facts(shards, splits))
+        with open_renderer(PIXELS, worker_count(self.workers)) as renderer:
+
+            def samples(pictures: Sequence[_Picture], skipped: dict[str, str]) -> Iterable[Sample]:
+                return draw_samples(pictures, renderer, progress, skipped)
+
+            shards.fill(splits, samples, SAMPLES_PER_SHARD, "rendering", progress)
+        shards.finish(summarise(self.name, splits, shards.skipped()))
         return folder
 
     def _origin(self) -> dict[str, Any]:
@@ -208,107 +161,22 @@ class Emoji:
             "packages": {package.spec: package.sha256 for package in packages},
         }
 
-    def _plan(
-        self, packs: Mapping[str, Pack], concepts: Mapping[str, Concept]
-    ) -> dict[str, list[_Picture]]:
-        """Return the pictures of each split in the order of the shards."""
-        held_out = {style.name: style.held_out for style in self.styles}
-        splits: dict[str, list[_Picture]] = {split: [] for split in COUNTS}
+    def _pictures(self, packs: Mapping[str, Pack], concepts: Mapping[str, Concept]) -> Iterator[_Picture]:
         for style, icons in match(packs, concepts).items():
             licence = str(packs[style].info.get("license", {}).get("spdx", "unknown"))
             for code, icon in icons.items():
-                picture = _Picture(style, licence, concepts[code], icon)
-                splits[split_of(code, held_out[style])].append(picture)
-        counts = {split: len(pictures) for split, pictures in splits.items()}
-        if self.counts is not None and counts != dict(self.counts):
-            raise DataError(f"the packages hold {counts} pictures where {dict(self.counts)} were expected")
-        for pictures in splits.values():
-            pictures.sort(key=lambda picture: (unit_hash(f"order{picture.key}"), picture.key))
-        return splits
+                yield _Picture(style, licence, concepts[code], icon)
 
-    def _render(
-        self, shards: ShardFolder, splits: Mapping[str, Sequence[_Picture]], progress: Progress
-    ) -> None:
-        progress.start("rendering", sum(map(len, splits.values())), "pictures")
-        missing: list[tuple[str, Sequence[_Picture]]] = []
-        for split, pictures in splits.items():
-            for number, start in enumerate(range(0, len(pictures), SAMPLES_PER_SHARD)):
-                name, part = f"{split}/{number:06d}.tar", pictures[start : start + SAMPLES_PER_SHARD]
-                if shards.has(name):
-                    progress.advance(len(part), cached=True)
-                else:
-                    missing.append((name, part))
-        if not missing:
-            return
-        workers = self.workers or min(8, os.cpu_count() or 1)
-        with open_renderer(PIXELS, workers) as renderer:
-            for name, part in missing:
-                skipped: dict[str, str] = {}
-                shards.add(name, _samples(part, renderer, progress, skipped), skipped)
-
-    def _facts(self, shards: ShardFolder, splits: Mapping[str, Sequence[_Picture]]) -> dict[str, Any]:
-        skipped = shards.skipped()
-        summary = {}
-        for split, pictures in splits.items():
-            used = [picture for picture in pictures if picture.key not in skipped]
-            summary[split] = {
-                "samples": len(used),
-                "captions": len({picture.concept.label for picture in used}),
-                "styles": sorted({picture.style for picture in used}),
-            }
-        return {"name": self.name, "splits": summary, "skipped": skipped}
-
-    def _write_licences(
-        self, folder: Path, packs: Mapping[str, Pack], tarballs: Mapping[str, Path]
-    ) -> None:
+    def _write_licences(self, folder: Path, packs: Mapping[str, Pack], tarballs: Mapping[str, Path]) -> None:
         """Keep what each package says of its licence, and one table of all."""
-        table = io.StringIO()
-        columns = ("style", "package", "version", "title", "author", "author_url", "licence", "licence_url")
-        writer = csv.DictWriter(table, columns, lineterminator="\n")
-        writer.writeheader()
-        for style in self.styles:
-            info = packs[style.name].info
-            author, licence = info.get("author", {}), info.get("license", {})
-            writer.writerow(
-                {
-                    "style": style.name,
-                    "package": style.package.name,
-                    "version": style.package.version,
-                    "title": info.get("name"),
-                    "author": author.get("name"),
-                    "author_url": author.get("url"),
-                    "licence": licence.get("spdx") or licence.get("title"),
-                    "licence_url": licence.get("url"),
-                }
-            )
-        labels = {"style": "(labels)", "package": self.labels.name, "version": self.labels.version}
-        writer.writerow({**labels, "licence": "MIT"})
-        write_atomically(folder / "licences.csv", table.getvalue().encode())
+        rows = [
+            Licence.of_info(style.name, style.package, packs[style.name].info) for style in self.styles
+        ]
+        rows.append(Licence("(labels)", self.labels.name, self.labels.version, licence="MIT"))
         said_in = ["LICENSE", "LICENSE.md", "LICENSE.txt", "README.md", "info.json", "package.json"]
-        for name, package in [(s.name, s.package) for s in self.styles] + [("labels", self.labels)]:
-            for member, data in read_members(tarballs[package.name], said_in).items():
-                write_atomically(folder / name / member, data)
-
-
-def _samples(
-    pictures: Sequence[_Picture], renderer: Renderer, progress: Progress, skipped: dict[str, str]
-) -> Iterator[Sample]:
-    """Yield the samples of some pictures; those that cannot be drawn go into `skipped` with the reason."""
-    drawings: list[Drawing] = []
-    drawable: list[_Picture] = []
-    for picture in pictures:
-        try:
-            drawings.append(drawing(picture.icon))
-            drawable.append(picture)
-        except BadSampleError as error:
-            skipped[picture.key] = error.reason
-    if skipped:
-        progress.advance(len(skipped))
-    for picture, result in zip(drawable, renderer(drawings), strict=True):
-        progress.advance(1)
-        if isinstance(result, str):
-            skipped[picture.key] = result
-        else:
-            yield picture.sample(result)
-    for key, reason in skipped.items():
-        _log.warning("skipped %s: %s", key, reason)
+        texts = {
+            f"{name}/{member}": data
+            for name, package in [(s.name, s.package) for s in self.styles] + [("labels", self.labels)]
+            for member, data in read_members(tarballs[package.name], said_in).items()
+        }
+        write_licences(folder, rows, texts)

@@ -108,21 +108,26 @@ def read_pack(path: Path) -> Pack:
     """
     data = _json(path, "icons.json")
     try:
-        sides = {key: data.get(key, _DEFAULT_SIDE) for key in ("width", "height")}
-        offsets = {key: data.get(key, 0.0) for key in ("left", "top")}
-        icons = {
-            name: Icon(
-                body=icon["body"],
-                **{key: float(icon.get(key, value)) for key, value in {**sides, **offsets}.items()},
-            )
-            for name, icon in data["icons"].items()
-        }
+        icons = {name: icon_of(data, name) for name in data["icons"]}
         for name, alias in data.get("aliases", {}).items():
             if set(alias) == {"parent"} and alias["parent"] in data["icons"]:
                 icons.setdefault(name, icons[alias["parent"]])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path.name}: icons.json has an unexpected form ({error!r})") from None
     return Pack(icons, _json(path, "chars.json", {}), _json(path, "info.json", {}))
+
+
+def icon_of(data: Mapping[str, Any], name: str) -> Icon:
+    """Return one icon of a pack in the Iconify format.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: the format is another.
+    """
+    icon = data["icons"][name]
+    sides = {key: data.get(key, _DEFAULT_SIDE) for key in ("width", "height")}
+    offsets = {key: data.get(key, 0.0) for key in ("left", "top")}
+    rectangle = {key: float(icon.get(key, value)) for key, value in {**sides, **offsets}.items()}
+    return Icon(icon["body"], **rectangle)
 
 
 def _json(path: Path, member: str, default: Any = None) -> Any:

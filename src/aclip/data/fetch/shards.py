@@ -9,17 +9,30 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from aclip.data.fetch.packages import file_sha256
+from aclip.data.fetch.progress import Progress
 from aclip.errors import DataError
 from aclip.files import write_atomically
 
 _FINISHED = "dataset.json"
 _UNFINISHED = "progress.json"
+
+Part = TypeVar("Part")
+
+
+def unit_hash(text: str) -> float:
+    """Return h(text) in [0, 1): the first 8 hex digits of its SHA-1 as a fraction of 2^32."""
+    return int(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:8], 16) / 2**32
+
+
+def shuffled(key: str) -> tuple[float, str]:
+    """Return what the samples of a split are sorted by: an order without order, for readers that stream."""
+    return unit_hash(f"order{key}"), key
 
 
 class Sample(NamedTuple):
@@ -146,6 +159,37 @@ class ShardFolder:
         digest = hashlib.sha256(data).hexdigest()
         self._records[name] = ShardRecord(len(samples), len(data), digest, dict(skipped))
         self._write(_UNFINISHED, {})
+
+    def fill(
+        self,
+        splits: Mapping[str, Sequence[Part]],
+        samples: Callable[[Sequence[Part], dict[str, str]], Iterable[Sample]],
+        samples_per_shard: int,
+        stage: str,
+        progress: Progress,
+    ) -> None:
+        """Write the shards `SPLIT/000000.tar` ... that are not there yet.
+
+        Args:
+            splits: what each sample is made of, in the order of the shards.
+            samples: makes the samples of one shard; it enters those that it cannot make into the mapping
+                (key -> reason) and tells `progress` of each.
+            samples_per_shard: how many go into one shard.
+            stage: what is done, for the progress display.
+            progress: told the pictures of shards that were there.
+        """
+        progress.start(stage, sum(map(len, splits.values())), "pictures")
+        missing: list[tuple[str, Sequence[Part]]] = []
+        for split, parts in splits.items():
+            for number, start in enumerate(range(0, len(parts), samples_per_shard)):
+                name, part = f"{split}/{number:06d}.tar", parts[start : start + samples_per_shard]
+                if self.has(name):
+                    progress.advance(len(part), cached=True)
+                else:
+                    missing.append((name, part))
+        for name, part in missing:
+            skipped: dict[str, str] = {}
+            self.add(name, samples(part, skipped), skipped)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Mark the folder as finished.

@@ -9,6 +9,7 @@ from urllib.parse import parse_qs
 
 from aclip.data.sources.base import PackedStrings, RawSample, Source
 from aclip.data.sources.folder import FolderSource, holds_pictures
+from aclip.data.sources.part import Part, split_slice
 from aclip.data.sources.shards import ShardSource, expand_shards
 from aclip.data.sources.table import Columns, TableSource
 from aclip.errors import ConfigError, DataError, unknown_name
@@ -18,12 +19,14 @@ __all__ = [
     "Columns",
     "FolderSource",
     "PackedStrings",
+    "Part",
     "RawSample",
     "Reader",
     "ShardSource",
     "Source",
     "TableSource",
     "open_source",
+    "split_slice",
 ]
 
 
@@ -45,11 +48,15 @@ class Reader:
 def open_source(spec: str) -> Source:
     """Open the source that `spec` names with the first of `READERS` that accepts it.
 
+    A slice at the end, as in `pairs.csv[:1000]`, takes a part of it (`Part`).
+
     Raises:
         DataError: there is nothing of that name, or no reader for it; what is accepted.
         ConfigError: columns of a table that do not exist or cannot be guessed.
     """
-    spec = os.path.expanduser(spec)
+    spec, part = split_slice(os.path.expanduser(spec))
+    if part is not None:
+        return Part(open_source(spec), *part)
     for reader in READERS.values():
         if reader.accepts(spec):
             return reader.open(spec)

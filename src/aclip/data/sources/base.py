@@ -16,6 +16,8 @@ class RawSample:
         captions: as written; none where the source has none for this picture.
         tags: further words for the picture.
         label: the picture's class, or None.
+        concept: what the captions name, if they are several ways to say it: pictures of one concept are not each
+            other's negatives whichever caption each is drawn with. None: every caption stands for itself.
     """
 
     key: str
@@ -23,6 +25,7 @@ class RawSample:
     captions: tuple[str, ...]
     tags: tuple[str, ...] = ()
     label: str | None = None
+    concept: str | None = None
 
 
 @runtime_checkable

@@ -29,8 +29,8 @@ class ShardSource:
     """Pairs in tar files of the WebDataset layout, read in any order.
 
     Members with one path up to the first dot of the file name are one sample: a picture by its ending,
-    `.txt` (captions, one a line), `.json` (an object with `caption` or `captions`, `tags`, `label`) and
-    `.cls` (a label). Headers are read once when the source is opened; pictures are read by their offset,
+    `.txt` (captions, one a line), `.json` (an object with `caption` or `captions`, `tags`, `label`,
+    `concept`) and `.cls` (a label). Headers are read once when the source is opened; pictures are read by their offset,
     in memory: a member's name is never used as a path. Only regular files count.
 
     Attributes:
@@ -90,7 +90,7 @@ class ShardSource:
         captions = _strings(fields.get("captions")) or _strings(fields.get("caption"))
         if "txt" in parts:
             captions = caption_lines(decode_text(parts["txt"]))
-        label = fields.get("label")
+        label, concept = fields.get("label"), fields.get("concept")
         if "cls" in parts:
             label = decode_text(parts["cls"]).strip()
         return RawSample(
@@ -99,6 +99,7 @@ class ShardSource:
             captions,
             tags=_strings(fields.get("tags")),
             label=None if label is None else str(label),
+            concept=None if concept is None else str(concept),
         )
 
 

@@ -1,0 +1,53 @@
+"""A part of any source, named as Python slices are: `pairs.csv[:1000]`, `cifar10:train[5000:10000]`."""
+
+import os
+import re
+
+from aclip.data.sources.base import RawSample, Source
+from aclip.errors import DataError
+
+_SLICE = re.compile(r"(.+)\[(\d*):(\d*)\]", re.DOTALL)
+
+
+class Part:
+    """Samples `first` to `last` (exclusive) of another source, under numbers of their own.
+
+    Raises:
+        DataError: no sample lies in it.
+    """
+
+    def __init__(self, source: Source, first: int, last: int | None) -> None:
+        self.source = source
+        self.first, self.last = first, len(source) if last is None else min(last, len(source))
+        self.name = f"{source.name}[{first}:{'' if last is None else last}]"
+        if self.first >= self.last:
+            raise DataError(f"'{self.name}' is empty: the source has {len(source):,} samples")
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self.last - self.first
+
+    def key(self, index: int) -> str:
+        """Return the name of sample `index`."""
+        return self.source.key(self.first + index)
+
+    def read(self, index: int) -> RawSample:
+        """Read sample `index`.
+
+        Raises:
+            BadSampleError: as the whole source.
+        """
+        return self.source.read(self.first + index)
+
+
+def split_slice(spec: str) -> tuple[str, tuple[int, int | None] | None]:
+    """Return a specification without its slice, and the slice, or None where it has none or names a path.
+
+    >>> split_slice("emoji:train[:100]")
+    ('emoji:train', (0, 100))
+    """
+    match = _SLICE.fullmatch(spec)
+    if match is None or os.path.exists(spec):
+        return spec, None
+    whole, first, last = match.groups()
+    return whole, (int(first or 0), int(last) if last else None)
