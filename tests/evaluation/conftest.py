@@ -22,9 +22,12 @@ class Preprocess:
 
 
 class TableModel(nn.Module):
-    """Pixel [0, 0, 0] holds the row of the image table; texts look themselves up."""
+    """Pixel [0, 0, 0] holds the row of the image table; texts look themselves up.
 
-    def __init__(self, images, texts):
+    The trunk gives the rows as they are, so that what normalises them can be told.
+    """
+
+    def __init__(self, images, texts=()):
         super().__init__()
         self.images, self.texts = images, texts
         self.preprocess = Preprocess()
@@ -39,6 +42,10 @@ class TableModel(nn.Module):
         self.modes.append((self.training, torch.is_grad_enabled()))
         features = self.images[pixels[:, 0, 0, 0].long()]
         return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_trunk(self, pixels):
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        return self.images[pixels[:, 0, 0, 0].long()]
 
     def encode_text(self, tokens, normalize=True):
         features = torch.stack([self.texts[self.names[i]] for i in tokens[:, 0].tolist()])

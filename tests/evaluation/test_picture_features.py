@@ -21,6 +21,14 @@ def test_features_follow_the_order_of_the_set(model, picture_set, cpu):
     assert done == [7, 7, 6]
 
 
+def test_features_of_the_trunk_are_as_the_tower_pools_them(model, picture_set, cpu):
+    pictures = picture_set([f"c{i}" for i in range(20)])
+    assert torch.equal(encode_pictures(model, pictures, cpu, space="trunk").features, model.images)
+    in_half = encode_pictures(model, pictures, cpu, space="trunk", precision=torch.bfloat16)
+    assert in_half.features.dtype == torch.float32
+    assert model.modes == [(False, False)] * 6
+
+
 def test_texts_are_encoded_in_order_for_any_batch_size(model, cpu):
     expected = torch.stack([t / t.norm() for t in model.texts.values()])
     for batch_size in (1, 4, 100):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from aclip.evaluation.ranking import chance_recall, ranks, recall
+from aclip.evaluation.ranking import chance_recall, class_ranks, mean_per_class, ranks, recall
 
 
 def slow_ranks(queries, items, query_groups, item_groups):
@@ -53,6 +53,22 @@ def test_noise_of_float32_does_not_break_ties():
     noisy = F.normalize(torch.ones(6, 4) + 1e-7 * noise, dim=-1)
     groups = torch.arange(6)
     assert ranks(noisy, noisy, groups, groups)[0].tolist() == [6] * 6
+
+
+def test_class_ranks_equal_the_literal_rule():
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randint(0, 6, (200, 7), generator=generator) / 5.0  # many ties
+    scores += 1e-8 * torch.rand(200, 7, generator=generator)
+    targets = torch.randint(0, 7, (200,), generator=generator)
+    expected = [1 + sum(not s < row[t] - 1e-6 for m, s in enumerate(row) if m != t)
+                for row, t in zip(scores.double().tolist(), targets.tolist(), strict=True)]
+    assert class_ranks(scores, targets).tolist() == expected
+    assert class_ranks(torch.full((3, 4), math.nan), torch.arange(3)).tolist() == [4] * 3
+
+
+def test_mean_per_class_averages_over_the_classes_that_are_there():
+    rank, targets = torch.tensor([1, 2, 1, 1, 3, 1]), torch.tensor([0, 0, 0, 4, 2, 4])
+    assert mean_per_class(rank, targets) == pytest.approx((2 / 3 + 0 + 1) / 3)
 
 
 def test_recall():

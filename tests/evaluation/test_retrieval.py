@@ -130,4 +130,4 @@ def test_record_and_examples_file(emoji, cpu, tmp_path):
 
 def test_table_names_match():
     assert all(evaluator.name == name for name, evaluator in EVALUATORS.items())
-    assert set(EVALUATORS) == {"retrieval", "zero_shot"}
+    assert set(EVALUATORS) == {"retrieval", "zero_shot", "linear_probe", "knn"}

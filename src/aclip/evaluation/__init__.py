@@ -2,11 +2,16 @@
 
 from aclip.evaluation.base import Evaluation, Evaluator, Example
 from aclip.evaluation.features import PictureFeatures, encode_pictures, encode_texts
+from aclip.evaluation.knn import NearestNeighbours
+from aclip.evaluation.linear_probe import LinearProbe
+from aclip.evaluation.probe import Probe
 from aclip.evaluation.records import write_examples
 from aclip.evaluation.retrieval import Retrieval
 from aclip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot
 
-EVALUATORS: dict[str, type[Evaluator]] = {evaluator.name: evaluator for evaluator in (Retrieval, ZeroShot)}
+EVALUATORS: dict[str, type[Evaluator]] = {
+    evaluator.name: evaluator for evaluator in (Retrieval, ZeroShot, LinearProbe, NearestNeighbours)
+}
 
 __all__ = [
     "DEFAULT_TEMPLATES",
@@ -14,7 +19,10 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "Example",
+    "LinearProbe",
+    "NearestNeighbours",
     "PictureFeatures",
+    "Probe",
     "Retrieval",
     "ZeroShot",
     "encode_pictures",

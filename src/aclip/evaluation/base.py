@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from aclip.evaluation.features import PictureFeatures, encode_pictures
-from aclip.evaluation.interface import Encoder, PictureSet, Progress
+from aclip.evaluation.interface import Encoder, PictureSet, Progress, Space
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Evaluation:
         chance: name -> expected value of that metric for a random order, where it has one.
         counts: name -> how many pictures, captions, classes, skipped pictures.
         examples: telling pictures, possibly none.
+        settings: name -> what a probe was fitted with.
     """
 
     evaluator: str
@@ -56,23 +57,34 @@ class Evaluation:
     chance: Mapping[str, float]
     counts: Mapping[str, int]
     examples: tuple[Example, ...] = field(default=())
+    settings: Mapping[str, float] = field(default_factory=dict)
 
-    def to_record(self, *, set_name: str, weights: str, step: int, samples_seen: int) -> dict[str, Any]:
+    def to_record(
+        self, *, set_name: str, weights: str, step: int, samples_seen: int, training_set: str | None = None
+    ) -> dict[str, Any]:
         """Return one line of `evaluations.jsonl`: everything but the examples, as plain JSON values.
 
         Args:
             set_name: the pictures' set. weights: "online" or "ema".
             step: optimizer steps done. samples_seen: pairs seen over all ranks.
+            training_set: the set that the evaluator has learned from, if it learns.
         """
+        learned = {} if training_set is None else {"training_set": training_set, "settings": dict(self.settings)}
         return {"step": step, "samples_seen": samples_seen, "weights": weights, "evaluator": self.evaluator,
                 "set": set_name, "metrics": dict(self.metrics), "chance": dict(self.chance),
-                "counts": dict(self.counts)}
+                "counts": dict(self.counts), **learned}
 
 
 class Evaluator(ABC):
-    """Measures one ability of a model; subclasses implement `measure`."""
+    """Measures one ability of a model; subclasses implement `measure`.
+
+    Attributes:
+        name: in `EVALUATORS` and in records.
+        space: of the features that it reads; "joint" needs a model with text.
+    """
 
     name: ClassVar[str]
+    space: ClassVar[Space] = "joint"
 
     def run(
         self,
@@ -85,10 +97,10 @@ class Evaluator(ABC):
     ) -> Evaluation:
         """Encode the pictures and measure; see `encode_pictures` for the arguments.
 
-        Runs on one process. With several evaluators for one set, call `encode_pictures` once and
+        Runs on one process. With several evaluators for one set, call `encode_pictures` once a space and
         `measure` of each.
         """
-        encoded = encode_pictures(model, pictures, device, precision=precision, progress=progress)
+        encoded = encode_pictures(model, pictures, device, space=self.space, precision=precision, progress=progress)
         return self.measure(model, encoded, device, precision=precision)
 
     @abstractmethod
@@ -100,4 +112,4 @@ class Evaluator(ABC):
         *,
         precision: torch.dtype | None = None,
     ) -> Evaluation:
-        """Measure on pictures that `encode_pictures` has encoded with the same model."""
+        """Measure on pictures that `encode_pictures` has encoded with the same model, into `space`."""

@@ -1,7 +1,7 @@
 """Encode the pictures and texts of an evaluation, each once.
 
-Retrieval and zero-shot classification read the same picture features, so a caller with several
-evaluators encodes the set once with `encode_pictures` and hands the result to each.
+Retrieval and zero-shot classification read the same picture features, and so do the probes, so a caller
+with several evaluators encodes the set once a space with `encode_pictures` and hands the result to each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aclip.errors import DataError
-from aclip.evaluation.interface import Encoder, PictureSet, Progress
+from aclip.evaluation.interface import Encoder, PictureSet, Progress, Space
+
+THUMBNAILS = 2048
+"""Most pictures of a set that are kept small."""
 
 THUMBNAIL_SIDE = 96
 """Longest side in pixels of a kept thumbnail."""
@@ -26,13 +29,14 @@ class PictureFeatures:
     """A set of pictures after one pass through the image encoder.
 
     Attributes:
-        features: (B, D) float32, L2-normalised, on the device of the encoder.
+        features: (B, D) float32, L2-normalised, in the joint space, or (B, C) float32 as the tower pools
+            them, before the projection; on the device of the encoder.
         captions: the caption of each picture. labels: its class, or None. keys: its name.
         skipped: (name, reason) of pictures that could not be used.
         thumbnails: picture index -> (3, h, w) uint8, for a share of the set spread evenly over it.
     """
 
-    features: Float[Tensor, "B D"]
+    features: Float[Tensor, "B _"]
     captions: tuple[str, ...]
     labels: tuple[str | None, ...]
     keys: tuple[str, ...]
@@ -50,9 +54,10 @@ def encode_pictures(
     pictures: PictureSet,
     device: torch.device,
     *,
+    space: Space = "joint",
     precision: torch.dtype | None = None,
     progress: Progress | None = None,
-    thumbnails: int = 2048,
+    thumbnails: int = THUMBNAILS,
 ) -> PictureFeatures:
     """Encode all pictures of a set without gradient, in evaluation mode, which is undone afterwards.
 
@@ -60,6 +65,7 @@ def encode_pictures(
         model: the encoder, already on `device`.
         pictures: read once, from beginning to end.
         device: where the encoder runs and the features stay.
+        space: "joint" for features that are compared with texts, "trunk" for those that probes read.
         precision: type of autocast (`torch.bfloat16`), or None for none. Features are float32 either way.
         progress: told the size of every batch that is done.
         thumbnails: at most this many pictures, evenly spread over the set, are kept small for reports, so
@@ -75,9 +81,10 @@ def encode_pictures(
     gallery = _Gallery(thumbnails, *_normalisation(model))
     with _evaluating(model), torch.inference_mode():
         for batch in pictures:
+            pixels = batch.pixels.to(device, non_blocking=True)
             with _autocast(device, precision):
-                encoded = model.encode_image(batch.pixels.to(device, non_blocking=True), normalize=True)
-            features.append(F.normalize(encoded.float(), dim=-1))
+                encoded = model.encode_image(pixels) if space == "joint" else model.encode_trunk(pixels)
+            features.append(F.normalize(encoded.float(), dim=-1) if space == "joint" else encoded.float())
             gallery.add(len(captions), batch.pixels)
             captions += batch.captions
             labels += batch.labels

@@ -5,17 +5,20 @@ mask, so no evaluation can run on masked pictures.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
+
+Space = Literal["joint", "trunk"]
+"""Where features lie: in the joint space with text, or before the projection into it, where probes read."""
 
 Progress = Callable[[int], None]
 """Called after every batch with the number of pictures in it."""
 
 
 class Encoder(Protocol):
-    """A model with both towers, as `aclip.load` returns it."""
+    """A model as `aclip.load` returns it; one without a text tower encodes no text."""
 
     @property
     def tokenizer(self) -> Callable[[list[str]], Int[Tensor, "B T"]]:
@@ -29,6 +32,9 @@ class Encoder(Protocol):
         self, pixels: Float[Tensor, "B 3 h w"], /, normalize: bool = True
     ) -> Float[Tensor, "B D"]:
         """Normalised pixels -> (B, D) features in the joint space, L2-normalised on request."""
+
+    def encode_trunk(self, pixels: Float[Tensor, "B 3 h w"], /) -> Float[Tensor, "B C"]:
+        """Normalised pixels -> (B, C) pooled tokens before the projection into the joint space."""
 
     def encode_text(self, tokens: Int[Tensor, "B T"], /, normalize: bool = True) -> Float[Tensor, "B D"]:
         """Token ids -> (B, D) features in the joint space, L2-normalised on request."""

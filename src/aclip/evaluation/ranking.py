@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 TIE = 1e-6
-"""Cosine similarities closer than this are equal: float32 features do not carry more."""
+"""Cosine similarities, and scores of classes, closer than this are equal: float32 does not carry more."""
 
 CHUNK_ELEMENTS = 2**22
 """Entries of the similarity matrix held at a time (32 MiB in float64)."""
@@ -66,9 +66,35 @@ def ranks(
     return torch.cat(all_ranks), torch.cat(all_margins)
 
 
+def class_ranks(scores: Float[Tensor, "Q M"], targets: Int[Tensor, " Q"]) -> Int[Tensor, " Q"]:
+    """Rank the right class of every query among all, by the scores of a classifier.
+
+    rank(q) = 1 + #{m wrong : not scores(q, m) < scores(q, right) - TIE}
+
+    Args:
+        scores: (Q, M), the higher the likelier. targets: (Q,) int64, the right classes.
+
+    Returns:
+        (Q,) int64 ranks from 1 on the CPU.
+    """
+    below = scores < scores.gather(1, targets[:, None]) - TIE  # false for the right class itself, and for NaN
+    return (~below).sum(dim=1).cpu()
+
+
 def recall(rank: Int[Tensor, " Q"], k: int) -> float:
     """Return the share of queries whose rank is at most `k`, in [0, 1]."""
     return float((rank <= k).double().mean())
+
+
+def mean_per_class(rank: Int[Tensor, " Q"], targets: Int[Tensor, " Q"]) -> float:
+    """Return the mean of the classes' top-1 accuracies, over the classes that have a query.
+
+    Args:
+        rank: (Q,) from 1, on the CPU. targets: (Q,) int64, on the CPU.
+    """
+    seen = torch.bincount(targets)
+    right = torch.bincount(targets, weights=(rank == 1).double())
+    return float((right / seen)[seen > 0].mean())
 
 
 def chance_recall(right: int, items: int, k: int) -> float:

@@ -4,10 +4,8 @@ The embedding of a class is the L2-normalised mean, over prompt templates, of th
 the filled-in prompts (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 from jaxtyping import Float
@@ -16,12 +14,11 @@ from torch.nn import functional as F
 
 from aclip.errors import ConfigError
 from aclip.evaluation.base import Evaluation, Evaluator
+from aclip.evaluation.classes import members
 from aclip.evaluation.features import PictureFeatures, encode_texts
 from aclip.evaluation.interface import Encoder
-from aclip.evaluation.ranking import CHUNK_ELEMENTS, chance_recall, ranks, recall
+from aclip.evaluation.ranking import CHUNK_ELEMENTS, chance_recall, mean_per_class, ranks, recall
 from aclip.evaluation.retrieval import distinct
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_TEMPLATES = ("{}", "a picture of {}", "a photo of a {}", "an image of {}", "a drawing of {}")
 """Prompts for classes of any kind; `{}` stands for the class name."""
@@ -84,11 +81,8 @@ class ZeroShot(Evaluator):
         chosen = pictures.features[torch.tensor(kept, device=features.device)]
         numbers = torch.arange(len(classes), device=features.device)
         rank, _ = ranks(chosen, features, wanted, numbers, chunk_elements=self.chunk_elements)
-        right = torch.zeros(len(classes), dtype=torch.float64)
-        right.index_add_(0, wanted.cpu(), (rank == 1).double())
-        seen = torch.bincount(wanted.cpu(), minlength=len(classes))
         metrics = {"top1": recall(rank, 1), "top5": recall(rank, 5),
-                   "mean_per_class": fmean((right / seen)[seen > 0].tolist())}
+                   "mean_per_class": mean_per_class(rank, wanted.cpu())}
         top1, top5 = (chance_recall(1, len(classes), k) for k in (1, 5))
         counts = {"pictures": len(kept), "classes": len(classes), "skipped": len(pictures.skipped),
                   "outside_classes": pictures.size - len(kept)}
@@ -98,19 +92,10 @@ class ZeroShot(Evaluator):
         """Return the class names, the pictures that are of one, and the number of each one's class."""
         labels = [label for label in pictures.labels if label is not None]
         names = labels if len(labels) == pictures.size else list(pictures.captions)
-        given = [] if self.classes is None else list(self.classes)
-        classes, numbers = distinct(given + names)
-        numbers = numbers[len(given) :]
         if self.classes is None:
+            classes, numbers = distinct(names)
             return classes, list(range(pictures.size)), numbers
-        kept = [i for i, number in enumerate(numbers) if number < len(given)]
-        if not kept:
-            raise ConfigError(f"no picture of the set is of one of the {len(given)} given classes; "
-                              f"the set has, for example: {', '.join(classes[len(given):][:5])}")
-        if len(kept) < pictures.size:
-            logger.warning("%d of %d pictures are of none of the given classes and are left out",
-                           pictures.size - len(kept), pictures.size)
-        return given, kept, [numbers[i] for i in kept]
+        return list(self.classes), *members(names, self.classes, "given")
 
 
 def class_embeddings(

@@ -1,0 +1,154 @@
+"""`aclip evaluate` as a user runs it: what a model can do, what it learns from, what it leaves behind."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aclip import export, towers
+from aclip.cli import main
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
+
+
+def make_pictures(folder: Path, numbers: Sequence[int], *, captions: bool = True) -> Path:
+    """Write noisy pictures of every colour into a folder each: the folder's name is the label."""
+    for label, colour in COLOURS.items():
+        (folder / label).mkdir(parents=True)
+        for number in numbers:
+            noise = np.random.default_rng([number, *colour]).integers(-30, 31, (40, 40, 3))
+            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
+                folder / label / f"{number}.png")
+            if captions:
+                (folder / label / f"{number}.txt").write_text(f"a {label} picture\n")
+    return folder
+
+
+def make_run(folder: Path, *, with_text: bool) -> Path:
+    """Write what `aclip evaluate` reads of a finished run."""
+    torch.manual_seed(0)
+    model = towers.create_model("vit-tiny", with_text=with_text)
+    folder.mkdir()
+    export.open_clip.save(model, towers.model_config("vit-tiny"), towers.preprocess_config(model), folder / "final")
+    (folder / "config.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"step": 7, "samples_seen": 70}\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures") / "held", range(100, 106))
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training pictures without captions: labels are all that probes need."""
+    return make_pictures(tmp_path_factory.mktemp("pictures") / "labelled", range(12), captions=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run", with_text=True)
+
+
+@pytest.fixture
+def image_run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "image-run", with_text=False)
+
+
+def evaluate(run: Path | str, held_out: Path, *more: str) -> int:
+    return main(["evaluate", str(run), "--data", str(held_out), "--workers", "0", *more])
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_probes_learn_and_are_journalled_and_reported(
+    run: Path, held_out: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(run, held_out, "--train", str(labelled), "--evaluators", "linear_probe", "knn") == 0
+    found = records(run)
+    assert [(r["evaluator"], r["set"], r["training_set"]) for r in found] == [
+        ("linear_probe", "held", "labelled"), ("knn", "held", "labelled")]
+    for record in found:
+        assert record["step"] == 7
+        assert record["counts"] == {"pictures": 24, "classes": 4, "training_pictures": 48, "skipped": 0,
+                                    "outside_classes": 0}
+        assert record["chance"] == {"top1": 0.25, "mean_per_class": 0.25}
+        assert record["metrics"]["top1"] > 0.25  # colours can be told by any tower, trained or not
+    assert 1e-6 <= found[0]["settings"]["l2"] <= 1e6
+    assert found[1]["settings"] == {"k": 20, "temperature": 0.07}
+    said = capsys.readouterr().out
+    assert "held linear_probe (24 pictures, 4 classes, 48 training pictures; l2 " in said
+    assert "added to" in said
+    page = (run / "report.html").read_text()
+    assert "Linear probe" in page
+    assert "Nearest neighbours" in page
+
+
+def test_an_image_tower_alone_does_what_it_can(image_run: Path, held_out: Path, labelled: Path) -> None:
+    assert evaluate(image_run, held_out, "--train", f"few={labelled}") == 0
+    assert [(r["evaluator"], r["training_set"]) for r in records(image_run)] == [
+        ("linear_probe", "few"), ("knn", "few")]
+
+
+def test_without_names_a_model_with_text_does_retrieval_and_with_training_pictures_all(
+    run: Path, held_out: Path, labelled: Path
+) -> None:
+    assert evaluate(run, held_out) == 0
+    assert [r["evaluator"] for r in records(run)] == ["retrieval"]
+    assert "training_set" not in records(run)[0]
+    assert evaluate(run, held_out, "--train", str(labelled)) == 0
+    assert [r["evaluator"] for r in records(run)[1:]] == ["retrieval", "linear_probe", "knn"]
+
+
+def test_one_fit_serves_several_sets(run: Path, held_out: Path, labelled: Path) -> None:
+    assert main(["evaluate", str(run), "--data", f"a={held_out}", f"b={held_out}", "--workers", "0", "--train",
+                 str(labelled), "--evaluators", "linear_probe", "retrieval"]) == 0
+    found = records(run)
+    assert [(r["set"], r["evaluator"]) for r in found] == [
+        ("a", "linear_probe"), ("a", "retrieval"), ("b", "linear_probe"), ("b", "retrieval")]
+    assert found[0]["metrics"] == found[2]["metrics"]
+
+
+@pytest.mark.parametrize(("more", "ability"), [
+    ([], "retrieval"),
+    (["--evaluators", "retrieval"], "retrieval"),
+    (["--train", "x.csv", "--evaluators", "linear_probe", "zero_shot"], "zero_shot"),
+])
+def test_an_image_tower_alone_refuses_text_in_one_sentence(
+    more: list[str], ability: str, image_run: Path, held_out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(image_run, held_out, *more) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{image_run} has an image tower only, which {ability} cannot compare with text" in error
+    assert "--evaluators linear_probe knn" in error
+    assert not (image_run / "evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize(("more", "sentence"), [
+    (["--evaluators", "knn"], "knn learns from labelled pictures: name them with --train"),
+    (["--train", "x.csv", "--evaluators", "retrieval"], "evaluators that learn, which retrieval does not"),
+    (["--evaluators", "linear-probe"], "did you mean 'linear_probe'"),
+])
+def test_wrong_usage_is_met_before_anything_is_loaded(
+    more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "vit-tiny", "--data", "x.csv", *more]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.strip().count("\n") == 0
+
+
+def test_training_pictures_without_labels_are_named(
+    run: Path, held_out: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures of one colour, given as a folder of their own, lie in no folder that could name them."""
+    assert evaluate(run, held_out, "--train", str(labelled / "red"), "--evaluators", "knn") == 1
+    assert "all 12 are bad, the first is 0.png (missing label)" in capsys.readouterr().err
