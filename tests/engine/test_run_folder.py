@@ -112,3 +112,16 @@ def test_a_killed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
     write_atomically(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_the_last_record_is_read_from_the_end(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.last("metrics") == {}
+    for step in range(1000):
+        folder.append("metrics", {"step": step, "note": "x" * 50})
+    assert folder.last("metrics")["step"] == 999
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"step": 10')
+    assert folder.last("metrics")["step"] == 999
+    (tmp_path / "metrics.jsonl").write_text("{")
+    assert folder.last("metrics") == {}

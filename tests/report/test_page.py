@@ -158,7 +158,7 @@ def test_results_lead_with_online_weights_and_keep_the_order_of_sets(run_folder)
 
 
 def test_unknown_evaluators_and_zero_shot_have_tables(run_folder):
-    records = [("zero_shot", {"top1": 0.123, "mean_per_class": 0.2}), ("knn", {"accuracy": 0.654})]
+    records = [("zero_shot", {"top1": 0.123, "mean_per_class": 0.2}), ("segmentation", {"iou": 0.654})]
     with (run_folder / "evaluations.jsonl").open("w", encoding="utf-8") as file:
         for name, metrics in records:
             record = {"step": 1, "samples_seen": 2, "weights": "online", "evaluator": name, "set": "s",
@@ -167,9 +167,38 @@ def test_unknown_evaluators_and_zero_shot_have_tables(run_folder):
     page, reader = read(run_folder)
     text = " ".join(reader.text)
     assert "Zero-shot classification" in text
-    assert "knn" in text
+    assert "segmentation" in text
     assert "0.654" in text
     assert "12.3 %" in page.split("</header>")[0]
+
+
+def test_probes_say_what_they_learned_from_and_lead_where_nothing_else_was_measured(run_folder):
+    with (run_folder / "evaluations.jsonl").open("w", encoding="utf-8") as file:
+        for step in (10, 20):
+            for name, settings in (("linear_probe", {"l2": 0.316, "iterations": 57}), ("knn", {"k": 20})):
+                record = {"step": step, "samples_seen": 256 * step, "weights": "online", "evaluator": name, "set": "s",
+                          "metrics": {"top1": 0.321 if name == "knn" else 0.543, "mean_per_class": 0.2},
+                          "chance": {"top1": 0.25}, "counts": {"classes": 4, "training_pictures": 5000},
+                          "training_set": "labelled", "settings": settings}
+                file.write(json.dumps(record) + "\n")
+    page, reader = read(run_folder)
+    text = " ".join(reader.text)
+    for expected in ("Linear probe", "Nearest neighbours", "labelled", "l2 0.316, iterations 57", "k 20", "5,000"):
+        assert expected in text, expected
+    header = page.split("</header>")[0]
+    assert "54.3 %" in header
+    assert "32.1 %" not in header
+    charts = page.split('class="charts"')[1]
+    assert "linear probe, online weights" in charts
+    assert "nearest neighbours, online weights" in charts
+
+
+def test_evaluating_twice_at_one_step_draws_no_curve(run_folder):
+    path = run_folder / "evaluations.jsonl"
+    last = path.read_text(encoding="utf-8").splitlines()[-1]
+    path.write_text(f"{last}\n{last}\n", encoding="utf-8")
+    page, _ = read(run_folder)
+    assert 'class="chart"' not in page.split('<section id="results"')[1].split("</section>")[0]
 
 
 def test_no_folder_is_an_error(tmp_path):

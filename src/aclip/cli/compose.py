@@ -23,12 +23,14 @@ from aclip.config import to_dict
 from aclip.data.fetch import resolve_spec
 from aclip.engine import checkpoint
 from aclip.engine.console import ProgressSink, TensorBoardSink
+from aclip.engine.memory import note_peak_memory
 from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
 from aclip.engine.run_folder import RunFolder
 from aclip.engine.trainer import Sink, Trainer, fit
 from aclip.errors import BadSampleError, ConfigError, MissingDependencyError
-from aclip.evaluation import Evaluator, Retrieval
-from aclip.evaluation.features import encode_pictures
+from aclip.evaluation import Evaluator, PictureFeatures, Probe, Retrieval
+from aclip.evaluation.features import THUMBNAILS, encode_pictures
+from aclip.evaluation.interface import Space
 from aclip.evaluation.records import write_examples
 from aclip.method import Method
 from aclip.report import take_snapshot, write_report
@@ -56,7 +58,7 @@ def open_held_out(specs: Sequence[str]) -> list[HeldOut]:
     for spec in specs:
         name, separator, rest = spec.partition("=")
         if not (separator and name.replace("-", "_").isidentifier()):
-            name, rest = Path(spec.rpartition(":")[2]).stem, spec
+            name, rest = Path(data.split_slice(spec)[0].rpartition(":")[2]).stem, spec
         found.append(HeldOut(name, open_by_spec(rest)))
     twice = [name for name, count in Counter(held.name for held in found).items() if count > 1]
     if twice:
@@ -77,14 +79,8 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
     config = settled(config, len(source), device)
     held_out = open_held_out(config.validation)
 
-    torch.manual_seed(config.seed)
-    model_config = towers.model_config(config.model, image_size=config.image_size)
-    resolved = plan.resolve(config.recipe, towers.shape_of(model_config))
-    model = towers.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text)
-    pixels = towers.preprocess_config(model)
-    method = Method(model, resolved, pixels["mean"], pixels["std"]).to(device).train()
-    timetable = Timetable.of(config, len(source))
-    trainer = Trainer(config, method, timetable, device)
+    trainer = build_trainer(config, len(source), device)
+    model, resolved, timetable = trainer.method.model, trainer.method.plan, trainer.timetable
 
     dataflow = dataflow_table(resolved, config.model, text_tokens=14)
     if resumed:
@@ -101,26 +97,53 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
 
     tokenizer = data.CaptionTokenizer(towers.tokenizer_of(config.model))
     encoder = towers.LoadedModel(model, tokenizer)
-    dataset = data.PairDataset(source, resolved.pipeline, tokenizer, sizes=resolved.view_sizes, seed=config.seed)
+    dataset = open_dataset(trainer, source, tokenizer)
+    if trainer.method.frequencies is not None and trainer.step == 0:
+        trainer.method.frequencies.copy_(data.token_frequencies(
+            source, tokenizer, resolved.shape.vocab_size, seed=config.seed))
     examiner = Examiner(config, folder, trainer, encoder, held_out, dataset, console)
-    assert config.batch_size is not None
-    batches = data.build_loader(
-        dataset, batch_size=config.batch_size, start_step=trainer.step, total_steps=timetable.total_steps,
-        workers=config.workers, device=device,
-        cut_text=towers.cut_after_eot if resolved.shape.text_cut else None,
-    )
+    batches = open_batches(trainer, dataset, timetable.total_steps, workers=config.workers)
     if trainer.step == 0:
         examiner.look(0)
     if trainer.step < timetable.total_steps:
         with ExitStack() as open_sinks:
+            open_sinks.callback(note_peak_memory, folder, device)
             sinks: list[Sink] = [
                 open_sinks.enter_context(ProgressSink(console, timetable.total_steps, trainer.step))]
             if config.tensorboard:
                 writer = open_sinks.enter_context(tensorboard_writer(folder, trainer.step))
                 sinks.append(TensorBoardSink(writer))
             fit(trainer, batches, folder, sinks, examiner.examine)
-    export.open_clip.save(model, model_config, pixels, folder.final)
+    model_config = towers.model_config(config.model, image_size=config.image_size)
+    export.open_clip.save(model, model_config, towers.preprocess_config(model), folder.final)
     finish(folder, console)
+
+
+def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> Trainer:
+    """Return a settled run's trainer with a fresh model, at its first step."""
+    torch.manual_seed(config.seed)
+    shape = towers.shape_of(towers.model_config(config.model, image_size=config.image_size))
+    resolved = plan.resolve(config.recipe, shape)
+    model = towers.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text)
+    pixels = towers.preprocess_config(model)
+    method = Method(model, resolved, pixels["mean"], pixels["std"]).to(device).train()
+    return Trainer(config, method, Timetable.of(config, num_pairs), device)
+
+
+def open_dataset(trainer: Trainer, source: data.Source, tokenizer: data.CaptionTokenizer) -> data.PairDataset:
+    """Return what a run reads of its source."""
+    resolved = trainer.method.plan
+    return data.PairDataset(source, resolved.pipeline, tokenizer, sizes=resolved.view_sizes, seed=trainer.config.seed)
+
+
+def open_batches(trainer: Trainer, dataset: data.PairDataset, total_steps: int, workers: int) -> data.BatchLoader:
+    """Return the batches of a run's steps, from the trainer's next one to `total_steps`."""
+    assert trainer.config.batch_size is not None
+    return data.build_loader(
+        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step, total_steps=total_steps,
+        workers=workers, device=trainer.device,
+        cut_text=towers.cut_after_eot if trainer.method.plan.shape.text_cut else None,
+    )
 
 
 def check_same_data(folder: RunFolder, num_pairs: int) -> None:
@@ -194,26 +217,56 @@ def pick_pictures(source: data.Source, count: int, seed: int) -> list[tuple[Any,
 def evaluate_sets(
     encoder: towers.LoadedModel, held_out: Sequence[HeldOut], evaluators: Sequence[Evaluator],
     folder: RunFolder | None, console: Console, *, step: int, samples_seen: int, device: torch.device, workers: int,
-    weights: str = "online",
+    weights: str = "online", training: HeldOut | None = None,
 ) -> None:
-    """Run evaluators on held-out sets, print their numbers, and journal them where there is a run folder."""
+    """Run evaluators on held-out sets, print their numbers, and journal them where there is a run folder.
+
+    Probes first learn from `training`, which is there where they are among the evaluators.
+    """
+    encode = partial(encode_set, encoder, console=console, device=device, workers=workers)
+    if training is not None:
+        evaluators = learned(evaluators, encode(training, "trunk"), console)
     for held in held_out:
-        pictures = data.EvaluationSet(held.source, encoder.preprocess, batch_size=256, workers=workers)
-        with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(f"evaluating {held.name}", total=len(held.source))
-            encoded = encode_pictures(encoder, pictures, device, progress=partial(progress.advance, task))
-        if encoded.skipped:
-            console.print(f"{held.name}: {name_skipped(encoded.skipped)}", markup=False, soft_wrap=True)
+        encoded: dict[Space, PictureFeatures] = {}
         for evaluator in evaluators:
-            result = evaluator.measure(encoder, encoded, device)
+            if evaluator.space not in encoded:
+                encoded[evaluator.space] = encode(held, evaluator.space)
+            result = evaluator.measure(encoder, encoded[evaluator.space], device)
             numbers = "  ".join(f"{key} {value:.1%}" if "rank" not in key else f"{key} {value:g}"
                                 for key, value in result.metrics.items())
-            counts = ", ".join(f"{value:,} {key}" for key, value in result.counts.items() if value)
-            console.print(f"{held.name} {evaluator.name} ({counts}): {numbers}", markup=False, soft_wrap=True)
+            counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in result.counts.items() if value)
+            settings = "".join(f"; {key} {value:g}" for key, value in result.settings.items())
+            console.print(f"{held.name} {evaluator.name} ({counts}{settings}): {numbers}", markup=False, soft_wrap=True)
             if folder is not None:
                 folder.append("evaluations", result.to_record(
-                    set_name=held.name, weights=weights, step=step, samples_seen=samples_seen))
+                    set_name=held.name, weights=weights, step=step, samples_seen=samples_seen,
+                    training_set=training.name if training is not None and isinstance(evaluator, Probe) else None))
                 write_examples(folder.path, held.name, result.examples)
+
+
+def encode_set(
+    encoder: towers.LoadedModel, held: HeldOut, space: Space, *, console: Console, device: torch.device, workers: int
+) -> PictureFeatures:
+    """Encode the pictures of a set under a progress bar, and name those that were skipped."""
+    pictures = data.EvaluationSet(held.source, encoder.preprocess, batch_size=256, workers=workers,
+                                  target="caption" if space == "joint" else "label")
+    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"encoding {held.name}", total=len(held.source))
+        encoded = encode_pictures(
+            encoder, pictures, device, space=space, progress=partial(progress.advance, task),
+            thumbnails=THUMBNAILS if space == "joint" else 0)  # what probes find is shown in numbers alone
+    if encoded.skipped:
+        console.print(f"{held.name}: {name_skipped(encoded.skipped)}", markup=False, soft_wrap=True)
+    return encoded
+
+
+def learned(evaluators: Sequence[Evaluator], training: PictureFeatures, console: Console) -> list[Evaluator]:
+    """Return the evaluators with the probes among them fitted."""
+    fitted = []
+    for evaluator in evaluators:
+        with console.status(f"fitting {evaluator.name} on {training.size:,} pictures"):
+            fitted.append(evaluator.learn(training) if isinstance(evaluator, Probe) else evaluator)
+    return fitted
 
 
 def print_header(console: Console, config: RunConfig, trainer: Trainer, dataflow: Table, num_pairs: int) -> None:

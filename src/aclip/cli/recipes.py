@@ -6,15 +6,20 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
-    from aclip.plan import Plan
+    from aclip.plan import Plan, TextPlan
+    from aclip.structs import TowerShape
 
 EXAMPLES = """\
 examples:
   aclip recipes
   aclip recipes show a-clip --model ViT-B-16
   aclip recipes show a-clip --model vit-tiny --set passes.masked.mask_ratio=0.75
+  aclip recipes cost --model ViT-B-16
+  aclip recipes cost flip a-clip --set passes.masked.mask_ratio=0.75
 """
 
 
@@ -34,13 +39,27 @@ def register(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     show.add_argument("name", metavar="RECIPE", help="a name from `aclip recipes`")
-    show.add_argument("--model", default="ViT-B-16", help="open_clip name or preset (default: %(default)s)")
-    show.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the input (default: the model's own)")
-    show.add_argument("--text-tokens", type=float, default=14, metavar="MEAN",
-                      help="mean caption length for the second cost figure (default: %(default)s tokens)")
-    show.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
-                      help="change a field of the recipe, e.g. passes.masked.mask_ratio=0.75")
+    _add_model_options(show)
     show.set_defaults(run=run_show)
+    cost = actions.add_parser(
+        "cost", help="tokens and arithmetic of several recipes", epilog=EXAMPLES,
+        description="Show what a training step of each recipe costs: multiply-accumulates a pair, and how many times "
+                    "those of CLIP, by arithmetic. `aclip compare` measures it.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cost.add_argument("names", nargs="*", metavar="RECIPE", help="names from `aclip recipes` (default: all)")
+    _add_model_options(cost)
+    cost.set_defaults(run=run_cost)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a recipe is resolved for."""
+    parser.add_argument("--model", default="ViT-B-16", help="open_clip name or preset (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the input (default: the model's own)")
+    parser.add_argument("--text-tokens", type=float, default=14, metavar="MEAN",
+                        help="mean caption length where text is cut (default: %(default)s tokens)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
+                        help="change a field of the recipe, e.g. passes.masked.mask_ratio=0.75")
 
 
 def run_list(args: argparse.Namespace) -> None:
@@ -72,6 +91,49 @@ def run_show(args: argparse.Namespace) -> None:
     console.print(dataflow_table(plan.resolve(recipe, shape), args.model, args.text_tokens))
 
 
+def run_cost(args: argparse.Namespace) -> None:
+    """Print tokens and arithmetic of several recipes."""
+    from rich.console import Console
+
+    from aclip import config, plan, towers
+    from aclip.errors import ConfigError, unknown_name
+    from aclip.recipes import RECIPES
+
+    for name in args.names:
+        if name not in RECIPES:
+            raise ConfigError(unknown_name("recipe", name, RECIPES))
+    shape = towers.shape_of(towers.model_config(args.model, image_size=args.image_size))
+    plans = [plan.resolve(config.override(RECIPES[name], args.assignments), shape) for name in args.names or RECIPES]
+    console = Console(highlight=False)
+    console.print(cost_table(plans, args.model, args.text_tokens))
+    console.print("A trained module counts three times its forward pass, the EMA encoder once. / clip: CLIP with one "
+                  "full view and the same text; \\[*] its text padded.")
+
+
+def cost_table(plans: Sequence[Plan], model: str, text_tokens: float) -> Table:
+    """Return what a step of each recipe costs, by arithmetic: GMAC a pair, and in relation to CLIP."""
+    from rich.table import Table
+
+    table = Table(title=f"a training step on {model}, text padded to {plans[0].shape.context_length} or cut to "
+                        f"{text_tokens:g} tokens", title_justify="left", box=None, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("image tokens", no_wrap=True)
+    for title in ("GMAC, padded", "GMAC, cut", "/ clip, padded", "/ clip, cut", "/ clip, cut \\[*]"):
+        table.add_column(title, justify="right")
+    for one in plans:
+        tokens = ", ".join(f"{f'{len(p.spec.views)}x' if len(p.spec.views) > 1 else ''}{p.num_tokens}"
+                           + (" EMA" if p.spec.encoder == "ema" else "") for p in one.passes)
+        gmacs = (f"{macs / 1e9:.3g}" for macs in (one.macs(), one.macs(text_tokens)))
+        ratios = one.relative_cost(), one.relative_cost(text_tokens), relative_to_padded(one, text_tokens)
+        table.add_row(f"[bold]{one.recipe.name}", tokens, *gmacs, *(f"{ratio:.2f}" for ratio in ratios))
+    return table
+
+
+def relative_to_padded(one: Plan, text_tokens: float) -> float:
+    """Return the cost with text cut to `text_tokens`, over that of CLIP with text at full length."""
+    return one.macs(text_tokens) / (one.macs() / one.relative_cost())
+
+
 def dataflow_table(resolved: Plan, model: str, text_tokens: float) -> Table:
     """Return a recipe's steps as a table, in the order in which they run."""
     from rich.table import Table
@@ -81,9 +143,8 @@ def dataflow_table(resolved: Plan, model: str, text_tokens: float) -> Table:
                   title_justify="left", show_header=False, box=None, pad_edge=False)
     options = ", ".join(f"{k}={v}" for k, v in recipe.view_options.items())
     table.add_row("views", f"{recipe.views}({options}) -> {', '.join(resolved.pipeline.names)}")
-    if resolved.uses_text:
-        cut = "cut after the longest caption of the batch" if resolved.shape.text_cut else "full length"
-        table.add_row("text", f"{cut}, at most {resolved.shape.context_length} tokens")
+    for text in resolved.texts:
+        table.add_row(f"text '{text.spec.name}'", describe_text(text, resolved.shape))
     for p in resolved.passes:
         spec = p.spec
         masking = f"{spec.masking} masking, " if spec.masking != "none" else ""
@@ -92,7 +153,8 @@ def dataflow_table(resolved: Plan, model: str, text_tokens: float) -> Table:
         table.add_row(
             f"pass '{spec.name}'",
             f"{' + '.join(spec.views)} at {p.image_size[0]} x {p.image_size[1]} -> {masking}"
-            f"{p.num_keep} of {p.num_patches} patches kept, {p.num_tokens} tokens -> {spec.encoder} encoder",
+            f"{p.num_keep} of {p.num_patches} patches {'seen, mask tokens for the others' if spec.fill else 'kept'}, "
+            f"{p.num_tokens} tokens -> {spec.encoder} encoder",
         )
     for o in recipe.objectives:
         settings = "".join(f", {k} {v}" for k, v in o.options.items())
@@ -106,8 +168,19 @@ def dataflow_table(resolved: Plan, model: str, text_tokens: float) -> Table:
         "cost",
         f"{resolved.relative_cost():.2f} of CLIP with text padded to {resolved.shape.context_length}, "
         f"{resolved.relative_cost(text_tokens):.2f} with text cut to {text_tokens:g} "
-        f"({resolved.macs(text_tokens) / 1e9:.2f} GMAC a pair; towers alone)",
+        f"({resolved.macs(text_tokens) / 1e9:.2f} GMAC a pair; towers and decoders)",
     )
     for note in resolved.notes:
         table.add_row("note", note)
     return table
+
+
+def describe_text(text: TextPlan, shape: TowerShape) -> str:
+    """Return what a text pass encodes, in words."""
+    cut = "cut after the longest caption of the batch" if shape.text_cut else "full length"
+    words = f"{cut}, at most {shape.context_length} tokens"
+    if text.reduction is not None:
+        words += f", reduced to {text.reduction.num_keep} by '{text.spec.reduction}'"
+    if text.spec.mask_ratio > 0:
+        words += f", {text.spec.mask_ratio:.0%} of the words hidden"
+    return words + ("" if text.encoded else ", not encoded")

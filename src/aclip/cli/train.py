@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aclip.engine.run_config import RunConfig
 
 DEFAULT_RECIPE, DEFAULT_MODEL = "a-clip", "vit-tiny"
@@ -28,6 +30,7 @@ sources (--data, --validation):
   FILE.csv, FILE.tsv                               a table; columns are guessed and stated
   FOLDER                                           pictures with .txt captions beside them
   emoji:train                                      a split of a set from `aclip data fetch`
+  pairs.csv[:1000], 'emoji:train[:100]'            a part of any source
 """
 
 
@@ -47,6 +50,12 @@ def register(verbs: Any) -> None:
                     "run goes to its folder; its last lines say where the results are.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add all options of the verb."""
     what = parser.add_argument_group("what to train")
     what.add_argument("--recipe", help=f"the method, see `aclip recipes` (default: {DEFAULT_RECIPE})")
     what.add_argument("--model", help="open_clip name, NAME:PRETRAINED, a preset (vit-tiny, vit-small), or a folder "
@@ -64,25 +73,49 @@ def register(verbs: Any) -> None:
     length = how.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the data (default: 25)")
     length.add_argument("--samples", type=int, help="pairs to train on, instead of --epochs")
-    how.add_argument("--batch-size", type=int, help="pairs per optimizer step (default: 256, or all the data)")
     how.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
-    how.add_argument("--weight-decay", type=float, help="AdamW's, on matrices (default: the recipe's)")
-    how.add_argument("--mask-ratio", type=float, help="fraction of patches removed in every masked pass "
-                     "(default: the recipe's)")
-    how.add_argument("--unmasked-tuning", type=float, metavar="SHARE", help="share of the steps, at the end, in which "
-                     "nothing is masked (default: 0)")
     how.add_argument("--seed", type=int, help="of weights, order, crops and masks (default: 0)")
-    how.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
-                     help="of the towers' arithmetic (default: bf16 on a GPU or a CPU with AMX, else fp32)")
-    how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    how.add_argument("--workers", type=int, help="loader processes (default: 2)")
-    how.add_argument("--evaluate-every", type=float, metavar="EPOCHS", help="0 evaluates at the end alone (default: 1)")
-    how.add_argument("--save-every", type=float, metavar="EPOCHS", help="between checkpoints (default: 1)")
-    how.add_argument("--log-every", type=int, metavar="STEPS", help="between lines of metrics.jsonl (default: 10)")
-    how.add_argument("--tensorboard", action="store_true", default=None, help="also write TensorBoard events")
-    how.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
-                     help="change any field of the run, e.g. recipe.objectives.byol.weight=1 (repeatable)")
-    parser.set_defaults(run=run)
+    add_settings(how)
+
+
+def add_settings(how: Any) -> list[argparse.Action]:
+    """Add the options that every training run takes, one of a comparison too, and return them."""
+    return [
+        how.add_argument("--batch-size", type=int, help="pairs per optimizer step (default: 256, or all the data)"),
+        how.add_argument("--weight-decay", type=float, help="AdamW's, on matrices (default: the recipe's)"),
+        how.add_argument("--mask-ratio", type=float, help="fraction of patches removed in every masked pass "
+                         "(default: the recipe's)"),
+        how.add_argument("--unmasked-tuning", type=float, metavar="SHARE", help="share of the steps, at the end, in "
+                         "which nothing is masked (default: 0)"),
+        how.add_argument("--unmasked-lr", type=float, metavar="FACTOR",
+                         help="on the learning rate in those steps (default: 1)"),
+        how.add_argument("--resolution-schedule", nargs="+", type=resolution_phase, action=Tuple,
+                         metavar="SHARE:RESOLUTION", help="small images first: shares of the steps with the image side "
+                         "relative to the recipe's own, e.g. 0.5:0.5 0.3:0.75 (default: whole images throughout)"),
+        how.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
+                         help="of the towers' arithmetic (default: bf16 where the device multiplies in it, else fp32)"),
+        how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (default: auto)"),
+        how.add_argument("--workers", type=int, help="loader processes (default: 2)"),
+        how.add_argument("--evaluate-every", type=float, metavar="EPOCHS",
+                         help="0 evaluates at the end alone (default: 1)"),
+        how.add_argument("--save-every", type=float, metavar="EPOCHS", help="between checkpoints (default: 1)"),
+        how.add_argument("--log-every", type=int, metavar="STEPS", help="between lines of metrics.jsonl (default: 10)"),
+        how.add_argument("--tensorboard", action="store_true", default=None, help="also write TensorBoard events"),
+        how.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
+                         help="change any field of the run, e.g. recipe.objectives.byol.weight=1 (repeatable)"),
+    ]
+
+
+def resolution_phase(text: str) -> Any:
+    """Return a phase of a resolution schedule from SHARE:RESOLUTION."""
+    from aclip.engine.run_config import ResolutionPhase
+    from aclip.errors import ConfigError
+
+    try:
+        share, resolution = map(float, text.split(":"))
+        return ResolutionPhase(share, resolution)
+    except (ValueError, ConfigError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not SHARE:RESOLUTION, e.g. 0.5:0.5 ({error})") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -97,6 +130,13 @@ def run(args: argparse.Namespace) -> None:
 
     command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
     train_run(config, RunFolder(folder), resumed=resumed, command=command)
+
+
+def config_from(arguments: Sequence[str]) -> RunConfig:
+    """Return the configuration of the new run that `aclip train` starts with these arguments."""
+    parser = argparse.ArgumentParser(prog="aclip train", usage="see aclip train --help")
+    _add_options(parser)
+    return _new_config(parser.parse_args(arguments))
 
 
 def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:

@@ -112,11 +112,16 @@ def load_ema(visual: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: no checkpoint, or the recipe keeps no average.
     """
-    weights = load_latest(folder).part("method")
-    average = {k.removeprefix("ema_visual."): t for k, t in weights.items() if k.startswith("ema_visual.")}
+    average = ema_weights(load_latest(folder))
     if not average:
         raise CheckpointError(f"the run in {folder.parent} keeps no moving average: use --weights online")
     visual.load_state_dict(average)
+
+
+def ema_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the state of the EMA image tower that a checkpoint holds; empty where the recipe keeps none."""
+    weights = checkpoint.part("method")
+    return {k.removeprefix("ema_visual."): t for k, t in weights.items() if k.startswith("ema_visual.")}
 
 
 def _set_aside(path: Path) -> None:

@@ -1,12 +1,15 @@
 """A run's folder: its files, its line-by-line journals, and what a resume removes from them."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from aclip.errors import ConfigError
 from aclip.files import write_atomically
+
+TAIL_BYTES = 8192
 
 
 class RunFolder:
@@ -83,6 +86,23 @@ class RunFolder:
                     continue
                 if isinstance(record, dict):
                     yield record
+
+    def last(self, journal: str) -> dict[str, Any]:
+        """Return the newest whole record among the last few kilobytes of a journal, or an empty one."""
+        try:
+            with (self.path / f"{journal}.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = file.read().split(b"\n")
+        except OSError:
+            return {}
+        for line in reversed(lines):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                return record
+        return {}
 
     def rewind(self, step: int) -> None:
         """Drop everything journalled after optimizer step `step`, and any torn line."""

@@ -103,8 +103,9 @@ class Trainer:
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
         settings, table = self.config.recipe.optimization, self.timetable
-        return warmup_cosine(self.step, table.total_steps, settings.lr, table.warmup_steps,
-                             settings.warmup_start_lr, settings.end_lr)
+        scheduled = warmup_cosine(self.step, table.total_steps, settings.lr, table.warmup_steps,
+                                  settings.warmup_start_lr, settings.end_lr)
+        return scheduled * table.phase(self.step).lr_factor
 
     def ema_momentum(self) -> float | None:
         """Return the EMA momentum of the next step, or None without an EMA."""
@@ -117,12 +118,12 @@ class Trainer:
         """Take one optimizer step; afterwards the gradients are still there to be looked at."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        momentum = self.ema_momentum()
+        momentum, phase = self.ema_momentum(), self.timetable.phase(self.step)
         self.optimizer.zero_grad(set_to_none=True)
 
         precision = self.config.precision or "fp32"
         with torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32"):
-            output: StepOutput = self.method(batch, masked=self.step < self.timetable.masked_steps)
+            output: StepOutput = self.method(batch, masked=phase.masked, resolution=phase.resolution)
         self.scaler.scale(output.loss).backward()
         self.scaler.unscale_(self.optimizer)
         clip = self.config.recipe.optimization.grad_clip
@@ -168,6 +169,7 @@ class Trainer:
         self.cut_captions = 0
         if self.method.plan.uses_text:
             record["logit_scale"] = towers.logit_scale_of(self.method.model).exp().item()
+        if "contrastive" in output.parts:
             record["chance_loss"] = math.log(self.config.batch_size or 1)
         if momentum is not None:
             record["ema_momentum"] = momentum

@@ -1,15 +1,12 @@
 """Put the report of a run together: one HTML file that needs nothing else and loads nothing."""
 
-import base64
-import hashlib
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from aclip.files import write_atomically
 from aclip.report.about import environment, recipe, skipped
 from aclip.report.curves import curves
-from aclip.report.markup import join, tag
+from aclip.report.frame import frame
+from aclip.report.markup import tag
 from aclip.report.pictures import looks
 from aclip.report.results import headline, results
 from aclip.report.retrievals import retrievals
@@ -50,23 +47,8 @@ def write_report(run_folder: Path) -> Path:
 
 def render(run: RunFiles) -> str:
     """Return the page for what was read from a run folder."""
-    script = _asset("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in SECTIONS]
     notes = tag("ul", *(tag("li", note) for note in run.notes), class_="notes") if run.notes else None
-    sections = [tag("section", tag("h2", title), build(run), id=anchor) for anchor, title, build in SECTIONS]
+    sections = [(anchor, title, build(run)) for anchor, title, build in SECTIONS]
     folder = run.path.resolve().name
     name = str(mapping(run.config, "recipe").get("name") or folder)
-    return Template(_asset("template.html")).substitute(
-        title=join(f"{name} · attentive-clip"),
-        script_hash=f"sha256-{digest}",
-        style=_asset("style.css"),
-        script=script,
-        header=join(headline(run), tag("nav", *links, aria_label="Sections")),
-        sections=join(notes, *sections),
-        footer=join("Written by attentive-clip from the files of ", tag("code", folder), "."),
-    )
-
-
-def _asset(name: str) -> str:
-    return resources.files("aclip.report").joinpath(name).read_text(encoding="utf-8")
+    return frame(name, headline(run), sections, folder, notes)

@@ -9,7 +9,10 @@ from aclip.report.run_files import Record, RunFiles, mapping, number
 
 DIRECTIONS = (("image_to_text", "image → caption"), ("text_to_image", "caption → image"))
 
-_ZERO_SHOT = (("top1", "top-1"), ("top5", "top-5"), ("mean_per_class", "mean per class"))
+CLASSIFIERS = (("zero_shot", "Zero-shot classification"), ("linear_probe", "Linear probe"),
+               ("knn", "Nearest neighbours"))
+
+_ACCURACIES = (("top1", "top-1", 1), ("top5", "top-5", 2), ("mean_per_class", "mean per class", 3))
 _RULE = ("R@k is the share of queries whose right answer is among the first k. A caption is right when it is "
          "the picture's own, a picture when it has the caption. Ties count as misses.")
 _WEIGHTS = ("online", "ema")  # in the order in which they are shown; the first that was evaluated leads
@@ -34,9 +37,9 @@ def headline(run: RunFiles) -> Html:
     recipe = mapping(run.config, "recipe")
     name = str(recipe.get("name") or "A run")
     what = [str(run.config[key]) for key in ("model", "data") if run.config.get(key)]
-    tiles = [_tile(set_name, record) for set_name, record in _leading(run.evaluations, "retrieval")]
-    if not tiles:
-        tiles = [_tile(set_name, record) for set_name, record in _leading(run.evaluations, "zero_shot")]
+    # the ability that comes first here speaks for the run: a model without text has the probes alone
+    abilities = (_leading(run.evaluations, name) for name in ("retrieval", *(name for name, _ in CLASSIFIERS)))
+    tiles = [_tile(set_name, record) for set_name, record in next(filter(None, abilities), [])]
     last = run.metrics[-1] if run.metrics else {}
     seconds, seen = run.training_seconds(), number(last, "samples_seen")
     facts = [
@@ -62,7 +65,8 @@ def headline(run: RunFiles) -> Html:
 def results(run: RunFiles) -> Html:
     """Return the tables of final results and the metric curves of every set."""
     evaluations = run.evaluations
-    parts = [_retrieval_table(evaluations), _zero_shot_table(evaluations), *_other_tables(evaluations)]
+    parts = [_retrieval_table(evaluations), *(_classifier_table(evaluations, *one) for one in CLASSIFIERS),
+             *_other_tables(evaluations)]
     if not any(parts):
         return tag("p", "Nothing has been evaluated yet.", class_="missing")
     curves = _metric_curves(evaluations)
@@ -81,7 +85,8 @@ def _tile(set_name: str, record: Record) -> Html:
     metrics, chance = mapping(record, "metrics"), mapping(record, "chance")
     first, second, labels, among = "image_to_text_r1", "image_to_text_r5", ("R@1", "R@5"), "captions"
     if first not in metrics:
-        first, second, labels, among = "top1", "top5", ("top-1", "top-5"), "classes"
+        title = dict(CLASSIFIERS).get(str(record.get("evaluator")), "classification").lower()
+        first, second, labels, among = "top1", "top5", (f"top-1, {title}", "top-5"), "classes"
     against = f"{count(number(mapping(record, 'counts'), among))} {among}"
     value, level = number(metrics, first), number(chance, first)
     times = f"{compact(value / level, 2)} × " if value and level else ""  # noqa: RUF001
@@ -89,7 +94,8 @@ def _tile(set_name: str, record: Record) -> Html:
         "div",
         tag("h3", set_name),
         tag("p", tag("b", percent(value)), tag("span", labels[0]), class_="big"),
-        tag("p", tag("b", percent(number(metrics, second))), tag("span", labels[1]), class_="small"),
+        tag("p", tag("b", percent(number(metrics, second))), tag("span", labels[1]), class_="small")
+        if number(metrics, second) is not None else None,
         tag("p", f"{times}chance ({percent(level)}, {against})", class_="chance") if level else None,
         class_="tile",
     )
@@ -111,24 +117,32 @@ def _retrieval_table(evaluations: Sequence[Record]) -> Html:
     return join(tag("h3", "Retrieval"), table(head, rows, numeric_from=3), tag("p", _RULE, class_="note"))
 
 
-def _zero_shot_table(evaluations: Sequence[Record]) -> Html:
+def _classifier_table(evaluations: Sequence[Record], evaluator: str, title: str) -> Html:
+    found = last_by_set(evaluations, evaluator)
+    learns = any(record.get("training_set") for record in found.values())
     rows = []
-    for (name, weights), record in last_by_set(evaluations, "zero_shot").items():
-        metrics, chance, counts = (mapping(record, part) for part in ("metrics", "chance", "counts"))
-        rows.append([name, weights, *(percent(number(metrics, key)) for key, _ in _ZERO_SHOT),
-                     percent(number(chance, "top1")), count(number(counts, "pictures")),
+    for (name, weights), record in found.items():
+        metrics, chance, counts, settings = (
+            mapping(record, part) for part in ("metrics", "chance", "counts", "settings"))
+        fitted = ", ".join(f"{key} {compact(number(settings, key))}" for key in settings)
+        learned = [str(record.get("training_set") or MISSING), fitted or MISSING] if learns else []
+        on = [count(number(counts, "training_pictures"))] if learns else []
+        rows.append([name, weights, *learned, *(percent(number(metrics, key)) for key, *_ in _ACCURACIES),
+                     percent(number(chance, "top1")), *on, count(number(counts, "pictures")),
                      count(number(counts, "classes"))])
-    head = ["set", "weights", *(words for _, words in _ZERO_SHOT), "chance top-1", "pictures", "classes"]
+    head = ["set", "weights", *(["learned from", "settings"] if learns else []),
+            *(words for _, words, _ in _ACCURACIES), "chance top-1", *(["training pictures"] if learns else []),
+            "pictures", "classes"]
     if not rows:
         return Html("")
-    return join(tag("h3", "Zero-shot classification"), table(head, rows, numeric_from=2))
+    return join(tag("h3", title), table(head, rows, numeric_from=4 if learns else 2))
 
 
 def _other_tables(evaluations: Sequence[Record]) -> list[Html]:
     """Return a plain table for every evaluator that this page has no words for."""
     tables = []
     for evaluator in dict.fromkeys(str(record.get("evaluator", "?")) for record in evaluations):
-        if evaluator in ("retrieval", "zero_shot"):
+        if evaluator in ("retrieval", *(name for name, _ in CLASSIFIERS)):
             continue
         rows = [[name, weights, metric, compact(number(mapping(record, "metrics"), metric))]
                 for (name, weights), record in last_by_set(evaluations, evaluator).items()
@@ -143,21 +157,22 @@ def _metric_curves(evaluations: Sequence[Record]) -> list[Html]:
     lines = {
         "retrieval": (("image_to_text_r1", "to caption R@1", 1), ("image_to_text_r5", "to caption R@5", 6),
                       ("text_to_image_r1", "to image R@1", 2), ("text_to_image_r5", "to image R@5", 5)),
-        "zero_shot": (("top1", "top-1", 1), ("top5", "top-5", 2), ("mean_per_class", "mean per class", 3)),
+        **{name: _ACCURACIES for name, _ in CLASSIFIERS},
     }
     charts = []
     for evaluator, metrics in lines.items():
         for set_name, leading in _leading(evaluations, evaluator):
             same = ("evaluator", "set", "weights")
             history = [r for r in evaluations if all(r.get(key) == leading.get(key) for key in same)]
-            if len(history) < 2:
+            if len({number(r, "samples_seen") for r in history}) < 2:
                 continue
             series = [Series(words, _over_samples(history, "metrics", key), colour)
                       for key, words, colour in metrics]
             level = _over_samples(history, "chance", metrics[0][0])
             series.append(Series(f"chance {metrics[0][1].split()[-1]}", level, 0, "dashed"))
+            what = [title.lower() for name, title in CLASSIFIERS if name == evaluator]
             charts.append(line_chart(set_name, series, unit="%", from_zero=True,
-                                     note=f"{leading.get('weights', 'online')} weights"))
+                                     note=", ".join([*what, f"{leading.get('weights', 'online')} weights"])))
     return charts
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,21 @@ def read_run(folder: Path) -> RunFiles:
     Raises:
         ConfigError: there is no such folder.
     """
+    run = read_journals(folder)
+    if not run.metrics:
+        run.notes.append("No training step has been logged yet.")
+    if not run.evaluations:
+        run.notes.append("Nothing has been evaluated yet.")
+    return replace(run, examples=_examples(folder / "examples", run.notes),
+                   snapshots=_snapshots(folder / "snapshots", run.notes))
+
+
+def read_journals(folder: Path) -> RunFiles:
+    """Read the configuration and the journals of a run folder alone.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
     if not folder.is_dir():
         raise ConfigError(f"there is no run folder '{folder}' to report on")
     notes: list[str] = []
@@ -62,14 +77,9 @@ def read_run(folder: Path) -> RunFiles:
     if not isinstance(config, dict):
         config = {}
         notes.append("The configuration (config.json) is missing.")
-    metrics = _journal(folder / "metrics.jsonl", notes)
-    evaluations = _journal(folder / "evaluations.jsonl", notes)
-    if not metrics:
-        notes.append("No training step has been logged yet.")
-    if not evaluations:
-        notes.append("Nothing has been evaluated yet.")
-    return RunFiles(folder, config, metrics, evaluations, _journal(folder / "skipped.jsonl", notes),
-                    _examples(folder / "examples", notes), _snapshots(folder / "snapshots", notes), notes)
+    metrics, evaluations, skipped = (
+        _journal(folder / f"{name}.jsonl", notes) for name in ("metrics", "evaluations", "skipped"))
+    return RunFiles(folder, config, metrics, evaluations, skipped, examples={}, snapshots=[], notes=notes)
 
 
 def number(record: Record, name: str) -> float | None:
