@@ -1,0 +1,104 @@
+"""How much of what a mask keeps lies on the object, over training.
+
+    aclip data fetch tuxpaint
+    aclip train --recipe a-clip --model vit-tiny --data emoji:train --epochs 20 --batch-size 64 --save-every 2 \\
+                --set keep_checkpoints=100 --output runs/kept
+    .venv/bin/python benchmarks/kept_on_object.py runs/kept
+
+The pictures of `tuxpaint` are cut out: their alpha channel is the object's true outline. Each is padded to a square,
+put on white, resized to the model's input, and masked as in training. For every checkpoint of the run, and for the
+strategies that need no scores, it prints the mean over pictures of
+
+    on object: the share of the kept area that lies on the object
+    of object: the share of the object's area that is kept
+
+and both for uniform masking, whose expectations are exact, and for the best that blocks of that size can do.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from aclip import data, towers
+from aclip.data.fetch import resolve_spec
+from aclip.engine.checkpoint import ema_weights, list_checkpoints, load
+from aclip.masking import MASKING, MaskingContext
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", default="tuxpaint:all")
+    parser.add_argument("--mask-ratio", type=float, default=0.5)
+    parser.add_argument("--block-size", type=int, default=2)
+    args = parser.parse_args()
+
+    model = towers.load(args.run)
+    visual = towers.visual_of(model.model)
+    height, width = visual.image_size
+    grid = height // visual.conv1.kernel_size[0], width // visual.conv1.kernel_size[1]
+    mean, std = (torch.tensor(visual.preprocess_cfg[key])[:, None, None] for key in ("mean", "std"))
+    source = data.open_source(resolve_spec(args.data))
+    pictures, coverage = [], []
+    for index in range(len(source)):
+        colours, outline = cut_out(source.read(index).image)
+        alpha = model.preprocess(outline)[:1] * std[:1] + mean[:1]
+        if alpha.max() > 0.5:  # a few stamps are shadows, all but transparent
+            pictures.append(model.preprocess(colours))
+            coverage.append(F.adaptive_avg_pool2d(alpha.clamp(0, 1), grid).flatten())
+    images, covered = torch.stack(pictures), torch.stack(coverage)
+
+    def row(strategy: str, scores: Tensor | None = None) -> tuple[float, float]:
+        chosen = MASKING[strategy](args.mask_ratio, block_size=args.block_size)(MaskingContext(
+            len(images), grid, "cpu", scores, torch.Generator().manual_seed(0), images))
+        return shares(covered, chosen)
+
+    kept = 1 - args.mask_ratio
+    table = Table("patches chosen by", "on object", "of object", box=None)
+    table.add_row("uniform masking (exact)", f"{covered.mean():.1%}", f"{kept:.1%}")
+    for strategy in ("gaussian", "cluster", "edge"):
+        table.add_row(strategy, *(f"{share:.1%}" for share in row(strategy)))
+    for checkpoint in list_checkpoints(args.run / "checkpoints"):
+        saved = load(checkpoint)
+        visual.load_state_dict(ema_weights(saved))
+        with torch.inference_mode():
+            scores = torch.cat([model.attention_scores(some) for some in images.split(256)])
+        table.add_row(f"attention of the EMA encoder, step {saved.step:,}",
+                      *(f"{share:.1%}" for share in row("attentive", scores)))
+    table.add_row("the outline itself (best possible)", *(f"{share:.1%}" for share in row("attentive", covered)))
+    console = Console()
+    console.print(f"{len(images)} pictures, {grid[0]} x {grid[1]} patches, {kept:.0%} kept")
+    console.print(table)
+
+
+def cut_out(encoded: bytes) -> tuple[Image.Image, Image.Image]:
+    """Return a cut-out picture on a white square, and its alpha channel on the same square as an RGB picture."""
+    picture = Image.open(io.BytesIO(encoded)).convert("RGBA")
+    side = max(picture.size)
+    corner = (side - picture.width) // 2, (side - picture.height) // 2
+    colours, outline = Image.new("RGB", (side, side), "white"), Image.new("L", (side, side), 0)
+    colours.paste(picture, corner, mask=picture)
+    outline.paste(picture.getchannel("A"), corner)
+    return colours, outline.convert("RGB")
+
+
+def shares(covered: Tensor, keep_indices: Tensor) -> tuple[float, float]:
+    """Return the share of the kept area on the object and of the object's area kept, means over pictures.
+
+    Args:
+        covered: (B, N) share of each patch that the object covers. keep_indices: (B, K) int64.
+    """
+    on_object = covered.gather(1, keep_indices)
+    return float(on_object.mean()), float((on_object.sum(dim=1) / covered.sum(dim=1)).mean())
+
+
+if __name__ == "__main__":
+    main()
