@@ -6,8 +6,8 @@
     .venv/bin/python benchmarks/kept_on_object.py runs/kept
 
 The pictures of `tuxpaint` are cut out: their alpha channel is the object's true outline. Each is padded to a square,
-put on white, resized to the model's input, and masked as in training. For every checkpoint of the run, and for the
-strategies that need no scores, it prints the mean over pictures of
+put on white, resized to the model's input, and masked as in training. For the trained encoder, for the EMA encoder at
+every checkpoint of the run, and for the strategies that need no scores, it prints the mean over pictures of
 
     on object: the share of the kept area that lies on the object
     of object: the share of the object's area that is kept
@@ -29,7 +29,7 @@ from torch import Tensor
 from aclip import data, towers
 from aclip.data.fetch import resolve_spec
 from aclip.engine.checkpoint import ema_weights, list_checkpoints, load
-from aclip.masking import MASKING, MaskingContext
+from aclip.masking import MASKING, MaskingContext, num_keep
 
 
 def main() -> None:
@@ -61,21 +61,25 @@ def main() -> None:
             len(images), grid, "cpu", scores, torch.Generator().manual_seed(0), images))
         return shares(covered, chosen)
 
-    kept = 1 - args.mask_ratio
+    kept = num_keep(args.mask_ratio, grid, args.block_size) / (grid[0] * grid[1])
     table = Table("patches chosen by", "on object", "of object", box=None)
     table.add_row("uniform masking (exact)", f"{covered.mean():.1%}", f"{kept:.1%}")
     for strategy in ("gaussian", "cluster", "edge"):
         table.add_row(strategy, *(f"{share:.1%}" for share in row(strategy)))
+
+    def attentive() -> list[str]:
+        with torch.inference_mode():
+            scores = torch.cat([model.attention_scores(some) for some in images.split(256)])
+        return [f"{share:.1%}" for share in row("attentive", scores)]
+
+    table.add_row("attention of the trained encoder, at the end", *attentive())
     for checkpoint in list_checkpoints(args.run / "checkpoints"):
         saved = load(checkpoint)
         visual.load_state_dict(ema_weights(saved))
-        with torch.inference_mode():
-            scores = torch.cat([model.attention_scores(some) for some in images.split(256)])
-        table.add_row(f"attention of the EMA encoder, step {saved.step:,}",
-                      *(f"{share:.1%}" for share in row("attentive", scores)))
+        table.add_row(f"attention of the EMA encoder, step {saved.step:,}", *attentive())
     table.add_row("the outline itself (best possible)", *(f"{share:.1%}" for share in row("attentive", covered)))
     console = Console()
-    console.print(f"{len(images)} pictures, {grid[0]} x {grid[1]} patches, {kept:.0%} kept")
+    console.print(f"{len(images)} pictures, {grid[0]} x {grid[1]} patches, {kept:.1%} kept")
     console.print(table)
 
 

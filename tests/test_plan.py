@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aclip.config import EmaMomentum, ObjectiveConfig, Pass, Recipe
+from aclip.config import EmaMomentum, ObjectiveConfig, Pass, Recipe, TextPass
 from aclip.errors import ConfigError
 from aclip.masking import MASKING
 from aclip.objectives import OBJECTIVES
@@ -240,3 +240,41 @@ def test_an_unknown_option_of_a_strategy_is_met_with_what_exists() -> None:
     masked = replace(RECIPES["a-clip"].passes[1], masking_options={"blocksize": 2})
     with pytest.raises(ConfigError, match="did you mean 'block_size'"):
         resolved(replace(RECIPES["a-clip"], passes=(RECIPES["a-clip"].passes[0], masked)))
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "message"),
+    [
+        (TextPass(reduction_options={"num_keep": 3}), {}, "reduction 'none' takes no options, not num_keep"),
+        (TextPass(reduction="blok", reduction_options={"num_keep": 3}), {}, "did you mean 'block'"),
+        (TextPass(reduction="block", reduction_options={"kept": 3}), {}, "does not take these options: .*'kept'"),
+        (TextPass(reduction="block", reduction_options={"num_keep": 3}), {"text_cut": False}, "causal, EOT-pooled"),
+        (TextPass(mask_ratio=0.2), {"text_cut": False}, "causal, EOT-pooled"),
+    ],
+)
+def test_text_passes_that_cannot_be_are_refused(text: TextPass, shape: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved(replace(RECIPES["clip"], texts=(text,)), **shape)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_no_contrast_with_captions_whose_words_are_hidden(name: str) -> None:
+    plan = resolved(replace(RECIPES[name], texts=(TextPass(mask_ratio=0.2),)))
+    with pytest.raises(ConfigError, match="no feature of the caption"):
+        build_objective(plan.recipe.objectives[0], plan)
+
+
+def test_reduced_text_costs_less() -> None:
+    reduced = TextPass(reduction="truncate", reduction_options={"num_keep": 6})
+    plan = resolved(replace(RECIPES["clip"], texts=(reduced,)))
+    assert plan.macs() == pytest.approx(resolved("clip").macs() - 3 * (text_macs(VIT_B_16) - text_macs(VIT_B_16, 8)))
+    assert plan.macs(5.0) == pytest.approx(resolved("clip").macs(5.0))
+    masked = replace(RECIPES["maskclip-text"], texts=(TextPass(), replace(reduced, name="hidden", mask_ratio=0.2)))
+    assert resolved(masked).macs() < resolved("maskclip-text").macs() - 3 * text_macs(VIT_B_16) * 0.8
+
+
+def test_only_what_is_read_is_kept() -> None:
+    for name, pixels, patches in (("clip", False, False), ("mae", True, True), ("maskclip", False, True)):
+        plan = resolved(name)
+        assert any(p.gives_pixels for p in plan.passes) == pixels
+        assert any(p.gives_patches for p in plan.passes) == patches

@@ -80,6 +80,13 @@ def test_every_trainable_parameter_gets_a_gradient(stepped: tuple[Method, Batch,
     assert grouped == set(trainable)
 
 
+def test_every_trainable_parameter_has_a_gradient_in_an_unmasked_step_too(name: str) -> None:
+    """It may be 0, never none: an optimizer's state and a resume do not depend on when a phase begins."""
+    method = build(RECIPES[name])
+    method(random_batch(method.plan, batch_size=4), masked=False).loss.backward()
+    assert [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_averages_and_frozen_parameters_get_none(stepped: tuple[Method, Batch, StepOutput]) -> None:
     method, _, _ = stepped
     averaged = [p for n, p in method.named_parameters() if n.startswith("ema_visual") or "ema_projector" in n]

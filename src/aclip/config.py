@@ -149,7 +149,8 @@ class Recipe:
         texts: the text passes; those that no objective reads are not run.
         ema_momentum: needed if a pass uses the EMA encoder.
         freeze: parameter names, or prefixes ending in ".", that are not trained.
-        optimization: the published settings.
+        optimization: the settings of its paper where the recipe says so, else A-CLIP's; `aclip compare --lr` gives all
+            recipes the same choice of learning rates.
     """
 
     name: str

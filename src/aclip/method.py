@@ -65,7 +65,7 @@ class Method(nn.Module):
         freeze(model, plan.recipe.freeze)
         shape = plan.shape
         fills = any(p.spec.fill for p in plan.passes)
-        hides = any(text.spec.mask_ratio > 0 for text in plan.texts)
+        hides = any(text.encoded and text.spec.mask_ratio > 0 for text in plan.texts)
         self.mask_token = nn.Parameter(torch.randn(shape.width) * 0.02) if fills else None
         self.text_mask_token = nn.Parameter(torch.randn(shape.text_width) * 0.02) if hides else None
         self.objectives = nn.ModuleDict({o.name: build_objective(o, plan) for o in plan.recipe.objectives})
@@ -191,7 +191,7 @@ class Method(nn.Module):
             keep_indices=keep.unflatten(0, by_view) if keep is not None else None,
             num_tokens=out.num_tokens,
             grid_size=p.grid_size,
-            pixels=pixels.unflatten(0, by_view),
+            pixels=pixels.unflatten(0, by_view) if p.gives_pixels else None,
             patches=out.patches.unflatten(0, by_view) if out.patches is not None else None,
         )
 

@@ -33,7 +33,7 @@ class PassPlan:
         num_keep: patches per view that go through the blocks (K).
         num_tokens: tokens of a view in the blocks: the prefix tokens and K, or N where the pass fills.
         gives_scores: whether a later pass reads this pass's attention scores.
-        gives_patches: whether an objective reads its patch tokens.
+        gives_patches, gives_pixels: whether an objective reads its patch tokens, its pixels.
     """
 
     spec: Pass
@@ -44,6 +44,7 @@ class PassPlan:
     num_tokens: int
     gives_scores: bool
     gives_patches: bool
+    gives_pixels: bool
 
     @property
     def num_patches(self) -> int:
@@ -112,14 +113,14 @@ class Plan:
         for p in self.passes:
             passes = 3.0 if p.spec.encoder == "online" else 1.0
             total += passes * len(p.spec.views) * image_macs(shape, p.num_keep, p.num_tokens)
-        specs = {p.spec.name: p for p in self.passes}
         for config in self.recipe.objectives:
             with torch.device("meta"):
                 objective = build_objective(config, self)
-            decoded = [(len(p.spec.views), p.num_patches, p.num_keep)
-                       for p in (specs.get(name) for name in config.reads) if p is not None]
-            total += 3.0 * objective.decoder_macs(decoded, self.shape.context_length if text_tokens is None
-                                                  else text_tokens)
+            images = [(len(p.spec.views), p.num_patches, p.num_keep)
+                      for p in self.passes if p.spec.name in config.reads]
+            lengths = [text.length(text_tokens) for text in self.texts if text.spec.name in config.reads]
+            length = shape.context_length if not lengths or lengths[0] is None else lengths[0]
+            total += 3.0 * objective.decoder_macs(images, length)
         return total
 
     def relative_cost(self, text_tokens: float | None = None) -> float:
@@ -149,6 +150,7 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
             if view not in pipeline.names:
                 raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': "
                                   f"{unknown_name('view', view, pipeline.names)}")
+        readers = [objective_class(o) for o in recipe.objectives if p.name in o.reads]
         strategy = build_strategy(p)
         if strategy.needs_scores and p.scores_from is None:
             raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': masking '{p.masking}' ranks patches, "
@@ -166,10 +168,11 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
             spec=p, strategy=strategy, image_size=(image_size[0], image_size[1]), grid_size=grid,
             num_keep=keep, num_tokens=(math.prod(grid) if p.fill else keep) + shape.num_prefix_tokens,
             gives_scores=any(other.scores_from == p.name for other in recipe.passes),
-            gives_patches=any(p.name in o.reads and objective_class(o).needs_patches for o in recipe.objectives),
+            gives_patches=any(reader.needs_patches for reader in readers),
+            gives_pixels=any(reader.needs_pixels for reader in readers),
         ))
     _check_score_sources(recipe, passes)
-    texts = _text_plans(recipe)
+    texts = _text_plans(recipe, shape)
     uses_text = any(text.encoded for text in texts)
     if uses_text and not shape.text_cut:
         notes.append("text runs at full length: this tower is not causal and EOT-pooled")
@@ -241,13 +244,19 @@ def _build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what:
         raise ConfigError(f"{what} does not take these options: {str(error).split('__init__() ')[-1]}") from error
 
 
-def _text_plans(recipe: Recipe) -> tuple[TextPlan, ...]:
+def _text_plans(recipe: Recipe, shape: TowerShape) -> tuple[TextPlan, ...]:
     plans = []
     for text in recipe.texts:
         readers = [o for o in recipe.objectives if text.name in o.reads]
         if not readers:
             continue
+        if not shape.text_cut and (text.reduction != "none" or text.mask_ratio > 0):
+            raise ConfigError(f"text pass '{text.name}': tokens can be left out or hidden in causal, EOT-pooled text "
+                              "towers only, and this model's is none: choose another model, such as ViT-B-16")
         reduction = None
+        if text.reduction == "none" and text.reduction_options:
+            raise ConfigError(f"text pass '{text.name}': reduction 'none' takes no options, not "
+                              f"{', '.join(text.reduction_options)}: choose one of {', '.join(TEXT_REDUCTIONS)}")
         if text.reduction != "none":
             if text.reduction not in TEXT_REDUCTIONS:
                 raise ConfigError(f"text pass '{text.name}': "

@@ -121,7 +121,7 @@ class Encoded:
         keep_indices: (V, B, K) int64 ascending, or None where nothing was removed.
         num_tokens: tokens per view that went through the blocks, prefix included.
         grid_size: patches (down, across) of a whole view; N = down * across.
-        pixels: (V, B, 3, h, w) the normalised views, with all their patches.
+        pixels: (V, B, 3, h, w) the normalised views, with all their patches, where an objective reads them.
         patches: (V, B, M, C) the patch tokens after the final norm, where an objective reads them; M is K where
             patches left the sequence, else N.
     """
@@ -132,7 +132,7 @@ class Encoded:
     keep_indices: Int[Tensor, "V B K"] | None
     num_tokens: int
     grid_size: tuple[int, int]
-    pixels: Float[Tensor, "V B 3 h w"]
+    pixels: Float[Tensor, "V B 3 h w"] | None = None
     patches: Float[Tensor, "V B M C"] | None = None
 
 

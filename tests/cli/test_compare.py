@@ -13,7 +13,7 @@ import pytest
 
 from aclip.cli import main
 from aclip.cli.compare import common_arguments
-from aclip.cli.comparing import Comparison
+from aclip.cli.compose_comparison import Comparison
 from aclip.engine.comparison import ComparisonFolder
 from aclip.recipes import RECIPES
 from made_pictures import picture
@@ -290,3 +290,16 @@ def test_mask_ratio_is_for_those_that_mask(pictures: Path, tmp_path: Path) -> No
                               "--mask-ratio", "0.75"))
     assert made.contenders["flip"].recipe.passes[0].mask_ratio == 0.75
     assert "--mask-ratio" not in made.contenders["clip"].arguments
+
+
+def test_unmasked_tuning_is_for_those_that_learn_from_it(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = comparison(options(pictures, tmp_path / "made", "--recipes", "flip", "mae", "--epochs", "1",
+                              "--unmasked-tuning", "0.2"))
+    assert made.contenders["flip"].config.unmasked_tuning == 0.2
+    assert made.contenders["mae"].config.unmasked_tuning == 0.0
+    arguments = ["train", "--recipe", "mae", "--data", str(pictures), "--unmasked-tuning", "0.2"]
+    assert main([*arguments, "--output", str(tmp_path / "run")]) == 2
+    assert "recipe 'mae' asks for nothing but what the mask hides" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

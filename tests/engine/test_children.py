@@ -41,7 +41,8 @@ def test_a_failure_is_told_with_its_last_words_and_keeps_nobody_from_their_work(
     ]
     witness, children = Witness(), Children(1, os.environ)
     witness.work(children, jobs)
-    assert witness.ends == {"good": None, "bad": "it broke", "silent": "it ended with exit code 3 and said nothing"}
+    assert witness.ends == {"good": None, "bad": "it broke (exit code 1)",
+                            "silent": "it said nothing (exit code 3)"}
     assert (tmp_path / "logs" / "good.log").read_text() == "first\nsecond\n"
     assert "never" not in (tmp_path / "logs" / "bad.log").read_text()
     assert not children.stopped
@@ -109,3 +110,12 @@ def test_last_words_are_the_last_line_with_any(tmp_path: Path) -> None:
     assert last_words(tmp_path / "log") == "tw\N{REPLACEMENT CHARACTER}o"
     (tmp_path / "log").write_bytes(b"\n")
     assert last_words(tmp_path / "log") == ""
+
+
+def test_last_words_are_those_of_the_command_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"done\n")
+    assert last_words(tmp_path / "log", begun=5) == ""
+    witness = Witness()
+    job = Job("killed", (python("print('done')"), python("raise SystemExit(9)")), tmp_path / "killed.log")
+    witness.work(Children(1, os.environ), [job])
+    assert witness.ends == {"killed": "it said nothing (exit code 9)"}

@@ -41,6 +41,7 @@ def config(**changes: Any) -> RunConfig:
         ({"epochs": 0.0}, "epochs must be positive"),
         ({"unmasked_tuning": 1.5}, "unmasked_tuning is a share of the steps"),
         ({"unmasked_lr": 0.0}, "unmasked_lr is a positive factor"),
+        ({"unmasked_lr": 0.1}, "unmasked_lr has nothing to act on"),
         ({"resolution_schedule": (ResolutionPhase(0.6, 0.5),) * 2}, "add up to at most 1, not 1.2"),
     ],
 )

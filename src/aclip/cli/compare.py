@@ -59,7 +59,7 @@ def register(verbs: Any) -> None:
     what.add_argument("--dry-run", action="store_true", help="print the runs and the arithmetic, do nothing")
     what.add_argument("--report", type=Path, metavar="FOLDER", help="only write tables and page of a comparison again")
     what.add_argument("--time-steps", type=Path, metavar="FOLDER",
-                      help="only measure the step times of a comparison again, into its timing.json")
+                      help="only measure the step times again, of a comparison that is at rest")
     passed = [model, size, data, held_out, *add_settings(parser.add_argument_group("of every run"))]
     for action in passed:  # `aclip train` reads the words itself
         action.type = None
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     from aclip.errors import ConfigError
 
     if args.report is not None:
-        from aclip.cli.comparing import report
+        from aclip.cli.compose_comparison import report
 
         report(args.report)
         return
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is missing: see aclip compare --help")
     if args.epochs is None and args.samples is None and args.minutes is None:
         raise ConfigError("the budget is missing: --epochs, --samples or --minutes, the same for every recipe")
-    from aclip.cli.comparing import Comparison
+    from aclip.cli.compose_comparison import Comparison
 
     comparison = Comparison(args, common_arguments(args))
     if args.dry_run:

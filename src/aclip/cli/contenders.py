@@ -12,7 +12,7 @@ from aclip.cli.train import config_from
 from aclip.config import Recipe
 from aclip.engine.run_config import RunConfig, Timetable, settled
 from aclip.errors import BadSampleError, ConfigError, unknown_name
-from aclip.plan import Plan, resolve
+from aclip.plan import Plan, objective_class, resolve
 from aclip.recipes import RECIPES
 from aclip.rng import generator
 
@@ -76,7 +76,8 @@ def contender(name: str, common: Mapping[str, list[str]], num_pairs: int, device
 
     Args:
         name: of the recipe.
-        common: option of `aclip train` -> the words that set it. `--mask-ratio` is left out where nothing is masked.
+        common: option of `aclip train` -> the words that set it. `--mask-ratio` is left out where nothing is masked,
+            `--unmasked-tuning` where everything that is asked is what the mask hides.
         num_pairs: in the training source.
         device: on which the run will train.
 
@@ -85,8 +86,12 @@ def contender(name: str, common: Mapping[str, list[str]], num_pairs: int, device
     """
     if name not in RECIPES:
         raise ConfigError(unknown_name("recipe", name, RECIPES))
-    masks = any(p.masking != "none" for p in RECIPES[name].passes)
-    words = [word for option, words in common.items() if masks or option != "--mask-ratio" for word in words]
+    recipe, left_out = RECIPES[name], set()
+    if all(p.masking == "none" for p in recipe.passes):
+        left_out.add("--mask-ratio")
+    if all(objective_class(o).needs_masking for o in recipe.objectives):
+        left_out |= {"--unmasked-tuning", "--unmasked-lr"}
+    words = [word for option, words in common.items() if option not in left_out for word in words]
     return contender_from(("--recipe", name, *words), num_pairs, device)
 
 
@@ -140,7 +145,8 @@ def mean_text_length(source: data.Source, config: RunConfig, cut: bool) -> float
     if not cut:
         return float(tokenizer.context_length)
     captions = []
-    for index in generator(config.seed, "text length").permutation(len(source))[:TEXT_SAMPLES].tolist():
+    some = max(TEXT_SAMPLES, config.batch_size or 0)  # a batch at least: its longest caption sets the length
+    for index in generator(config.seed, "text length").permutation(len(source))[:some].tolist():
         try:
             raw = source.read(index)
             captions.append(data.draw_caption(data.clean_captions(raw.captions), raw.tags, seed=config.seed, epoch=0,

@@ -37,6 +37,7 @@ class Child:
     log: IO[bytes]
     left: deque[tuple[str, ...]]
     process: "subprocess.Popen[bytes]"
+    begun: int  # where in the log the command at work begins
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Children:
         """Run all jobs; those that fail do not keep the others from their work.
 
         After SIGINT or SIGTERM no more jobs are started, those at work get one SIGTERM, on which a training run
-        saves a checkpoint, and are waited for; `stopped` then is True. A second signal kills them.
+        saves a checkpoint, and are waited for; `stopped` then is True. A second SIGINT kills them.
 
         Args:
             jobs: in the order in which they are started.
@@ -100,7 +101,7 @@ class Children:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         log = job.log.open("ab")
         left = deque(job.commands)
-        return Child(job, log, left, self._run(left.popleft(), log))
+        return Child(job, log, left, begun=log.tell(), process=self._run(left.popleft(), log))
 
     def _run(self, command: tuple[str, ...], log: IO[bytes]) -> "subprocess.Popen[bytes]":
         # A session of its own: the terminal's Ctrl-C would reach it besides our signal, and the second one kills.
@@ -113,17 +114,19 @@ class Children:
         if code is None:
             return True
         if code == 0 and child.left and not self.stopped:
+            child.begun = child.job.log.stat().st_size  # children have moved the end, not our position
             child.process = self._run(child.left.popleft(), child.log)
             return True
         child.log.close()
         if code == 0 and not child.left:
             ended(child.job, None)
         elif not self.stopped:
-            ended(child.job, last_words(child.job.log) or f"it ended with exit code {code} and said nothing")
+            said = last_words(child.job.log, child.begun)
+            ended(child.job, f"{said or 'it said nothing'} (exit code {code})")
         return False
 
 
-def last_words(log: Path) -> str:
-    """Return the last line of a log that is not empty."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+def last_words(log: Path, begun: int = 0) -> str:
+    """Return the last line of a log that is not empty, of what was written after its first `begun` bytes."""
+    lines = log.read_bytes()[begun:].decode("utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -51,7 +51,8 @@ class RunConfig:
         unmasked_tuning: share of the optimizer steps, the last ones, in which nothing is masked, so that the
             model gets used to whole pictures before it is evaluated on them (FLIP). Their arithmetic is that
             of the recipe at mask ratio 0.
-        unmasked_lr: factor on the learning rate in those steps; FLIP's paper takes 0.01.
+        unmasked_lr: factor on the learning rate in those steps; FLIP's paper takes 0.01. It is a phase of the run, so
+            recipes that mask nothing take it too: equal terms in a comparison.
         resolution_schedule: what image side the steps see, relative to the recipe's own, first phase first; the steps
             after the last phase see whole images.
         seed: of weights, order, crops, captions and masks.
@@ -100,6 +101,8 @@ class RunConfig:
             raise ConfigError(f"unmasked_tuning is a share of the steps, 0 to 1, not {self.unmasked_tuning}")
         if not 0.0 < self.unmasked_lr < math.inf:
             raise ConfigError(f"unmasked_lr is a positive factor on the learning rate, not {self.unmasked_lr}")
+        if self.unmasked_lr != 1.0 and self.unmasked_tuning == 0.0:
+            raise ConfigError("unmasked_lr has nothing to act on: set unmasked_tuning, the share of unmasked steps")
         shares = sum(phase.share for phase in self.resolution_schedule)
         if shares > 1.0 + 1e-9:
             raise ConfigError(f"the shares of a resolution schedule add up to at most 1, not {shares:g}")

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol
 
@@ -139,7 +139,7 @@ class Trainer:
         self.step += 1
         self.samples_seen += batch.size
         self.cut_captions += batch.truncated
-        return output
+        return replace(output, passes={})  # nobody reads them after the step, and they hold its largest tensors
 
     def trained(self) -> list[torch.nn.Parameter]:
         """Return the trainable parameters."""

@@ -19,11 +19,15 @@ class Objective(nn.Module, ABC):
         takes: the kinds of passes it reads, in order: `Pass` for images, `TextPass` for captions.
         needs_text: whether it needs captions encoded (a recipe without any such objective has no text tower).
         needs_patches: whether it reads the patch tokens of its image passes.
+        needs_pixels: whether it reads their pixels.
+        needs_masking: whether it has nothing to ask where nothing is masked.
     """
 
     takes: ClassVar[tuple[type[Pass | TextPass], ...]] = (Pass,)
     needs_text: ClassVar[bool] = False
     needs_patches: ClassVar[bool] = False
+    needs_pixels: ClassVar[bool] = False
+    needs_masking: ClassVar[bool] = False
 
     def __init__(self, reads: Sequence[Pass | TextPass], shape: TowerShape) -> None:
         """Take the passes to read, in the order that the class documents, and the sizes for its heads.
@@ -55,6 +59,17 @@ class Objective(nn.Module, ABC):
             text_tokens: length of the text.
         """
         return 0.0
+
+
+def check_whole_text(text: Pass | TextPass) -> None:
+    """Refuse a text pass that hides tokens, for it has no feature of the caption.
+
+    Raises:
+        ConfigError: it hides tokens.
+    """
+    if text.mask_ratio > 0:
+        raise ConfigError(f"text pass '{text.name}' hides {text.mask_ratio:.0%} of the words, so that it has states of "
+                          "words and no feature of the caption: contrast with a text pass whose mask_ratio is 0")
 
 
 def block_macs(tokens: float, width: int, mlp_width: int) -> float:

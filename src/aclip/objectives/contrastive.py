@@ -1,13 +1,15 @@
 """The image-text contrast of CLIP, averaged over views."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from aclip.config import Pass, TextPass
-from aclip.objectives.base import Objective
+from aclip.objectives.base import Objective, check_whole_text
 from aclip.objectives.functional import clip_loss
-from aclip.structs import StepContext
+from aclip.structs import StepContext, TowerShape
 
 
 class Contrastive(Objective):
@@ -19,6 +21,10 @@ class Contrastive(Objective):
 
     takes = (Pass, TextPass)
     needs_text = True
+
+    def __init__(self, reads: Sequence[Pass | TextPass], shape: TowerShape) -> None:
+        super().__init__(reads, shape)
+        check_whole_text(reads[1])
 
     def forward(self, context: StepContext) -> Float[Tensor, ""]:
         """Read the features of image pass `reads[0]` and of text pass `reads[1]`."""

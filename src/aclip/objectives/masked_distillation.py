@@ -54,6 +54,7 @@ class MaskedDistillation(Objective):
 
     takes = (Pass, Pass)
     needs_patches = True
+    needs_masking = True
 
     def __init__(
         self,

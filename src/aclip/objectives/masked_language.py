@@ -43,6 +43,7 @@ class MaskedLanguage(Objective):
 
     takes = (TextPass,)
     needs_text = True
+    needs_masking = True
 
     def __init__(self, reads: Sequence[TextPass], shape: TowerShape, decoder_layers: int = 4) -> None:
         super().__init__(reads, shape)

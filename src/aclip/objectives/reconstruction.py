@@ -46,6 +46,8 @@ class Reconstruction(Objective):
     """
 
     needs_patches = True
+    needs_pixels = True
+    needs_masking = True
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Reconstruction(Objective):
         """Read the patch tokens of image pass `reads[0]`, its pixels, and which patches it kept."""
         seen = context.passes[self.reads[0]]
         assert seen.patches is not None
+        assert seen.pixels is not None
         target = patch_pixels(seen.pixels, seen.grid_size)
         views, samples, num_patches, _ = target.shape
         keep = seen.keep_indices

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aclip.config import Pass, TextPass
-from aclip.objectives.base import Objective
+from aclip.objectives.base import Objective, check_whole_text
 from aclip.objectives.functional import sigmoid_loss
 from aclip.structs import StepContext, TowerShape
 
@@ -31,6 +31,7 @@ class Sigmoid(Objective):
 
     def __init__(self, reads: Sequence[Pass | TextPass], shape: TowerShape, init_bias: float = -10.0) -> None:
         super().__init__(reads, shape)
+        check_whole_text(reads[1])
         self.logit_bias = nn.Parameter(torch.tensor(float(init_bias)))
 
     def forward(self, context: StepContext) -> Float[Tensor, ""]:

@@ -4,7 +4,7 @@
                   --validation held-out.csv --epochs 25 --seeds 0 1 2 --output comparisons/ablations
 
 Published, ImageNet zero-shot on YFCC15M, ViT-B/16, 25 epochs: CLIP 37.6; random-1x50 35.0, random-2x50 38.0,
-attentive-1x50 39.5, attentive-2x50 41.3, attentive-lowest 28.5, A-CLIP 43.9.
+attentive-1x50 39.5, attentive-2x50 41.3, A-CLIP 43.9; attentive-lowest 28.5 is known at second hand.
 """
 
 from dataclasses import replace

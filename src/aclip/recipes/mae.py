@@ -3,7 +3,7 @@
     aclip train --recipe mae --model ViT-B-16 --data pairs.csv
 
 A decoder of 8 blocks, 512 wide (two thirds of narrower towers), mean squared error on pixels normalised per patch.
-Saves an image tower without a projection.
+Weight decay and betas are MAE's, the learning rate A-CLIP's. Saves an image tower without a projection.
 """
 
 from aclip.config import ObjectiveConfig, Optimization, Pass, Recipe

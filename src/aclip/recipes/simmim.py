@@ -3,7 +3,8 @@
     aclip train --recipe simmim --model ViT-B-16 --data pairs.csv
 
 60 % masked in blocks of 2 x 2 patches (32 pixels at patch 16); the sequence keeps its full length, so nothing is saved.
-L1 on the masked pixels. Saves an image tower without a projection.
+L1 on the masked pixels. Weight decay and betas are SimMIM's, the learning rate A-CLIP's. Saves an image tower without a
+projection.
 """
 
 from aclip.config import ObjectiveConfig, Optimization, Pass, Recipe

@@ -102,6 +102,8 @@ def embed_patches(
     grid = grid_of((pixels.shape[-2], pixels.shape[-1]), patch)
     cells = pixels.reshape(len(pixels), -1, grid[0], patch[0], grid[1], patch[1]).permute(0, 2, 4, 1, 3, 5)
     positions = positions_at(tower, grid)[NUM_PREFIX_TOKENS:]
+    if keep_indices is None and mask_token is not None:  # spelled out, so that its gradient is 0 and not none
+        keep_indices = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
     if keep_indices is None:
         patches = cells.flatten(1, 2)
     else:

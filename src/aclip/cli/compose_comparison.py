@@ -181,11 +181,13 @@ class Comparison:
                 "relative_cost": macs / self.baseline.macs(self.text_tokens)}
 
     def _saved_timing(self) -> dict[str, Any] | None:
-        """Return the step times of an earlier call, if they are those of these very contenders."""
+        """Return the step times of an earlier call, if they are those of these very contenders on as many threads."""
         found = self._read("timing.json")
+        if not found or (found["threads"], found["device"]) != (self.threads, str(self.device)):
+            return None
         every = {BASELINE: self.baseline} | self.contenders
-        return found if found and all(self._same(one, found["arguments"].get(name)) for name, one in every.items()) \
-            else None
+        same = all(self._same(one, found["arguments"].get(name)) for name, one in every.items())
+        return found if same else None
 
     def _saved_samples(self) -> dict[str, int]:
         """Return how many pairs an earlier call has found to fit into the same minutes: a resume keeps them."""
