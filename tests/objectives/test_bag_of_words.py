@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aclip import plan, towers
 from aclip.config import ObjectiveConfig, Pass, Recipe
+from aclip.data import augment
 from aclip.errors import ConfigError
 from aclip.method import Method
 from aclip.objectives import BagOfWords
@@ -207,8 +208,9 @@ def test_needs_no_text_tower_but_the_words() -> None:
     assert method.state_dict()["objectives.bag_of_words.captions_seen"].item() == 4
 
     seen = output.passes["masked"]
+    pixels = augment.apply(batch.views["a"], method.mean, method.std)
     patches = towers.encode_image(
-        towers.visual_of(method.model), seen.pixels[0], seen.keep_indices[0], return_patches=True
+        towers.visual_of(method.model), pixels, seen.keep_indices[0], return_patches=True
     ).patches
     counts, total = LiteralCounts(), 0.0
     captions = tuple(tuple(row[1:-1]) for row in batch.tokens.tolist())

@@ -8,6 +8,7 @@ from made_passes import CAPTIONS, SHAPE, B, made_pass, step_context
 
 from aclip import plan, towers
 from aclip.config import ObjectiveConfig, Pass, Recipe
+from aclip.data import augment
 from aclip.method import Method
 from aclip.objectives import Sigmoid
 from aclip.objectives.functional import sigmoid_loss
@@ -64,7 +65,8 @@ def test_a_step_trains_both_towers_scale_and_bias() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
 
     with torch.no_grad():
-        image = towers.encode_image(towers.visual_of(method.model), output.passes["full"].pixels[0]).features
+        pixels = augment.apply(batch.views["a"], method.mean, method.std)
+        image = towers.encode_image(towers.visual_of(method.model), pixels).features
         text = towers.encode_text(method.model, batch.tokens)
         image, text = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
         logits = (method.model.logit_scale.exp() * image @ text.T - 10.0).tolist()
