@@ -14,7 +14,7 @@ ROOT = Path(aclip.__file__).parent
 # Lowest first. A part imports from lower levels alone, never from its own or a higher one.
 LEVELS = (
     {"errors"},
-    {"structs", "config", "rng", "dist", "files"},
+    {"structs", "config", "rng", "dist", "files", "tokens"},
     {"masking", "towers", "ema", "data"},
     {"objectives"},
     {"plan"},

@@ -203,6 +203,11 @@ def objective_class(config: ObjectiveConfig) -> type[Objective]:
     return OBJECTIVES[config.name]
 
 
+def asks_only_of_masked(recipe: Recipe) -> bool:
+    """Return whether a recipe asks for nothing but what its mask hides, so that an unmasked step teaches nothing."""
+    return all(objective_class(o).needs_masking for o in recipe.objectives)
+
+
 def build_objective(config: ObjectiveConfig, plan: Plan) -> Objective:
     """Return an objective with fresh heads for this plan."""
     every: tuple[Pass | TextPass, ...] = (*plan.recipe.passes, *plan.recipe.texts)

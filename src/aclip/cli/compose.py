@@ -124,7 +124,7 @@ def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> Tr
     torch.manual_seed(config.seed)
     shape = towers.shape_of(towers.model_config(config.model, image_size=config.image_size))
     resolved = plan.resolve(config.recipe, shape)
-    if config.unmasked_tuning > 0 and all(plan.objective_class(o).needs_masking for o in config.recipe.objectives):
+    if config.unmasked_tuning > 0 and plan.asks_only_of_masked(config.recipe):
         raise ConfigError(f"--unmasked-tuning has nothing to teach: recipe '{config.recipe.name}' asks for nothing but "
                           "what the mask hides")
     model = towers.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text)

@@ -12,7 +12,7 @@ from aclip.cli.train import config_from
 from aclip.config import Recipe
 from aclip.engine.run_config import RunConfig, Timetable, settled
 from aclip.errors import BadSampleError, ConfigError, unknown_name
-from aclip.plan import Plan, objective_class, resolve
+from aclip.plan import Plan, asks_only_of_masked, resolve
 from aclip.recipes import RECIPES
 from aclip.rng import generator
 
@@ -89,7 +89,7 @@ def contender(name: str, common: Mapping[str, list[str]], num_pairs: int, device
     recipe, left_out = RECIPES[name], set()
     if all(p.masking == "none" for p in recipe.passes):
         left_out.add("--mask-ratio")
-    if all(objective_class(o).needs_masking for o in recipe.objectives):
+    if asks_only_of_masked(recipe):
         left_out |= {"--unmasked-tuning", "--unmasked-lr"}
     words = [word for option, words in common.items() if option not in left_out for word in words]
     return contender_from(("--recipe", name, *words), num_pairs, device)

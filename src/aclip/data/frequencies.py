@@ -4,13 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 from torch import Tensor
 
 from aclip import rng
 from aclip.data.captions import CaptionTokenizer, clean_captions, draw_caption
 from aclip.data.sources import Source
 from aclip.errors import BadSampleError, ConfigError, DataError
+from aclip.tokens import is_word
 
 _CAPTIONS_AT_ONCE = 1024
 
@@ -45,7 +46,8 @@ def token_frequencies(
     for first in range(0, len(chosen), _CAPTIONS_AT_ONCE):
         captions = list(_drawn_captions(source, chosen[first : first + _CAPTIONS_AT_ONCE].tolist(), seed))
         if captions:
-            counted = torch.bincount(_words(tokenizer(captions)), minlength=vocab_size)
+            tokens = tokenizer(captions)
+            counted = torch.bincount(tokens[is_word(tokens)], minlength=vocab_size)
             if len(counted) > vocab_size:
                 raise ConfigError(f"token id {len(counted) - 1} does not fit a vocabulary of {vocab_size}: count with "
                                   "the tokenizer of the model")
@@ -64,9 +66,3 @@ def _drawn_captions(source: Source, indices: list[int], seed: int) -> Iterator[s
         except BadSampleError:
             continue
         yield draw_caption(captions, raw.tags, seed=seed, epoch=0, sample=index).text
-
-
-def _words(tokens: Int[Tensor, "B T"]) -> Int[Tensor, " n"]:
-    """Return the ids between start and end of all rows; by place, since padding shares its id with a word."""
-    position = torch.arange(tokens.shape[1])
-    return tokens[(position > 0) & (position < tokens.argmax(dim=1, keepdim=True))]

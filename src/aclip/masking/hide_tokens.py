@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from aclip import rng
+from aclip.tokens import is_word
 
 _BEHIND_MASK, _BEHIND_RANDOM = 0.8, 0.1  # the rest of the chosen tokens stays visible, and is predicted all the same
 
@@ -42,10 +43,8 @@ def hide_tokens(
         purpose: separates this draw from others with the same seeds.
     """
     length = tokens.shape[1]
-    place = torch.arange(length, device=tokens.device)
-    is_word = (place > 0) & (place < tokens.argmax(dim=1, keepdim=True))
     chosen, fate, other = (rng.uniform(seeds, length, f"{purpose}/{draw}") for draw in ("hide", "fate", "other"))
-    hidden = is_word & (chosen < mask_ratio)
+    hidden = is_word(tokens) & (chosen < mask_ratio)
     behind_mask = hidden & (fate < _BEHIND_MASK)
     random = hidden & ~behind_mask & (fate < _BEHIND_MASK + _BEHIND_RANDOM)
     drawn = (other * (vocab_size - 2)).long()

@@ -15,6 +15,7 @@ from torch import Tensor
 from aclip import rng
 from aclip.errors import ConfigError
 from aclip.masking.base import best_first
+from aclip.tokens import is_word
 
 _THRESHOLD = 1e-6
 """t of frequency masking: words rarer than this share of all are never held back."""
@@ -81,9 +82,8 @@ class TextReduction(ABC):
             return tokens
         end = tokens.argmax(dim=1, keepdim=True)
         position = torch.arange(tokens.shape[1], device=tokens.device)
-        is_word = (position > 0) & (position < end)
         # start and end before every word, padding after, so that a fixed number of the best is always right
-        scores = torch.where(is_word, self.score(tokens, end[:, 0] - 1, context), torch.inf)
+        scores = torch.where(is_word(tokens), self.score(tokens, end[:, 0] - 1, context), torch.inf)
         scores = scores.masked_fill(position > end, -torch.inf)
         return tokens.gather(1, best_first(scores)[:, :width].sort(dim=1).values)
 

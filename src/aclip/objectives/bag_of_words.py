@@ -11,6 +11,7 @@ from aclip.config import Pass, TextPass
 from aclip.errors import ConfigError
 from aclip.objectives.base import Objective
 from aclip.structs import StepContext, TowerShape
+from aclip.tokens import is_word
 
 
 class BagOfWords(Objective):
@@ -84,8 +85,8 @@ class BagOfWords(Objective):
 
 
 def distinct_words(tokens: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Return where each word of a caption stands first: no SOT (the first token), EOT (the highest id), or padding."""
+    """Return where each word of a caption (`is_word`) stands first."""
     place = torch.arange(tokens.shape[1], device=tokens.device)
-    is_word = (place > 0) & (place < tokens.argmax(dim=1, keepdim=True))
-    same = (tokens[:, :, None] == tokens[:, None, :]) & is_word[:, None, :]
-    return is_word & ~(same & (place[:, None] > place)).any(dim=2)
+    words = is_word(tokens)
+    same = (tokens[:, :, None] == tokens[:, None, :]) & words[:, None, :]
+    return words & ~(same & (place[:, None] > place)).any(dim=2)

@@ -6,6 +6,8 @@ Arithmetic cost 1.29 of CLIP (text padded to 77 tokens). Published (YFCC15M, ViT
 CLIP's time, ImageNet zero-shot 43.9, Flickr30K 62.7 / 42.1, COCO 38.0 / 23.2.
 """
 
+from dataclasses import replace
+
 from aclip.config import EmaMomentum, ObjectiveConfig, Pass, Recipe
 
 A_CLIP = Recipe(
@@ -29,3 +31,8 @@ A_CLIP = Recipe(
     ema_momentum=EmaMomentum(0.996, 1.0),
     freeze=("visual.conv1.",),  # the patch embedding, as MoCo v3 does for stability
 )
+
+
+def passes_with_ema_at(resolution: float) -> tuple[Pass, ...]:
+    """Return A-CLIP's passes with its EMA encoder at another resolution, relative to the model's own."""
+    return tuple(replace(p, resolution=resolution) if p.encoder == "ema" else p for p in A_CLIP.passes)

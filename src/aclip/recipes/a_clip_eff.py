@@ -8,11 +8,11 @@ Flickr30K 62.7 / 40.6, COCO 37.4 / 22.5. Its code was never released: a reconstr
 
 from dataclasses import replace
 
-from aclip.recipes.a_clip import A_CLIP
+from aclip.recipes.a_clip import A_CLIP, passes_with_ema_at
 
 A_CLIP_EFF = replace(
     A_CLIP,
     name="a-clip-eff",
     title="A-CLIP with the EMA encoder at half resolution",
-    passes=tuple(replace(p, resolution=0.5) if p.encoder == "ema" else p for p in A_CLIP.passes),
+    passes=passes_with_ema_at(0.5),
 )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from aclip.config import EmaMomentum, ObjectiveConfig, Pass, Recipe
-from aclip.recipes.a_clip import A_CLIP
+from aclip.recipes.a_clip import A_CLIP, passes_with_ema_at
 from aclip.recipes.clip import CLIP
 
 
@@ -43,7 +43,7 @@ def with_ema_resolution(name: str, resolution: float) -> Recipe:
     """Return A-CLIP whose EMA encoder sees another resolution."""
     return replace(
         A_CLIP, name=name, title=f"A-CLIP with the EMA encoder at {resolution:g} of the resolution",
-        passes=tuple(replace(p, resolution=resolution) if p.encoder == "ema" else p for p in A_CLIP.passes),
+        passes=passes_with_ema_at(resolution),
     )
 
 
