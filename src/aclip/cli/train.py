@@ -28,7 +28,9 @@ examples:
 sources (--data, --validation):
   FILE.tar, 'a/{0000..0099}.tar', FOLDER of tars   WebDataset shards
   FILE.csv, FILE.tsv                               a table; columns are guessed and stated
-  FOLDER                                           pictures with .txt captions beside them
+  FILE.jsonl, FILE.json                            objects with image and caption; COCO captions
+  FILE.parquet, 'parts/*.parquet'                  paths or pictures in columns
+  FOLDER                                           pictures with .txt captions beside them, or class folders
   emoji:train                                      a split of a set from `aclip data fetch`
   pairs.csv[:1000], 'emoji:train[:100]'            a part of any source
 """

@@ -122,7 +122,7 @@ def test_rows_that_are_bad_on_their_own(folder: Path) -> None:
 
 
 def test_tables_without_rows_or_header(folder: Path) -> None:
-    with pytest.raises(DataError, match="has a header and no rows"):
+    with pytest.raises(DataError, match="holds no rows"):
         open_text(folder, "image,caption\n")
     with pytest.raises(ConfigError, match="there are: none"):
         open_text(folder, "")

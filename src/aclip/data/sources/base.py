@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+WINDOW = 8
+"""Groups of a `Grouped` source that training draws from at a time."""
+
 
 @dataclass(frozen=True)
 class RawSample:
@@ -56,6 +59,17 @@ class Source(Protocol):
             BadSampleError: the sample's files or fields are missing or unreadable.
         """
         ...
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A source that reads whole groups of samples, so that a random order over all of them would be slow.
+
+    Attributes:
+        groups: samples in each group; a group's samples have consecutive numbers, in the order of the groups.
+    """
+
+    groups: tuple[int, ...]
 
 
 def printable(name: str) -> str:

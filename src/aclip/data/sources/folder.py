@@ -2,12 +2,16 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from aclip.data.captions import caption_lines, decode_text
 from aclip.data.decode import IMAGE_EXTENSIONS
 from aclip.data.sources.base import PackedStrings, RawSample, printable
 from aclip.errors import BadSampleError, DataError
+
+CLASS_TEMPLATES = ("a photo of a {}.",)
+"""Captions of class folders, unless others are given."""
 
 _log = logging.getLogger(__name__)
 
@@ -16,14 +20,19 @@ class FolderSource:
     """Pictures found in a folder and below, in the order of their paths.
 
     `cats/tom.jpg` has the captions of `cats/tom.txt`, one a line, and the label "cats". Names that begin
-    with a dot are passed over.
+    with a dot are passed over. Where a picture has no text file, its captions are the `templates` with the name of
+    its folder in place of `{}`: "a photo of a tabby cat." for `tabby_cat/tom.jpg`.
 
     Attributes:
         name: the folder.
+        templates: for pictures without a text file; none leaves them without a caption.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, templates: Sequence[str] = ()) -> None:
         """List the pictures in `folder`.
+
+        If there is no text file at all, and every picture lies in a folder below, these are taken for classes:
+        `templates` is then `CLASS_TEMPLATES`, and that is logged.
 
         Raises:
             DataError: there are none.
@@ -41,6 +50,10 @@ class FolderSource:
                 "%s: %d text files have no picture beside them, e.g. %s.txt", folder, len(orphans), orphans[0]
             )
         self._pictures = PackedStrings(sorted(pictures))
+        self.templates = tuple(templates)
+        if not texts and not templates and all("/" in path for path in pictures):
+            self.templates = CLASS_TEMPLATES
+            _log.info("%s: no text files, so the folders' names are the captions: '%s'", folder, CLASS_TEMPLATES[0])
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -60,10 +73,13 @@ class FolderSource:
         try:
             image = path.read_bytes()
             text = path.with_suffix(".txt")
-            captions = caption_lines(decode_text(text.read_bytes())) if text.is_file() else ()
+            captions = caption_lines(decode_text(text.read_bytes())) if text.is_file() else None
         except OSError as error:
             raise BadSampleError(f"cannot read the file: {error.strerror}") from error
         parent = printable(PurePosixPath(picture).parent.name)
+        if captions is None:
+            words = " ".join(parent.replace("_", " ").split())
+            captions = tuple(template.replace("{}", words) for template in self.templates if words)
         return RawSample(self.key(index), image, captions, label=parent or None)
 
 

@@ -1,0 +1,141 @@
+"""JSON manifests: one object a line, a list of objects, or the captions of COCO."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from aclip.data.sources.manifest import Columns, ManifestSource, Row, find_encoding, row_of, settle_columns
+from aclip.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+_SNIFFED_OBJECTS = 50
+
+_Object = dict[str, Any] | str  # an object, or why there is none
+
+
+class JsonSource(ManifestSource):
+    """Pairs as JSON objects: one a line (`.jsonl`, `.ndjson`), or in one list (`.json`).
+
+    A caption may be a string or a list of strings. The fields are guessed from the first objects as the
+    columns of a table are, and logged; an object that cannot be read is a bad sample.
+
+    Attributes:
+        name: the file.
+        columns: the fields that are read.
+    """
+
+    def __init__(self, path: Path, columns: Columns | None = None, objects: list[Any] | None = None) -> None:
+        """Read `path`; `columns` replaces the guess, `objects` what is already parsed.
+
+        Raises:
+            DataError: no objects, or a file that is not text.
+            ConfigError: a field that does not exist or cannot be guessed; those there are.
+        """
+        encoding = find_encoding(path) if objects is None else ""
+
+        def read() -> Iterator[_Object]:
+            if objects is None:
+                return _lines(path, encoding)
+            return (one if isinstance(one, dict) else "not a JSON object" for one in objects)
+
+        try:
+            self.columns = settle_columns(path, _fields(read), columns)
+            super().__init__(path, (_row(one, self.columns) for one in read()))
+        except UnicodeError as error:
+            raise DataError(f"{path} cannot be read as text: {error}") from error
+        _log.info("%s: %d rows, %s", path, len(self), self.columns)
+
+
+class CocoSource(ManifestSource):
+    """Pictures of a COCO captions file (`images` and `annotations`), each with all of its captions.
+
+    Attributes:
+        name: the file.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any], images: Path | None = None) -> None:
+        """Join `content`, the parsed file `path`, whose pictures lie in `images`.
+
+        Without `images` they are looked for in the file's folder and beside it, in the folder that the file is
+        named after (`captions_train2017.json`: `train2017`), and in `images`.
+
+        Raises:
+            DataError: no pictures listed, or none of the folders holds the first of them.
+        """
+        captions: dict[Any, list[str]] = {}
+        for note in _objects(content, "annotations"):
+            caption, image = note.get("caption"), note.get("image_id")
+            if isinstance(caption, str) and isinstance(image, int | str):
+                captions.setdefault(image, []).append(caption)
+        rows = [
+            Row(name, tuple(captions.get(one.get("id") if isinstance(one.get("id"), int | str) else None, ())))
+            for one in _objects(content, "images")
+            if isinstance(name := one.get("file_name"), str)
+        ]
+        if not rows:
+            raise DataError(f"{path} lists no pictures: its 'images' have no 'file_name'")
+        super().__init__(path, rows, images or _picture_folder(path, rows[0].image))
+        _log.info("%s: %d pictures, %d captions", path, len(rows), sum(map(len, captions.values())))
+
+
+def open_json(path: Path, columns: Columns | None = None, images: Path | None = None) -> ManifestSource:
+    """Open a `.json` file: COCO captions, or a list of objects.
+
+    Raises:
+        DataError: it is neither.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error} (one object a line is a .jsonl file)") from error
+    if isinstance(content, list):
+        return JsonSource(path, columns, content)
+    if isinstance(content, dict) and "images" in content and "annotations" in content:
+        return CocoSource(path, content, images)
+    raise DataError(f"{path} is neither a list of objects nor COCO captions ('images' and 'annotations')")
+
+
+def _lines(path: Path, encoding: str) -> Iterator[_Object]:
+    """Yield the lines that are not blank, parsed."""
+    with path.open(encoding=encoding, errors="replace" if encoding == "cp1252" else "strict") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                one = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"JSON that cannot be read: {error}"
+                continue
+            yield one if isinstance(one, dict) else "not a JSON object"
+
+
+def _fields(read: Callable[[], Iterator[_Object]]) -> list[str]:
+    """Return the names in the first good objects, in the order of their appearance."""
+    good = (one for one in read() if isinstance(one, dict))
+    return list(dict.fromkeys(name for one in islice(good, _SNIFFED_OBJECTS) for name in one))
+
+
+def _row(one: _Object, columns: Columns) -> Row:
+    return Row("", problem=one) if isinstance(one, str) else row_of(one, columns)
+
+
+def _objects(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    values = content[name]
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+
+
+def _picture_folder(path: Path, first: str) -> Path:
+    """Return the folder that has the picture `first`."""
+    named = path.stem.rpartition("_")[2]
+    around = (path.parent, path.parent.parent)
+    folders = [*around, *(folder / name for folder in around for name in (named, "images"))]
+    for folder in folders:
+        if "\0" not in first and (folder / first).is_file():
+            return folder
+    looked = ", ".join(map(str, folders))
+    raise DataError(f"{path}: no folder has its picture {first!r}, looked in {looked}: say where with "
+                    f"'{path.name}?images=FOLDER'")

@@ -1,0 +1,229 @@
+"""Manifests: lists of pairs, one row each, the picture by its path; what CSV, JSON, Parquet and COCO files share."""
+
+import io
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aclip.data.sources.base import PackedStrings, RawSample
+from aclip.errors import BadSampleError, ConfigError, DataError, unknown_name
+
+_log = logging.getLogger(__name__)
+
+IMAGE_COLUMNS = (
+    "filepath", "image", "image_path", "image_file", "img", "img_path", "path", "file", "file_path",
+    "filename", "file_name", "picture", "photo", "jpg",
+)  # fmt: skip
+"""Column names that are taken for the picture's path, in this order, whatever their case."""
+
+CAPTION_COLUMNS = (
+    "caption", "captions", "title", "text", "label", "description", "alt_text", "alt", "sentence", "prompt",
+    "name",
+)  # fmt: skip
+"""Likewise for the caption; of `title` and `description` both are captions, as in YFCC."""
+
+TAG_COLUMNS = ("tags", "keywords")
+"""Likewise for tags, separated by commas or semicolons."""
+
+LABEL_COLUMNS = ("label", "class", "category")
+"""Likewise for the class."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what.
+
+    Attributes:
+        image: the picture's path.
+        captions: one or more columns of captions.
+        tags, label: or None.
+    """
+
+    image: str
+    captions: tuple[str, ...]
+    tags: str | None = None
+    label: str | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Return all of them, each once."""
+        optional = (name for name in (self.tags, self.label) if name is not None)
+        return tuple(dict.fromkeys((self.image, *self.captions, *optional)))
+
+    def __str__(self) -> str:
+        captions = "' and '".join(self.captions)
+        return f"image from column '{self.image}', caption from '{captions}'"
+
+
+class Row(NamedTuple):
+    """One pair of a manifest.
+
+    Attributes:
+        image: the picture's path, absolute or relative to the manifest's folder.
+        captions, tags, label: as in `RawSample`; an empty label is none.
+        problem: why the row cannot be used, if it cannot.
+    """
+
+    image: str
+    captions: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    label: str = ""
+    problem: str = ""
+
+
+class ManifestSource:
+    """Pairs listed in a file, kept packed in memory: some 40 bytes a row beside the text itself.
+
+    Attributes:
+        name: the file.
+    """
+
+    def __init__(self, path: Path, rows: Iterable[Row], folder: Path | None = None) -> None:
+        """Keep `rows`; paths of pictures are relative to `folder`, else to that of `path`.
+
+        Raises:
+            DataError: no rows.
+        """
+        self.name = str(path)
+        self._folder = path.parent if folder is None else folder
+        self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
+        self._problems: dict[int, str] = {}
+        for number, row in enumerate(rows):
+            self._images.append(_storable(row.image))
+            self._captions.append(_join(row.captions))
+            self._tags.append(_join(row.tags))
+            self._labels.append(_storable(row.label))
+            if row.problem:
+                self._problems[number] = row.problem
+        if not len(self):
+            raise DataError(f"{path} holds no rows")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def key(self, index: int) -> str:
+        """Return the row's number, counted from 1, and its picture's path."""
+        return f"row {index + 1}: {self._images[index]}"
+
+    def read(self, index: int) -> RawSample:
+        """Read a row's picture.
+
+        Raises:
+            BadSampleError: a row that cannot be used, or a picture that cannot be read.
+        """
+        if index in self._problems:
+            raise BadSampleError(self._problems[index])
+        image = self._images[index]
+        if not image:
+            raise BadSampleError("missing image path")
+        if "://" in image:
+            raise BadSampleError("the image is a URL, not a file: download it first")
+        try:
+            data = (self._folder / image).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BadSampleError(f"cannot read the image file: {reason}") from error
+        return RawSample(
+            self.key(index),
+            data,
+            tuple(self._captions[index].split("\n")),
+            tags=tuple(tag for tag in self._tags[index].split("\n") if tag),
+            label=self._labels[index] or None,
+        )
+
+
+def settle_columns(path: Path | str, header: Sequence[str], chosen: Columns | None) -> Columns:
+    """Return the columns to read: those that were `chosen`, which must exist, else the guess.
+
+    Raises:
+        ConfigError: a column that does not exist or cannot be guessed; the columns there are.
+    """
+    if chosen is None:
+        return guess_columns(path, header)
+    for column in chosen.names():
+        if column not in header:
+            raise ConfigError(f"{path}: {unknown_name('column', column, header)}")
+    return chosen
+
+
+def guess_columns(path: Path | str, header: Sequence[str]) -> Columns:
+    """Return which columns of `header` hold the picture, its captions, tags and class.
+
+    Raises:
+        ConfigError: no picture or no caption among them; the columns there are, and what to do.
+    """
+    image = _first(IMAGE_COLUMNS, header)
+    rest = [name for name in header if name != image]
+    caption = _first(CAPTION_COLUMNS, rest)
+    for what, found, known in (("image", image, IMAGE_COLUMNS), ("caption", caption, CAPTION_COLUMNS)):
+        if found is None:
+            raise ConfigError(
+                f"{path}: no column looks like the {what}; there are: {', '.join(header) or 'none'}; name it "
+                f"'{known[0]}', or say which with '{Path(path).name}?image=COLUMN&caption=COLUMN'"
+            )
+    assert image is not None
+    assert caption is not None
+    captions = [caption]
+    if caption.lower() == "title" and (description := _first(("description",), rest)):
+        captions.append(description)
+    return Columns(image, tuple(captions), _first(TAG_COLUMNS, rest), _first(LABEL_COLUMNS, rest))
+
+
+def row_of(fields: dict[str, Any], columns: Columns) -> Row:
+    """Return the row of an object whose values may be strings, lists of strings, numbers or nothing."""
+    image = fields.get(columns.image)
+    label = fields.get(columns.label) if columns.label is not None else None
+    return Row(
+        image if isinstance(image, str) else "",
+        tuple(text for name in columns.captions for text in texts(fields.get(name))),
+        split_tags(texts(fields.get(columns.tags))) if columns.tags is not None else (),
+        str(label) if isinstance(label, str | int) else "",
+    )
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """Return the strings in a value that may be one, a list of them, or something else."""
+    return tuple(item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, str))
+
+
+def split_tags(values: Iterable[str]) -> tuple[str, ...]:
+    """Return the tags in texts that separate them by commas or semicolons."""
+    return tuple(tag.strip() for value in values for tag in value.replace(";", ",").split(",") if tag.strip())
+
+
+def find_encoding(path: Path) -> str:
+    """Return the encoding of a text file: UTF-16 with a mark, UTF-8, else Windows-1252, which is logged."""
+    with path.open("rb") as file:
+        start = file.read(4)
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return "utf-16"
+        file.seek(0)
+        try:
+            with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+                while text.read(1 << 20):
+                    pass
+        except UnicodeDecodeError:
+            _log.warning("%s is not UTF-8: read as Windows-1252", path)
+            return "cp1252"
+    return "utf-8-sig"
+
+
+def _first(known: Sequence[str], header: Sequence[str]) -> str | None:
+    """Return the column that comes first in `known`, compared without case, `-` and space being `_`."""
+    normalised = {name.lower().replace("-", "_").replace(" ", "_"): name for name in reversed(header)}
+    return next((normalised[name] for name in known if name in normalised), None)
+
+
+def _join(strings: Iterable[str]) -> str:
+    """Pack several strings as lines; a line break within one becomes a space, as cleaning makes it anyway."""
+    return "\n".join(_storable(string.replace("\n", " ")) for string in strings)
+
+
+def _storable(string: str) -> str:
+    """Return the string with halves of surrogate pairs replaced, which JSON can hold and UTF-8 cannot."""
+    try:
+        string.encode("utf-8", errors="surrogateescape")
+    except UnicodeEncodeError:
+        return string.encode("utf-8", errors="replace").decode("utf-8")
+    return string
