@@ -46,7 +46,7 @@ def test_json_lines(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "image from column 'image', caption from 'caption'" in caplog.text
     first = source.read(0)
     assert (first.image, first.captions, first.tags, first.label) == (
-        b"picture 0", ("a dog", "one dog"), ("pet", "brown"), "3")
+        b"picture 0", ("a dog", "one\ndog"), ("pet", "brown"), "3")
     assert source.read(3).captions == ("a cat ?",)
     for index, reason in ((1, "JSON that cannot be read"), (2, "not a JSON object"), (4, "missing image path")):
         with pytest.raises(BadSampleError, match=reason):
@@ -169,6 +169,55 @@ def test_pictures_missing_or_gone(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(BadSampleError, match=r"cannot read a\.parquet"):
         fresh.read(0)
+
+
+def text_that_is_no_utf8() -> pa.Array:
+    buffers = [None, pa.array([0, 1, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff\xfe")]
+    return pa.Array.from_buffers(pa.string(), 2, buffers)
+
+
+def test_text_that_is_no_utf8_in_parquet(folder: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x", b"y"], "text": text_that_is_no_utf8()}), folder / "a.parquet")
+    source = open_source(str(folder / "a.parquet"))
+    assert source.read(0).captions == ("a",)
+    with pytest.raises(BadSampleError, match=r"cannot read a\.parquet"):
+        source.read(1)
+    pq.write_table(pa.table({"image": ["images/0.jpg"] * 2, "text": text_that_is_no_utf8()}), folder / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet cannot be read"):
+        open_source(str(folder / "b.parquet"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.binary(),
+        pa.large_binary(), pa.struct([("path", pa.string()), ("bytes", pa.binary())]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_way_to_hold_a_picture_in_parquet(folder: Path, kind: pa.DataType) -> None:
+    values: list[Any] = ["images/1.jpg"]
+    if pa.types.is_struct(kind):
+        values = [{"path": "images/1.jpg", "bytes": None}]
+    elif "binary" in str(kind):
+        values = [b"picture 1"]
+    pq.write_table(pa.table({"image": pa.array(values, pa.string()).cast(kind) if "dictionary" in str(kind)
+                             else pa.array(values, kind), "text": ["a"]}), folder / "A.PARQUET")  # fmt: skip
+    sample = open_source(str(folder / "A.PARQUET")).read(0)
+    assert (sample.image, sample.captions) == (b"picture 1", ("a",))
+
+
+def test_a_folder_with_a_list_takes_the_captions_from_it(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(folder / "metadata.jsonl", {"file_name": "images/1.jpg", "text": "one"})
+    with caplog.at_level(logging.INFO, logger="aclip"):
+        assert captions(open_source(str(folder))) == [("one",)]
+    assert "its captions are taken from metadata.jsonl" in caplog.text
+    assert captions(open_source(f"{folder}?templates=my {{}}")) == [("my images",)] * 3
+    write_lines(folder / "more.jsonl", {"file_name": "images/1.jpg", "text": "two"})
+    with pytest.raises(DataError, match=r"several lists of pairs, metadata\.jsonl, more\.jsonl: name one"):
+        open_source(str(folder))
+    (folder / "images" / "0.txt").write_text("beside")
+    assert captions(open_source(str(folder))) == [("beside",), (), ()]
 
 
 def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:

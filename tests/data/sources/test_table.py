@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from aclip.data.sources import TableSource, open_source
@@ -45,8 +45,35 @@ def test_encodings(folder: Path, encoding: str, caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, logger="aclip"):
         source = open_text(folder, "image,caption\r\nimages/0.jpg,„café“\r\n", encoding=encoding)
     assert source.read(0).captions == ("„café“",)
-    assert ("read as Windows-1252" in caplog.text) == (encoding == "cp1252")
+    assert ("1 lines are not UTF-8, the first is line 2" in caplog.text) == (encoding == "cp1252")
     assert "image from column 'image', caption from 'caption'" in caplog.text
+
+
+def test_one_line_in_another_encoding_spoils_no_other(folder: Path) -> None:
+    rows = ["image,caption", "images/0.jpg,café in Łódź", "images/1.jpg,„crème“ brûlée", "images/2.jpg,naïve 猫"]
+    encodings = ["utf-8", "utf-8", "cp1252", "utf-8"]
+    content = b"\n".join(row.encode(encoding) for row, encoding in zip(rows, encodings, strict=True))
+    (folder / "mixed.csv").write_bytes(content)
+    source = open_source(str(folder / "mixed.csv"))
+    assert [source.read(n).captions for n in range(3)] == [("café in Łódź",), ("„crème“ brûlée",), ("naïve 猫",)]
+
+
+def test_a_column_that_is_there_twice_is_an_error(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="has 2 columns named 'caption': rename all but one"):
+        open_text(folder, "image,caption,caption\nimages/0.jpg,a,b\n")
+    assert open_text(folder, "image,caption,n,n\nimages/0.jpg,a,1,2\n").read(0).captions == ("a",)
+
+
+def test_several_tables_are_joined(folder: Path) -> None:
+    for name in ("a", "b"):
+        (folder / f"{name}.csv").write_text(f"image,caption,words\nimages/0.jpg,{name}0,w\nimages/1.jpg,{name}1,w\n")
+    for pattern in ("{a,b}.csv", "*.csv"):
+        source = pickle.loads(pickle.dumps(open_source(str(folder / pattern))))
+        assert [source.read(n).captions[0] for n in range(len(source))] == ["a0", "a1", "b0", "b1"]
+        assert source.key(2) == f"{folder / 'b.csv'}: row 1: images/0.jpg"
+    assert open_source(f"{folder / '{a,b}.csv'}?image=image&caption=words").read(3).captions == ("w",)
+    with pytest.raises(DataError, match=r"c\.csv"):
+        open_source(str(folder / "{a,c}.csv"))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +180,7 @@ FIELD = st.text(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(captions=["0\n0", "a\u2028b", "a\rb"], delimiter=",")
 @given(captions=st.lists(FIELD, min_size=1, max_size=6), delimiter=st.sampled_from(",;\t|"))
 def test_quoting_comes_back(folder: Path, captions: list[str], delimiter: str) -> None:
     path = folder / "quoted.csv"

@@ -1,6 +1,7 @@
 """Sources of image-text pairs; `open_source` finds the reader for what the user named."""
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -9,12 +10,15 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 from aclip.data.sources.base import Grouped, PackedStrings, RawSample, Source
-from aclip.data.sources.folder import FolderSource, holds_pictures
+from aclip.data.sources.folder import FolderSource, holds_pictures, holds_texts
+from aclip.data.sources.hugging_face import HuggingFaceSource, is_hugging_face
+from aclip.data.sources.joined import Joined
 from aclip.data.sources.json_files import CocoSource, JsonSource, open_json
 from aclip.data.sources.manifest import Columns, ManifestSource
 from aclip.data.sources.parquet import EmbeddedPictures, open_parquet
 from aclip.data.sources.part import Part, split_slice
 from aclip.data.sources.shards import ShardSource, expand_shards
+from aclip.data.sources.slip import open_slip
 from aclip.data.sources.table import TableSource
 from aclip.errors import ConfigError, DataError, unknown_name
 
@@ -25,6 +29,8 @@ __all__ = [
     "EmbeddedPictures",
     "FolderSource",
     "Grouped",
+    "HuggingFaceSource",
+    "Joined",
     "JsonSource",
     "ManifestSource",
     "PackedStrings",
@@ -37,6 +43,8 @@ __all__ = [
     "open_source",
     "split_slice",
 ]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,24 +130,48 @@ def _columns(spec: str, *others: str) -> Columns | None:
     return Columns(chosen["image"], tuple(chosen["caption"].split(",")), chosen.get("tags"), chosen.get("label"))
 
 
-def _is_file(*endings: str) -> Callable[[str], bool]:
+def _is_list(*endings: str) -> Callable[[str], bool]:
+    """Return a test for a file with one of these endings, or a pattern of such files."""
+
     def accepts(spec: str) -> bool:
         path = _split_query(spec)[0]
-        return path.lower().endswith(endings) and os.path.isfile(path)
+        return path.lower().endswith(endings) and (os.path.isfile(path) or _is_pattern(path))
 
     return accepts
 
 
-def _open_json(spec: str) -> Source:
-    path, images = _split_query(spec)[0], _options(spec, *_COLUMN_OPTIONS, "images").get("images")
-    return open_json(Path(path), _columns(spec, "images"), None if images is None else Path(images))
+def _each(open_one: Callable[[Path, str], Source]) -> Callable[[str], Source]:
+    """Return a function that opens every file of a pattern with `open_one(path, query)` and joins them."""
+
+    def open_all(spec: str) -> Source:
+        pattern, query = _split_query(spec)
+        paths = expand_shards(pattern)
+        sources = [open_one(path, f"{path}?{query}" if query else str(path)) for path in paths]
+        return sources[0] if len(sources) == 1 else Joined(spec, sources)
+
+    return open_all
+
+
+def _open_json(path: Path, spec: str) -> Source:
+    images = _options(spec, *_COLUMN_OPTIONS, "images").get("images")
+    return open_json(path, _columns(spec, "images"), None if images is None else Path(images))
+
+
+def _open_slip(path: Path, spec: str) -> Source:
+    images = _options(spec, "images").get("images")
+    return open_slip(path, None if images is None else Path(images))
+
+
+def _open_hugging_face(spec: str) -> Source:
+    split = _options(spec, *_COLUMN_OPTIONS, "split").get("split")
+    return HuggingFaceSource(Path(_split_query(spec)[0]), _columns(spec, "split"), split)
 
 
 def _is_parquet(spec: str) -> bool:
     path = _split_query(spec)[0]
     if os.path.isdir(path):
         return bool(_parquet_in(path)) and not holds_pictures(Path(path))
-    return path.endswith(".parquet") and (os.path.isfile(path) or _is_pattern(path))
+    return path.lower().endswith(".parquet") and (os.path.isfile(path) or _is_pattern(path))
 
 
 def _open_parquet(spec: str) -> Source:
@@ -152,14 +184,27 @@ def _parquet_in(folder: str) -> list[Path]:
 
 
 def _open_folder(spec: str) -> Source:
-    """Open `pictures/` or `pictures/?templates=a photo of a {}.|a drawing of a {}.`."""
+    """Open `pictures/` or `pictures/?templates=a photo of a {}.|a drawing of a {}.`.
+
+    Where a list of pairs lies beside the pictures, and no text files do, the list has the captions: to take the
+    folders' names in its place would train on "a photo of a images.".
+    """
+    folder = Path(_split_query(spec)[0])
     templates = tuple(filter(None, _options(spec, "templates").get("templates", "").split("|")))
     for template in templates:
         if "{}" not in template:
             raise ConfigError(f"'{spec}': the template '{template}' has no {{}} for the folder's name")
-    return FolderSource(Path(_split_query(spec)[0]), templates)
+    lists = sorted(path for path in folder.iterdir() if path.suffix.lower() in _LISTS and path.is_file())
+    if templates or not lists or holds_texts(folder):
+        return FolderSource(folder, templates)
+    if len(lists) > 1:
+        raise DataError(f"{folder} holds several lists of pairs, {', '.join(path.name for path in lists)}: name one of "
+                        "them, or say with '?templates=a photo of a {}.' that its folders are classes")
+    _log.info("%s: its captions are taken from %s", folder, lists[0].name)
+    return open_source(str(lists[0]))
 
 
+_LISTS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet")
 _QUERY = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)
 _COLUMN_OPTIONS = ("image", "caption", "tags", "label")
 
@@ -173,19 +218,29 @@ READERS: dict[str, Reader] = {
     ),
     "table": Reader(
         "a table (.csv or .tsv with a column of image paths and one of captions)",
-        _is_file(".csv", ".tsv", ".tab"),
-        lambda spec: TableSource(Path(_split_query(spec)[0]), _columns(spec)),
+        _is_list(".csv", ".tsv", ".tab"),
+        _each(lambda path, spec: TableSource(path, _columns(spec))),
     ),
     "json lines": Reader(
         "JSON lines (.jsonl with an image path and a caption, or several, in each object)",
-        _is_file(".jsonl", ".ndjson"),
-        lambda spec: JsonSource(Path(_split_query(spec)[0]), _columns(spec)),
+        _is_list(".jsonl", ".ndjson"),
+        _each(lambda path, spec: JsonSource(path, _columns(spec))),
     ),
-    "json": Reader("a .json file (COCO captions, or a list of objects)", _is_file(".json"), _open_json),
+    "json": Reader("a .json file (COCO captions, or a list of objects)", _is_list(".json"), _each(_open_json)),
     "parquet": Reader(
         "Parquet (a .parquet file, a pattern or a folder of them, with the pictures or their paths)",
         _is_parquet,
         _open_parquet,
+    ),
+    "slip": Reader(
+        "metadata of SLIP (yfcc15m.pkl, cc3m.npy or cc12m.npy)",
+        _is_list(".pkl", ".npy"),
+        _each(_open_slip),
+    ),
+    "hugging face": Reader(
+        "a folder that Hugging Face's save_to_disk wrote",
+        lambda spec: is_hugging_face(Path(_split_query(spec)[0])),
+        _open_hugging_face,
     ),
     "folder": Reader(
         "a folder of pictures with .txt captions beside them, or of class folders",

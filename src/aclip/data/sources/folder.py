@@ -88,6 +88,12 @@ def holds_pictures(folder: Path) -> bool:
     return bool(_list_files(folder)[0])
 
 
+def holds_texts(folder: Path) -> bool:
+    """Return whether `folder` or a folder below it has a `.txt` file beside a picture."""
+    pictures, texts = _list_files(folder)
+    return not texts.isdisjoint(map(_stem, pictures))
+
+
 def _list_files(folder: Path) -> tuple[list[str], set[str]]:
     """Return the pictures' paths and the text files' paths without their ending, below `folder`."""
     pictures: list[str] = []

@@ -7,7 +7,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from aclip.data.sources.manifest import Columns, ManifestSource, Row, find_encoding, row_of, settle_columns
+from aclip.data.sources.manifest import (
+    Columns,
+    ManifestSource,
+    Row,
+    find_encoding,
+    open_text,
+    row_of,
+    settle_columns,
+)
 from aclip.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -101,7 +109,7 @@ def open_json(path: Path, columns: Columns | None = None, images: Path | None = 
 
 def _lines(path: Path, encoding: str) -> Iterator[_Object]:
     """Yield the lines that are not blank, parsed."""
-    with path.open(encoding=encoding, errors="replace" if encoding == "cp1252" else "strict") as file:
+    with open_text(path, encoding) as file:
         for line in file:
             if not line.strip():
                 continue
@@ -134,8 +142,11 @@ def _picture_folder(path: Path, first: str) -> Path:
     around = (path.parent, path.parent.parent)
     folders = [*around, *(folder / name for folder in around for name in (named, "images"))]
     for folder in folders:
-        if "\0" not in first and (folder / first).is_file():
-            return folder
+        try:
+            if (folder / first).is_file():
+                return folder
+        except (OSError, ValueError):  # a name that is too long, or with a null byte
+            break
     looked = ", ".join(map(str, folders))
     raise DataError(f"{path}: no folder has its picture {first!r}, looked in {looked}: say where with "
                     f"'{path.name}?images=FOLDER'")

@@ -1,11 +1,11 @@
 """Manifests: lists of pairs, one row each, the picture by its path; what CSV, JSON, Parquet and COCO files share."""
 
-import io
+import codecs
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from aclip.data.sources.base import PackedStrings, RawSample
 from aclip.errors import BadSampleError, ConfigError, DataError, unknown_name
@@ -29,6 +29,8 @@ TAG_COLUMNS = ("tags", "keywords")
 
 LABEL_COLUMNS = ("label", "class", "category")
 """Likewise for the class."""
+
+_BETWEEN = "\0"  # strings of one row; no caption needs it, and no path can hold it
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class ManifestSource:
 
     Attributes:
         name: the file.
+        folder: to which paths of pictures are relative.
     """
 
     def __init__(self, path: Path, rows: Iterable[Row], folder: Path | None = None) -> None:
@@ -86,7 +89,7 @@ class ManifestSource:
             DataError: no rows.
         """
         self.name = str(path)
-        self._folder = path.parent if folder is None else folder
+        self.folder = path.parent if folder is None else folder
         self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
         self._problems: dict[int, str] = {}
         for number, row in enumerate(rows):
@@ -119,32 +122,50 @@ class ManifestSource:
             raise BadSampleError("missing image path")
         if "://" in image:
             raise BadSampleError("the image is a URL, not a file: download it first")
-        try:
-            data = (self._folder / image).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-            reason = getattr(error, "strerror", None) or str(error)
-            raise BadSampleError(f"cannot read the image file: {reason}") from error
         return RawSample(
             self.key(index),
-            data,
-            tuple(self._captions[index].split("\n")),
-            tags=tuple(tag for tag in self._tags[index].split("\n") if tag),
+            self.picture(image),
+            tuple(self._captions[index].split(_BETWEEN)),
+            tags=tuple(tag for tag in self._tags[index].split(_BETWEEN) if tag),
             label=self._labels[index] or None,
         )
+
+    def picture(self, image: str) -> bytes:
+        """Return the bytes of the picture that a row names.
+
+        Raises:
+            BadSampleError: they cannot be read.
+        """
+        return read_picture(self.folder / image)
+
+
+def read_picture(path: Path) -> bytes:
+    """Return the bytes of a picture's file.
+
+    Raises:
+        BadSampleError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadSampleError(f"cannot read the image file: {reason}") from error
 
 
 def settle_columns(path: Path | str, header: Sequence[str], chosen: Columns | None) -> Columns:
     """Return the columns to read: those that were `chosen`, which must exist, else the guess.
 
     Raises:
-        ConfigError: a column that does not exist or cannot be guessed; the columns there are.
+        ConfigError: a column that does not exist, cannot be guessed or is there twice.
     """
-    if chosen is None:
-        return guess_columns(path, header)
-    for column in chosen.names():
+    for column in chosen.names() if chosen else ():
         if column not in header:
             raise ConfigError(f"{path}: {unknown_name('column', column, header)}")
-    return chosen
+    columns = chosen or guess_columns(path, header)
+    for column in columns.names():
+        if header.count(column) > 1:
+            raise ConfigError(f"{path} has {header.count(column)} columns named '{column}': rename all but one")
+    return columns
 
 
 def guess_columns(path: Path | str, header: Sequence[str]) -> Columns:
@@ -193,20 +214,43 @@ def split_tags(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def find_encoding(path: Path) -> str:
-    """Return the encoding of a text file: UTF-16 with a mark, UTF-8, else Windows-1252, which is logged."""
+    """Return the encoding of a text file, UTF-16 with a mark or UTF-8; lines that are neither are logged.
+
+    A file put together from several often has a few lines of Windows-1252. To read all of it as that would
+    spoil the captions of the other lines without a word, so `open_text` reads only the bytes so that are no UTF-8.
+    """
     with path.open("rb") as file:
-        start = file.read(4)
-        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             return "utf-16"
         file.seek(0)
-        try:
-            with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
-                while text.read(1 << 20):
-                    pass
-        except UnicodeDecodeError:
-            _log.warning("%s is not UTF-8: read as Windows-1252", path)
-            return "cp1252"
+        broken = [number for number, line in enumerate(file, start=1) if not _is_utf8(line)]
+    if broken:
+        _log.warning("%s: %d lines are not UTF-8, the first is line %d: what is not in them is read as Windows-1252",
+                     path, len(broken), broken[0])  # fmt: skip
     return "utf-8-sig"
+
+
+def open_text(path: Path, encoding: str, newline: str | None = None) -> TextIO:
+    """Open a text file of an encoding that `find_encoding` returned; `newline` as for `open`."""
+    return path.open(encoding=encoding, errors="strict" if encoding == "utf-16" else _AS_CP1252, newline=newline)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _as_cp1252(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return error.object[error.start : error.end].decode("cp1252", errors="replace"), error.end
+
+
+_AS_CP1252 = "aclip-cp1252"
+codecs.register_error(_AS_CP1252, _as_cp1252)
 
 
 def _first(known: Sequence[str], header: Sequence[str]) -> str | None:
@@ -216,8 +260,8 @@ def _first(known: Sequence[str], header: Sequence[str]) -> str | None:
 
 
 def _join(strings: Iterable[str]) -> str:
-    """Pack several strings as lines; a line break within one becomes a space, as cleaning makes it anyway."""
-    return "\n".join(_storable(string.replace("\n", " ")) for string in strings)
+    """Pack several strings into one."""
+    return _BETWEEN.join(_storable(string.replace(_BETWEEN, " ")) for string in strings)
 
 
 def _storable(string: str) -> str:

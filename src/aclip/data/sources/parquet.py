@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from aclip.data.sources.base import WINDOW, RawSample
-from aclip.data.sources.manifest import Columns, ManifestSource, Row, row_of, settle_columns
+from aclip.data.sources.manifest import Columns, ManifestSource, Row, read_picture, row_of, settle_columns
 from aclip.errors import BadSampleError, DataError, MissingDependencyError
 
 _log = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 4096
 
 
 def open_parquet(name: str, paths: list[Path], columns: Columns | None = None) -> "ManifestSource | EmbeddedPictures":
@@ -31,15 +33,18 @@ def open_parquet(name: str, paths: list[Path], columns: Columns | None = None) -
     columns = settle_columns(name, header, columns)
     _log.info("%s: %d rows, %s", name, sum(file.metadata.num_rows for file in files), columns)
     kind = files[0].schema_arrow.field(columns.image).type
-    if str(kind) in ("string", "large_string"):
-        return ManifestSource(Path(name) if len(paths) == 1 else paths[0], _rows(files, paths, columns))
-    if str(kind) in ("binary", "large_binary") or str(kind).startswith("struct<bytes: "):
+    if _is_one_of(kind, "string", "large_string", "string_view"):
+        return ManifestSource(paths[0], _rows(files, paths, columns))
+    if _is_one_of(kind, "binary", "large_binary", "binary_view") or _has_bytes(kind):
         return EmbeddedPictures(name, paths, [_group_sizes(file) for file in files], columns)
     raise DataError(f"{name}: column '{columns.image}' holds {kind}, neither paths nor pictures")
 
 
 class EmbeddedPictures:
     """Pairs whose pictures lie in the Parquet files themselves, as Hugging Face and img2dataset write them.
+
+    A picture is bytes, or a struct of `bytes` and `path`; where its bytes are null, the file is read, whose path
+    may be relative to the Parquet file's folder.
 
     Parquet is read a row group at a time, so each process keeps the last `WINDOW` of them, as many as
     training draws from at a time (`aclip.data.order.window_order`).
@@ -80,11 +85,12 @@ class EmbeddedPictures:
             BadSampleError: no picture, or a file that cannot be read any more.
         """
         place, row = self._place(index)
-        fields: dict[str, Any] = self._group(place).slice(row, 1).to_pylist()[0]
-        image = fields.get(self._columns.image)
-        data = image.get("bytes") if isinstance(image, dict) else image
-        if not isinstance(data, bytes):
-            raise BadSampleError("missing picture")
+        path = self._paths[self._places[place][0]]
+        try:
+            fields: dict[str, Any] = self._group(place).slice(row, 1).to_pylist()[0]
+        except _errors() as error:
+            raise BadSampleError(f"cannot read {path.name}: {error}") from error
+        data = picture_bytes(fields.get(self._columns.image), path.parent)
         parsed = row_of(fields, self._columns)
         return RawSample(self.key(index), data, parsed.captions, tags=parsed.tags, label=parsed.label or None)
 
@@ -96,13 +102,8 @@ class EmbeddedPictures:
         """Return a row group, and keep it as the one used last."""
         table = self._kept.pop(place, None)
         if table is None:
-            import pyarrow
-
             file, group = self._places[place]
-            try:
-                table = _open(self._paths[file]).read_row_group(group, columns=list(self._columns.names()))
-            except (DataError, OSError, pyarrow.ArrowException) as error:
-                raise BadSampleError(f"cannot read {self._paths[file].name}: {error}") from error
+            table = _open(self._paths[file]).read_row_group(group, columns=list(self._columns.names()))
             if len(self._kept) >= WINDOW:
                 del self._kept[next(iter(self._kept))]
         self._kept[place] = table
@@ -118,7 +119,7 @@ def _open(path: Path) -> Any:
             f"{path} needs pyarrow to be read: pip install 'attentive-clip[parquet]'") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
+    except _errors() as error:
         raise DataError(f"{path} cannot be read as a Parquet file: {error}") from error
 
 
@@ -126,16 +127,45 @@ def _group_sizes(file: Any) -> list[int]:
     return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
 
-def _rows(files: list[Any], paths: list[Path], columns: Columns) -> Iterator[Row]:
-    """Yield the pairs; of several files' pictures each is relative to its own file's folder."""
+def _is_one_of(kind: Any, *names: str) -> bool:
+    """Return whether an Arrow type, or that of the values of a dictionary, has one of these names."""
+    return str(getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind) in names
+
+
+def _has_bytes(kind: Any) -> bool:
+    return str(kind).startswith("struct") and any(field.name == "bytes" for field in kind)
+
+
+def picture_bytes(value: Any, folder: Path) -> bytes:
+    """Return the bytes of a picture's cell: bytes, a path in `folder`, or Hugging Face's object of both.
+
+    Raises:
+        BadSampleError: there are none, or the file that is named in their place cannot be read.
+    """
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(data, bytes):
+        return data
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str) or not path:
+        raise BadSampleError("missing picture")
+    return read_picture(folder / path)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return what pyarrow raises for damaged files: also for text that is no UTF-8 and for groups shorter than they say."""
     import pyarrow
 
+    return (DataError, IndexError, OSError, ValueError, pyarrow.ArrowException)
+
+
+def _rows(files: list[Any], paths: list[Path], columns: Columns) -> Iterator[Row]:
+    """Yield the pairs; of several files' pictures each is relative to its own file's folder."""
     for file, path in zip(files, paths, strict=True):
         try:
-            for batch in file.iter_batches(columns=list(columns.names())):
+            for batch in file.iter_batches(columns=list(columns.names()), batch_size=_ROWS_AT_ONCE):
                 for fields in batch.to_pylist():
                     row = row_of(fields, columns)
                     elsewhere = path.parent != paths[0].parent and row.image
                     yield row._replace(image=str(path.parent.absolute() / row.image)) if elsewhere else row
-        except (OSError, pyarrow.ArrowException) as error:
+        except _errors() as error:
             raise DataError(f"{path} cannot be read: {error}") from error

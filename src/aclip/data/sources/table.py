@@ -12,6 +12,7 @@ from aclip.data.sources.manifest import (
     Row,
     find_encoding,
     guess_columns,
+    open_text,
     settle_columns,
     split_tags,
 )
@@ -26,9 +27,10 @@ _SNIFFED_ROWS = 50
 class TableSource(ManifestSource):
     """Pairs in a CSV or TSV file with a header row.
 
-    The delimiter (comma, tab, semicolon, bar), the encoding (UTF-8, UTF-16 with a mark, else
-    Windows-1252) and the columns are found out and logged. Paths of pictures are absolute or relative to
-    the table's folder. Fields may be quoted as RFC 4180 has it, line breaks within included.
+    The delimiter (comma, tab, semicolon, bar), the encoding (UTF-8, UTF-16 with a mark; bytes that are no
+    UTF-8 are taken for Windows-1252) and the columns are found out and logged. Paths of pictures are
+    absolute or relative to the table's folder. Fields may be quoted as RFC 4180 has it, line breaks within
+    included.
 
     Attributes:
         name: the file.
@@ -104,6 +106,5 @@ def _find_delimiter(path: Path, encoding: str) -> str:
 
 def _rows(path: Path, encoding: str, delimiter: str) -> Iterator[list[str]]:
     """Yield the rows that are not blank."""
-    errors = "replace" if encoding == "cp1252" else "strict"
-    with path.open(encoding=encoding, errors=errors, newline="") as file:
+    with open_text(path, encoding, newline="") as file:
         yield from (row for row in csv.reader(file, delimiter=delimiter) if row)
