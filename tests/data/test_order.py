@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from aclip.data.order import BatchSampler, epoch_order
 from aclip.errors import ConfigError, DataError
+from tests_support import Numbers
 
 COUNTS = st.integers(1, 60)
 SEEDS = st.integers(0, 2**40)
@@ -38,7 +39,7 @@ def test_streams(batches: int, local: int, ranks: int, extra: int, start: int, s
 
     def stream(start_step: int, rank: int = 0, world_size: int = 1) -> list[list[tuple[int, int]]]:
         sampler = BatchSampler(
-            count,
+            Numbers(count),
             batch_size=batch_size,
             seed=seed,
             start_step=start_step,
@@ -62,15 +63,15 @@ def test_streams(batches: int, local: int, ranks: int, extra: int, start: int, s
 
 
 def test_two_epochs_leave_out_different_samples() -> None:
-    sampler = BatchSampler(101, batch_size=100, seed=0, total_steps=30)
+    sampler = BatchSampler(Numbers(101), batch_size=100, seed=0, total_steps=30)
     left_out = {(set(range(101)) - {sample for _, sample in step}).pop() for step in sampler}
     assert len(left_out) > 15
 
 
 def test_impossible_batches() -> None:
     with pytest.raises(ConfigError, match="not 10 for 4"):
-        BatchSampler(100, batch_size=10, seed=0, total_steps=1, world_size=4)
+        BatchSampler(Numbers(100), batch_size=10, seed=0, total_steps=1, world_size=4)
     with pytest.raises(ConfigError, match="not 0"):
-        BatchSampler(100, batch_size=0, seed=0, total_steps=1)
+        BatchSampler(Numbers(100), batch_size=0, seed=0, total_steps=1)
     with pytest.raises(DataError, match="7 pairs do not fill one batch of 8"):
-        BatchSampler(7, batch_size=8, seed=0, total_steps=1)
+        BatchSampler(Numbers(7), batch_size=8, seed=0, total_steps=1)

@@ -33,7 +33,8 @@ def register(verbs: Any) -> None:
     model = what.add_argument("--model", help="as of `aclip train`; the same for all (default: vit-tiny)")
     size = what.add_argument("--image-size", type=int, metavar="PIXELS",
                              help="side of the input (default: the model's own)")
-    data = what.add_argument("--data", help="training source, as of `aclip train`")
+    data = what.add_argument("--data", nargs="+", type=str, action=Tuple, metavar="SOURCE[=WEIGHT]",
+                             help="training source or sources, as of `aclip train`")
     held_out = what.add_argument("--validation", nargs="+", action=Tuple, metavar="[NAME=]SOURCE",
                                  help="sources to evaluate on; the first one's metric chooses the learning rate")
     what.add_argument("--output", type=Path, metavar="FOLDER", help="the comparison's folder")

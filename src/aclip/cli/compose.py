@@ -71,11 +71,16 @@ def open_by_spec(spec: str) -> data.Source:
     return data.open_source(resolve_spec(spec))
 
 
+def open_training(specs: str | Sequence[str]) -> data.Source:
+    """Open what a run trains on: one source, or a mixture of several with their weights."""
+    return data.open_mixture(specs, open_by_spec)
+
+
 def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: str) -> None:
     """Train a run from its start or its newest checkpoint, evaluate it, write model and report."""
     console = Console(highlight=False)
     device = choose_device(config.device)
-    source = open_by_spec(config.data)
+    source = open_training(config.data)
     config = settled(config, len(source), device)
     held_out = open_held_out(config.validation)
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from aclip.cli.compose import open_by_spec, open_held_out
+from aclip.cli.compose import open_by_spec, open_held_out, open_training
 from aclip.cli.contenders import BASELINE, Contender, baseline, contender, mean_text_length
 from aclip.cli.train import config_from
 from aclip.engine.children import Children, Job
@@ -54,7 +54,7 @@ class Comparison:
         self.console = Console(highlight=False)
         self.folder = ComparisonFolder(args.output)
         self.device = choose_device(args.device or "auto")
-        self.source = open_by_spec(args.data)
+        self.source = open_training(args.data)
         self.sets = names_of(args.validation)
         self.later_sets = names_of(args.evaluate_on or args.validation)
         if args.probe:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aclip import data, towers
-from aclip.cli.compose import COLUMNS, build_trainer, open_batches, open_by_spec, open_dataset
+from aclip.cli.compose import COLUMNS, build_trainer, open_batches, open_dataset, open_training
 from aclip.cli.contenders import BASELINE, Stage, contender_from
 from aclip.engine.comparison import ComparisonFolder
 from aclip.engine.run_config import choose_device
@@ -39,7 +39,7 @@ def write_step_times(path: Path, rounds: int) -> None:
     """
     folder = ComparisonFolder(path)
     asked = folder.read_json("comparison.json")
-    source = open_by_spec(asked["data"])
+    source = open_training(asked["data"])
     device = choose_device(asked["device"])
     contenders = {name: contender_from(words, len(source), device) for name, words in asked["arguments"].items()}
     steps: dict[str, Callable[[], object]] = {}

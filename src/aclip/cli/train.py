@@ -27,12 +27,15 @@ examples:
 
 sources (--data, --validation):
   FILE.tar, 'a/{0000..0099}.tar', FOLDER of tars   WebDataset shards
-  FILE.csv, FILE.tsv                               a table; columns are guessed and stated
+  FILE.csv, FILE.tsv, 'lists/*.csv'                tables; columns are guessed and stated
   FILE.jsonl, FILE.json                            objects with image and caption; COCO captions
   FILE.parquet, 'parts/*.parquet'                  paths or pictures in columns
   FOLDER                                           pictures with .txt captions beside them, or class folders
+  FOLDER?split=train                               what Hugging Face's save_to_disk wrote
+  yfcc15m.pkl, cc3m.npy, cc12m.npy                 SLIP's metadata, '?images=FOLDER' for the pictures
   emoji:train                                      a split of a set from `aclip data fetch`
   pairs.csv[:1000], 'emoji:train[:100]'            a part of any source
+  --data a.csv=2 b.tar=1                           a mixture: two thirds of each epoch from a, one third from b
 """
 
 
@@ -64,7 +67,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
                       f"(default: {DEFAULT_MODEL})")
     what.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the input; positions are interpolated "
                       "(default: the model's own)")
-    what.add_argument("--data", help="training source, see below")
+    what.add_argument("--data", nargs="+", type=str, action=Tuple, metavar="SOURCE[=WEIGHT]",
+                      help="training source, see below; several are mixed by their weights, or by their sizes")
     what.add_argument("--validation", nargs="+", type=str, action=Tuple, metavar="[NAME=]SOURCE",
                       help="sources to evaluate on during and after training")
     what.add_argument("--output", help="the run's folder (default: runs/RECIPE-MODEL)")

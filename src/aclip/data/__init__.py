@@ -8,6 +8,7 @@ from aclip.data.frequencies import token_frequencies
 from aclip.data.loader import BatchLoader, build_loader
 from aclip.data.order import BatchSampler, Request, epoch_order
 from aclip.data.sources import READERS, RawSample, Source, open_source, split_slice
+from aclip.data.sources.mixture import Mixture, open_mixture
 
 __all__ = [
     "READERS",
@@ -17,6 +18,7 @@ __all__ = [
     "EvaluationBatch",
     "EvaluationSet",
     "Item",
+    "Mixture",
     "PairDataset",
     "RawSample",
     "Request",
@@ -27,6 +29,7 @@ __all__ = [
     "decode_image",
     "draw_caption",
     "epoch_order",
+    "open_mixture",
     "open_source",
     "split_slice",
     "token_frequencies",

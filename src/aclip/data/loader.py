@@ -10,7 +10,6 @@ from torch import Tensor
 from aclip.data.captions import CaptionTokenizer
 from aclip.data.dataset import Item, PairDataset
 from aclip.data.order import BatchSampler, Request
-from aclip.data.sources.base import Grouped
 from aclip.data.views import Crop
 from aclip.data.workers import read_ahead
 from aclip.structs import Batch, ViewBatch
@@ -109,14 +108,13 @@ def build_loader(
         DataError: fewer samples than one batch.
     """
     sampler = BatchSampler(
-        len(dataset),
+        dataset.source,
         batch_size=batch_size,
         seed=dataset.seed,
         start_step=start_step,
         total_steps=total_steps,
         rank=rank,
         world_size=world_size,
-        groups=dataset.source.groups if isinstance(dataset.source, Grouped) else None,
     )
     return BatchLoader(
         ReadBatch(dataset, cut_text),

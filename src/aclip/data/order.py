@@ -1,12 +1,12 @@
 """In which order samples are seen: a function of (seed, epoch), sliced into the batches of a run."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from aclip import rng
-from aclip.data.sources.base import WINDOW
+from aclip.data.sources.base import WINDOW, Grouped, Source
 from aclip.errors import ConfigError, DataError
 
 
@@ -14,12 +14,41 @@ class Request(NamedTuple):
     """A place in a run that one sample fills.
 
     Attributes:
-        epoch: counted from 0.
+        epoch: how often the sample has come before, from which its crops and caption are drawn; that of the run,
+            except in a mixture.
         sample: its number in the source.
     """
 
     epoch: int
     sample: int
+
+
+Order = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+"""Maps (seed, epoch) to the samples of an epoch and, for each, the `Request.epoch` to read it with: (n,) int64."""
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A source with an order of its own; whatever it is, it is a function of its arguments alone."""
+
+    def order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return an epoch as `Order` has it, as long as the source."""
+        ...
+
+
+def order_of(source: Source) -> Order:
+    """Return how a source is gone through: in its own order, within windows of its groups, or all mixed."""
+
+    def order(seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(source, Ordered):
+            return source.order(seed, epoch)
+        if isinstance(source, Grouped):
+            samples = window_order(source.groups, seed, epoch)
+        else:
+            samples = epoch_order(len(source), seed, epoch)
+        return samples, np.full(len(samples), epoch, dtype=np.int64)
+
+    return order
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -63,7 +92,7 @@ class BatchSampler:
 
     def __init__(
         self,
-        count: int,
+        source: Source,
         *,
         batch_size: int,
         seed: int,
@@ -71,17 +100,15 @@ class BatchSampler:
         total_steps: int,
         rank: int = 0,
         world_size: int = 1,
-        groups: Sequence[int] | None = None,
     ) -> None:
         """Plan the steps.
 
         Args:
-            count: samples in the source.
+            source: whose samples are requested, in the order of `order_of`.
             batch_size: pairs in a step, over all ranks.
             seed: of the order.
             start_step, total_steps: first step, and the one after the last.
             rank, world_size: of this process.
-            groups: of a `Grouped` source: the order is then `window_order`, else `epoch_order`.
 
         Raises:
             ConfigError: a batch size that is not positive or not divisible by the number of ranks.
@@ -92,15 +119,14 @@ class BatchSampler:
                 f"batch_size must be a positive multiple of the number of processes, not {batch_size} "
                 f"for {world_size}"
             )
-        if count < batch_size:
+        if len(source) < batch_size:
             raise DataError(
-                f"{count} pairs do not fill one batch of {batch_size}: lower the batch size or add pairs"
+                f"{len(source)} pairs do not fill one batch of {batch_size}: lower the batch size or add pairs"
             )
-        self.steps_per_epoch = count // batch_size
-        self._count = count
+        self.steps_per_epoch = len(source) // batch_size
+        self._order = order_of(source)
         self._batch_size = batch_size
         self._seed = seed
-        self._groups = groups
         self._steps = range(start_step, total_steps)
         local = batch_size // world_size
         self._slice = range(rank * local, (rank + 1) * local)
@@ -111,16 +137,12 @@ class BatchSampler:
 
     def __iter__(self) -> Iterator[list[Request]]:
         """Yield this rank's requests, step by step."""
-        order, ordered_epoch = np.empty(0, dtype=np.int64), -1
+        samples = passes = np.empty(0, dtype=np.int64)
+        ordered_epoch = -1
         for step in self._steps:
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != ordered_epoch:
-                order, ordered_epoch = self._order(epoch), epoch
+                (samples, passes), ordered_epoch = self._order(self._seed, epoch), epoch
             first = position * self._batch_size
-            mine = order[first + self._slice.start : first + self._slice.stop]
-            yield [Request(epoch, sample) for sample in mine.tolist()]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._groups is None:
-            return epoch_order(self._count, self._seed, epoch)
-        return window_order(self._groups, self._seed, epoch)
+            mine = slice(first + self._slice.start, first + self._slice.stop)
+            yield list(map(Request, passes[mine].tolist(), samples[mine].tolist()))

@@ -43,7 +43,8 @@ class RunConfig:
         recipe: the method, its optimization included.
         model: open_clip name, preset, or folder.
         image_size: side of the input in pixels, or None for the model's own.
-        data: training source. validation: sources to evaluate on, as "name=source" or a source.
+        data: training source, or several of them, each "source=weight" or all without a weight.
+        validation: sources to evaluate on, as "name=source" or a source.
         output: the run folder.
         epochs: passes over the data; ignored where `samples` is set.
         samples: pairs to train on, or None.
@@ -68,7 +69,7 @@ class RunConfig:
 
     recipe: Recipe
     model: str
-    data: str
+    data: str | tuple[str, ...]
     output: str
     image_size: int | None = None
     validation: tuple[str, ...] = ()

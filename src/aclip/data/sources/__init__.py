@@ -16,7 +16,7 @@ from aclip.data.sources.joined import Joined
 from aclip.data.sources.json_files import CocoSource, JsonSource, open_json
 from aclip.data.sources.manifest import Columns, ManifestSource
 from aclip.data.sources.parquet import EmbeddedPictures, open_parquet
-from aclip.data.sources.part import Part, split_slice
+from aclip.data.sources.part import Part, split_slice, take_part
 from aclip.data.sources.shards import ShardSource, expand_shards
 from aclip.data.sources.slip import open_slip
 from aclip.data.sources.table import TableSource
@@ -73,7 +73,7 @@ def open_source(spec: str) -> Source:
     """
     spec, part = split_slice(os.path.expanduser(spec))
     if part is not None:
-        return Part(open_source(spec), *part)
+        return take_part(open_source(spec), *part)
     for reader in READERS.values():
         if reader.accepts(spec):
             return reader.open(spec)

@@ -152,7 +152,7 @@ def picture_bytes(value: Any, folder: Path) -> bytes:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Return what pyarrow raises for damaged files: also for text that is no UTF-8 and for groups shorter than they say."""
+    """Return what pyarrow raises for damaged files, text that is no UTF-8 and groups shorter than they say."""
     import pyarrow
 
     return (DataError, IndexError, OSError, ValueError, pyarrow.ArrowException)

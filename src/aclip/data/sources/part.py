@@ -2,8 +2,9 @@
 
 import os
 import re
+from itertools import accumulate
 
-from aclip.data.sources.base import RawSample, Source
+from aclip.data.sources.base import Grouped, RawSample, Source
 from aclip.errors import DataError
 
 _SLICE = re.compile(r"(.+)\[(\d*):(\d*)\]", re.DOTALL)
@@ -38,6 +39,30 @@ class Part:
             BadSampleError: as the whole source.
         """
         return self.source.read(self.first + index)
+
+
+class GroupedPart(Part):
+    """A part of a `Grouped` source: the groups that lie in it, those at its ends cut.
+
+    Attributes:
+        groups: see `Grouped`.
+    """
+
+    def __init__(self, source: Source, first: int, last: int | None) -> None:
+        super().__init__(source, first, last)
+        assert isinstance(source, Grouped)
+        sized = zip(source.groups, accumulate(source.groups), strict=True)
+        spans = ((max(end - size, self.first), min(end, self.last)) for size, end in sized)
+        self.groups = tuple(end - start for start, end in spans if start < end)
+
+
+def take_part(source: Source, first: int, last: int | None) -> Part:
+    """Return the part of a source, which is read in groups if the source is.
+
+    Raises:
+        DataError: no sample lies in it.
+    """
+    return (GroupedPart if isinstance(source, Grouped) else Part)(source, first, last)
 
 
 def split_slice(spec: str) -> tuple[str, tuple[int, int | None] | None]:
