@@ -36,8 +36,9 @@ def headline(run: RunFiles) -> Html:
     """Return the header: what was trained, the main number of every held-out set, and the time it took."""
     recipe = mapping(run.config, "recipe")
     name = str(recipe.get("name") or "A run")
-    sources = run.config.get("data") or []
-    what = [str(one) for one in (run.config.get("model"), *(sources if isinstance(sources, list) else [sources])) if one]
+    sources = run.config.get("data")
+    named = [run.config.get("model"), *(sources if isinstance(sources, list) else [sources])]
+    what = [str(one) for one in named if one]
     # the ability that comes first here speaks for the run: a model without text has the probes alone
     abilities = (_leading(run.evaluations, name) for name in ("retrieval", *(name for name, _ in CLASSIFIERS)))
     tiles = [_tile(set_name, record) for set_name, record in next(filter(None, abilities), [])]
