@@ -9,7 +9,10 @@ from collections.abc import Iterable
 
 
 class AclipError(Exception):
-    """Base of all errors that a user can cause."""
+    """Base of all errors that a user can cause; line breaks in what other libraries say become spaces."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(line.strip() for line in message.strip().splitlines()))
 
 
 class ConfigError(AclipError, ValueError):
@@ -29,7 +32,7 @@ class BadSampleError(AclipError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = str(self)
 
 
 class CheckpointError(AclipError):

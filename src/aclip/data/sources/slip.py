@@ -2,10 +2,11 @@
 
 import logging
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -89,9 +90,7 @@ def _records(path: Path) -> list[Any]:
     try:
         with path.open("rb") as file:
             if path.suffix.lower() == ".npy":
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                kind = read(file)[2]
+                kind = _array_type(file)
                 if not kind.hasobject:
                     raise DataError(f"{path} holds numbers ({kind}), not pairs")
             content = _PlainUnpickler(file).load()
@@ -102,6 +101,16 @@ def _records(path: Path) -> list[Any]:
     if not isinstance(content, list):
         raise DataError(f"{path} holds {type(content).__name__}, not a list of pairs")
     return content
+
+
+def _array_type(file: BinaryIO) -> np.dtype[Any]:
+    """Read the header of an `.npy` file, up to its content."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a file of Python 2 takes longer
+        kind: np.dtype[Any] = read(file)[2]
+    return kind
 
 
 class _Array(list[Any]):
