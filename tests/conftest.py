@@ -1,5 +1,6 @@
 """Fixtures of all tests; also turns on run-time checks of shapes and types in the numeric core."""
 
+import os
 from collections.abc import Iterator
 
 import jaxtyping
@@ -20,6 +21,12 @@ torch.set_num_threads(1)
 
 
 GOLDEN = Golden()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the user's cache out of the tests, and the tests out of it; programs that tests start inherit this."""
+    os.environ["ACLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

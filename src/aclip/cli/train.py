@@ -27,6 +27,7 @@ examples:
 
 sources (--data, --validation):
   FILE.tar, 'a/{0000..0099}.tar', FOLDER of tars   WebDataset shards
+  's3://bucket/{0000..0099}.tar', 'http://...'     the same, elsewhere
   FILE.csv, FILE.tsv, 'lists/*.csv'                tables; columns are guessed and stated
   FILE.jsonl, FILE.json                            objects with image and caption; COCO captions
   FILE.parquet, 'parts/*.parquet'                  paths or pictures in columns

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from aclip.data.sources import ShardSource, open_source
-from aclip.data.sources.shards import expand_shards
+from aclip.data.sources import ShardSource, open_source, shard_index
+from aclip.data.sources.shards import expand_pattern
 from aclip.errors import BadSampleError, DataError
 from made_pictures import encode, picture
 
@@ -101,9 +101,9 @@ def test_patterns(tmp_path: Path) -> None:
         assert keys(open_source(str(tmp_path / pattern))) == expected
     two_braces = open_source(str(tmp_path / "{train,train}-{0009..0010}.tar"))
     assert keys(two_braces) == expected[1:] * 2
-    with pytest.raises(DataError, match=r"no such shard: .*train-0011\.tar \(2 missing, 3 found"):
-        expand_shards(str(tmp_path / "train-{0008..0012}.tar"))
-    with pytest.raises(DataError, match="no such shard"):
+    with pytest.raises(DataError, match=r"no such file: .*train-0011\.tar \(2 missing, 3 found"):
+        expand_pattern(str(tmp_path / "train-{0008..0012}.tar"))
+    with pytest.raises(DataError, match="no such file"):
         open_source(str(tmp_path / "eval-*.tar"))
 
 
@@ -179,3 +179,55 @@ def test_a_shard_that_shrinks_later_gives_bad_samples(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(BadSampleError, match=r"cannot read s\.tar: No such file"):
         source.read(0)
+
+
+def test_an_index_is_read_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+    read: list[Path] = []
+    original = shard_index._read_headers
+    monkeypatch.setattr(shard_index, "_read_headers", lambda path, size: read.append(path) or original(path, size))
+    path = write_tar(tmp_path / "s.tar", {f"ä{n}.png": bytes([n]) for n in range(3)})
+    first = open_source(str(path))
+    kept = next((tmp_path / "cache" / "index").iterdir())
+    again = open_source(str(path))
+    assert read == [path]
+    assert keys(again) == keys(first) == ["s.tar/ä0", "s.tar/ä1", "s.tar/ä2"]
+    assert [again.read(n).image for n in range(3)] == [b"\0", b"\1", b"\2"]
+    for damage in (b"", b"rubbish", kept.read_bytes()[:-30]):
+        kept.write_bytes(damage)
+        assert keys(open_source(str(path))) == keys(first)
+    assert len(read) == 4
+    write_tar(path, {"new.png": b"x"})
+    assert keys(open_source(str(path))) == ["s.tar/new"]
+
+
+def test_without_a_place_for_the_index_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "file"))
+    assert len(open_source(str(write_tar(tmp_path / "s.tar", {"0.png": b"x"})))) == 1
+
+
+def test_members_that_repeat_a_name_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "s.tar"
+    members = [("0.jpg", b"first"), ("1.jpg", b"x"), ("0.jpg", b"second"), ("1.txt", b"far"), ("0.txt", b"c")]
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    source = open_source(str(path))
+    assert "1 members repeat a name, the first of each is used: 0 has more than one image" in caplog.text
+    assert (source.read(0).image, source.read(0).captions) == (b"first", ("c",))
+    assert source.read(1).captions == ("far",)  # members of one sample may lie apart
+
+
+def test_one_bad_shard_of_many_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(12):
+        write_tar(tmp_path / f"{number:02}.tar", {"0.png": bytes([number])})
+    (tmp_path / "05.tar").write_text("no tar file " * 99)
+    source = open_source(str(tmp_path))
+    assert [source.read(index).image[0] for index in range(len(source))] == [n for n in range(12) if n != 5]
+    assert "is left out: " in caplog.text
+    (tmp_path / "07.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 of the 12 shards of .* cannot be used, and at most 10% may be lost"):
+        open_source(str(tmp_path))

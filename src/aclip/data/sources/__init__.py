@@ -17,7 +17,8 @@ from aclip.data.sources.json_files import CocoSource, JsonSource, open_json
 from aclip.data.sources.manifest import Columns, ManifestSource
 from aclip.data.sources.parquet import EmbeddedPictures, open_parquet
 from aclip.data.sources.part import Part, split_slice, take_part
-from aclip.data.sources.shards import ShardSource, expand_shards
+from aclip.data.sources.remote import RemoteShardSource, expand_urls
+from aclip.data.sources.shards import ShardSource, expand_pattern
 from aclip.data.sources.slip import open_slip
 from aclip.data.sources.table import TableSource
 from aclip.errors import ConfigError, DataError, unknown_name
@@ -37,6 +38,7 @@ __all__ = [
     "Part",
     "RawSample",
     "Reader",
+    "RemoteShardSource",
     "ShardSource",
     "Source",
     "TableSource",
@@ -78,6 +80,8 @@ def open_source(spec: str) -> Source:
         if reader.accepts(spec):
             return reader.open(spec)
     accepted = "; ".join(reader.about for reader in READERS.values())
+    if "://" in spec:
+        raise DataError(f"'{spec}' cannot be read from afar: {READERS['remote shards'].about} can, the rest is local")
     problem = "is none of what can be read" if os.path.exists(spec) else "does not exist"
     raise DataError(f"'{spec}' {problem}: give {accepted}")
 
@@ -89,7 +93,7 @@ def _is_shards(spec: str) -> bool:
 
 
 def _open_shards(spec: str) -> Source:
-    return ShardSource(spec, _tars_in(spec) if os.path.isdir(spec) else expand_shards(spec))
+    return ShardSource(spec, _tars_in(spec) if os.path.isdir(spec) else expand_pattern(spec))
 
 
 def _tars_in(folder: str) -> list[Path]:
@@ -145,7 +149,7 @@ def _each(open_one: Callable[[Path, str], Source]) -> Callable[[str], Source]:
 
     def open_all(spec: str) -> Source:
         pattern, query = _split_query(spec)
-        paths = expand_shards(pattern)
+        paths = expand_pattern(pattern)
         sources = [open_one(path, f"{path}?{query}" if query else str(path)) for path in paths]
         return sources[0] if len(sources) == 1 else Joined(spec, sources)
 
@@ -176,7 +180,7 @@ def _is_parquet(spec: str) -> bool:
 
 def _open_parquet(spec: str) -> Source:
     path = _split_query(spec)[0]
-    return open_parquet(path, _parquet_in(path) if os.path.isdir(path) else expand_shards(path), _columns(spec))
+    return open_parquet(path, _parquet_in(path) if os.path.isdir(path) else expand_pattern(path), _columns(spec))
 
 
 def _parquet_in(folder: str) -> list[Path]:
@@ -210,6 +214,11 @@ _COLUMN_OPTIONS = ("image", "caption", "tags", "label")
 
 
 READERS: dict[str, Reader] = {
+    "remote shards": Reader(
+        "WebDataset shards elsewhere ('s3://bucket/{0000..0012}.tar', 'http://...')",
+        lambda spec: "://" in spec and spec.endswith(".tar"),
+        lambda spec: RemoteShardSource(spec, expand_urls(spec)),
+    ),
     "shards": Reader(
         "WebDataset shards (a .tar file, a pattern such as 'shards/{0000..0012}.tar' or 'shards/*.tar', "
         "or a folder of .tar files)",

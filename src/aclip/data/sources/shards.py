@@ -5,23 +5,22 @@ import json
 import logging
 import os
 import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from aclip.data.captions import caption_lines, decode_text
-from aclip.data.decode import IMAGE_EXTENSIONS
 from aclip.data.sources.base import PackedStrings, RawSample, printable
+from aclip.data.sources.shard_index import ABSENT, ROLES, index_shard
 from aclip.errors import BadSampleError, DataError
+
+MAX_LOST = 0.1
+"""Share of the shards that may be unreadable, or out of reach, before a source is called unusable."""
 
 _log = logging.getLogger(__name__)
 
-_ROLES = ("image", "txt", "json", "cls")
-_ABSENT = -1
-_BLOCK = 512  # bytes; POSIX.1-2017, pax, "ustar Interchange Format"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -40,24 +39,33 @@ class ShardSource:
     def __init__(self, name: str, paths: list[Path]) -> None:
         """Index the shards `paths`, in this order.
 
+        Shards that are no tar files, or compressed, are left out and named, up to `MAX_LOST` of all.
+
         Raises:
-            DataError: a file that is not a tar file or is compressed, or no sample in any of them.
+            DataError: more than `MAX_LOST` of the shards lost, or no sample in any of them.
         """
         self.name = name
-        self._paths = paths
+        self._paths: list[Path] = []
         self._keys = PackedStrings()
         members: list[np.ndarray] = []
         shards: list[np.ndarray] = []
-        for number, path in enumerate(paths):
-            groups = _index(path)
-            for key in groups:
-                self._keys.append(printable(f"{path.name}/{key}"))
-            members.append(np.array(list(groups.values()), dtype=np.int64).reshape(-1, len(_ROLES), 2))
-            shards.append(np.full(len(groups), number, dtype=np.int32))
+        lost: list[DataError] = []
+        for path in paths:
+            try:
+                index = index_shard(path)
+            except DataError as error:
+                lost.append(error)
+                check_lost(name, lost, len(paths))
+                continue
+            for number in range(len(index.keys)):
+                self._keys.append(printable(f"{path.name}/{index.keys[number]}"))
+            members.append(index.members)
+            shards.append(np.full(len(index.keys), len(self._paths), dtype=np.int32))
+            self._paths.append(path)
+        if not sum(map(len, members)):
+            raise DataError(f"no samples in {name}: its {len(paths)} tar files hold no picture")
         self._members = np.concatenate(members)  # (n, roles, (offset, size)) in bytes
         self._shards = np.concatenate(shards)
-        if not len(self):
-            raise DataError(f"no samples in {name}: its {len(paths)} tar files hold no picture")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -79,8 +87,8 @@ class ShardSource:
             with path.open("rb") as file:
                 parts = {
                     role: _read_member(file, int(offset), int(size))
-                    for role, (offset, size) in zip(_ROLES, self._members[index], strict=True)
-                    if offset != _ABSENT
+                    for role, (offset, size) in zip(ROLES, self._members[index], strict=True)
+                    if offset != ABSENT
                 }
         except OSError as error:
             raise BadSampleError(f"cannot read {path.name}: {error.strerror}") from error
@@ -103,8 +111,23 @@ class ShardSource:
         )
 
 
-def expand_shards(spec: str) -> list[Path]:
-    """Return the tar files that a path, glob or brace pattern names, sorted within each pattern.
+def check_lost(name: str, lost: Sequence[DataError], shards: int) -> None:
+    """Say that a shard is left out.
+
+    Raises:
+        DataError: too many are, see `MAX_LOST`; if there is just one shard, what is wrong with it.
+    """
+    if len(lost) <= MAX_LOST * shards:
+        _log.warning("a shard of %s is left out: %s", name, lost[-1])
+        return
+    if shards == 1:
+        raise lost[0]
+    raise DataError(f"{len(lost)} of the {shards} shards of {name} cannot be used, and at most {MAX_LOST:.0%} may be "
+                    f"lost; the first: {lost[0]}")
+
+
+def expand_pattern(spec: str) -> list[Path]:
+    """Return the files that a path, glob or brace pattern names, sorted within each pattern.
 
     `{0000..0012}` counts with leading zeros, `{train,val}` lists.
 
@@ -113,19 +136,20 @@ def expand_shards(spec: str) -> list[Path]:
     """
     paths: list[Path] = []
     missing: list[str] = []
-    for pattern in _expand_braces(spec):
+    for pattern in expand_braces(spec):
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         paths.extend(Path(path) for path in found)
         if not found:
             missing.append(pattern)
     if missing:
         raise DataError(
-            f"no such shard: {missing[0]} ({len(missing)} missing, {len(paths)} found for {spec})"
+            f"no such file: {missing[0]} ({len(missing)} missing, {len(paths)} found for {spec})"
         )
     return paths
 
 
-def _expand_braces(spec: str) -> Iterator[str]:
+def expand_braces(spec: str) -> Iterator[str]:
+    """Yield what a pattern with braces stands for; a pattern without is itself."""
     match = _BRACES.search(spec)
     if match is None:
         yield spec
@@ -137,74 +161,7 @@ def _expand_braces(spec: str) -> Iterator[str]:
     else:
         choices = match[1].split(",")
     for choice in choices:
-        yield from _expand_braces(spec[: match.start()] + choice + spec[match.end() :])
-
-
-def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """Return sample name -> (offset, size) of its members, in the order of `_ROLES`.
-
-    A shard that is cut off keeps its readable part; the rest is reported.
-    """
-    groups: dict[str, list[tuple[int, int]]] = {}
-    size = path.stat().st_size
-    damage = ""
-    try:
-        with tarfile.open(path, mode="r:") as archive:
-            try:
-                for member in archive:
-                    damage = _add_member(groups, member, size) or damage
-            except tarfile.TarError as error:
-                damage = str(error)
-            end = archive.offset
-        damage = damage or _damage_at_end(path, end)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path} {_why_unreadable(path)}: {error}") from error
-    if damage:
-        _log.warning("%s is damaged (%s): its first %d samples are used", path, damage, len(groups))
-    return groups
-
-
-def _add_member(groups: dict[str, list[tuple[int, int]]], member: tarfile.TarInfo, file_size: int) -> str:
-    """Add a member to its group; return what is wrong with it, if anything."""
-    if not member.isreg() or member.issparse():
-        return ""
-    folder, _, file_name = member.name.rpartition("/")
-    stem, _, extension = file_name.partition(".")
-    role = _role(extension)
-    if role is None or not stem:
-        return ""
-    if member.offset_data + member.size > file_size:
-        return f"cut off within {member.name}"
-    key = f"{folder}/{stem}" if folder else stem
-    group = groups.setdefault(key, [(_ABSENT, 0)] * len(_ROLES))
-    if group[role][0] == _ABSENT:  # of several pictures the first is used
-        group[role] = (member.offset_data, member.size)
-    return ""
-
-
-def _role(extension: str) -> int | None:
-    extension = extension.lower()
-    if extension in _ROLES[1:]:
-        return _ROLES.index(extension)
-    return 0 if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else None
-
-
-def _damage_at_end(path: Path, end: int) -> str:
-    """`tarfile` stops without a word at a header that it cannot read; a whole archive ends in zeros."""
-    with path.open("rb") as file:
-        file.seek(end)
-        block = file.read(_BLOCK)
-    if not block:
-        return "no end-of-archive mark"
-    return f"unreadable header at byte {end}" if any(block) else ""
-
-
-def _why_unreadable(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
-        return "is compressed, and a compressed tar file cannot be read at random: unpack it to a plain .tar"
-    return "is not a tar file"
+        yield from expand_braces(spec[: match.start()] + choice + spec[match.end() :])
 
 
 def _read_member(file: BinaryIO, offset: int, size: int) -> bytes:
