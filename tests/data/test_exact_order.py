@@ -98,5 +98,5 @@ def test_ten_epochs_take_no_more_memory_than_two(pair_folder: Path) -> None:
             gc.collect()
             used.append(resident())
     assert len(used) == 10
-    # a leak of one small object (300 bytes) for every sample that is read would add 2.4 MB
-    assert max(used[2:]) - used[1] < 2e6, used
+    # The allocator takes 2 MB at a time; a leak of 500 bytes for every sample that is read would add 4 MB.
+    assert max(used[2:]) - used[1] < 4e6, used

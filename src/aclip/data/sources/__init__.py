@@ -216,7 +216,7 @@ _COLUMN_OPTIONS = ("image", "caption", "tags", "label")
 READERS: dict[str, Reader] = {
     "remote shards": Reader(
         "WebDataset shards elsewhere ('s3://bucket/{0000..0012}.tar', 'http://...')",
-        lambda spec: "://" in spec and spec.endswith(".tar"),
+        lambda spec: "://" in spec and ".tar" in spec,
         lambda spec: RemoteShardSource(spec, expand_urls(spec)),
     ),
     "shards": Reader(
