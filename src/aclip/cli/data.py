@@ -1,10 +1,12 @@
-"""`aclip data`: list the data sets that can be fetched by name, and fetch one."""
+"""`aclip data`: list the data sets that can be fetched by name, fetch one, and examine a source."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from aclip.cli import data_doctor
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -19,6 +21,7 @@ examples:
   aclip data list
   aclip data fetch emoji
   aclip data fetch cifar10 --root /big/disk/data
+  aclip data doctor pairs.csv --against emoji:val_both
   aclip train --recipe a-clip --model vit-tiny --data emoji:train
 """
 
@@ -26,8 +29,8 @@ examples:
 def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
-        "data", help="list and fetch real data sets", epilog=EXAMPLES,
-        description="List the data sets that can be fetched by name, or fetch one.",
+        "data", help="list, fetch and examine data sets", epilog=EXAMPLES,
+        description="List the data sets that can be fetched by name, fetch one, or examine a source of your own.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run_list, root=None)
@@ -49,6 +52,7 @@ def register(verbs: Any) -> None:
     fetching.add_argument("name", metavar="NAME", help="a name from `aclip data list`")
     _add_root(fetching)
     fetching.set_defaults(run=run_fetch)
+    data_doctor.register(actions)
 
 
 def _add_root(parser: argparse.ArgumentParser) -> None:

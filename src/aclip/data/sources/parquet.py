@@ -36,7 +36,7 @@ def open_parquet(name: str, paths: list[Path], columns: Columns | None = None) -
     if _is_one_of(kind, "string", "large_string", "string_view"):
         return ManifestSource(paths[0], _rows(files, paths, columns))
     if _is_one_of(kind, "binary", "large_binary", "binary_view") or _has_bytes(kind):
-        return EmbeddedPictures(name, paths, [_group_sizes(file) for file in files], columns)
+        return EmbeddedPictures(name, paths, [_group_sizes(*one) for one in zip(files, paths, strict=True)], columns)
     raise DataError(f"{name}: column '{columns.image}' holds {kind}, neither paths nor pictures")
 
 
@@ -123,8 +123,11 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path} cannot be read as a Parquet file: {error}") from error
 
 
-def _group_sizes(file: Any) -> list[int]:
-    return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+def _group_sizes(file: Any, path: Path) -> list[int]:
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    if any(size < 0 for size in sizes):
+        raise DataError(f"{path} cannot be read as a Parquet file: a row group of {min(sizes)} rows")
+    return sizes
 
 
 def _is_one_of(kind: Any, *names: str) -> bool:
