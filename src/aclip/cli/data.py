@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aclip.cli import data_doctor
+from aclip.cli import data_doctor, data_pack
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -22,6 +22,7 @@ examples:
   aclip data fetch emoji
   aclip data fetch cifar10 --root /big/disk/data
   aclip data doctor pairs.csv --against emoji:val_both
+  aclip data pack pairs.csv --output shards
   aclip train --recipe a-clip --model vit-tiny --data emoji:train
 """
 
@@ -53,6 +54,7 @@ def register(verbs: Any) -> None:
     _add_root(fetching)
     fetching.set_defaults(run=run_fetch)
     data_doctor.register(actions)
+    data_pack.register(actions)
 
 
 def _add_root(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ examples:
   aclip data doctor pairs.csv
   aclip data doctor emoji:train --against emoji:val_both emoji:val_vendor --output checks/emoji
   aclip data doctor pictures/ --model ViT-B-16 --fix clean.jsonl
-  aclip data doctor 'shards/{0000..0012}.tar' --fix skip.txt     the names of the bad samples
+  aclip data doctor 'shards/{0000..0012}.tar' --fix skip.txt     names for `aclip data pack --leave-out`
 """
 
 _LONGER = 4  # times the model's context that captions are counted to

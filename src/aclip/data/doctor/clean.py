@@ -83,7 +83,8 @@ def check_fix(path: Path, source: Source) -> None:
     if path.suffix.lower() != SKIP_LIST and not any(picture_path(source, i) for i in range(min(len(source), 100))):
         skip = path.with_suffix(SKIP_LIST)
         raise ConfigError(f"the pictures of {source.name} are no files of their own, which a manifest could name: "
-                          f"--fix {skip} writes the names of the samples to leave out")
+                          f"--fix {skip} writes the names to leave out, and `aclip data pack {source.name} --leave-out "
+                          f"{skip} --output FOLDER` shards without them")
 
 
 def write_clean(
