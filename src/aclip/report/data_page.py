@@ -15,7 +15,7 @@ from aclip.data.doctor.findings import Severity
 from aclip.files import write_atomically
 from aclip.report.formats import count, percent
 from aclip.report.frame import frame
-from aclip.report.markup import Html, join, table, tag
+from aclip.report.markup import Html, join, tag
 
 PAGE = "data.html"
 NUMBERS = "data.json"
@@ -159,12 +159,12 @@ def _names(examined: Examination, severity: str) -> str:
 
 def _finding(finding: Finding, groups: list[list[Example]]) -> Html:
     number = f"{count(finding.count)} of {count(finding.total)} {finding.unit}, {percent(finding.share)}"
-    details = [[words, count(number)] for words, number in finding.details]
+    details = " · ".join(f"{words}: {count(number)}" for words, number in finding.details)
     return tag(
         "div",
         tag("h3", tag("span", finding.severity, class_="rank"), " ", finding.title, " ", tag("small", number)),
         tag("p", finding.advice, class_="note"),
-        table(["", finding.unit], details) if len(details) > 1 else None,
+        tag("p", details, class_="note") if details else None,
         tag("div", *(_card(group) for group in groups), class_="cards"),
         id=finding.name,
     )
@@ -178,7 +178,7 @@ def _card(group: list[Example]) -> Html:
         return tag("article", tag("div", *images, words, class_="top"), class_="card")
     items = [tag("li", tag("span", f"{_caption(one)} · {one.key}", title=f"{one.source}: {one.key}"),
                  tag("b", _size(one))) for one in group]
-    return tag("article", tag("div", *images, class_="top"), tag("ol", *items), class_="card")
+    return tag("article", tag("div", *images, class_="top", style="flex-wrap:wrap"), tag("ol", *items), class_="card")
 
 
 def _caption(example: Example) -> str:
@@ -186,7 +186,7 @@ def _caption(example: Example) -> str:
 
 
 def _size(example: Example) -> str:
-    return f"{example.size[0]} x {example.size[1]}" if example.size else ""
+    return f"{example.size[0]}x{example.size[1]}" if example.size else ""
 
 
 def _mark(example: Example) -> Html | None:

@@ -33,10 +33,10 @@ def shard(number: int, samples: int = 3, size: int = 500) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(remote, "TIMEOUT", 0.5)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.5 if "stall" in request.node.name else 30.0)
     monkeypatch.setattr(fsspec.get_filesystem_class("http"), "cachable", False)  # the time limit changes here
 
 
@@ -198,6 +198,12 @@ def test_the_cache_keeps_its_size(server: Server, monkeypatch: pytest.MonkeyPatc
     kept = [path for path in (cache_folder() / "shards").iterdir() if path.suffix != ".lock"]
     assert 1 <= len(kept) <= 4
     assert captions(source) == ALL  # what was dropped is fetched again
+
+
+def test_a_cache_size_that_is_no_number(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACLIP_CACHE_GB", "much")
+    with pytest.raises(DataError, match="ACLIP_CACHE_GB is a number of gigabytes, not 'much'"):
+        open_source(f"{server.url}/00.tar")
 
 
 def test_addresses_that_cannot_be_read(tmp_path: Path) -> None:

@@ -231,3 +231,49 @@ def test_one_bad_shard_of_many_is_left_out(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / "07.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"2 of the 12 shards of .* cannot be used, and at most 10% may be lost"):
         open_source(str(tmp_path))
+
+
+def header(name: bytes, size: bytes, kind: bytes) -> bytes:
+    """Return one header block with a right checksum, whatever it says."""
+    block = bytearray(512)
+    for at, value in ((0, name), (100, b"0000644"), (124, size), (156, kind), (257, b"ustar\x0000")):
+        block[at : at + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+GOOD = header(b"0.png", b"00000000001", b"0") + b"x".ljust(512, b"\0")
+HOSTILE = {
+    "negative": header(b"1.png", b"\xff" * 10 + b"\xfe\0", b"0"),  # -512: back to this very header
+    "negative by pax": header(b"p", b"00000000013", b"x") + b"13 size=-512\n".ljust(512, b"\0")
+    + header(b"1.png", b"00000000000", b"0"),
+    "vast": header(b"1.png", b"\x80" + b"\xff" * 11, b"0"),
+    "vast name": header(b"././@LongLink", b"\x80" + b"\xff" * 11, b"L"),
+    "chain": (header(b"././@LongLink", b"00000000001", b"L") + b"a".ljust(512, b"\0")) * 3000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_headers_made_to_harm(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(GOOD + HOSTILE[kind] + bytes(1024))
+    source = open_source(str(path))
+    assert source.read(0).image == b"x"
+    assert f"{path} is damaged" in caplog.text
+    path.write_bytes(HOSTILE[kind] + bytes(1024))
+    with pytest.raises(DataError, match=r"is not a tar file|no samples in"):
+        open_source(str(path))
+
+
+def test_every_damage_to_a_kept_index_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
+    path = write_tar(tmp_path / "s.tar", {"0.png": b"x"})
+    shard_index.index_shard(path)
+    kept = next((tmp_path / "cache" / "index").iterdir())
+    good = kept.read_bytes()
+    for at in range(len(good)):
+        for value in (1, 255):
+            kept.write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
+            index = shard_index._load(kept)
+            assert index is None or list(index.keys) == ["0"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -127,7 +128,7 @@ def _leaks(measured: Sequence[Measurements], copies: Copies) -> Iterator[Finding
             pairs = [(row, there[int(groups[row])]) for row in shared.tolist()]
             same = sum(bool(captions_of(source, row) & captions_of(other, twin - int(start))) for row, twin in pairs)
             yield Finding(
-                name, "error", title.format(other.source.name), len(shared), len(source.samples), "samples",
+                name, "error", title.format(Path(other.source.name).name), len(shared), len(source.samples), "samples",
                 "A model that has trained on them is measured too well there: leave them out of training.",
                 (("with the same caption", same), ("with another caption", len(shared) - same)),
                 tuple(((0, row), (number, twin - int(start))) for row, twin in _spread(pairs)))

@@ -9,7 +9,7 @@ RADIUS = 10
 
 LUMA_MEAN, LUMA_MAX, CHROMA_MAX = 4.0, 20, 12
 """Levels of 255 by which the fingerprints of two copies may differ: brightness on average, any cell's brightness,
-any cell's colour. Copies at half the size in JPEG quality 50 stay within, other drawings of one set do not."""
+any cell's colour. Wider limits find more strongly compressed copies, and join drawings such as keycap # and *."""
 
 WINDOW = 64
 """Neighbours in sorted order that a picture is compared with, for each of the bands."""

@@ -253,7 +253,11 @@ def _download(url: str, path: Path) -> None:
 
 def _make_room(folder: Path, newest: Path) -> None:
     """Remove the files that were used longest ago until the cache has its size; the newest stays."""
-    limit = float(os.environ.get("ACLIP_CACHE_GB", CACHE_GB)) * 1e9
+    chosen = os.environ.get("ACLIP_CACHE_GB", str(CACHE_GB))
+    try:
+        limit = float(chosen) * 1e9
+    except ValueError as error:
+        raise DataError(f"ACLIP_CACHE_GB is a number of gigabytes, not '{chosen}'") from error
     files = []
     for path in folder.glob("*.tar"):
         try:

@@ -6,8 +6,10 @@ import logging
 import os
 import tarfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -26,6 +28,11 @@ ABSENT = -1
 
 _BLOCK = 512  # bytes; POSIX.1-2017, pax, "ustar Interchange Format"
 _FORMAT = 1  # of the files of the cache
+_LONGEST_EXTENSION = 2**24  # bytes of one header that extends the next; names and attributes need far less
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+               tarfile.GNUTYPE_LONGLINK)  # fmt: skip
+# What tarfile raises for hostile bytes: a chain of extension headers recurses, absurd sizes overflow.
+_BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,23 @@ class ShardIndex:
 
     keys: PackedStrings
     members: np.ndarray
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose size can be true; `tarfile` believes any, goes backwards for negative ones and never ends."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Parse a header.
+
+        Raises:
+            tarfile.HeaderError: it is none, or its size is impossible.
+        """
+        header = super().frombuf(buf, encoding, errors)
+        limit = _LONGEST_EXTENSION if header.type in _EXTENSIONS else 2**62
+        if not 0 <= header.size <= limit:
+            raise tarfile.InvalidHeaderError(f"a size of {header.size} bytes")  # type: ignore[attr-defined]
+        return header
 
 
 def cache_folder() -> Path:
@@ -78,7 +102,8 @@ def _load(path: Path) -> ShardIndex | None:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
             text, members = content["keys"].tobytes(), content["members"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    # zipfile raises RuntimeError for flags that it takes for encryption or an unknown compression
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
         return None
     keys = text.decode("utf-8", errors="surrogateescape").split("\0")[:-1]
     if members.dtype != np.int64 or members.shape != (len(keys), len(ROLES), 2):
@@ -103,20 +128,23 @@ def _read_headers(path: Path, size: int) -> tuple[dict[str, list[tuple[int, int]
     groups: dict[str, list[tuple[int, int]]] = {}
     damage, repeated = "", []
     try:
-        with tarfile.open(path, mode="r:") as archive:
+        with tarfile.open(path, mode="r:", tarinfo=_Header) as archive:
             try:
                 for member in archive:
                     damage = _cut_off(member, size) or damage
+                    if member.size < 0 or archive.offset <= member.offset:  # an extension header may say so
+                        damage = f"impossible size of {member.name}"
+                        break
                     if not damage and (again := _add_member(groups, member)):
                         repeated.append(again)
                     archive.members = []  # type: ignore[attr-defined]  # it keeps what it has seen: 1 kB a member
-            except (tarfile.TarError, ValueError) as error:
+            except _BROKEN as error:
                 damage = str(error)
             end = archive.offset
         damage = damage or _damage_at_end(path, end)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except (tarfile.TarError, ValueError) as error:
+    except _BROKEN as error:
         raise DataError(f"{path} {_why_unreadable(path)}: {error}") from error
     if damage:
         _log.warning("%s is damaged (%s): its first %d samples are used", path, damage, len(groups))

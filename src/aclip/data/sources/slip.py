@@ -74,6 +74,8 @@ def open_slip(path: Path, images: Path | None = None) -> ManifestSource:
 def _yfcc_row(record: Any) -> Row:
     if not isinstance(record, tuple | list) or len(record) != 3 or type(record[0]) is not int:
         return Row("", problem="not (number, title, description)")
+    if not 0 <= record[0] < 10**8:
+        return Row("", problem="a number of more than eight digits")
     number = f"{record[0]:08}"
     captions = tuple(text for text in texts(list(record[1:])) if text.strip())
     return Row(f"images/{number[:2]}/{number[2:5]}.zip/{number[5:]}.jpg", captions)
@@ -82,8 +84,8 @@ def _yfcc_row(record: Any) -> Row:
 def _conceptual_row(record: Any) -> Row:
     if not isinstance(record, dict):
         return Row("", problem="not an object with a picture and captions")
-    image = next((record[name] for name in _NAMES if isinstance(record.get(name), str | int)), "")
-    return Row(str(image), texts(record.get("captions")))
+    image = next((record[name] for name in _NAMES if isinstance(record.get(name), str)), "")
+    return Row(image, texts(record.get("captions")))
 
 
 def _records(path: Path) -> list[Any]:
