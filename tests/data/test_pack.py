@@ -12,8 +12,9 @@ from PIL import Image
 
 from aclip.cli import main
 from aclip.data import open_source
-from aclip.data.pack import SIZES, Packed, PackSettings, pack
+from aclip.data.pack import Packed, PackSettings, pack
 from aclip.data.sources import Source
+from aclip.data.sources.shard_index import SIZES
 from aclip.errors import ConfigError, DataError
 from bad_samples import SKIPPED, make_mixed_folder
 from made_pictures import encode, picture

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aclip.cli import data_doctor, data_pack
+from aclip.cli.bars import unit_columns
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from rich.console import Console
-    from rich.progress import ProgressColumn
 
     from aclip.data.fetch.progress import Unit
 
@@ -116,7 +116,7 @@ class _Bars:
 
         self._stop()
         self._bar = Progress(
-            TextColumn("{task.description:<12}"), BarColumn(), *_unit_columns(unit), TimeRemainingColumn(),
+            TextColumn("{task.description:<12}"), BarColumn(), *unit_columns(unit), TimeRemainingColumn(),
             console=self._console,
         )
         self._task = self._bar.add_task(stage, total=total)
@@ -136,17 +136,3 @@ class _Bars:
     def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _unit_columns(unit: Unit) -> list[ProgressColumn]:
-    from rich.progress import DownloadColumn, MofNCompleteColumn, ProgressColumn, Task, TransferSpeedColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed:,.0f} {unit}/s" if speed else f"? {unit}/s", style="progress.data.speed")
-
-    if unit == "bytes":
-        return [DownloadColumn(), TransferSpeedColumn()]
-    return [MofNCompleteColumn(), Rate()]

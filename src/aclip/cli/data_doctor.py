@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from aclip.data import CaptionTokenizer
     from aclip.data.doctor import Cleaned, Examination, Limits
@@ -55,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
+    from aclip.cli.bars import samples_bar
     from aclip.cli.compose import open_by_spec
     from aclip.data.doctor import check_fix, examine, write_clean
     from aclip.errors import ConfigError
@@ -72,14 +72,14 @@ def run(args: argparse.Namespace) -> None:
         check_fix(args.fix, source)
     args.output.mkdir(parents=True, exist_ok=True)
     total = sum(min(len(one), args.limit or len(one)) for one in (source, *against))
-    with progress_bar() as bar:
+    with samples_bar() as bar:
         task = bar.add_task("examining", total=total)
         examined = examine(source, against, limits=limits, tokenizer=tokenizer, workers=args.workers,
                            limit=args.limit, scratch=args.output, progress=partial(bar.advance, task))
     page = write_data_page(examined, args.output)
     cleaned = None
     if args.fix is not None:
-        with progress_bar() as bar:
+        with samples_bar() as bar:
             task = bar.add_task("cleaning", total=len(source))
             cleaned = write_clean(examined, args.fix, partial(bar.advance, task))
     console = Console(highlight=False)
@@ -141,26 +141,3 @@ def print_cleaned(console: Console, cleaned: Cleaned, source: str) -> None:
     if cleaned.path.suffix.lower() == SKIP_LIST:
         console.print(f"next: aclip data pack '{source}' --leave-out {cleaned.path} --output FOLDER", markup=False,
                       soft_wrap=True)
-
-
-def progress_bar() -> Progress:
-    """Return a bar with rate and remaining time, on standard error."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed:,.0f} samples/s" if speed else "? samples/s")
-
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(),
-                    TimeRemainingColumn(), console=Console(stderr=True))

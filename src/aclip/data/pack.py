@@ -4,10 +4,9 @@ import errno
 import io
 import json
 import os
-import tarfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,16 @@ from PIL import Image
 from aclip.data.captions import clean_captions
 from aclip.data.decode import decode_image
 from aclip.data.sources.base import RawSample, Source
+from aclip.data.sources.shard_index import SIZES
+from aclip.data.tar_files import Sample, write_tar
 from aclip.data.workers import read_ahead
 from aclip.errors import BadSampleError, ConfigError, DataError
 from aclip.files import write_atomically
 
-SETTINGS, SIZES, SKIPPED = "pack.json", "sizes.json", "skipped.jsonl"
+SETTINGS, SKIPPED = "pack.json", "skipped.jsonl"
 
 _CHUNK = 50  # samples that a worker is asked for at a time
+_Answer = tuple[int, RawSample | tuple[str, str]]  # a sample packed, or its name and what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -117,17 +119,24 @@ class _Packer:
         self._check_settings()
         sizes = {name: n for name, n in _read_json(self._folder / SIZES).items() if (self._folder / name).is_file()}
         skipped = [record for record in _read_lines(self._folder / SKIPPED) if record.get("shard") in sizes]
-        for name, indices in self._shards.items():
-            if name in sizes:
-                self._progress(len(indices))
-                continue
+        self._progress(sum(len(self._shards[name]) for name in sizes))
+        missing = {name: self._chunks(indices) for name, indices in self._shards.items() if name not in sizes}
+        requests = (chunk for chunks in missing.values() for chunk in chunks)
+        answers = read_ahead(_PackSamples(self._source, self._settings), requests, workers=self._workers)
+        for name, chunks in missing.items():
             bad: list[dict[str, str]] = []
-            sizes[name] = self._write(self._folder / name, indices, bad)
+            sizes[name] = self._write(self._folder / name, islice(answers, len(chunks)), bad)
+            self._progress(len(self._shards[name]) - sum(map(len, chunks)))
             skipped += [{"shard": name} | one for one in bad]
             write_atomically(self._folder / SKIPPED, "".join(json.dumps(record) + "\n" for record in skipped))
             write_atomically(self._folder / SIZES, json.dumps(sizes, indent=1) + "\n")
         size = sum((self._folder / name).stat().st_size for name in self._shards)
         return Packed(sum(sizes.values()), len(skipped), len(self._left), size)
+
+    def _chunks(self, indices: range) -> list[list[int]]:
+        """Return what a shard is asked for, in order."""
+        wanted = [index for index in indices if index not in self._left]
+        return [wanted[first : first + _CHUNK] for first in range(0, len(wanted), _CHUNK)]
 
     def _check_settings(self) -> None:
         """Note what is packed here, or refuse to mix it with something else."""
@@ -141,30 +150,27 @@ class _Packer:
             raise ConfigError(f"{self._folder} was begun with other settings ({', '.join(changed)}): name a new folder")
         write_atomically(self._folder / SETTINGS, json.dumps(wanted, indent=1) + "\n")
 
-    def _write(self, path: Path, indices: range, bad: list[dict[str, str]]) -> int:
-        """Write one shard; return its number of samples, and add the bad ones to `bad`."""
-        wanted = [index for index in indices if index not in self._left]
-        chunks = (wanted[first : first + _CHUNK] for first in range(0, len(wanted), _CHUNK))
+    def _write(self, path: Path, answers: Iterator[list[_Answer]], bad: list[dict[str, str]]) -> int:
+        """Write one shard, whole or not at all; return its number of samples, and add the bad ones to `bad`."""
+
+        def good() -> Iterator[Sample]:
+            for samples in answers:
+                for index, sample in samples:
+                    if isinstance(sample, tuple):
+                        bad.append({"key": sample[0], "reason": sample[1]})
+                    else:
+                        yield Sample(f"{index:09}", {"jpg": sample.image, "json": json.dumps(_fields(sample)).encode()})
+                self._progress(len(samples))
+
         part = path.with_name(f".{path.name}.part")
-        written = 0
-        with ExitStack() as stack:
-            stack.callback(part.unlink, missing_ok=True)
+        try:
             with part.open("wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-                    read = _PackSamples(self._source, self._settings)
-                    for samples in read_ahead(read, chunks, workers=self._workers):
-                        for index, sample in samples:
-                            if isinstance(sample, tuple):
-                                bad.append({"key": sample[0], "reason": sample[1]})
-                                continue
-                            _add(archive, f"{index:09}.jpg", sample.image)
-                            _add(archive, f"{index:09}.json", json.dumps(_fields(sample)).encode())
-                            written += 1
-                        self._progress(len(samples))
+                written = write_tar(file, good())
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
-        self._progress(len(indices) - len(wanted))
+        finally:
+            part.unlink(missing_ok=True)
         return written
 
 
@@ -174,7 +180,7 @@ class _PackSamples:
     def __init__(self, source: Source, settings: PackSettings) -> None:
         self._source, self._settings = source, settings
 
-    def __call__(self, indices: list[int]) -> list[tuple[int, RawSample | tuple[str, str]]]:
+    def __call__(self, indices: list[int]) -> list[_Answer]:
         return [(index, self._pack(index)) for index in indices]
 
     def _pack(self, index: int) -> RawSample | tuple[str, str]:
@@ -212,12 +218,6 @@ def _fields(sample: RawSample) -> dict[str, Any]:
     fields: dict[str, Any] = {"captions": sample.captions, "tags": sample.tags, "label": sample.label,
                               "concept": sample.concept}
     return {name: value for name, value in fields.items() if value} | {"key": sample.key}
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

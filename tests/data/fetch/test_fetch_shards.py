@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from aclip.data.fetch.shards import Sample, ShardFolder, shuffled, split_sizes, tar_bytes
+from aclip.data.fetch.shards import ShardFolder, shuffled, split_sizes, tar_bytes
+from aclip.data.tar_files import Sample
 from aclip.files import write_atomically
 
 TOOLS = {"drawer": "1"}

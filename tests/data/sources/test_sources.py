@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aclip.data.sources import FolderSource, PackedStrings, ShardSource, Source, TableSource, open_source
+from aclip.data.sources.base import Runs
 from aclip.errors import BadSampleError, DataError
 from made_pictures import encode, picture
 
@@ -77,3 +78,11 @@ def test_a_source_that_is_nothing_lists_what_is_accepted(tmp_path: Path) -> None
         assert all(word in str(caught.value) for word in (".tar", ".csv", ".tsv", "folder"))
     with pytest.raises(DataError, match="no pictures in"):
         open_source(str(tmp_path))
+
+
+@given(st.lists(st.integers(0, 5), max_size=9))
+def test_runs(sizes: list[int]) -> None:
+    runs = Runs(sizes)
+    expected = [(run, place) for run, size in enumerate(sizes) for place in range(size)]
+    assert [runs.place(number) for number in range(len(runs))] == expected
+    assert [runs.start(run) for run in range(len(sizes))] == [sum(sizes[:run]) for run in range(len(sizes))]

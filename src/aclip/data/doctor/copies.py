@@ -23,11 +23,6 @@ class Copies:
     by_file: np.ndarray
     by_look: np.ndarray
 
-    def place(self, number: int) -> tuple[int, int]:
-        """Return the source of sample `number`, and its row there."""
-        source = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return source, number - int(self.starts[source])
-
 
 def find_copies(measured: Sequence[Measurements]) -> Copies:
     """Compare all pictures of all sources with each other; blank ones are compared by their bytes alone."""

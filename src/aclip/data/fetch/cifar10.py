@@ -29,7 +29,8 @@ from aclip.data.decode import decode_image
 from aclip.data.fetch.licences import Licence, write_licences
 from aclip.data.fetch.packages import Package, download, read_members
 from aclip.data.fetch.progress import Progress
-from aclip.data.fetch.shards import Sample, ShardFolder, shuffled
+from aclip.data.fetch.shards import ShardFolder, shuffled
+from aclip.data.tar_files import Sample
 from aclip.errors import BadSampleError, DataError
 
 PIXELS = 32

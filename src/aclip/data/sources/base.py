@@ -1,9 +1,11 @@
 """What every source is: pairs that can be counted, and read in any order."""
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 WINDOW = 8
 """Groups of a `Grouped` source that training draws from at a time."""
@@ -75,6 +77,28 @@ class Grouped(Protocol):
 def printable(name: str) -> str:
     """Return `name` with the bytes of an undecodable file name as escapes: journals and terminals take UTF-8."""
     return name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+class Runs:
+    """Numbers 0, 1, 2, ... in runs of some lengths: the samples of several sources, files or row groups."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """Lay runs of these sizes, 0 allowed, one behind the other."""
+        self._sizes = tuple(sizes)
+        self._ends = np.cumsum(self._sizes, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Return how many numbers there are in all runs."""
+        return int(self._ends[-1]) if self._sizes else 0
+
+    def start(self, run: int) -> int:
+        """Return the first number of a run."""
+        return int(self._ends[run]) - self._sizes[run]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Return the run that has `number`, 0 <= number < len, and its place there."""
+        run = int(np.searchsorted(self._ends, number, side="right"))
+        return run, number - self.start(run)
 
 
 class PackedStrings:

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from aclip.data.sources.base import RawSample, Source
+from aclip.data.sources.base import RawSample, Runs, Source
 
 
 class Joined:
@@ -19,11 +17,11 @@ class Joined:
         """Join `sources`, at least one."""
         self.name = name
         self.sources = tuple(sources)
-        self._ends = np.cumsum([len(source) for source in sources], dtype=np.int64)
+        self._runs = Runs([len(source) for source in sources])
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        return int(self._ends[-1])
+        return len(self._runs)
 
     def key(self, index: int) -> str:
         """Return the name of the source and of the sample in it."""
@@ -40,6 +38,5 @@ class Joined:
         return source.read(index)
 
     def _place(self, index: int) -> tuple[Source, int]:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        source = self.sources[number]
-        return source, index - int(self._ends[number]) + len(source)
+        number, index = self._runs.place(index)
+        return self.sources[number], index

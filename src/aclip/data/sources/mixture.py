@@ -72,8 +72,7 @@ class Mixture(Joined):
             within = slice(max(first - start, 0), min(last - start, len(source)))
             samples.append(own_order(own_seed, one_pass)[0][within])
             passes.append(np.full(len(samples[-1]), one_pass, dtype=np.int64))
-        offset = int(self._ends[number]) - len(source)
-        return np.concatenate(samples) + offset, np.concatenate(passes)
+        return np.concatenate(samples) + self._runs.start(number), np.concatenate(passes)
 
     def _taken(self, number: int, epochs: int) -> int:
         """Return how many places source `number` has taken after some epochs; the largest takes what is left."""

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from aclip.data.sources.base import WINDOW, RawSample
+from aclip.data.sources.base import WINDOW, RawSample, Runs
 from aclip.data.sources.manifest import Columns, ManifestSource, Row, read_picture, row_of, settle_columns
 from aclip.errors import BadSampleError, DataError, MissingDependencyError
 
@@ -60,7 +58,7 @@ class EmbeddedPictures:
         self.groups = tuple(size for sizes in groups for size in sizes)
         self._paths, self._columns = paths, columns
         self._places = [(file, group) for file, sizes in enumerate(groups) for group in range(len(sizes))]
-        self._ends = np.cumsum(self.groups, dtype=np.int64)
+        self._runs = Runs(self.groups)
         self._kept: dict[int, Any] = {}
         if not len(self):
             raise DataError(f"{name} holds no rows")
@@ -70,11 +68,11 @@ class EmbeddedPictures:
         return self.__dict__ | {"_kept": {}}
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self._runs)
 
     def key(self, index: int) -> str:
         """Return the file's name and the number of the row group and of the row in it."""
-        place, row = self._place(index)
+        place, row = self._runs.place(index)
         file, group = self._places[place]
         return f"{self._paths[file].name}: group {group + 1}, row {row + 1}"
 
@@ -84,7 +82,7 @@ class EmbeddedPictures:
         Raises:
             BadSampleError: no picture, or a file that cannot be read any more.
         """
-        place, row = self._place(index)
+        place, row = self._runs.place(index)
         path = self._paths[self._places[place][0]]
         try:
             fields: dict[str, Any] = self._group(place).slice(row, 1).to_pylist()[0]
@@ -93,10 +91,6 @@ class EmbeddedPictures:
         data = picture_bytes(fields.get(self._columns.image), path.parent)
         parsed = row_of(fields, self._columns)
         return RawSample(self.key(index), data, parsed.captions, tags=parsed.tags, label=parsed.label or None)
-
-    def _place(self, index: int) -> tuple[int, int]:
-        place = int(np.searchsorted(self._ends, index, side="right"))
-        return place, index - int(self._ends[place]) + self.groups[place]
 
     def _group(self, place: int) -> Any:
         """Return a row group, and keep it as the one used last."""

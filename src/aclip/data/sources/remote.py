@@ -1,7 +1,6 @@
 """Shards that lie elsewhere (`s3://`, `http://`, whatever fsspec knows), read through a bounded cache on the disk."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -11,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from aclip.data.sources.base import WINDOW, RawSample
-from aclip.data.sources.shard_index import cache_folder
+from aclip.data.sources.base import WINDOW, RawSample, Runs
+from aclip.data.sources.shard_index import SIZES, cached_path
 from aclip.data.sources.shards import ShardSource, check_lost, expand_braces
 from aclip.errors import BadSampleError, DataError, MissingDependencyError
+from aclip.files import write_atomically
 
 TRIES = 4
 """How often a shard is asked for before it counts as lost."""
@@ -32,9 +30,6 @@ REST = 300.0
 
 CACHE_GB = 32.0
 """Size of the cache, unless `$ACLIP_CACHE_GB` says another."""
-
-SIZES = "sizes.json"
-"""A file beside the shards with the number of samples in each, by file name, as open_clip takes it, too."""
 
 _AT_ONCE = 8  # downloads while shards are counted
 
@@ -69,7 +64,7 @@ class RemoteShardSource:
         counts = _count([url for url in urls if url not in known], name, len(urls)) | known
         self._urls = [url for url in urls if counts.get(url)]
         self.groups = tuple(counts[url] for url in self._urls)
-        self._ends = np.cumsum(self.groups, dtype=np.int64)
+        self._runs = Runs(self.groups)
         self._opened: dict[str, tuple[Path, ShardSource]] = {}
         self._lost: dict[str, tuple[float, DataError]] = {}
         if not self._urls:
@@ -80,11 +75,11 @@ class RemoteShardSource:
         return self.__dict__ | {"_opened": {}, "_lost": {}}
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._runs)
 
     def key(self, index: int) -> str:
         """Return the shard's file name and the number of the sample in it, counted from 1."""
-        shard, row = self._place(index)
+        shard, row = self._runs.place(index)
         return f"{self._urls[shard].rpartition('/')[2]}: sample {row + 1}"
 
     def read(self, index: int) -> RawSample:
@@ -94,15 +89,11 @@ class RemoteShardSource:
             BadSampleError: a bad sample, or a shard that cannot be had.
             DataError: too many shards cannot be had, see `MAX_LOST`.
         """
-        shard, row = self._place(index)
+        shard, row = self._runs.place(index)
         source = self._open(self._urls[shard])
         if row >= len(source):
             raise BadSampleError(f"the shard holds {len(source)} samples, not {self.groups[shard]} as {SIZES} has it")
         return source.read(row)
-
-    def _place(self, index: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return shard, index - int(self._ends[shard]) + self.groups[shard]
 
     def _open(self, url: str) -> ShardSource:
         """Return a shard, and keep it among the last that were used."""
@@ -185,8 +176,8 @@ def fetch(url: str) -> Path:
     """
     from filelock import FileLock
 
-    folder = cache_folder() / "shards"
-    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
+    path = cached_path("shards", url, ".tar")
+    folder = path.parent
     if _touch(path):
         return path
     try:
@@ -305,7 +296,7 @@ def _count(urls: Sequence[str], name: str, shards: int) -> dict[str, int]:
     _log.info("%s: counting the samples of %d shards, once; a %s beside them would save that", name, len(urls), SIZES)
 
     def count(url: str) -> int | DataError:
-        kept = cache_folder() / "counts" / hashlib.sha256(url.encode()).hexdigest()[:32]
+        kept = cached_path("counts", url)
         try:
             return int(kept.read_text())
         except (OSError, ValueError):
@@ -315,8 +306,7 @@ def _count(urls: Sequence[str], name: str, shards: int) -> dict[str, int]:
         except DataError as error:
             return error
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(str(found))
+            write_atomically(kept, str(found))
         except OSError as error:
             _log.info("the count of %s is not kept: %s", url, error)
         return found

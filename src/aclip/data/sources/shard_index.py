@@ -20,6 +20,9 @@ from aclip.files import write_atomically
 
 _log = logging.getLogger(__name__)
 
+SIZES = "sizes.json"
+"""A file beside shards with the number of samples in each, by file name, as open_clip takes it, too."""
+
 ROLES = ("image", "txt", "json", "cls")
 """What a member can be of a sample."""
 
@@ -71,6 +74,12 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "aclip"
 
 
+def cached_path(kind: str, identity: str, ending: str = "") -> Path:
+    """Return the file of the cache, among those of a kind, that belongs to what `identity` says in full."""
+    name = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_folder() / kind / f"{name}{ending}"
+
+
 def index_shard(path: Path) -> ShardIndex:
     """Return the index of a shard, from the cache if the shard has the size and time that it had then.
 
@@ -83,9 +92,7 @@ def index_shard(path: Path) -> ShardIndex:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    identity = f"{_FORMAT} {path.absolute()} {status.st_size} {status.st_mtime_ns}"
-    name = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
-    cached = cache_folder() / "index" / f"{name}.npz"
+    cached = cached_path("index", f"{_FORMAT} {path.absolute()} {status.st_size} {status.st_mtime_ns}", ".npz")
     index = _load(cached)
     if index is not None:
         return index
