@@ -104,9 +104,11 @@ class Children:
         return Child(job, log, left, begun=log.tell(), process=self._run(left.popleft(), log))
 
     def _run(self, command: tuple[str, ...], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+        # Unbuffered, or what a command printed before its error would come after it in the log, at its exit.
         # A session of its own: the terminal's Ctrl-C would reach it besides our signal, and the second one kills.
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                env=dict(self.environment), start_new_session=True, pass_fds=self.keep_open)
+                                env={**self.environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+                                pass_fds=self.keep_open)
 
     def _goes_on(self, child: Child, ended: Callable[[Job, str | None], None]) -> bool:
         """Return whether a job still works, after starting its next command if one has ended."""
