@@ -43,6 +43,79 @@ def sum_over_ranks(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     return total
 
 
+def sum_with_gradient(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Return the sum of `x` over all ranks, the same on each of them; gradients flow back to every rank's share.
+
+    The backward pass sums over ranks what each computed for the sum, as `gather` does. Every rank must bring the same
+    shape.
+    """
+    if world_size() == 1:
+        return x
+    total: Tensor = _Sum.apply(x)
+    return total
+
+
+def collect(value: Any) -> list[Any]:
+    """Return every rank's `value`, in rank order, on all ranks; for small things that are no tensors.
+
+    The objects are pickled between processes of one run, which trust each other; nothing of it comes from a file.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    collect(None)
+
+
+class Vote:
+    """Tells every rank whether any of them raised its hand, without making the step wait.
+
+    On several ranks the answer is that of the call before: the exchange of this one goes on beside the next step, on
+    the CPU, so that neither the device nor the other ranks are waited for. On one process it is immediate. Every rank
+    must call it equally often.
+    """
+
+    def __init__(self) -> None:
+        self._flag = torch.zeros((), dtype=torch.int32)
+        self._pending: Any = None
+
+    def cast(self, raised: bool) -> bool:
+        """Raise this rank's hand, or not; return whether anyone's was up."""
+        if world_size() == 1:
+            return raised
+        before = self.close()
+        self._flag = torch.tensor(int(raised), dtype=torch.int32)
+        self._pending = torch_dist.all_reduce(self._flag, torch_dist.ReduceOp.MAX, async_op=True)
+        return before
+
+    def close(self) -> bool:
+        """Return the answer to the call before, once it is there."""
+        if self._pending is None:
+            return False
+        self._pending.wait()
+        self._pending = None
+        return bool(self._flag)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch_dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone()
+        torch_dist.all_reduce(grad)
+        return grad
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

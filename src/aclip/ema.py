@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -16,7 +17,8 @@ class Ema:
     """Averages pairs of modules in place: theta_ema <- m theta_ema + (1 - m) theta.
 
     Parameters and floating-point buffers are averaged, integer buffers (batch counters) copied. One fused
-    `foreach` call for all of them, without host synchronisation.
+    `foreach` call for all of them, without host synchronisation. Over ranks, tensors sharded by FSDP are averaged where
+    they lie; build it after sharding.
 
     Args:
         pairs: (online module, its `frozen_copy`), in any number.
@@ -38,9 +40,14 @@ class Ema:
     def update(self, momentum: float) -> None:
         """Move the averages; call once per optimizer step, after it."""
         if self._average:
-            torch._foreach_lerp_(self._average, self._online, 1.0 - momentum)
+            torch._foreach_lerp_([*map(_own_part, self._average)], [*map(_own_part, self._online)], 1.0 - momentum)
         for source, target in self._copied:
             target.copy_(source)
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds: averaged tensors are sharded like what they average."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -34,7 +34,7 @@ from aclip.masking import MaskingContext, crop_scores, hide_tokens
 from aclip.masking.text_reduction import TextReductionContext
 from aclip.objectives import Objective
 from aclip.plan import PassPlan, Plan, TextPlan, build_objective, resolve
-from aclip.structs import Batch, Encoded, EncodedText, StepContext, StepOutput, ViewBatch
+from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, StepContext, StepOutput, ViewBatch
 
 
 class Method(nn.Module):
@@ -83,18 +83,29 @@ class Method(nn.Module):
                 section 3).
             resolution: image side relative to the recipe's own (a resolution schedule starts with small images).
         """
+        return self.judge(self.encode_batch(batch, masked, resolution), batch.caption_ids)
+
+    def encode_batch(
+        self, batch: Batch, masked: bool = True, resolution: float = 1.0, seen: EncodedBatch | None = None
+    ) -> EncodedBatch:
+        """Steps 1 and 2: what the towers make of a batch.
+
+        Nothing depends on the other samples of the batch, so that it may be run in parts, and again: with `seen`, the
+        result for these samples with the same weights, its masks and its EMA passes are taken over.
+        """
         # 1. text
         texts = {text.spec.name: self.encode_text(text, batch, masked) for text in self.plan.texts}
-        logit_scale = towers.logit_scale_of(self.model).exp() if self.plan.uses_text else None
 
         # 2. passes
-        passes = self.run_passes(batch, masked, resolution)
+        return EncodedBatch(texts, self.run_passes(batch, masked, resolution, seen))
 
-        # 3. objectives
-        context = StepContext(passes, texts, batch.caption_ids, logit_scale)
+    def judge(self, encoded: EncodedBatch, caption_ids: Int[Tensor, " B"]) -> StepOutput:
+        """Step 3: objectives, over the whole batch."""
+        logit_scale = towers.logit_scale_of(self.model).exp() if self.plan.uses_text else None
+        context = StepContext(encoded.passes, encoded.texts, caption_ids, logit_scale)
         losses = {name: objective(context) for name, objective in self.objectives.items()}
         loss = torch.stack([o.weight * losses[o.name] for o in self.plan.recipe.objectives]).sum()
-        return StepOutput(loss, {name: part.detach() for name, part in losses.items()}, passes)
+        return StepOutput(loss, {name: part.detach() for name, part in losses.items()}, encoded.passes)
 
     def encode_text(self, text: TextPlan, batch: Batch, masked: bool = True) -> EncodedText:
         """Step 1: run the text encoder over the captions, or what a text pass leaves of them."""
@@ -110,18 +121,29 @@ class Method(nn.Module):
             return EncodedText(tokens, hidden=seen.hidden, states=states)
         return EncodedText(tokens, F.normalize(towers.encode_text(self.model, tokens).float(), dim=-1))
 
-    def run_passes(self, batch: Batch, masked: bool = True, resolution: float = 1.0) -> dict[str, Encoded]:
+    def run_passes(
+        self, batch: Batch, masked: bool = True, resolution: float = 1.0, seen: EncodedBatch | None = None
+    ) -> dict[str, Encoded]:
         """Step 2: (score ->) mask -> encode, pass by pass."""
         plan = self.plan_at(resolution)
-        # what was drawn per sample in the loader is applied here, in batch, on the device
-        images = {name: augment.apply(view, self.mean, self.std) for name, view in batch.views.items()}
         passes: dict[str, Encoded] = {}
-        for p in plan.passes:
+        if seen is not None:  # no gradient reaches them: they are what they were
+            passes |= {p.spec.name: seen.passes[p.spec.name] for p in plan.passes if p.spec.encoder == "ema"}
+        todo = [p for p in plan.passes if p.spec.name not in passes]
+        # what was drawn per sample in the loader is applied here, in batch, on the device
+        needed = {view for p in todo for view in p.spec.views}
+        images = {name: augment.apply(batch.views[name], self.mean, self.std) for name in batch.views if name in needed}
+        for p in todo:
             views = [resized(images[view], p.image_size) for view in p.spec.views]
-            removes = masked and p.num_keep < p.num_patches
-            keep = self.choose_patches(plan, p, batch, passes, views) if removes else None
+            if not (masked and p.num_keep < p.num_patches):
+                keep = None
+            elif seen is not None:
+                kept = seen.passes[p.spec.name].keep_indices
+                keep = kept.flatten(0, 1) if kept is not None else None
+            else:
+                keep = self.choose_patches(plan, p, batch, passes, views)
             passes[p.spec.name] = self.encode(p, views, keep)
-        return passes
+        return {p.spec.name: passes[p.spec.name] for p in plan.passes}
 
     def ema(self) -> Ema:
         """Step 4: return what averages the image encoder and the heads that have an EMA copy.

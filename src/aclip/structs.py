@@ -60,6 +60,11 @@ class ViewBatch(_OnDevice):
     flipped: Bool[Tensor, " B"]
     augmentation: Float[Tensor, "B A"] | None = None
 
+    def rows(self, rows: slice) -> "ViewBatch":
+        """Return the view of some of the samples."""
+        return ViewBatch(self.pixels[rows], self.boxes[rows], self.flipped[rows],
+                         None if self.augmentation is None else self.augmentation[rows])
+
 
 @dataclass(frozen=True)
 class Batch(_OnDevice):
@@ -88,6 +93,11 @@ class Batch(_OnDevice):
     def size(self) -> int:
         """Number of pairs B."""
         return int(self.tokens.shape[0])
+
+    def rows(self, rows: slice) -> "Batch":
+        """Return some of the samples, with tokens as long as the whole batch's; what was skipped stays behind."""
+        return Batch({name: view.rows(rows) for name, view in self.views.items()}, self.tokens[rows],
+                     self.caption_ids[rows], self.seeds[rows], self.keys[rows])
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,19 @@ class EncodedText:
     features: Float[Tensor, "B D"] | None = None
     hidden: Bool[Tensor, "B T"] | None = None
     states: Float[Tensor, "B T C"] | None = None
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Everything that the towers made of a batch.
+
+    Attributes:
+        texts: text pass name -> `EncodedText`.
+        passes: pass name -> `Encoded`, in declared order.
+    """
+
+    texts: Mapping[str, EncodedText]
+    passes: Mapping[str, Encoded]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from aclip.config import Pass, TextPass
 from aclip.errors import ConfigError
 from aclip.objectives import OBJECTIVES, Objective
 from aclip.objectives.base import hidden_width, mlp
+from aclip.objectives.batch_norm import BatchNorm1d
 
 ONLINE = made_pass("masked", ("a", "b"), masking="uniform", mask_ratio=0.5)
 TARGET = made_pass("context", ("a", "b"), "ema")
@@ -44,7 +45,7 @@ def context_of(name: str) -> Any:
 @pytest.mark.parametrize("widths", [[3, 5], [3, 7, 5], [3, 7, 9, 5]])
 def test_mlp_is_linear_norm_relu_and_ends_with_linear(widths: list[int], bias: bool) -> None:
     layers = list(mlp(widths, bias))
-    assert [type(layer) for layer in layers] == ([nn.Linear, nn.BatchNorm1d, nn.ReLU] * (len(widths) - 1))[:-2]
+    assert [type(layer) for layer in layers] == ([nn.Linear, BatchNorm1d, nn.ReLU] * (len(widths) - 1))[:-2]
     linear = layers[::3]
     assert [(layer.in_features, layer.out_features) for layer in linear] == list(pairwise(widths))
     assert all((layer.bias is not None) == bias for layer in linear)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aclip.config import Pass, TextPass
 from aclip.errors import ConfigError
+from aclip.objectives.batch_norm import BatchNorm1d
 from aclip.structs import StepContext, TowerShape
 
 
@@ -96,6 +97,6 @@ def mlp(widths: Sequence[int], bias: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(len(widths) - 1):
         if i > 0:
-            layers += [nn.BatchNorm1d(widths[i]), nn.ReLU(inplace=True)]
+            layers += [BatchNorm1d(widths[i]), nn.ReLU(inplace=True)]
         layers.append(nn.Linear(widths[i], widths[i + 1], bias=bias))
     return nn.Sequential(*layers)

@@ -1,5 +1,6 @@
 """open_clip's transformer blocks, run with its own weights and without what nobody reads."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,14 +47,24 @@ def run_blocks(
     rows: list[Tensor] = []
     last = len(transformer.resblocks) - 1
     for index, block in enumerate(transformer.resblocks):
-        arguments = (block, x, read if index == last else None, causal, visible, with_scores)
+        run = block if "forward" in vars(block) else partial(run_block, block)
+        arguments = (x, read if index == last else None, causal, visible, with_scores)
         if recompute:
-            x, row = checkpoint(run_block, *arguments, use_reentrant=False)
+            x, row = checkpoint(run, *arguments, use_reentrant=False)
         else:
-            x, row = run_block(*arguments)
+            x, row = run(*arguments)
         if row is not None:
             rows.append(row)
     return x, torch.stack(rows).mean(dim=0) if with_scores else None
+
+
+def call_as_modules(transformer: Any) -> None:
+    """Have `run_blocks` call every block as a module, so that hooks on it (sharding) and its compiled form act.
+
+    A block's own `forward`, open_clip's, is hidden by that: this is for a copy that is trained, not handed out.
+    """
+    for block in transformer.resblocks:
+        block.forward = partial(run_block, block)
 
 
 def run_block(
