@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from aclip import rng
 from aclip.data.captions import CaptionTokenizer, DrawnCaption, caption_id, clean_captions, draw_caption
-from aclip.data.decode import decode_image
+from aclip.data.decode import decode_pixels
 from aclip.data.order import Request
 from aclip.data.sources import Source
 from aclip.data.views import Crop, ViewPipeline
@@ -120,7 +120,7 @@ class PairDataset(Dataset[Item]):
         """Build sample `index`, everything random drawn for (`epoch`, `sample`)."""
         raw = self.source.read(index)
         captions = clean_captions(raw.captions)  # before the picture: cheaper to find wanting
-        image = decode_image(raw.image, min_side=self._min_side)
+        image = decode_pixels(raw.image, min_side=self._min_side)
         caption: DrawnCaption = draw_caption(captions, raw.tags, seed=self.seed, epoch=epoch, sample=sample)
         return Item(
             views=self._views(image, seed=self.seed, epoch=epoch, sample=sample, sizes=self._sizes),

@@ -141,8 +141,12 @@ def collate(items: Sequence[Item], tokenizer: CaptionTokenizer, cut_text: CutTex
 
 def _stack(crops: Sequence[Crop]) -> ViewBatch:
     augmentations = [crop.augmentation for crop in crops if crop.augmentation is not None]
+    # Colours come pixel by pixel and leave plane by plane, as towers read them: one copy does both.
+    pixels = torch.empty((len(crops), *crops[0].pixels.shape), dtype=torch.uint8)
+    for row, crop in zip(pixels.numpy(), crops, strict=True):
+        row[...] = crop.pixels
     return ViewBatch(
-        pixels=torch.from_numpy(np.stack([crop.pixels for crop in crops])),
+        pixels=pixels,
         boxes=torch.tensor([crop.box for crop in crops], dtype=torch.float32),
         flipped=torch.tensor([crop.flipped for crop in crops], dtype=torch.bool),
         augmentation=torch.from_numpy(np.stack(augmentations)) if augmentations else None,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
 from aclip.towers.shapes import check_config, pair
+from aclip.towers.tokenizer import RememberingTokenizer
 from aclip.towers.vision import grid_of
 
 CONFIG_NAME = "open_clip_config.json"
@@ -137,7 +138,7 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
         tokenizer = HFTokenizer(
             where, context_length=context, tokenizer_mode=text.get("tokenizer_mode"), **options)
     else:
-        tokenizer = SimpleTokenizer(context_length=context, **options)
+        tokenizer = RememberingTokenizer(context_length=context, **options)
     return tokenizer
 
 
