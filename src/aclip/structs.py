@@ -48,7 +48,8 @@ class ViewBatch(_OnDevice):
     """One named view of a batch of images, as the loader delivers it.
 
     Attributes:
-        pixels: (B, 3, h, w) uint8, cropped and resized, not yet augmented or normalised.
+        pixels: (B, 3, h, w) uint8, cropped and resized, not yet augmented or normalised; from the loader in
+            torch's channels_last layout.
         boxes: (B, 4) float32, the crop (top, left, height, width) in source pixels.
         flipped: (B,) bool, whether the crop has been mirrored left to right.
         augmentation: (B, A) float32 parameters drawn per sample, or None for a plain view;

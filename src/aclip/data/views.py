@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float32, UInt8
 
 from aclip import rng
@@ -105,7 +104,7 @@ class RandomCrops:
         """See `ViewPipeline`."""
         for name in sizes:
             _check_name("view", name, self.names)
-        views = self._draw(*image.shape[:2], (seed, epoch, sample))
+        views = self._draw(image.shape[0], image.shape[1], (seed, epoch, sample))
         return {
             name: Crop(
                 cut(image, box, sizes[name], flipped),
@@ -322,12 +321,15 @@ def cut(
         (3, height, width) uint8.
     """
     top, left, height, width = box
-    part = np.ascontiguousarray(image[top : top + height, left : left + width])
-    # Torch's vectorised kernel for 8-bit pixels whose colours lie together: a sixth of Pillow's time. The copy
-    # above pays for itself there.
-    resized = F.interpolate(
-        torch.from_numpy(part).permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0].numpy()
-    return resized[:, :, ::-1] if flipped else resized
+    part = torch.from_numpy(image[None, top : top + height, left : left + width]).permute(0, 3, 1, 2)
+    pixels = np.empty((1, *size, 3), dtype=np.uint8)
+    # What `functional.interpolate` calls, in torch's vectorised kernel for 8-bit pixels whose colours lie together:
+    # a sixth of Pillow's time. Given where to write, it leaves them together and saves a fifth of its own.
+    _resize(part, size, False, None, None, out=torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    return (pixels[0, :, ::-1] if flipped else pixels[0]).transpose(2, 0, 1)
+
+
+_resize = torch.ops.aten._upsample_bicubic2d_aa.out
 
 
 def _union(boxes: Sequence[Box]) -> tuple[int, int, int, int]:

@@ -9,13 +9,15 @@ _LONGEST = 64  # letters of a word that is remembered
 _PIECES = 1_000  # pieces of words that open_clip remembers, in its own table without an end
 
 
-class RememberingTokenizer(SimpleTokenizer):
+class RememberingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip has no annotations
     """`SimpleTokenizer`, which never joins letters across a space: what a word becomes can be looked up.
 
     Captions repeat their words, so a look-up takes the place of most of the work. Text of plain ASCII is not
     searched for encoding mistakes and character references, of which it can have none. Both memories are emptied
     when they are full: a loader worker that reads a billion captions stays small.
     """
+
+    cache: dict[str, str]
 
     def __init__(self, *, clean: str = "lower", **options: Any) -> None:
         """Take the options of `SimpleTokenizer`."""
