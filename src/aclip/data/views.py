@@ -52,7 +52,8 @@ class ViewPipeline(Protocol):
     names: ClassVar[tuple[str, ...]]
 
     def __call__(
-        self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int, sizes: Mapping[str, tuple[int, int]]
+        self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int,
+        sizes: Mapping[str, tuple[int, int]],
     ) -> dict[str, Crop]:
         """Return the crops of one decoded image.
 
@@ -99,7 +100,8 @@ class RandomCrops:
         _check_name("augmentation", self.augmentation, AUGMENTATIONS)
 
     def __call__(
-        self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int, sizes: Mapping[str, tuple[int, int]]
+        self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int,
+        sizes: Mapping[str, tuple[int, int]],
     ) -> dict[str, Crop]:
         """See `ViewPipeline`."""
         for name in sizes:
