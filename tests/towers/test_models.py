@@ -89,8 +89,13 @@ def test_every_listed_model_has_a_shape_and_is_a_vit():
 
 @pytest.mark.parametrize(("name", "what"), [
     ("RN50", "a ResNet image tower"),
-    ("convnext_base", "timm's image tower convnext_base"),
-    ("coca_ViT-B-32", "pools by attention"),
+    ("convnext_base", "timm's image tower convnext_base, which is no plain ViT"),
+    ("EVA02-B-16", "eva02_base_patch16_clip_224, whose rotary positions"),
+    ("swin_base_patch4_window7_224", "whose windows need the whole grid"),
+    ("vit_relpos_medium_patch16_cls_224", "whose relative positions"),
+    ("MobileCLIP-B", "whose convolutional stem"),
+    ("ViTamin-S", "whose convolutional stages"),
+    ("coca_ViT-B-32", r"captioning decoder \(CoCa\)"),
     ("coca_base", r"captioning decoder \(CoCa\)"),
     ("roberta-ViT-B-32", "Hugging Face text tower roberta-base"),
 ])
@@ -165,8 +170,9 @@ def test_presets_learn_their_positions_on_oblong_grids():
     oblong = towers.create_model("vit-tiny", image_size=(32, 64))
     assert oblong.visual.positional_embedding.requires_grad
     square = towers.create_model("vit-tiny")
-    at_size = towers.vision.positions_at(square.visual, (4, 8))
-    assert torch.equal(oblong.visual.positional_embedding, at_size)
+    at_size = towers.vision.positions_at(towers.vision.vit_of(square.visual), (4, 8))
+    assert torch.equal(oblong.visual.positional_embedding[1:], at_size)
+    assert torch.equal(oblong.visual.positional_embedding[0], square.visual.positional_embedding[0])
     assert "pos_embed_type" not in towers.model_config("vit-tiny", image_size=(32, 64))["vision_cfg"]
     assert towers.model_config("vit-tiny", image_size=32)["vision_cfg"]["pos_embed_type"] == "sin_cos_2d"
 
