@@ -223,7 +223,7 @@ def image_macs(shape: TowerShape, patches: int, tokens: int) -> float:
     """Return multiply-accumulates of one image's forward pass.
 
     A block on L tokens of width d with an MLP of width m: L (4 d^2 + 2 d m) + 2 L^2 d. A pool that attends to N
-    patches: N (2 d^2 + 2 d) for keys, values and attention, 2 d^2 + 2 d m for its one query.
+    patches: N (2 d^2 + 2 d) for keys, values and attention, 2 d^2 + 2 d m for its one query and the MLP behind it.
 
     Args:
         shape: of the tower.
@@ -232,9 +232,9 @@ def image_macs(shape: TowerShape, patches: int, tokens: int) -> float:
     """
     pixels = 3 * shape.patch_size[0] * shape.patch_size[1]
     pool = 0.0
-    if shape.pools_by_attention:
+    if shape.pool_mlp_width:
         seen = tokens - shape.num_prefix_tokens
-        query = 2.0 * shape.width**2 + 2.0 * shape.width * shape.mlp_width
+        query = 2.0 * shape.width**2 + 2.0 * shape.width * shape.pool_mlp_width
         pool = query + seen * (2.0 * shape.width**2 + 2.0 * shape.width)
     return patches * pixels * shape.width + shape.layers * block_macs(tokens, shape.width, shape.mlp_width) + pool
 

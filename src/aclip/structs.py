@@ -222,7 +222,7 @@ class TowerShape:
         text_width, text_layers, text_mlp_width, context_length, vocab_size: of the text tower.
         text_cut: whether text may be cut after the longest EOT (causal and EOT-pooled).
         scored: whether a token asks for the patches, so that its attention can rank them.
-        pools_by_attention: whether a query with an MLP behind it pools the patches (SigLIP).
+        pool_mlp_width: hidden width of the MLP behind the query that pools the patches (SigLIP); 0 without such a query.
     """
 
     image_size: tuple[int, int]
@@ -240,7 +240,7 @@ class TowerShape:
     vocab_size: int
     text_cut: bool
     scored: bool = True
-    pools_by_attention: bool = False
+    pool_mlp_width: int = 0
 
     @property
     def grid_size(self) -> tuple[int, int]:

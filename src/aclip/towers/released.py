@@ -57,7 +57,8 @@ def released_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
 
 def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the online towers of the release's state in open_clip's names; its EMA copies and heads are left out."""
-    ours = {name: tensor for name, tensor in state.items() if name.startswith(_TEXT)}
+    ours = {name: tensor for name, tensor in state.items()
+            if name in _TEXT or name.startswith(tuple(part for part in _TEXT if part.endswith(".")))}
     ours["visual.head.proj.weight"] = state["image_projection"].T
     for name, tensor in state.items():
         if name.startswith("visual.") and not name.startswith("visual.head."):

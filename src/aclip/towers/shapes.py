@@ -111,7 +111,7 @@ def pair(size: Any) -> tuple[int, int]:
 def _timm_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes that only the tower itself knows."""
     vit = TimmVit(timm_outline(config))
-    block, width = vit.trunk.blocks[0], vit.trunk.embed_dim
+    block, pool, width = vit.trunk.blocks[0], vit.trunk.attn_pool, vit.trunk.embed_dim
     weights = sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
     return {
         "width": width,
@@ -120,7 +120,7 @@ def _timm_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_width": round(weights / (2 * width)),
         "num_prefix_tokens": vit.num_prefix_tokens,
         "scored": vit.asker is not None,
-        "pools_by_attention": vit.trunk.attn_pool is not None,
+        "pool_mlp_width": 0 if pool is None else pool.mlp.fc1.out_features,
     }
 
 

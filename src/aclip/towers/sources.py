@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -319,7 +320,9 @@ def _checked(config: Any, name: str) -> Mapping[str, Any]:
 
 def _is_supported(config: Mapping[str, Any]) -> bool:
     try:
-        check_config(config)
+        vision, _ = check_config(config)
     except (ConfigError, UnsupportedModelError):
         return False
-    return True
+    # timm's names say their patch size; one of open_clip's (SO400M at 384) does not divide its image
+    patch = re.search(r"patch(\d+)", vision.timm_model_name or "")
+    return patch is None or all(side % int(patch[1]) == 0 for side in pair(vision.image_size))

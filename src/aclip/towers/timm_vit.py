@@ -103,9 +103,12 @@ def obstacle(visual: TimmModel) -> str | None:
     trunk = visual.trunk
     if type(trunk) is not VisionTransformer:
         return f"timm's {type(trunk).__name__}, which is no plain ViT"
-    kinds = {type(block) for block in trunk.blocks} | {type(block.attn) for block in trunk.blocks}
+    kinds = {type(block) for block in trunk.blocks}
+    if kinds == {Block}:
+        kinds |= {type(block.attn) for block in trunk.blocks}
     if kinds != {Block, Attention}:
-        return f"timm's {' and '.join(sorted(k.__name__ for k in kinds - {Block, Attention}))} in place of plain blocks"
+        others = sorted(kind.__name__ for kind in kinds - {Block, Attention})
+        return f"timm's {' and '.join(others)} in place of plain blocks"
     embed = trunk.patch_embed
     if type(embed) is not PatchEmbed or not isinstance(embed.norm, nn.Identity):
         return f"timm's {type(embed).__name__}, which does more than to embed each patch"

@@ -61,6 +61,8 @@ def tensor_names(path: Path) -> list[str]:
     Raises:
         CheckpointError: a damaged or empty file.
     """
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"the weights {path} are damaged: the file is empty")
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -95,10 +97,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> boo
     unknown = [name for name in state if name not in own]
     other = [f"{name} is {_by(state[name])} in the file and {_by(own[name])} in the model"
              for name in own if name in state and state[name].shape != own[name].shape]
-    wrong = [f"{_count(names, what)}" for names, what in
+    wrong = [_count(names, what) for names, what in
              ((missing, "missing"), (unknown, "unknown"), (other, "of another shape")) if names]
     if wrong:
-        raise CheckpointError(f"the weights {path} cannot be loaded into this model, they are of another architecture: "
+        raise CheckpointError(f"the weights {path} cannot be loaded into this model, whose tensors are others: "
                               f"{'; '.join(wrong)}")
     model.load_state_dict(state, strict=False)
     return image_only
@@ -130,8 +132,9 @@ def _read_torch(path: Path, head: bytes) -> dict[str, Tensor]:
         raise CheckpointError(f"the weights {path} are a TorchScript program, which is not run here: save its state "
                               "dict instead, or use one of the model's pretrained tags")
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        # opened here: of a path, torch goes by the suffix
+        with torch.serialization.safe_globals(_HARMLESS), path.open("rb") as file:
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it would call {named.group(1)}" if named else "it is cut off, or has code in it"
@@ -168,7 +171,9 @@ def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if "logit_bias" in own and "logit_scale" in state:  # a CLIP model to be trained as a SigLIP one
         state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
     state.pop("text.transformer.embeddings.position_ids", None)
-    resize_text_pos_embed(state, model)
+    for name in ("positional_embedding", "text.positional_embedding"):
+        if name in state and name in own and state[name].shape[1:] == own[name].shape[1:]:
+            resize_text_pos_embed(state, model)  # another context length
     _resize_positions(model, state)
     return state
 
