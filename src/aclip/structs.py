@@ -222,7 +222,7 @@ class TowerShape:
         text_width, text_layers, text_mlp_width, context_length, vocab_size: of the text tower.
         text_cut: whether text may be cut after the longest EOT (causal and EOT-pooled).
         scored: whether a token asks for the patches, so that its attention can rank them.
-        pool_mlp_width: hidden width of the MLP behind the query that pools the patches (SigLIP); 0 without such a query.
+        pool_mlp_width: hidden width of the MLP behind the query that pools the patches (SigLIP's); 0 where none does.
     """
 
     image_size: tuple[int, int]
