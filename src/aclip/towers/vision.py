@@ -70,7 +70,7 @@ def encode_image(
 
     # mean pooling reads every patch, class token pooling one token
     reads_all = return_patches or tower.pool_type == "avg"
-    first = None if reads_all else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    first = None if reads_all else torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     x, scores = run_blocks(tower.transformer, x, first, with_scores=return_scores)
     pooled = pool(tower, x)
     features = pooled if tower.proj is None else pooled @ tower.proj
@@ -100,21 +100,21 @@ def embed_patches(
     """
     patch = tower.conv1.kernel_size
     grid = grid_of((pixels.shape[-2], pixels.shape[-1]), patch)
-    cells = pixels.reshape(len(pixels), -1, grid[0], patch[0], grid[1], patch[1]).permute(0, 2, 4, 1, 3, 5)
+    cells = pixels.reshape(pixels.shape[0], -1, grid[0], patch[0], grid[1], patch[1]).permute(0, 2, 4, 1, 3, 5)
     positions = positions_at(tower, grid)[NUM_PREFIX_TOKENS:]
     if keep_indices is None and mask_token is not None:  # spelled out, so that its gradient is 0 and not none
-        keep_indices = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
+        keep_indices = torch.arange(grid[0] * grid[1], device=pixels.device).expand(pixels.shape[0], -1)
     if keep_indices is None:
         patches = cells.flatten(1, 2)
     else:
-        sample = torch.arange(len(pixels), device=pixels.device)[:, None]
+        sample = torch.arange(pixels.shape[0], device=pixels.device)[:, None]
         patches = cells[sample, keep_indices // grid[1], keep_indices % grid[1]]
         positions = F.embedding(keep_indices, positions)  # indexing has a slow backward
     embedded = F.linear(patches.flatten(2), tower.conv1.weight.flatten(1), tower.conv1.bias) + positions
     if keep_indices is None or mask_token is None:
         return embedded
     everywhere = (mask_token + positions_at(tower, grid)[NUM_PREFIX_TOKENS:]).to(embedded.dtype)
-    everywhere = everywhere.expand(len(pixels), -1, -1)
+    everywhere = everywhere.expand(pixels.shape[0], -1, -1)
     return everywhere.scatter(1, keep_indices[:, :, None].expand_as(embedded), embedded)
 
 
