@@ -15,7 +15,8 @@ ROOT = Path(aclip.__file__).parent
 LEVELS = (
     {"errors"},
     {"structs", "config", "rng", "dist", "files", "tokens"},
-    {"masking", "towers", "ema", "data"},
+    {"masking", "ema", "data"},
+    {"towers"},
     {"objectives"},
     {"plan"},
     {"method"},

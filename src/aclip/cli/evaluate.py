@@ -61,13 +61,12 @@ def run(args: argparse.Namespace) -> None:
 
     from aclip.cli.compose import evaluate_sets, open_held_out
     from aclip.data import CaptionTokenizer
-    from aclip.engine.checkpoint import load_ema
     from aclip.engine.run_config import choose_device
     from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError
     from aclip.evaluation import EVALUATORS
     from aclip.report import write_report
-    from aclip.towers import load, visual_of
+    from aclip.towers import load
     from aclip.towers.sources import CONFIG_NAME
 
     check_names(args.evaluators, with_training=args.train is not None)
@@ -81,14 +80,10 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.model)
     is_run = (path / "config.json").is_file() and not (path / CONFIG_NAME).exists()
     folder = RunFolder(path) if is_run else None
-    model = load(args.model)
+    model = load(args.model, weights=args.weights)
     names = choose(args.evaluators, args.model, has_text=model.has_text, with_training=args.train is not None)
     evaluators = [EVALUATORS[name](**prompts if name == "zero_shot" else {}) for name in names]
     model.tokenizer = CaptionTokenizer(model.tokenizer)  # captions of any length in bounded time
-    if args.weights == "ema":
-        if folder is None:
-            raise ConfigError(f"--weights ema needs a run's folder with its checkpoints, which {args.model} is not")
-        load_ema(visual_of(model.model), folder.checkpoints)
     model.to(device)
     last = max(folder.records("metrics"), key=lambda r: r["step"], default={}) if folder else {}
     console = Console(highlight=False)

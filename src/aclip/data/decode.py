@@ -111,6 +111,19 @@ def _decode_plain_jpeg(data: bytes, min_side: int | None) -> UInt8[np.ndarray, "
     return pixels
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture that is decoded already as `decode_image` does: upright, RGB, alpha on white.
+
+    Raises:
+        BadSampleError: no pixels, or numbers without an agreed white.
+    """
+    if image.width < 1 or image.height < 1:
+        raise BadSampleError(f"image without pixels: {image.width}x{image.height}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _to_rgb(_upright(image))
+
+
 def _open(data: bytes) -> Image.Image:
     """Read the header with the first whitelisted decoder that knows the signature.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from aclip.errors import CheckpointError
 
@@ -104,24 +104,6 @@ def load_latest(folder: Path) -> Checkpoint:
     if not found:
         raise CheckpointError(f"there is no checkpoint in {folder}")
     return load(found[-1])
-
-
-def load_ema(visual: nn.Module, folder: Path) -> None:
-    """Give an image tower the moving average that the newest checkpoint in `folder` holds.
-
-    Raises:
-        CheckpointError: no checkpoint, or the recipe keeps no average.
-    """
-    average = ema_weights(load_latest(folder))
-    if not average:
-        raise CheckpointError(f"the run in {folder.parent} keeps no moving average: use --weights online")
-    visual.load_state_dict(average)
-
-
-def ema_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the state of the EMA image tower that a checkpoint holds; empty where the recipe keeps none."""
-    weights = checkpoint.part("method")
-    return {k.removeprefix("ema_visual."): t for k, t in weights.items() if k.startswith("ema_visual.")}
 
 
 def _set_aside(path: Path) -> None:

@@ -77,7 +77,7 @@ def encode_image(
 
     # class token pooling reads one token, other pooling every patch
     reads_all = return_patches or not vit.reads_first
-    first = None if reads_all else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    first = None if reads_all else torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     x, scores = run_blocks(vit.stack, x, first, with_scores=return_scores and vit.asker == "class token")
     if scores is not None:
         scores = scores[:, first_patch - 1:]  # without the registers
@@ -109,21 +109,21 @@ def embed_patches(
     """
     conv, patch = vit.patch_embedding, vit.patch_size
     grid = grid_of((pixels.shape[-2], pixels.shape[-1]), patch)
-    cells = pixels.reshape(len(pixels), -1, grid[0], patch[0], grid[1], patch[1]).permute(0, 2, 4, 1, 3, 5)
+    cells = pixels.reshape(pixels.shape[0], -1, grid[0], patch[0], grid[1], patch[1]).permute(0, 2, 4, 1, 3, 5)
     positions = positions_at(vit, grid)
     if keep_indices is None and mask_token is not None:  # spelled out, so that its gradient is 0 and not none
-        keep_indices = torch.arange(grid[0] * grid[1], device=pixels.device).expand(len(pixels), -1)
+        keep_indices = torch.arange(grid[0] * grid[1], device=pixels.device).expand(pixels.shape[0], -1)
     if keep_indices is None:
         patches = cells.flatten(1, 2)
     else:
-        sample = torch.arange(len(pixels), device=pixels.device)[:, None]
+        sample = torch.arange(pixels.shape[0], device=pixels.device)[:, None]
         patches = cells[sample, keep_indices // grid[1], keep_indices % grid[1]]
         positions = F.embedding(keep_indices, positions)  # indexing has a slow backward
     embedded = F.linear(patches.flatten(2), conv.weight.flatten(1), conv.bias) + positions
     if keep_indices is None or mask_token is None:
         return embedded
     everywhere = (mask_token + positions_at(vit, grid)).to(embedded.dtype)
-    everywhere = everywhere.expand(len(pixels), -1, -1)
+    everywhere = everywhere.expand(pixels.shape[0], -1, -1)
     return everywhere.scatter(1, keep_indices[:, :, None].expand_as(embedded), embedded)
 
 
