@@ -86,6 +86,11 @@ class Evaluator(ABC):
     name: ClassVar[str]
     space: ClassVar[Space] = "joint"
 
+    @property
+    def variant(self) -> str:
+        """What sets it apart from the evaluator as it is by default, in a word; added to a set's name in records."""
+        return ""
+
     def run(
         self,
         model: Encoder,
@@ -97,8 +102,8 @@ class Evaluator(ABC):
     ) -> Evaluation:
         """Encode the pictures and measure; see `encode_pictures` for the arguments.
 
-        Runs on one process. With several evaluators for one set, call `encode_pictures` once a space and
-        `measure` of each.
+        On several processes all must call it together. With several evaluators for one set, call
+        `encode_pictures` once a space and `measure` of each.
         """
         encoded = encode_pictures(model, pictures, device, space=self.space, precision=precision, progress=progress)
         return self.measure(model, encoded, device, precision=precision)
