@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,27 +40,28 @@ def peak_gib() -> float:
 
 
 def main() -> None:
+    console = Console(highlight=False, soft_wrap=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--captions", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=512, help="of the features")
-    parser.add_argument("--noise", type=float, default=0.35, help="of each coordinate of a text, the picture's being 1 long")
+    parser.add_argument("--noise", type=float, default=0.35, help="of a text's coordinates; pictures are 1 long")
     args = parser.parse_args()
-    print(f"imports: {peak_gib():.2f} GiB", flush=True)
+    console.print(f"imports: {peak_gib():.2f} GiB")
     images = F.normalize(torch.randn(args.pictures, args.width, generator=torch.Generator().manual_seed(0)), dim=-1)
     each = args.captions // args.pictures
     captions = tuple(tuple(f"{i} {i * each + n}" for n in range(each)) for i in range(args.pictures))
     pictures = PictureFeatures(images, tuple(own[0] for own in captions), (None,) * len(images),
                                tuple(map(str, range(len(images)))), (), {}, captions)
-    print(f"with the pictures and the captions: {peak_gib():.2f} GiB", flush=True)
+    console.print(f"with the pictures and the captions: {peak_gib():.2f} GiB")
     start = time.perf_counter()
-    result = Retrieval(protocol="all").measure(RandomTexts(images, args.noise), pictures, torch.device("cpu"))  # type: ignore[arg-type]
+    result = Retrieval(protocol="all").measure(RandomTexts(images, args.noise), pictures, torch.device("cpu"))
     seconds = time.perf_counter() - start
     matrix = len(images) * each * len(images)
-    print(f"{len(images):,} x {each * len(images):,}, {args.width} wide: peak {peak_gib():.2f} GiB, {seconds:.0f} s on "
-          f"{torch.get_num_threads()} threads ({matrix * args.width * 2 / seconds / 1e9:.0f} GFLOP/s); the matrix itself "
-          f"would take {matrix * 4 / 2**30:.0f} GiB")
-    print("  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items()))
+    console.print(f"{len(images):,} x {each * len(images):,}, {args.width} wide: peak {peak_gib():.2f} GiB, "
+                  f"{seconds:.0f} s on {torch.get_num_threads()} threads ({matrix * args.width * 2 / seconds / 1e9:.0f} "
+                  f"GFLOP/s); the matrix itself would take {matrix * 4 / 2**30:.0f} GiB")
+    console.print("  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items()))
 
 
 if __name__ == "__main__":

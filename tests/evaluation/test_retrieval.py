@@ -86,7 +86,8 @@ def five_captions(table_model, picture_set):
     counts[4], counts[9] = 6, 3
     images = torch.randn(23, 8, generator=generator)
     captions = [[f"picture {i} caption {n}" for n in range(count)] for i, count in enumerate(counts)]
-    texts = {text: images[i] + 2.0 * torch.randn(8, generator=generator) for i, own in enumerate(captions) for text in own}
+    texts = {text: images[i] + 2.0 * torch.randn(8, generator=generator)
+             for i, own in enumerate(captions) for text in own}
     return table_model(images, texts), picture_set([own[0] for own in captions], others=[own[1:] for own in captions])
 
 
@@ -197,4 +198,4 @@ def test_record_and_examples_file(emoji, cpu, tmp_path):
 
 def test_table_names_match():
     assert all(evaluator.name == name for name, evaluator in EVALUATORS.items())
-    assert set(EVALUATORS) == {"retrieval", "zero_shot", "linear_probe", "knn"}
+    assert set(EVALUATORS) == {"retrieval", "zero_shot", "calibration", "linear_probe", "knn"}

@@ -3,8 +3,8 @@
 Retrieval and zero-shot classification read the same picture features, and so do the probes, so a caller
 with several evaluators encodes the set once a space with `encode_pictures` and hands the result to each.
 
-On several processes each encodes its share and all end with everything, in the same order: what is measured then is
-what one process measures. All must call these functions together.
+Where processes evaluate together (`aclip.evaluation.together`), each encodes its share and all end with everything, in
+the same order: what is measured then is what one process measures.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aclip import dist
-from aclip.errors import AclipError, DataError
+from aclip.errors import DataError
+from aclip.evaluation import together
 from aclip.evaluation.interface import Encoder, PictureBatch, PictureSet, Progress, Space
 
 THUMBNAILS = 2048
@@ -69,8 +69,8 @@ def encode_pictures(
 
     Args:
         model: the encoder, already on `device`.
-        pictures: read once, from beginning to end; on several processes this one's share, which lies behind those of
-            lower ranks (`EvaluationSet(..., share=(rank, world_size))`).
+        pictures: read once, from beginning to end; where processes evaluate together, this one's share, which lies
+            behind those of lower ranks (`EvaluationSet(..., share=(rank, world_size))`).
         device: where the encoder runs and the features stay.
         space: "joint" for features that are compared with texts, "trunk" for those that probes read.
         precision: type of autocast (`torch.bfloat16`), or None for none. Features are float32 either way.
@@ -84,7 +84,7 @@ def encode_pictures(
     """
     gallery = _Gallery(thumbnails, *_normalisation(model))
     read = _Read(gallery)
-    with _evaluating(model), torch.inference_mode(), _together():
+    with _evaluating(model), torch.inference_mode(), together.common_fate():
         for batch in pictures:
             pixels = batch.pixels.to(device, non_blocking=True)
             with _autocast(device, precision):
@@ -92,14 +92,14 @@ def encode_pictures(
             read.add(F.normalize(encoded.float(), dim=-1) if space == "joint" else encoded.float(), batch)
             if progress is not None:
                 progress(len(batch.captions))
-    skipped = [name for part in dist.collect(list(pictures.skipped)) for name in part]
+    skipped = [name for part in together.collect(list(pictures.skipped)) for name in part]
     features = _gather_rows(read.features, device)
     if not len(features):
         raise DataError(f"nothing to evaluate: the set holds no usable picture ({len(skipped)} skipped)")
     captions, labels, keys, all_captions, small = (
         read.captions, read.labels, read.keys, read.all_captions, gallery.kept)
-    if dist.world_size() > 1:
-        parts = dist.collect((captions, labels, keys, all_captions, small))
+    if together.world_size() > 1:
+        parts = together.collect((captions, labels, keys, all_captions, small))
         captions, labels, keys, all_captions = ([x for part in parts for x in part[i]] for i in range(4))
         starts = [sum(len(part[0]) for part in parts[:i]) for i in range(len(parts))]
         small = {start + i: image for start, part in zip(starts, parts, strict=True) for i, image in part[4].items()}
@@ -122,9 +122,8 @@ def encode_texts(
     """
     starts = range(0, len(texts), batch_size)
     features = []
-    with _evaluating(model), torch.inference_mode(), _together():
-        for start in starts[len(starts) * dist.rank() // dist.world_size() :
-                            len(starts) * (dist.rank() + 1) // dist.world_size()]:
+    with _evaluating(model), torch.inference_mode(), together.common_fate():
+        for start in (starts[i] for i in together.share(len(starts))):
             tokens = model.tokenizer(list(texts[start : start + batch_size])).to(device)
             with _autocast(device, precision):
                 encoded = model.encode_text(tokens, normalize=True)
@@ -152,31 +151,16 @@ class _Read:
         self.all_captions += batch.all_captions
 
 
-@contextmanager
-def _together() -> Iterator[None]:
-    """Let an error of one process be one of all: the others would wait for it for ever."""
-    problem: AclipError | None = None
-    try:
-        yield
-    except AclipError as error:
-        if dist.world_size() == 1:
-            raise
-        problem = error
-    for found in dist.collect(problem):
-        if found is not None:
-            raise found
-
-
 def _gather_rows(parts: Sequence[Float[Tensor, "n D"]], device: torch.device) -> Float[Tensor, "N D"]:
     """Return all rows of all processes in rank order; a process may have none. (0, 0) if nobody has any."""
-    sizes = dist.collect((sum(map(len, parts)), parts[0].shape[1] if parts else 0))
+    sizes = together.collect((sum(map(len, parts)), parts[0].shape[1] if parts else 0))
     total, width, most = sum(n for n, _ in sizes), max(w for _, w in sizes), max(n for n, _ in sizes)
-    if dist.world_size() == 1:
+    if together.world_size() == 1:
         return torch.cat(list(parts)) if parts else torch.empty(0, 0, device=device)
     if total == 0:
         return torch.empty(0, 0, device=device)
     own = torch.cat(list(parts)) if parts else torch.empty(0, width, device=device)
-    padded = dist.gather(F.pad(own, (0, 0, 0, most - len(own)))).split(most)
+    padded = together.gather(F.pad(own, (0, 0, 0, most - len(own)))).split(most)
     return torch.cat([rows[:n] for rows, (n, _) in zip(padded, sizes, strict=True)])
 
 

@@ -5,7 +5,8 @@ best right item. Ties count against the model: one that maps everything to a poi
 and so does one that returns NaN.
 
 The matrix of similarities is never held: it is computed in tiles, each of which is counted in both
-directions and forgotten. On several processes each takes every n-th band of rows, and the counts are added.
+directions and forgotten. Processes that evaluate together take every n-th band of rows each, and the counts are
+added.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from aclip import dist
+from aclip.evaluation import together
 
 TIE = 1e-6
 """Cosine similarities, and scores of classes, closer than this are equal: float32 does not carry more."""
@@ -76,8 +77,8 @@ def rank_both_ways(
     size of the chunks nor on reduced-precision matrix products; beyond that, and on devices without float64, in
     float32, which can count a similarity on the wrong side where it lies within 1e-6 of the limit.
 
-    Memory is that of the features (once more in float64) and a few tiles. Equal on every process; all must call it
-    with the same arguments.
+    Memory is that of the features (once more in float64) and a few tiles. Equal on all processes that evaluate
+    together.
 
     Args:
         queries, items: (Q, D) and (I, D), L2-normalised.
@@ -94,15 +95,15 @@ def rank_both_ways(
     columns = min(len(b), _TILE_ITEMS, chunk_elements)
     rows = max(1, chunk_elements // columns)
     for number, start in enumerate(range(0, len(a), rows)):
-        if number % dist.world_size() == dist.rank():
+        if number % together.world_size() == together.rank():
             band = pairs[:, torch.searchsorted(pairs[0], start) : torch.searchsorted(pairs[0], start + rows)]
             _count_band(a, b, band, best, slice(start, start + rows), columns, counts)
     right_items, right_queries = (torch.bincount(pairs[side], minlength=len(x)) for side, x in ((0, a), (1, b)))
-    rank_a = _finish(dist.sum_over_ranks(counts.rows), best[0], right_items, len(b))
-    rank_b = _finish(dist.sum_over_ranks(counts.columns), best[1], right_queries, len(a))
-    margins = best[0] - dist.sum_over_ranks(counts.best_wrong)
+    rank_a = _finish(together.sum_over_ranks(counts.rows), best[0], right_items, len(b))
+    rank_b = _finish(together.sum_over_ranks(counts.columns), best[1], right_queries, len(a))
+    margins = best[0] - together.sum_over_ranks(counts.best_wrong)
     return Ranks(rank_a.cpu(), torch.where(right_queries > 0, rank_b, 0).cpu(), margins.cpu().double(),
-                 dist.sum_over_ranks(counts.nearest).cpu())
+                 together.sum_over_ranks(counts.nearest).cpu())
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,10 @@ def _count_band(
         i, j = band[:, ends[0] : ends[1]]
         tile[i - (rows.start or 0), j - start] = -math.inf
         best_wrong = torch.maximum(best_wrong, tile.amax(dim=1))
-        counts.rows[rows] += (~(tile < limits_a[:, None])).sum(dim=1)  # not below: NaN counts against
-        counts.columns[start : start + columns] += (~(tile < limits_b[None, start : start + columns])).sum(dim=0)
+        # what is not below, so that NaN counts against; int32 sums are five times as fast as the default's
+        limits = limits_b[None, start : start + columns]
+        counts.rows[rows] += tile.shape[1] - (tile < limits_a[:, None]).sum(dim=1, dtype=torch.int32)
+        counts.columns[start : start + columns] += len(tile) - (tile < limits).sum(dim=0, dtype=torch.int32)
     counts.best_wrong[rows] = best_wrong
     counts.nearest[rows] = nearest
 

@@ -238,7 +238,11 @@ READERS: dict[str, Reader] = {
         _is_list(".jsonl", ".ndjson"),
         _each(lambda path, spec: JsonSource(path, _columns(spec))),
     ),
-    "json": Reader("a .json file (COCO captions, Karpathy's splits, or a list of objects)", _is_list(".json"), _each(_open_json)),
+    "json": Reader(
+        "a .json file (COCO captions, Karpathy's splits, or a list of objects)",
+        _is_list(".json"),
+        _each(_open_json),
+    ),
     "parquet": Reader(
         "Parquet (a .parquet file, a pattern or a folder of them, with the pictures or their paths)",
         _is_parquet,
