@@ -57,10 +57,11 @@ def main() -> None:
     start = time.perf_counter()
     result = Retrieval(protocol="all").measure(RandomTexts(images, args.noise), pictures, torch.device("cpu"))
     seconds = time.perf_counter() - start
-    matrix = len(images) * each * len(images)
+    entries = len(images) * each * len(images)
+    rate = entries * args.width * 2 / seconds / 1e9
     console.print(f"{len(images):,} x {each * len(images):,}, {args.width} wide: peak {peak_gib():.2f} GiB, "
-                  f"{seconds:.0f} s on {torch.get_num_threads()} threads ({matrix * args.width * 2 / seconds / 1e9:.0f} "
-                  f"GFLOP/s); the matrix itself would take {matrix * 4 / 2**30:.0f} GiB")
+                  f"{seconds:.0f} s on {torch.get_num_threads()} threads ({rate:.0f} GFLOP/s); the matrix itself would "
+                  f"take {entries * 4 / 2**30:.0f} GiB")
     console.print("  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items()))
 
 
