@@ -5,19 +5,17 @@ import platform
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import aclip
 from aclip import data, export, plan, towers
+from aclip.cli.compose_evaluation import HeldOut, evaluate_sets, name_skipped
 from aclip.cli.recipes import dataflow_table
 from aclip.config import to_dict
 from aclip.data.fetch import resolve_spec
@@ -28,24 +26,12 @@ from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
 from aclip.engine.run_folder import RunFolder
 from aclip.engine.trainer import Sink, Trainer, fit
 from aclip.errors import BadSampleError, ConfigError, MissingDependencyError
-from aclip.evaluation import Evaluator, PictureFeatures, Probe, Retrieval
-from aclip.evaluation.features import THUMBNAILS, encode_pictures
-from aclip.evaluation.interface import Space
-from aclip.evaluation.records import write_examples
+from aclip.evaluation import Retrieval
 from aclip.method import Method
 from aclip.report import take_snapshot, write_report
 from aclip.rng import generator
 
 SNAPSHOT_PICTURES = 8
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A named source to evaluate on."""
-
-    name: str
-    source: data.Source
 
 
 def open_held_out(specs: Sequence[str]) -> list[HeldOut]:
@@ -175,12 +161,6 @@ def finish(folder: RunFolder, console: Console) -> None:
     console.print(f"done. model: {folder.final}  report: {report}", markup=False, soft_wrap=True)
 
 
-def name_skipped(bad: Sequence[tuple[str, str]], most: int = 5) -> str:
-    """Return the sentence that counts bad samples and names the first few, with the reasons."""
-    shown = "; ".join(f"{key} ({reason})" for key, reason in bad[:most])
-    return f"skipped {len(bad)} bad samples: {shown}" + (f" and {len(bad) - most} more" if len(bad) > most else "")
-
-
 class Examiner:
     """Evaluates the model in training on every held-out set, and keeps a picture of what it looks at."""
 
@@ -220,61 +200,6 @@ def pick_pictures(source: data.Source, count: int, seed: int) -> list[tuple[Any,
         if len(found) == count:
             break
     return found
-
-
-def evaluate_sets(
-    encoder: towers.LoadedModel, held_out: Sequence[HeldOut], evaluators: Sequence[Evaluator],
-    folder: RunFolder | None, console: Console, *, step: int, samples_seen: int, device: torch.device, workers: int,
-    weights: str = "online", training: HeldOut | None = None,
-) -> None:
-    """Run evaluators on held-out sets, print their numbers, and journal them where there is a run folder.
-
-    Probes first learn from `training`, which is there where they are among the evaluators.
-    """
-    encode = partial(encode_set, encoder, console=console, device=device, workers=workers)
-    if training is not None:
-        evaluators = learned(evaluators, encode(training, "trunk"), console)
-    for held in held_out:
-        encoded: dict[Space, PictureFeatures] = {}
-        for evaluator in evaluators:
-            if evaluator.space not in encoded:
-                encoded[evaluator.space] = encode(held, evaluator.space)
-            result = evaluator.measure(encoder, encoded[evaluator.space], device)
-            numbers = "  ".join(f"{key} {value:.1%}" if "rank" not in key else f"{key} {value:g}"
-                                for key, value in result.metrics.items())
-            counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in result.counts.items() if value)
-            settings = "".join(f"; {key} {value:g}" for key, value in result.settings.items())
-            console.print(f"{held.name} {evaluator.name} ({counts}{settings}): {numbers}", markup=False, soft_wrap=True)
-            if folder is not None:
-                folder.append("evaluations", result.to_record(
-                    set_name=held.name, weights=weights, step=step, samples_seen=samples_seen,
-                    training_set=training.name if training is not None and isinstance(evaluator, Probe) else None))
-                write_examples(folder.path, held.name, result.examples)
-
-
-def encode_set(
-    encoder: towers.LoadedModel, held: HeldOut, space: Space, *, console: Console, device: torch.device, workers: int
-) -> PictureFeatures:
-    """Encode the pictures of a set under a progress bar, and name those that were skipped."""
-    pictures = data.EvaluationSet(held.source, encoder.preprocess, batch_size=256, workers=workers,
-                                  target="caption" if space == "joint" else "label")
-    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"encoding {held.name}", total=len(held.source))
-        encoded = encode_pictures(
-            encoder, pictures, device, space=space, progress=partial(progress.advance, task),
-            thumbnails=THUMBNAILS if space == "joint" else 0)  # what probes find is shown in numbers alone
-    if encoded.skipped:
-        console.print(f"{held.name}: {name_skipped(encoded.skipped)}", markup=False, soft_wrap=True)
-    return encoded
-
-
-def learned(evaluators: Sequence[Evaluator], training: PictureFeatures, console: Console) -> list[Evaluator]:
-    """Return the evaluators with the probes among them fitted."""
-    fitted = []
-    for evaluator in evaluators:
-        with console.status(f"fitting {evaluator.name} on {training.size:,} pictures"):
-            fitted.append(evaluator.learn(training) if isinstance(evaluator, Probe) else evaluator)
-    return fitted
 
 
 def print_header(console: Console, config: RunConfig, trainer: Trainer, dataflow: Table, num_pairs: int) -> None:

@@ -13,7 +13,7 @@ from aclip.data.sources.base import Grouped, PackedStrings, RawSample, Source
 from aclip.data.sources.folder import FolderSource, holds_pictures, holds_texts
 from aclip.data.sources.hugging_face import HuggingFaceSource, is_hugging_face
 from aclip.data.sources.joined import Joined
-from aclip.data.sources.json_files import CocoSource, JsonSource, open_json
+from aclip.data.sources.json_files import CocoSource, JsonSource, KarpathySource, open_json
 from aclip.data.sources.manifest import Columns, ManifestSource
 from aclip.data.sources.parquet import EmbeddedPictures, open_parquet
 from aclip.data.sources.part import Part, split_slice, take_part
@@ -33,6 +33,7 @@ __all__ = [
     "HuggingFaceSource",
     "Joined",
     "JsonSource",
+    "KarpathySource",
     "ManifestSource",
     "PackedStrings",
     "Part",
@@ -157,8 +158,10 @@ def _each(open_one: Callable[[Path, str], Source]) -> Callable[[str], Source]:
 
 
 def _open_json(path: Path, spec: str) -> Source:
-    images = _options(spec, *_COLUMN_OPTIONS, "images").get("images")
-    return open_json(path, _columns(spec, "images"), None if images is None else Path(images))
+    options = _options(spec, *_COLUMN_OPTIONS, "images", "split")
+    images = options.get("images")
+    return open_json(path, _columns(spec, "images", "split"), None if images is None else Path(images),
+                     options.get("split"))
 
 
 def _open_slip(path: Path, spec: str) -> Source:
@@ -235,7 +238,11 @@ READERS: dict[str, Reader] = {
         _is_list(".jsonl", ".ndjson"),
         _each(lambda path, spec: JsonSource(path, _columns(spec))),
     ),
-    "json": Reader("a .json file (COCO captions, or a list of objects)", _is_list(".json"), _each(_open_json)),
+    "json": Reader(
+        "a .json file (COCO captions, Karpathy's splits, or a list of objects)",
+        _is_list(".json"),
+        _each(_open_json),
+    ),
     "parquet": Reader(
         "Parquet (a .parquet file, a pattern or a folder of them, with the pictures or their paths)",
         _is_parquet,

@@ -1,7 +1,8 @@
-"""JSON manifests: one object a line, a list of objects, or the captions of COCO."""
+"""JSON manifests: one object a line, a list of objects, the captions of COCO, or Karpathy's splits."""
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from aclip.data.sources.manifest import (
     row_of,
     settle_columns,
 )
-from aclip.errors import DataError
+from aclip.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -90,21 +91,68 @@ class CocoSource(ManifestSource):
         _log.info("%s: %d pictures, %d captions", path, len(rows), sum(map(len, captions.values())))
 
 
-def open_json(path: Path, columns: Columns | None = None, images: Path | None = None) -> ManifestSource:
-    """Open a `.json` file: COCO captions, or a list of objects.
+class KarpathySource(ManifestSource):
+    """One split of Karpathy's `dataset_coco.json`, `dataset_flickr30k.json` or `dataset_flickr8k.json`.
+
+    Each picture with all of its captions, as they were written. Splits are `train`, `val`, `test`, and for COCO
+    `restval`, which the field adds to the training pictures: `train+restval`.
+
+    Attributes:
+        name: the file.
+        split: the split, or several joined by `+`.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any], images: Path | None = None, split: str = "") -> None:
+        """Take `split` of `content`, the parsed file `path`, whose pictures lie in `images`.
+
+        Without `images` they are looked for as those of COCO captions are (`CocoSource`).
+
+        Raises:
+            ConfigError: no split is named, or one that the file does not have; those there are.
+            DataError: none of the folders holds the first of the pictures.
+        """
+        pictures = _objects(content, "images")
+        sizes = Counter(str(one.get("split", "?")) for one in pictures)
+        there = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())
+        wanted = split.replace(" ", "+").split("+") if split else []  # "+" in a query reads as a space
+        if not wanted:
+            raise ConfigError(f"{path} holds the splits {there}: say which, as in '{path.name}?split=test'")
+        for name in wanted:
+            if name not in sizes:
+                raise ConfigError(f"{path} has no split '{name}': it holds {there}")
+        rows = [Row("/".join(filter(None, (one.get("filepath"), one["filename"]))), _sentences(one)) for one in pictures
+                if one.get("split") in wanted and isinstance(one.get("filename"), str)]
+        if not rows:
+            raise DataError(f"{path} lists no pictures: its 'images' have no 'filename'")
+        self.split = "+".join(wanted)
+        super().__init__(path, rows, images or _picture_folder(path, rows[0].image, f"split={self.split}&"))
+        _log.info("%s: %d pictures of %s, %d captions", path, len(rows), self.split,
+                  sum(len(row.captions) for row in rows))
+
+
+def open_json(
+    path: Path, columns: Columns | None = None, images: Path | None = None, split: str | None = None
+) -> ManifestSource:
+    """Open a `.json` file: COCO captions, Karpathy's splits, or a list of objects.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is none of them.
+        ConfigError: a split that the file does not have, or that it cannot have.
     """
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error} (one object a line is a .jsonl file)") from error
+    if isinstance(content, dict) and any("sentences" in one for one in _objects(content, "images")[:1]):
+        return KarpathySource(path, content, images, split or "")
+    if split is not None:
+        raise ConfigError(f"{path} has no splits: only Karpathy's files are asked for one")
     if isinstance(content, list):
         return JsonSource(path, columns, content)
     if isinstance(content, dict) and "images" in content and "annotations" in content:
         return CocoSource(path, content, images)
-    raise DataError(f"{path} is neither a list of objects nor COCO captions ('images' and 'annotations')")
+    raise DataError(f"{path} is neither a list of objects, nor COCO captions ('images' and 'annotations'), nor "
+                    "Karpathy's splits ('images' with 'sentences')")
 
 
 def _lines(path: Path, encoding: str) -> Iterator[_Object]:
@@ -132,12 +180,16 @@ def _row(one: _Object, columns: Columns) -> Row:
 
 
 def _objects(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    values = content[name]
+    values = content.get(name)
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
-def _picture_folder(path: Path, first: str) -> Path:
-    """Return the folder that has the picture `first`."""
+def _sentences(picture: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(one["raw"] for one in _objects(picture, "sentences") if isinstance(one.get("raw"), str))
+
+
+def _picture_folder(path: Path, first: str, options: str = "") -> Path:
+    """Return the folder that has the picture `first`; `options` go before the one that an error proposes."""
     named = path.stem.rpartition("_")[2]
     around = (path.parent, path.parent.parent)
     folders = [*around, *(folder / name for folder in around for name in (named, "images"))]
@@ -149,4 +201,4 @@ def _picture_folder(path: Path, first: str) -> Path:
             break
     looked = ", ".join(map(str, folders))
     raise DataError(f"{path}: no folder has its picture {first!r}, looked in {looked}: say where with "
-                    f"'{path.name}?images=FOLDER'")
+                    f"'{path.name}?{options}images=FOLDER'")
