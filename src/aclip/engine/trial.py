@@ -1,0 +1,72 @@
+"""Batches made of noise: what a step costs does not depend on what the pictures show."""
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from aclip.plan import Plan
+from aclip.structs import Batch, ViewBatch
+
+SPREAD = 0.5
+"""Standard deviation of the logarithm of a caption's length, see `caption_lengths`."""
+
+
+def caption_lengths(count: int, mean: float, longest: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    """Return the lengths of captions in tokens, SOT and EOT included: a log-normal distribution, cut off.
+
+        length = round(exp(N(ln mean - SPREAD^2 / 2, SPREAD^2))), between 3 and `longest`
+
+    With a mean of 14 tokens, half lie between 9 and 17 and one in a hundred is longer than 39.
+
+    Args:
+        count: how many.
+        mean: of the distribution before it is cut off.
+        longest: the text tower's context.
+        generator: on the CPU.
+    """
+    logarithms = torch.randn(count, generator=generator) * SPREAD + (math.log(mean) - SPREAD**2 / 2)
+    return logarithms.exp().round().long().clamp(3, longest)
+
+
+def made_tokens(lengths: Int[Tensor, " B"], width: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Return (B, width) int64 tokens of captions of these lengths: random words, EOT (the highest id), zeros."""
+    words = torch.randint(1, vocabulary - 2, (len(lengths), width), generator=generator)
+    place = torch.arange(width)
+    eot = place == lengths[:, None] - 1
+    return torch.where(eot, vocabulary - 1, words).masked_fill(place >= lengths[:, None], 0)
+
+
+def made_batch(
+    plan: Plan, batch_size: int, *, text_tokens: float = 14.0, cut_text: bool = True, seed: int = 0
+) -> Batch:
+    """Return a batch for a plan, on the CPU: pictures of noise, without colour augmentation, and made captions.
+
+    Args:
+        plan: says which views there are, and how large.
+        batch_size: pairs.
+        text_tokens: mean length of the captions, see `caption_lengths`.
+        cut_text: whether the text ends with its longest caption, where the tower allows it, or is padded to the full
+            context.
+        seed: of everything in it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = plan.shape
+    lengths = caption_lengths(batch_size, text_tokens, shape.context_length, generator)
+    width = int(lengths.max()) if cut_text and shape.text_cut else shape.context_length
+    whole, half = torch.tensor([0.0, 0.0, 100.0, 100.0]), torch.tensor([10.0, 20.0, 75.0, 70.0])
+    views = {
+        name: ViewBatch(
+            pixels=torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8, generator=generator),
+            boxes=(whole if name == "context" else half).expand(batch_size, 4),
+            flipped=torch.zeros(batch_size, dtype=torch.bool),
+        )
+        for name, size in plan.view_sizes.items()
+    }
+    return Batch(
+        views=views,
+        tokens=made_tokens(lengths, width, shape.vocab_size, generator),
+        caption_ids=torch.arange(batch_size),
+        seeds=torch.randint(0, 2**62, (batch_size,), generator=generator),
+    )
