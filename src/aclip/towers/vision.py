@@ -27,6 +27,8 @@ def encode_image(
     mask_token: Float[Tensor, " C"] | None = None,
     return_scores: bool = False,
     return_patches: bool = False,
+    score_layers: int | None = None,
+    scores_only: bool = False,
 ) -> ImageEncoding:
     """Encode images, or only some of their patches, with an open_clip ViT and its own weights.
 
@@ -49,6 +51,9 @@ def encode_image(
             sequence (SimMIM, arXiv 2111.09886); None takes them out of it.
         return_scores: also return the scores; only with all patches kept.
         return_patches: also return the patch tokens after the final norm.
+        score_layers: average the scores over so many blocks, the first ones; None for all (A-CLIP).
+        scores_only: stop when the scores are known: features and cls are then those of a tower cut off there, and of
+            no use.
 
     Returns:
         `ImageEncoding`: features (B, D) not normalised, cls (B, C), scores (B, N) float32 without gradient
@@ -71,7 +76,8 @@ def encode_image(
     # mean pooling reads every patch, class token pooling one token
     reads_all = return_patches or tower.pool_type == "avg"
     first = None if reads_all else torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    x, scores = run_blocks(tower.transformer, x, first, with_scores=return_scores)
+    x, scores = run_blocks(tower.transformer, x, first, with_scores=return_scores, score_layers=score_layers,
+                           scores_only=scores_only)
     pooled = pool(tower, x)
     features = pooled if tower.proj is None else pooled @ tower.proj
     patches = tower.ln_post(x[:, NUM_PREFIX_TOKENS:]) if return_patches else None
