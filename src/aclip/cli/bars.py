@@ -23,10 +23,10 @@ def unit_columns(unit: str) -> list[ProgressColumn]:
     return [MofNCompleteColumn(), Rate()]
 
 
-def samples_bar() -> Progress:
-    """Return a bar for samples with rate and remaining time, on standard error."""
+def counting_bar(unit: str = "samples") -> Progress:
+    """Return a bar that counts `unit`, with rate and remaining time, on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    return Progress(TextColumn("{task.description}"), BarColumn(), *unit_columns("samples"), TimeRemainingColumn(),
+    return Progress(TextColumn("{task.description}"), BarColumn(), *unit_columns(unit), TimeRemainingColumn(),
                     console=Console(stderr=True))

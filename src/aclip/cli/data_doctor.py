@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from aclip.cli.bars import samples_bar
+    from aclip.cli.bars import counting_bar
     from aclip.cli.compose import open_by_spec
     from aclip.data.doctor import check_fix, examine, write_clean
     from aclip.errors import ConfigError
@@ -72,14 +72,14 @@ def run(args: argparse.Namespace) -> None:
         check_fix(args.fix, source)
     args.output.mkdir(parents=True, exist_ok=True)
     total = sum(min(len(one), args.limit or len(one)) for one in (source, *against))
-    with samples_bar() as bar:
+    with counting_bar() as bar:
         task = bar.add_task("examining", total=total)
         examined = examine(source, against, limits=limits, tokenizer=tokenizer, workers=args.workers,
                            limit=args.limit, scratch=args.output, progress=partial(bar.advance, task))
     page = write_data_page(examined, args.output)
     cleaned = None
     if args.fix is not None:
-        with samples_bar() as bar:
+        with counting_bar() as bar:
             task = bar.add_task("cleaning", total=len(source))
             cleaned = write_clean(examined, args.fix, partial(bar.advance, task))
     console = Console(highlight=False)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Pack with a progress bar, and say what was written."""
     from rich.console import Console
 
-    from aclip.cli.bars import samples_bar
+    from aclip.cli.bars import counting_bar
     from aclip.cli.compose import open_by_spec
     from aclip.data.pack import SKIPPED, PackSettings, pack
     from aclip.errors import ConfigError
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise ConfigError(f"--leave-out {args.leave_out} cannot be read: {error.strerror}") from error
     source = open_by_spec(args.source)
-    with samples_bar() as bar:
+    with counting_bar() as bar:
         task = bar.add_task("packing", total=len(source))
         packed = pack(source, args.output, settings, leave_out=names, workers=args.workers,
                       progress=partial(bar.advance, task))
