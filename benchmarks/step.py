@@ -18,44 +18,24 @@ Prints Markdown.
 
 import argparse
 import ctypes
-import json
-import math
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.loss import ClipLoss
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
 
 import aclip
-from aclip import plan, towers
-from aclip.config import Recipe, override
-from aclip.data import augment
+from aclip.config import override
 from aclip.engine.memory import peak_memory
-from aclip.engine.optim import build_optimizer, parameter_groups
-from aclip.engine.trial import made_batch
-from aclip.method import Method
 from aclip.recipes import RECIPES
-from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText
-from aclip.towers.blocks import call_as_modules
-
-# Half of ViT-B/16 in width: the same tokens, depth and ratio of text to image.
-HALF = {
-    "embed_dim": 256,
-    "vision_cfg": {"image_size": 224, "layers": 12, "width": 384, "head_width": 64, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 12},
-}  # fmt: skip
-SIZES = {"half": "half-ViT-B-16", "ViT-B-16": "ViT-B-16"}
+from competitors import BATCHES, SIZES, OpenClip, Ours, Settings, Stopwatch, register_sizes
 
 ASKED = {
     "clip": ("clip",),
@@ -69,210 +49,8 @@ ASKED = {
 }
 """Title in the table -> recipe, and changes to it."""
 
-BATCHES = 4  # different ones, which all competitors read
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 PARTS = ("text", "EMA pass", "online pass", "heads", "losses", "optimizer", "EMA update", "host")
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by name, of the clock on the wall or of the processor."""
-
-    device: torch.device
-    clock: Callable[[], float] = time.perf_counter
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add what happens inside to `name`."""
-        self.wait()
-        begun = self.clock()
-        yield
-        self.wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - begun
-
-    def wait(self) -> None:
-        """Let the device finish."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-@dataclass
-class Settings:
-    """What the competitors share."""
-
-    model: str
-    device: torch.device
-    precision: str
-    compiled: bool
-    batch_size: int
-    text_tokens: float
-
-    def autocast(self) -> torch.autocast:
-        """Return the precision of the towers."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def batches(self, resolved: plan.Plan, cut_text: bool) -> list[Batch]:
-        """Return batches of the same captions for everybody."""
-        made = (made_batch(resolved, self.batch_size, text_tokens=self.text_tokens, cut_text=cut_text, seed=seed)
-                for seed in range(BATCHES))
-        return [batch.to(self.device) for batch in made]
-
-
-class OpenClip:
-    """open_clip's training step, as `open_clip_train` takes it."""
-
-    def __init__(self, settings: Settings) -> None:
-        torch.manual_seed(0)
-        self.settings = settings
-        self.plan = plan.resolve(RECIPES["clip"], towers.shape_of(towers.model_config(settings.model)))
-        towers.model_config(settings.model)
-        self.bare = open_clip.create_model(settings.model, device=settings.device, output_dict=True).train()
-        self.model = torch.compile(self.bare) if settings.compiled else self.bare
-        self.loss = ClipLoss()
-        named = [(name, p) for name, p in self.bare.named_parameters() if p.requires_grad]
-        vectors = [p for name, p in named if excluded(name, p)]
-        matrices = [p for name, p in named if not excluded(name, p)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.2}],
-            lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
-        self.batches = settings.batches(self.plan, cut_text=False)
-        self.mean, self.std = (torch.tensor(value, device=settings.device) for value in
-                               (towers.models.IMAGENET_MEAN, towers.models.IMAGENET_STD))
-
-    def propagate(self, batch: Batch) -> None:
-        """Forward pass, loss and backward pass."""
-        self.optimizer.zero_grad()
-        images = augment.apply(batch.views["a"], self.mean, self.std)
-        with self.settings.autocast():
-            out = self.model(images, batch.tokens)
-            losses = self.loss(**out, output_dict=True)
-        sum(losses.values()).backward()
-
-    def optimize(self) -> None:
-        """Take the optimizer's step."""
-        self.optimizer.step()
-        with torch.no_grad():
-            self.bare.logit_scale.clamp_(0, math.log(100))
-
-    def average(self) -> None:
-        """There is no EMA."""
-
-    def stages(self, watch: Stopwatch, batch: Batch) -> None:
-        """The parts of this step are not told apart."""
-
-
-def excluded(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether open_clip's trainer leaves a parameter out of weight decay."""
-    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
-
-
-class Ours:
-    """A recipe's training step, as `aclip train` takes it."""
-
-    def __init__(self, settings: Settings, recipe: Recipe, cut_text: bool) -> None:
-        torch.manual_seed(0)
-        self.settings = settings
-        self.plan = plan.resolve(recipe, towers.shape_of(towers.model_config(settings.model)))
-        model = towers.create_model(settings.model, with_text=self.plan.uses_text)
-        pixels = towers.preprocess_config(model)
-        self.method = Method(model, self.plan, pixels["mean"], pixels["std"]).to(settings.device).train()
-        if settings.compiled:
-            compile_blocks(self.method)
-        self.optimizer = build_optimizer(parameter_groups(self.method, 0.2), recipe.optimization)
-        self.ema = self.method.ema()
-        self.batches = settings.batches(self.plan, cut_text)
-
-    def propagate(self, batch: Batch) -> None:
-        """Forward pass, losses and backward pass."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.settings.autocast():
-            output = self.method(batch)
-        output.loss.backward()
-
-    def optimize(self) -> None:
-        """Take the optimizer's step."""
-        self.optimizer.step()
-        with torch.no_grad():
-            towers.logit_scale_of(self.method.model).clamp_(0, math.log(100))
-
-    def average(self) -> None:
-        """Update the EMA."""
-        if self.plan.recipe.ema_momentum is not None:
-            self.ema.update(0.996)
-
-    def stages(self, watch: Stopwatch, batch: Batch) -> None:
-        """Take the step's forward and backward pass part by part, cut where one part hands over to the next."""
-        self.optimizer.zero_grad(set_to_none=True)
-        cuts: list[tuple[str, Tensor, Tensor]] = []
-
-        def cut(name: str, tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or not tensor.requires_grad:
-                return tensor
-            leaf = tensor.detach().requires_grad_()
-            cuts.append((name, tensor, leaf))
-            return leaf
-
-        def encode_text(*arguments: Any) -> EncodedText:
-            with watch.measure("text"):
-                out = Method.encode_text(self.method, *arguments)
-            return replace(out, features=cut("text", out.features), states=cut("text", out.states))
-
-        def encode(p: plan.PassPlan, *arguments: Any) -> Encoded:
-            name = "EMA pass" if p.spec.encoder == "ema" else "online pass"
-            with watch.measure(name):
-                out = Method.encode(self.method, p, *arguments)
-            return replace(out, features=cut(name, out.features), cls=cut(name, out.cls),
-                           patches=cut(name, out.patches))
-
-        self.method.encode_text, self.method.encode = encode_text, encode
-        hooks = [hook for objective in self.method.objectives.values() for head in objective.children()
-                 for hook in timing_hooks(watch, head)]
-        try:
-            with watch.measure("all"):
-                with self.settings.autocast():
-                    encoded: EncodedBatch = self.method.encode_batch(batch)
-                with watch.measure("heads and losses"):
-                    with self.settings.autocast():
-                        loss = self.method.judge(encoded, batch.caption_ids).loss
-                    loss.backward()
-                for name in ("text", "online pass"):
-                    ends = [(tensor, leaf.grad) for part, tensor, leaf in cuts
-                            if part == name and leaf.grad is not None]
-                    if ends:
-                        with watch.measure(name):
-                            torch.autograd.backward(*map(list, zip(*ends, strict=True)))
-        finally:
-            del self.method.encode_text, self.method.encode
-            for hook in hooks:
-                hook.remove()
-
-
-def timing_hooks(watch: Stopwatch, head: nn.Module) -> list[Any]:
-    """Measure a head's forward and backward pass."""
-    begun: list[float] = []
-
-    def start(*_: object) -> None:
-        watch.wait()
-        begun.append(watch.clock())
-
-    def stop(*_: object) -> None:
-        watch.wait()
-        watch.seconds["heads"] = watch.seconds.get("heads", 0.0) + watch.clock() - begun.pop()
-
-    hooks: list[Any] = [head.register_forward_pre_hook(start), head.register_forward_hook(stop)]
-    if any(p.requires_grad for p in head.parameters()):
-        hooks += [head.register_full_backward_pre_hook(start), head.register_full_backward_hook(stop)]
-    return hooks
-
-
-def compile_blocks(method: Method) -> None:
-    """Compile the transformer blocks, for texts of any length."""
-    for module in method.modules():
-        if isinstance(module, open_clip.transformer.Transformer):
-            call_as_modules(module)
-            for block in module.resblocks:
-                block.compile(dynamic=True)
 
 
 @dataclass
@@ -446,16 +224,14 @@ def main() -> None:
     begun = time.perf_counter()
     console = Console(width=200)
     device = torch.device(args.device)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, f"{SIZES['half']}.json").write_text(json.dumps(HALF))
-        open_clip.add_model_config(folder)
-        settings = Settings(SIZES[args.size], device, args.precision, args.compile, args.batch_size, args.text_tokens)
-        rows = [Row("open_clip", "padded", OpenClip(settings))]
-        for text in args.text:
-            for title in args.methods:
-                name, *changes = ASKED[title]
-                recipe = override(RECIPES[name], changes)
-                rows.append(Row(title, text, Ours(settings, recipe, cut_text=text == "cut")))
+    register_sizes()
+    settings = Settings(SIZES[args.size], device, args.precision, args.compile, args.batch_size, args.text_tokens)
+    rows = [Row("open_clip", "padded", OpenClip(settings))]
+    for text in args.text:
+        for title in args.methods:
+            name, *changes = ASKED[title]
+            recipe = override(RECIPES[name], changes)
+            rows.append(Row(title, text, Ours(settings, recipe, cut_text=text == "cut")))
     watch = Stopwatch(device, CLOCKS[args.clock])
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("steps", total=(args.warmup + args.rounds + args.parts) * len(rows))
@@ -487,10 +263,10 @@ def print_results(
     longest = [int((batch.tokens.argmax(dim=1) + 1).max()) for batch in rows[0].competitor.batches]
     text = (
         f"{settings.model} ({shape.width} and {shape.text_width} wide, {shape.layers} layers, 197 tokens), "
-        f"{settings.precision}, batch {settings.batch_size}, {'compiled' if settings.compiled else 'eager'}, on {where}; "
-        f"matrix products reach {2 * rate / 1e9:,.0f} GFLOP/s there. Captions of {lengths.mean():.1f} tokens in the "
-        f"mean, the longest of each batch {', '.join(map(str, longest))}. Medians of {rounds} steps taken in turns, "
-        f"first to third quartile; {seconds / 60:.1f} minutes in all. attentive-clip {aclip.__version__}, torch "
+        f"{settings.precision}, batch {settings.batch_size}, {'compiled' if settings.compiled else 'eager'}, "
+        f"on {where}; matrix products reach {2 * rate / 1e9:,.0f} GFLOP/s there. Captions of {lengths.mean():.1f} "
+        f"tokens in the mean, the longest of each batch {', '.join(map(str, longest))}. Medians of {rounds} steps "
+        f"taken in turns, first to third quartile; {seconds / 60:.1f} minutes in all. attentive-clip {aclip.__version__}, torch "
         f"{torch.__version__}, open_clip {open_clip.__version__}, Python {platform.python_version()}.")
     for block in (text, times_table(rows, settings, rate), parts_table(rows)):
         console.print(block, "", sep="\n", markup=False, highlight=False, soft_wrap=True)

@@ -42,7 +42,7 @@ class Packing(NamedTuple):
     def unpack(self, x: Float[Tensor, "S C"]) -> Float[Tensor, "B L C"]:
         """Lay the tokens out, zeros in the gaps."""
         whole = x.new_zeros(self.present.numel(), x.shape[1]).index_copy(0, self.places, x)
-        return whole.unflatten(0, self.present.shape)
+        return whole.view(*self.present.shape, x.shape[1])
 
 
 def run_blocks(
