@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aclip.config import EmaMomentum, ObjectiveConfig, Pass, Recipe, TextPass
+from aclip.config import EmaMomentum, ObjectiveConfig, Pass, Recipe, TextPass, override
 from aclip.errors import ConfigError
 from aclip.masking import MASKING
 from aclip.objectives import OBJECTIVES
@@ -278,3 +278,28 @@ def test_only_what_is_read_is_kept() -> None:
         plan = resolved(name)
         assert any(p.gives_pixels for p in plan.passes) == pixels
         assert any(p.gives_patches for p in plan.passes) == patches
+
+
+def with_score_layers(name: str, layers: int) -> Recipe:
+    return override(RECIPES[name], [f"passes.context.score_layers={layers}"])
+
+
+def test_a_pass_stops_after_the_layers_that_its_scores_come_from_if_nothing_else_is_read() -> None:
+    whole, plan = resolved("attentive-1x50"), resolved(with_score_layers("attentive-1x50", 3))
+    assert plan.passes[0].scores_only
+    saved = whole.macs() - plan.macs()
+    # 12 blocks at 197 tokens become 2, and keys and one query row of a third
+    expected = 10 * (image_macs(VIT_B_16, 0, 197) / 12) - 197 * (768**2 + 768)
+    assert saved == pytest.approx(expected, rel=1e-6)
+    # BYOL reads what a-clip's context pass is encoded to
+    assert not resolved(with_score_layers("a-clip", 3)).passes[0].scores_only
+    assert resolved(with_score_layers("a-clip", 3)).macs() == resolved("a-clip").macs()
+
+
+def test_score_layers_have_to_be_there_and_asked_for() -> None:
+    with pytest.raises(ConfigError, match="13 layers of a tower that has 12"):
+        resolved(with_score_layers("a-clip", 13))
+    with pytest.raises(ConfigError, match="no pass takes scores from it"):
+        resolved(override(RECIPES["clip"], ["passes.full.score_layers=1"]))
+    with pytest.raises(ConfigError, match="at least 1, not 0"):
+        with_score_layers("a-clip", 0)

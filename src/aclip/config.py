@@ -30,6 +30,8 @@ class Pass:
         score_padding: what lies outside the scored box: "border" clamps, "zeros" as the release does.
         resolution: image side relative to the model's own, rounded to whole patches.
         fill: removed patches stay in the sequence as a learned mask token (SimMIM) instead of leaving it.
+        score_layers: scores that others take from this pass are averaged over so many of its first layers; None is all
+            of them, as in the paper. A pass of which nothing else is read stops there.
     """
 
     name: str
@@ -42,8 +44,12 @@ class Pass:
     score_padding: Literal["border", "zeros"] = "border"
     resolution: float = 1.0
     fill: bool = False
+    score_layers: int | None = None
 
     def __post_init__(self) -> None:
+        if self.score_layers is not None and self.score_layers < 1:
+            raise ConfigError(f"pass '{self.name}': score_layers counts the first layers that scores come from, at "
+                              f"least 1, not {self.score_layers}")
         if not self.views:
             raise ConfigError(f"pass '{self.name}' encodes no view: name at least one")
         if not 0.0 <= self.mask_ratio < 1.0:

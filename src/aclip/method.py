@@ -205,7 +205,8 @@ class Method(nn.Module):
             pixels = torch.cat(views)
             out = towers.encode_image(
                 visual, pixels, keep, mask_token=self.mask_token if p.spec.fill else None,
-                return_scores=p.gives_scores, return_patches=p.gives_patches,
+                return_scores=p.gives_scores, return_patches=p.gives_patches, score_layers=p.spec.score_layers,
+                scores_only=p.scores_only,
             )
         by_view = (len(views), -1)
         return Encoded(

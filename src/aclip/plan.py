@@ -35,6 +35,7 @@ class PassPlan:
         num_tokens: tokens of a view in the blocks: the prefix tokens and K, or N where the pass fills.
         gives_scores: whether a later pass reads this pass's attention scores.
         gives_patches, gives_pixels: whether an objective reads its patch tokens, its pixels.
+        scores_only: whether nothing but its scores is read.
     """
 
     spec: Pass
@@ -46,6 +47,7 @@ class PassPlan:
     gives_scores: bool
     gives_patches: bool
     gives_pixels: bool
+    scores_only: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -113,7 +115,8 @@ class Plan:
                 total += 3.0 * text_macs(shape, text.length(text_tokens))
         for p in self.passes:
             passes = 3.0 if p.spec.encoder == "online" else 1.0
-            total += passes * len(p.spec.views) * image_macs(shape, p.num_keep, p.num_tokens)
+            layers = min(p.spec.score_layers or shape.layers, shape.layers) - 1 if p.scores_only else None
+            total += passes * len(p.spec.views) * image_macs(shape, p.num_keep, p.num_tokens, layers)
         for config in self.recipe.objectives:
             with torch.device("meta"):
                 objective = build_objective(config, self)
@@ -172,7 +175,9 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
             gives_scores=any(other.scores_from == p.name for other in recipe.passes),
             gives_patches=any(reader.needs_patches for reader in readers),
             gives_pixels=any(reader.needs_pixels for reader in readers),
+            scores_only=p.score_layers is not None and not readers,
         ))
+        _check_score_layers(recipe, p, shape)
     _check_score_sources(recipe, passes, shape)
     texts = _text_plans(recipe, shape)
     uses_text = any(text.encoded for text in texts)
@@ -219,7 +224,7 @@ def build_objective(config: ObjectiveConfig, plan: Plan) -> Objective:
     return objective
 
 
-def image_macs(shape: TowerShape, patches: int, tokens: int) -> float:
+def image_macs(shape: TowerShape, patches: int, tokens: int, layers: int | None = None) -> float:
     """Return multiply-accumulates of one image's forward pass.
 
     A block on L tokens of width d with an MLP of width m: L (4 d^2 + 2 d m) + 2 L^2 d. A pool that attends to N
@@ -229,14 +234,20 @@ def image_macs(shape: TowerShape, patches: int, tokens: int) -> float:
         shape: of the tower.
         patches: how many are embedded.
         tokens: how many go through the blocks (L).
+        layers: blocks that they go through whole, before one whose CLS attention alone is computed; None for a tower
+            that is run to its end.
     """
     pixels = 3 * shape.patch_size[0] * shape.patch_size[1]
+    embedding = patches * pixels * shape.width
+    if layers is not None:
+        keys_and_row = tokens * (shape.width**2 + shape.width)
+        return embedding + layers * block_macs(tokens, shape.width, shape.mlp_width) + keys_and_row
     pool = 0.0
     if shape.pool_mlp_width:
         seen = tokens - shape.num_prefix_tokens
         query = 2.0 * shape.width**2 + 2.0 * shape.width * shape.pool_mlp_width
         pool = query + seen * (2.0 * shape.width**2 + 2.0 * shape.width)
-    return patches * pixels * shape.width + shape.layers * block_macs(tokens, shape.width, shape.mlp_width) + pool
+    return embedding + shape.layers * block_macs(tokens, shape.width, shape.mlp_width) + pool
 
 
 def text_macs(shape: TowerShape, tokens: float | None = None) -> float:
@@ -286,6 +297,21 @@ def _view_sizes(passes: list[PassPlan]) -> dict[str, tuple[int, int]]:
         for view in p.spec.views:
             sizes[view] = max(sizes.get(view, p.image_size), p.image_size)
     return sizes
+
+
+def _check_score_layers(recipe: Recipe, p: Pass, shape: TowerShape) -> None:
+    """Refuse to count the layers of scores that nobody takes, or more layers than there are."""
+    if p.score_layers is None:
+        return
+    if all(other.scores_from != p.name for other in recipe.passes):
+        raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': score_layers has nothing to act on, for no pass "
+                          "takes scores from it")
+    if shape.pool_mlp_width:
+        raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': score_layers has nothing to act on, for this tower's "
+                          "pool asks for the patches, behind its last layer")
+    if p.score_layers > shape.layers:
+        raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': scores cannot come from {p.score_layers} layers "
+                          f"of a tower that has {shape.layers}")
 
 
 def _check_score_sources(recipe: Recipe, passes: list[PassPlan], shape: TowerShape) -> None:

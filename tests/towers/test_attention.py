@@ -46,13 +46,16 @@ def test_one_query_sees_what_is_visible(dtype, grad, tolerance):
     torch.testing.assert_close(ours[:1], alone, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "grad", "length", "plain"), [
-    (torch.bfloat16, True, 33, True),
-    (torch.bfloat16, False, 33, False),
-    (torch.float32, True, 33, False),
-    (torch.bfloat16, True, LONGEST_PLAIN + 1, False),
+@pytest.mark.parametrize(("dtype", "grad", "amx", "length", "plain"), [
+    (torch.bfloat16, True, True, 33, True),
+    (torch.bfloat16, True, False, 33, True),
+    (torch.bfloat16, False, True, 33, False),
+    (torch.bfloat16, False, False, 33, True),
+    (torch.float32, True, False, 33, False),
+    (torch.bfloat16, True, False, LONGEST_PLAIN + 1, False),
 ])
-def test_kernel_is_chosen_by_the_documented_rule(dtype, grad, length, plain, monkeypatch):
+def test_kernel_is_chosen_by_the_documented_rule(dtype, grad, amx, length, plain, monkeypatch):
+    monkeypatch.setattr(module, "HAS_AMX", amx)
     fused = []
 
     def record(*arguments, **options):

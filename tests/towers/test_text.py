@@ -6,6 +6,7 @@ from tower_oracles import assert_same_gradients, fresh_model, gradients, shake
 
 from aclip import towers
 from aclip.errors import UnsupportedModelError
+from aclip.towers import text as text_module
 from aclip.towers.models import ImageTower
 
 CAPTIONS = ["a cat", "", "a red heart with an arrow, love", "日本の旗 🇯🇵", "it's 3 o'clock!"]
@@ -29,7 +30,14 @@ def custom_text_model(**text):
     return shake(CustomTextCLIP(24, vision, CLIPTextCfg(**options))).eval()
 
 
-def test_cut_text_has_the_features_and_gradients_of_open_clip_at_full_context(model, tokenizer):
+@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+def packed(request, monkeypatch):
+    """Run with and without padding; an accelerator pads."""
+    monkeypatch.setattr(text_module, "packs", lambda tokens: request.param)
+    return request.param
+
+
+def test_cut_text_has_the_features_and_gradients_of_open_clip_at_full_context(model, tokenizer, packed):
     tokens = tokenizer(CAPTIONS)
     cut = towers.cut_after_eot(tokens)
     assert cut.shape[1] < tokens.shape[1] == 77
@@ -39,7 +47,29 @@ def test_cut_text_has_the_features_and_gradients_of_open_clip_at_full_context(mo
     assert_same_gradients(gradients(model, ours), gradients(model, theirs))
 
 
-def test_features_do_not_depend_on_the_other_captions(model, tokenizer):
+def test_packed_text_has_the_gradients_of_padded_text_when_blocks_are_run_again(model, tokenizer, monkeypatch):
+    tokens = tokenizer(CAPTIONS)
+    found = []
+    for packs in (True, False):
+        monkeypatch.setattr(text_module, "packs", lambda tokens, packs=packs: packs)
+        model.transformer.grad_checkpointing = packs
+        found.append(gradients(model, towers.encode_text(model, tokens)))
+    assert not model.transformer.grad_checkpointing
+    assert_same_gradients(*found)
+
+
+def test_blocks_compute_no_padding(model, tokenizer):
+    tokens = towers.cut_after_eot(tokenizer(CAPTIONS))
+    seen = []
+    hook = model.transformer.resblocks[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    towers.encode_text(model, tokens)
+    hook.remove()
+    assert seen == [(int((tokens.argmax(dim=1) + 1).sum()), 192)]
+    assert text_module.packs(tokens)
+    assert not text_module.packs(tokens.to("meta"))
+
+
+def test_features_do_not_depend_on_the_other_captions(model, tokenizer, packed):
     tokens = tokenizer(CAPTIONS)
     together = towers.encode_text(model, towers.cut_after_eot(tokens))
     for index in range(len(CAPTIONS)):

@@ -3,12 +3,13 @@
 import argparse
 from typing import Any
 
-from aclip.cli import bench_model
+from aclip.cli import bench_model, bench_step
 
-ACTIONS = (bench_model,)
+ACTIONS = (bench_model, bench_step)
 
 EXAMPLES = """\
 examples:
+  aclip bench step --recipe a-clip-eff --model ViT-B-16 --pairs 3000000
   aclip bench model ViT-B-16                     images and texts a second, whole and with patches dropped
   aclip bench model runs/first --keep 1 0.5 --batch-sizes 1 32 --json
 """

@@ -8,6 +8,9 @@ from torch import Tensor
 LONGEST_PLAIN = 577
 """Longest sequence for which plain attention replaces the fused kernel, see `attention`."""
 
+HAS_AMX: bool = torch.cpu._is_amx_tile_supported()
+"""Whether this CPU multiplies bf16 matrices in tiles."""
+
 
 def attention(
     q: Float[Tensor, "B H M d"],
@@ -20,9 +23,9 @@ def attention(
     """Return softmax(q k^T / sqrt(d)) v (Vaswani et al., arXiv 1706.03762).
 
     The fused kernel (`scaled_dot_product_attention`) computes it, with one exception: on a CPU, in half
-    precision, where a backward pass will follow, up to `LONGEST_PLAIN` keys. There the fused backward is
-    slow and plain matrix products win. Forward and backward of one layer, milliseconds on one core with
-    AMX, torch 2.15, heads 64 wide, about 8,000 tokens a batch with 3 heads and 4,000 with 12:
+    precision, up to `LONGEST_PLAIN` keys, where a backward pass will follow or there is no AMX. There plain
+    matrix products win. Forward and backward of one layer, milliseconds on one core with AMX, torch 2.15,
+    heads 64 wide, about 8,000 tokens a batch with 3 heads and 4,000 with 12:
 
         tokens x heads      17x3    65x3    257x3   577x3   50x12   197x12  577x12  1025x3
         bf16, fused         118     100     71      132     187     137     255     105
@@ -30,7 +33,16 @@ def attention(
         fp32, fused          27      33     62      119      78     113     267     149
         fp32, plain          25      32     76      230      73     193     446     277
 
-    Without a backward pass, or in fp32, the fused kernel is as fast or faster. Both agree up to rounding.
+    Without a backward pass, or in fp32, the fused kernel is as fast or faster there. On one core with
+    AVX512-BF16 and no AMX, torch 2.14, processor time, about 1,600 tokens a batch:
+
+        tokens x heads      17x2    50x6    65x3    101x6   197x6   197x12  577x12  1025x3
+        bf16, fused          11      18      28      44      41      83     145      80
+        bf16, plain           2       4       6      10      17      33      60      40
+        bf16, fused forward  0.8     2.0     3.9     6.9     9.4    18.8      36      26
+        bf16, plain forward  0.6     1.6     2.0     4.5     7.0    13.6      36      15
+
+    Both agree up to rounding.
 
     Args:
         q: (B, H, M, d) queries, M = L or fewer rows.
@@ -77,6 +89,6 @@ def _plain_is_faster(q: Tensor, k: Tensor) -> bool:
     return (
         q.device.type == "cpu"
         and q.dtype in (torch.bfloat16, torch.float16)
-        and q.requires_grad
         and k.shape[-2] <= LONGEST_PLAIN
+        and (q.requires_grad or not HAS_AMX)
     )

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from open_clip.model import CLIPTextCfg
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from aclip.errors import UnsupportedModelError
-from aclip.towers.blocks import run_blocks
+from aclip.towers.blocks import Packing, run_blocks
 
 
 def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B D"]:
@@ -41,8 +42,15 @@ def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "
         return features
     if length > context:
         raise ValueError(f"{length} tokens are more than the text tower's context of {context}")
-    x = tower.token_embedding(tokens) + tower.positional_embedding[:length]
-    x, _ = run_blocks(tower.transformer, x, tokens.argmax(dim=-1), causal=True)
+    eot = tokens.argmax(dim=-1)
+    if packs(tokens):
+        packing = Packing.of(eot + 1, length)
+        x = tower.token_embedding(tokens.flatten()[packing.places])
+        x = x + F.embedding(packing.places % length, tower.positional_embedding)
+    else:
+        packing = None
+        x = tower.token_embedding(tokens) + tower.positional_embedding[:length]
+    x, _ = run_blocks(tower.transformer, x, eot, causal=True, packing=packing)
     pooled: Tensor = tower.ln_final(x[:, 0])
     projection = tower.text_projection
     if projection is not None:
@@ -73,6 +81,14 @@ def encode_hidden_text(
     x, _ = run_blocks(tower.transformer, x, causal=True)
     states: Tensor = tower.ln_final(x)
     return states
+
+
+def packs(tokens: Int[Tensor, "B T"]) -> bool:
+    """Whether captions are run without their padding, `blocks.Packing`: on a CPU, where lengths are known at once.
+
+    On an accelerator the number of tokens would have to be read back to the host in every step.
+    """
+    return tokens.device.type == "cpu"
 
 
 def can_cut(model: nn.Module | Mapping[str, Any]) -> bool:

@@ -28,6 +28,8 @@ def encode_image(
     mask_token: Float[Tensor, " C"] | None = None,
     return_scores: bool = False,
     return_patches: bool = False,
+    score_layers: int | None = None,
+    scores_only: bool = False,
 ) -> ImageEncoding:
     """Encode images, or only some of their patches, with a ViT of open_clip's or timm's and its own weights.
 
@@ -54,6 +56,9 @@ def encode_image(
             sequence (SimMIM, arXiv 2111.09886); None takes them out of it.
         return_scores: also return the scores; only with all patches kept.
         return_patches: also return the patch tokens after the final norm.
+        score_layers: average the scores over so many blocks, the first ones; None for all (A-CLIP).
+        scores_only: stop when the scores are known: features and cls are then those of a tower cut off there, and of
+            no use.
 
     Returns:
         `ImageEncoding`: features (B, D) not normalised, cls (B, C) the pooled token, scores (B, N) float32 without
@@ -78,7 +83,8 @@ def encode_image(
     # class token pooling reads one token, other pooling every patch
     reads_all = return_patches or not vit.reads_first
     first = None if reads_all else torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    x, scores = run_blocks(vit.stack, x, first, with_scores=return_scores and vit.asker == "class token")
+    x, scores = run_blocks(vit.stack, x, first, with_scores=return_scores and vit.asker == "class token",
+                           score_layers=score_layers, scores_only=scores_only)
     if scores is not None:
         scores = scores[:, first_patch - 1:]  # without the registers
     pooled, pool_scores = vit.pool(x, return_scores and vit.asker == "pool")

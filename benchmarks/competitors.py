@@ -1,0 +1,243 @@
+"""Who takes part in `step.py`: open_clip's training step, and a step of every recipe, whole and part by part."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.loss import ClipLoss
+from torch import Tensor, nn
+
+from aclip import plan, towers
+from aclip.config import Recipe
+from aclip.data import augment
+from aclip.engine.optim import build_optimizer, parameter_groups
+from aclip.engine.trial import made_batch
+from aclip.method import Method
+from aclip.recipes import RECIPES
+from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText
+from aclip.towers.blocks import call_as_modules
+
+# Half of ViT-B/16 in width: the same tokens, depth and ratio of text to image.
+HALF = {
+    "embed_dim": 256,
+    "vision_cfg": {"image_size": 224, "layers": 12, "width": 384, "head_width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 12},
+}  # fmt: skip
+SIZES = {"half": "half-ViT-B-16", "ViT-B-16": "ViT-B-16"}
+BATCHES = 4  # different ones, which all competitors read
+
+
+def register_sizes() -> None:
+    """Tell open_clip of the model that is no preset."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, f"{SIZES['half']}.json").write_text(json.dumps(HALF))
+        open_clip.add_model_config(folder)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by name, of the clock on the wall or of the processor."""
+
+    device: torch.device
+    clock: Callable[[], float] = time.perf_counter
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add what happens inside to `name`."""
+        self.wait()
+        begun = self.clock()
+        yield
+        self.wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - begun
+
+    def wait(self) -> None:
+        """Let the device finish."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass
+class Settings:
+    """What the competitors share."""
+
+    model: str
+    device: torch.device
+    precision: str
+    compiled: bool
+    batch_size: int
+    text_tokens: float
+
+    def autocast(self) -> torch.autocast:
+        """Return the precision of the towers."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def batches(self, resolved: plan.Plan, cut_text: bool) -> list[Batch]:
+        """Return batches of the same captions for everybody."""
+        made = (made_batch(resolved, self.batch_size, text_tokens=self.text_tokens, cut_text=cut_text,
+                           augmented=False, seed=seed)
+                for seed in range(BATCHES))
+        return [batch.to(self.device) for batch in made]
+
+
+class OpenClip:
+    """open_clip's training step, as `open_clip_train` takes it."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.manual_seed(0)
+        self.settings = settings
+        self.plan = plan.resolve(RECIPES["clip"], towers.shape_of(towers.model_config(settings.model)))
+        self.bare = open_clip.create_model(settings.model, device=settings.device, output_dict=True).train()
+        self.model = torch.compile(self.bare) if settings.compiled else self.bare
+        self.loss = ClipLoss()
+        named = [(name, p) for name, p in self.bare.named_parameters() if p.requires_grad]
+        vectors = [p for name, p in named if excluded(name, p)]
+        matrices = [p for name, p in named if not excluded(name, p)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.2}],
+            lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
+        self.batches = settings.batches(self.plan, cut_text=False)
+        self.mean, self.std = (torch.tensor(value, device=settings.device) for value in
+                               (towers.models.IMAGENET_MEAN, towers.models.IMAGENET_STD))
+
+    def propagate(self, batch: Batch) -> None:
+        """Forward pass, loss and backward pass."""
+        self.optimizer.zero_grad()
+        images = augment.apply(batch.views["a"], self.mean, self.std)
+        with self.settings.autocast():
+            out = self.model(images, batch.tokens)
+            losses = self.loss(**out, output_dict=True)
+        sum(losses.values()).backward()
+
+    def optimize(self) -> None:
+        """Take the optimizer's step."""
+        self.optimizer.step()
+        with torch.no_grad():
+            self.bare.logit_scale.clamp_(0, math.log(100))
+
+    def average(self) -> None:
+        """There is no EMA."""
+
+    def stages(self, watch: Stopwatch, batch: Batch) -> None:
+        """The parts of this step are not told apart."""
+
+
+def excluded(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether open_clip's trainer leaves a parameter out of weight decay."""
+    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+class Ours:
+    """A recipe's training step, as `aclip train` takes it."""
+
+    def __init__(self, settings: Settings, recipe: Recipe, cut_text: bool) -> None:
+        torch.manual_seed(0)
+        self.settings = settings
+        self.plan = plan.resolve(recipe, towers.shape_of(towers.model_config(settings.model)))
+        model = towers.create_model(settings.model, with_text=self.plan.uses_text)
+        pixels = towers.preprocess_config(model)
+        self.method = Method(model, self.plan, pixels["mean"], pixels["std"]).to(settings.device).train()
+        if settings.compiled:
+            compile_blocks(self.method)
+        self.optimizer = build_optimizer(parameter_groups(self.method, 0.2), recipe.optimization)
+        self.ema = self.method.ema()
+        self.batches = settings.batches(self.plan, cut_text)
+
+    def propagate(self, batch: Batch) -> None:
+        """Forward pass, losses and backward pass."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.settings.autocast():
+            output = self.method(batch)
+        output.loss.backward()
+
+    def optimize(self) -> None:
+        """Take the optimizer's step."""
+        self.optimizer.step()
+        with torch.no_grad():
+            towers.logit_scale_of(self.method.model).clamp_(0, math.log(100))
+
+    def average(self) -> None:
+        """Update the EMA."""
+        if self.plan.recipe.ema_momentum is not None:
+            self.ema.update(0.996)
+
+    def stages(self, watch: Stopwatch, batch: Batch) -> None:
+        """Take the step's forward and backward pass part by part, cut where one part hands over to the next."""
+        self.optimizer.zero_grad(set_to_none=True)
+        cuts: list[tuple[str, Tensor, Tensor]] = []
+
+        def cut(name: str, tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or not tensor.requires_grad:
+                return tensor
+            leaf = tensor.detach().requires_grad_()
+            cuts.append((name, tensor, leaf))
+            return leaf
+
+        def encode_text(*arguments: Any) -> EncodedText:
+            with watch.measure("text"):
+                out = Method.encode_text(self.method, *arguments)
+            return replace(out, features=cut("text", out.features), states=cut("text", out.states))
+
+        def encode(p: plan.PassPlan, *arguments: Any) -> Encoded:
+            name = "EMA pass" if p.spec.encoder == "ema" else "online pass"
+            with watch.measure(name):
+                out = Method.encode(self.method, p, *arguments)
+            return replace(out, features=cut(name, out.features), cls=cut(name, out.cls),
+                           patches=cut(name, out.patches))
+
+        self.method.encode_text, self.method.encode = encode_text, encode
+        hooks = [hook for objective in self.method.objectives.values() for head in objective.children()
+                 for hook in timing_hooks(watch, head)]
+        try:
+            with watch.measure("all"):
+                with self.settings.autocast():
+                    encoded: EncodedBatch = self.method.encode_batch(batch)
+                with watch.measure("heads and losses"):
+                    with self.settings.autocast():
+                        loss = self.method.judge(encoded, batch.caption_ids).loss
+                    loss.backward()
+                for name in ("text", "online pass"):
+                    ends = [(tensor, leaf.grad) for part, tensor, leaf in cuts
+                            if part == name and leaf.grad is not None]
+                    if ends:
+                        with watch.measure(name):
+                            torch.autograd.backward(*map(list, zip(*ends, strict=True)))
+        finally:
+            del self.method.encode_text, self.method.encode
+            for hook in hooks:
+                hook.remove()
+
+
+def timing_hooks(watch: Stopwatch, head: nn.Module) -> list[Any]:
+    """Measure a head's forward and backward pass."""
+    begun: list[float] = []
+
+    def start(*_: object) -> None:
+        watch.wait()
+        begun.append(watch.clock())
+
+    def stop(*_: object) -> None:
+        watch.wait()
+        watch.seconds["heads"] = watch.seconds.get("heads", 0.0) + watch.clock() - begun.pop()
+
+    hooks: list[Any] = [head.register_forward_pre_hook(start), head.register_forward_hook(stop)]
+    if any(p.requires_grad for p in head.parameters()):
+        hooks += [head.register_full_backward_pre_hook(start), head.register_full_backward_hook(stop)]
+    return hooks
+
+
+def compile_blocks(method: Method) -> None:
+    """Compile the transformer blocks, for texts of any length."""
+    for module in method.modules():
+        if isinstance(module, open_clip.transformer.Transformer):
+            call_as_modules(module)
+            for block in module.resblocks:
+                block.compile(dynamic=True)

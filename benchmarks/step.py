@@ -1,0 +1,284 @@
+"""What a training step costs: every method of the project and open_clip's own trainer, in turns.
+
+    python benchmarks/step.py                          CPU: ViT-B/16's proportions at half of its width, in bf16
+    python benchmarks/step.py --precision fp32 --batch-size 8
+    python benchmarks/step.py --size ViT-B-16 --batch-size 256 --device cuda --compile
+
+One process; the competitors take their steps in turns, A B C A B C ..., so that whatever else the machine does meets
+all of them; medians, and the first and third quartile. The competitor is open_clip's CLIP as its trainer runs it: its
+model, `ClipLoss`, autocast to bf16 (`amp_bf16`), AdamW with its two groups, text padded to 77 tokens, and
+`torch.compile` of the model with --compile (its --torchcompile). Both sides turn uint8 pictures into normalised floats
+within the step; colour augmentation, which open_clip leaves to its loaders, is in neither.
+
+"step" is forward pass, losses and backward pass; optimizer and EMA update are reported apart. "arithmetic" is the
+ratio of multiply-accumulates to open_clip's, from the plan and the true lengths of the captions (SOT and EOT included,
+a stated log-normal distribution, see `aclip.engine.trial`): what a step would cost if nothing but products took time.
+Prints Markdown.
+"""
+
+import argparse
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import aclip
+from aclip.config import override
+from aclip.engine.memory import peak_memory
+from aclip.recipes import RECIPES
+from competitors import BATCHES, SIZES, OpenClip, Ours, Settings, Stopwatch, register_sizes
+
+ASKED = {
+    "clip": ("clip",),
+    "flip": ("flip",),
+    "slip": ("slip",),
+    "maskclip": ("maskclip",),
+    "attentive-1x50": ("attentive-1x50",),
+    "attentive-1x50, EMA at 1/2": ("attentive-1x50", "passes.context.resolution=0.5"),
+    "a-clip": ("a-clip",),
+    "a-clip-eff": ("a-clip-eff",),
+}
+"""Title in the table -> recipe, and changes to it."""
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+PARTS = ("text", "EMA pass", "online pass", "heads", "losses", "optimizer", "EMA update", "host")
+
+
+@dataclass
+class Row:
+    """What was measured of one competitor."""
+
+    title: str
+    text: str
+    competitor: OpenClip | Ours
+    step: list[float] = field(default_factory=list)
+    optimizer: list[float] = field(default_factory=list)
+    ema: list[float] = field(default_factory=list)
+    memory: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def take(self, watch: Stopwatch, number: int) -> None:
+        """Take one whole step."""
+        one = self.competitor
+        batch = one.batches[number % BATCHES]
+        for seconds, run in ((self.step, lambda: one.propagate(batch)), (self.optimizer, one.optimize),
+                             (self.ema, one.average)):
+            watch.wait()
+            begun = watch.clock()
+            run()
+            watch.wait()
+            seconds.append(watch.clock() - begun)
+
+    def forget(self) -> None:
+        """Start counting after the warm-up."""
+        for seconds in (self.step, self.optimizer, self.ema):
+            seconds.clear()
+
+    def macs(self) -> float:
+        """Return the multiply-accumulates of a pair, at the true lengths of the captions where they are cut."""
+        if self.text == "padded":
+            return self.competitor.plan.macs()
+        lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in self.competitor.batches])
+        return self.competitor.plan.macs(float(lengths.float().mean()))
+
+    def tokens(self) -> float:
+        """Return the tokens of a pair that go through the towers, padding not counted where text is cut."""
+        resolved, batches = self.competitor.plan, self.competitor.batches
+        lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in batches]).float()
+        text = resolved.shape.context_length if self.text == "padded" else float(lengths.mean())
+        return text + sum(len(p.spec.views) * p.num_tokens for p in resolved.passes)
+
+
+def peak_of(row: Row, device: torch.device) -> int:
+    """Return the most memory that one step takes, its own weights and optimizer state included.
+
+    On a CPU: what the process grows by in the step (Linux only), and what the competitor holds between steps.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        clear = Path("/proc/self/clear_refs")
+        if not clear.exists():
+            return 0
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what the step takes
+        clear.write_text("5")
+        before = status("VmRSS")
+    row.take(Stopwatch(device), 0)
+    peak = peak_memory(device) if device.type == "cuda" else status("VmHWM")
+    module = row.competitor.method if isinstance(row.competitor, Ours) else row.competitor.bare
+    held = [*module.parameters(), *module.buffers(),
+            *(t for state in row.competitor.optimizer.state.values() for t in state.values())]
+    return peak - before + sum(t.nbytes for t in held)
+
+
+def status(name: str) -> int:
+    """Return a size in bytes from the kernel's account of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def peak_rate(settings: Settings, shape: Any, clock: Callable[[], float]) -> float:
+    """Return the multiply-accumulates a second of the best of a few large matrix products."""
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    best = 0.0
+    for rows, inner, outer in ((197 * settings.batch_size, shape.width, shape.mlp_width), (2048, 2048, 2048),
+                               (4096, 1024, 4096)):
+        a, b = (torch.randn(n, inner, device=settings.device, dtype=dtype) for n in (rows, outer))
+        for _ in range(5):
+            watch = Stopwatch(settings.device, clock)
+            with watch.measure("product"):
+                torch.nn.functional.linear(a, b)
+            best = max(best, rows * inner * outer / watch.seconds["product"])
+    return best
+
+
+def spread(seconds: Sequence[float], scale: float = 1e3) -> str:
+    """Return median and quartiles in words."""
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return f"{scale * middle:.0f} ({scale * low:.0f} to {scale * high:.0f})"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def times_table(rows: list[Row], settings: Settings, rate: float) -> str:
+    """Return the table of times, costs and rates."""
+    base = rows[0]
+    lines = []
+    for row in rows:
+        ratio = statistics.median(a / b for a, b in zip(row.step, base.step, strict=True))
+        whole = statistics.median(sum(t) for t in zip(row.step, row.optimizer, row.ema, strict=True))
+        arithmetic = row.macs() / base.macs()
+        seconds = statistics.median(row.step)
+        pairs = settings.batch_size
+        lines.append([
+            row.title, row.text, spread(row.step), f"{ratio:.2f}", f"{arithmetic:.2f}", f"{ratio / arithmetic:.2f}",
+            f"{1e3 * statistics.median(row.optimizer):.0f}", f"{1e3 * statistics.median(row.ema):.0f}",
+            f"{pairs / whole:.1f}", f"{pairs * row.tokens() / seconds:,.0f}",
+            f"{pairs * row.macs() / seconds / rate:.0%}", f"{row.memory / 2**30:.2f}" if row.memory else "-"])
+    return markdown(["method", "text", "step, ms", "x open_clip", "arithmetic", "over arithmetic", "optimizer, ms",
+                     "EMA update, ms", "pairs/s", "tokens/s", "MFU", "peak GiB"], lines)
+
+
+def parts_table(rows: list[Row]) -> str:
+    """Return the table of the shares of each part in a whole step."""
+    lines = []
+    for row in rows:
+        if row.parts:
+            total = sum(row.parts.values())
+            lines.append([row.title, row.text, *(f"{row.parts.get(part, 0.0) / total:.1%}" for part in PARTS)])
+    return markdown(["method", "text", *PARTS], lines)
+
+
+def parts_of(row: Row, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Return seconds of each part of a step: medians over a few steps taken part by part."""
+    found: dict[str, list[float]] = {part: [] for part in PARTS}
+    for number in range(rounds):
+        watch = Stopwatch(row.competitor.settings.device, clock)
+        row.competitor.stages(watch, row.competitor.batches[number % BATCHES])
+        if not watch.seconds:
+            return {}
+        seconds = watch.seconds
+        seconds["losses"] = seconds.pop("heads and losses") - seconds.get("heads", 0.0)
+        inner = sum(seconds.get(part, 0.0) for part in PARTS[:5])
+        seconds["host"] = seconds.pop("all") - inner
+        for part in PARTS:
+            found[part].append(seconds.get(part, 0.0))
+    parts = {part: statistics.median(values) for part, values in found.items()}
+    return parts | {"optimizer": statistics.median(row.optimizer), "EMA update": statistics.median(row.ema)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="half")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--parts", type=int, default=3, help="steps taken part by part; 0 leaves the second table out")
+    parser.add_argument("--text-tokens", type=float, default=14.0, help="mean length of the captions")
+    parser.add_argument("--text", nargs="+", choices=("cut", "padded"), default=["cut", "padded"])
+    parser.add_argument("--methods", nargs="+", choices=ASKED, default=list(ASKED))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: seconds of all threads together, "
+                        "for one thread on a machine that does other things")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    begun = time.perf_counter()
+    console = Console(width=200)
+    device = torch.device(args.device)
+    register_sizes()
+    settings = Settings(SIZES[args.size], device, args.precision, args.compile, args.batch_size, args.text_tokens)
+    rows = [Row("open_clip", "padded", OpenClip(settings))]
+    for text in args.text:
+        for title in args.methods:
+            name, *changes = ASKED[title]
+            recipe = override(RECIPES[name], changes)
+            rows.append(Row(title, text, Ours(settings, recipe, cut_text=text == "cut")))
+    watch = Stopwatch(device, CLOCKS[args.clock])
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("steps", total=(args.warmup + args.rounds + args.parts) * len(rows))
+        for number in range(args.warmup + args.rounds):
+            if number == args.warmup:
+                for row in rows:
+                    row.forget()
+            for row in rows:
+                row.take(watch, number)
+                progress.advance(task)
+        rate = peak_rate(settings, rows[0].competitor.plan.shape, watch.clock)
+        for row in rows:
+            table = (list(row.step), list(row.optimizer), list(row.ema))
+            row.memory = peak_of(row, device)
+            row.step, row.optimizer, row.ema = table
+            row.parts = parts_of(row, args.parts, watch.clock) if args.parts else {}
+            progress.advance(task, args.parts)
+    print_results(console, rows, settings, rate, args.rounds, time.perf_counter() - begun)
+
+
+def print_results(
+    console: Console, rows: list[Row], settings: Settings, rate: float, rounds: int, seconds: float
+) -> None:
+    """Print both tables and what they depend on."""
+    shape = rows[0].competitor.plan.shape
+    where = (torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda"
+             else f"{torch.get_num_threads()} threads of {processor()}")
+    lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in rows[0].competitor.batches]).float()
+    longest = [int((batch.tokens.argmax(dim=1) + 1).max()) for batch in rows[0].competitor.batches]
+    text = (
+        f"{settings.model} ({shape.width} and {shape.text_width} wide, {shape.layers} layers, 197 tokens), "
+        f"{settings.precision}, batch {settings.batch_size}, {'compiled' if settings.compiled else 'eager'}, "
+        f"on {where}; matrix products reach {2 * rate / 1e9:,.0f} GFLOP/s there. Captions of {lengths.mean():.1f} "
+        f"tokens in the mean, the longest of each batch {', '.join(map(str, longest))}. Medians of {rounds} steps "
+        f"taken in turns, first to third quartile; {seconds / 60:.1f} minutes in all. attentive-clip {aclip.__version__}, torch "
+        f"{torch.__version__}, open_clip {open_clip.__version__}, Python {platform.python_version()}.")
+    for block in (text, times_table(rows, settings, rate), parts_table(rows)):
+        console.print(block, "", sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+             ] if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
