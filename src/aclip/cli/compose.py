@@ -21,12 +21,12 @@ from aclip import data, export, plan, towers
 from aclip.cli.recipes import dataflow_table
 from aclip.config import to_dict
 from aclip.data.fetch import resolve_spec
-from aclip.engine import checkpoint
 from aclip.engine.console import ProgressSink, TensorBoardSink
+from aclip.engine.loop import Sink, fit, resume
 from aclip.engine.memory import note_peak_memory
 from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
 from aclip.engine.run_folder import RunFolder
-from aclip.engine.trainer import Sink, Trainer, fit
+from aclip.engine.trainer import Trainer
 from aclip.errors import BadSampleError, ConfigError, MissingDependencyError
 from aclip.evaluation import Evaluator, PictureFeatures, Probe, Retrieval
 from aclip.evaluation.features import THUMBNAILS, encode_pictures
@@ -90,9 +90,7 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
     dataflow = dataflow_table(resolved, config.model, text_tokens=14)
     if resumed:
         check_same_data(folder, len(source))
-        if checkpoint.list_checkpoints(folder.checkpoints):
-            trainer.restore(checkpoint.load_latest(folder.checkpoints))
-        folder.rewind(trainer.step)
+        resume(trainer, folder)
     else:
         folder.create()
         folder.write_json("config.json", to_dict(config) | {
@@ -107,10 +105,10 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
         trainer.method.frequencies.copy_(data.token_frequencies(
             source, tokenizer, resolved.shape.vocab_size, seed=config.seed))
     examiner = Examiner(config, folder, trainer, encoder, held_out, dataset, console)
-    batches = open_batches(trainer, dataset, timetable.total_steps, workers=config.workers)
+    batches = partial(open_batches, trainer, dataset, timetable.total_steps, workers=config.workers)
     if trainer.step == 0:
         examiner.look(0)
-    if trainer.step < timetable.total_steps:
+    if trainer.step < timetable.total_steps or (trainer.owes_evaluation and not folder.final.exists()):
         with ExitStack() as open_sinks:
             open_sinks.callback(note_peak_memory, folder, device)
             sinks: list[Sink] = [
@@ -148,7 +146,8 @@ def open_batches(trainer: Trainer, dataset: data.PairDataset, total_steps: int, 
     """Return the batches of a run's steps, from the trainer's next one to `total_steps`."""
     assert trainer.config.batch_size is not None
     return data.build_loader(
-        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step, total_steps=total_steps,
+        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step + trainer.skipped_batches,
+        total_steps=total_steps + trainer.skipped_batches,
         workers=workers, device=trainer.device,
         cut_text=towers.cut_after_eot if trainer.method.plan.shape.text_cut else None,
     )
