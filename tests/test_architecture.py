@@ -15,6 +15,7 @@ ROOT = Path(aclip.__file__).parent
 LEVELS = (
     {"errors"},
     {"structs", "config", "rng", "dist", "files", "tokens"},
+    {"tensor_files"},
     {"masking", "ema", "data"},
     {"towers"},
     {"objectives"},

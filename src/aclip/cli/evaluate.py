@@ -98,7 +98,6 @@ def run(args: argparse.Namespace) -> None:
     from aclip.cli.compose_evaluation import evaluate_sets
     from aclip.data import CaptionTokenizer
     from aclip.engine.run_config import choose_device
-    from aclip.errors import ConfigError
     from aclip.report import write_report
     from aclip.towers import load
 

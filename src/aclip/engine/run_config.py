@@ -64,6 +64,9 @@ class RunConfig:
         log_every: optimizer steps between lines of metrics.jsonl.
         evaluate_every: epochs between evaluations; 0 evaluates at the end alone.
         save_every: epochs between checkpoints. keep_checkpoints: how many of the newest to keep.
+        keep_every: every how-many-th of the regular checkpoints is kept for good; 0 keeps none.
+        most_skipped: how many steps in a row may be skipped because their loss or gradient is not finite; after one
+            more the run goes back to its newest checkpoint and on with other batches.
         tensorboard: also write TensorBoard events to the run folder.
     """
 
@@ -87,6 +90,8 @@ class RunConfig:
     evaluate_every: float = 1.0
     save_every: float = 1.0
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    most_skipped: int = 5
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -95,7 +100,7 @@ class RunConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.batch_size is not None and self.batch_size < 2:
             raise ConfigError("batch_size must be at least 2: a contrast needs another pair to differ from")
-        for name in ("workers", "evaluate_every", "save_every", "seed"):
+        for name in ("workers", "evaluate_every", "save_every", "keep_every", "most_skipped", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ConfigError(f"{name} must be 0 or more, and finite, but is {getattr(self, name)}")
         if not 0.0 <= self.unmasked_tuning <= 1.0:

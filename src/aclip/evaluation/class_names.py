@@ -45,7 +45,7 @@ def find_classes(spec: str) -> ClassList:
         from open_clip import IMAGENET_CLASSNAMES
         from timm.data.imagenet_info import ImageNetInfo
 
-        identifiers = tuple(ImageNetInfo().label_names())  # type: ignore[no-untyped-call]
+        identifiers = tuple(ImageNetInfo().label_names())
         return ClassList(tuple(IMAGENET_CLASSNAMES), identifiers, present_only=spec == "imagenet-subset", title=spec)
     if spec in CLASS_LISTS:
         return ClassList(tuple(_held_by_clip_benchmark("en_classnames", spec)), in_order=True, title=spec)

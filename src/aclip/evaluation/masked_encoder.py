@@ -17,6 +17,7 @@ from aclip.errors import ConfigError, unknown_name
 from aclip.masking import AttentiveMasking, MaskingContext, MaskingStrategy, UniformMasking, crop_scores
 from aclip.structs import ImageEncoding
 from aclip.towers import LoadedModel, encode_image, visual_of
+from aclip.towers.vision import vit_of
 
 KEPT_BY = {
     "attentive": "the patches that the model's own [CLS] token attends to most, on the whole picture",
@@ -84,7 +85,7 @@ class MaskedEncoder(nn.Module):
     def keep_indices(self, pixels: Float[Tensor, "B 3 h w"]) -> Int[Tensor, "B K"] | None:
         """Return the patches that stay, ascending; None for all."""
         visual = visual_of(self.model.model)
-        patch: tuple[int, int] = visual.conv1.kernel_size  # type: ignore[union-attr, assignment]
+        patch = vit_of(visual).patch_size
         grid = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
         self.num_patches = grid[0] * grid[1]
         self.num_keep = self._masking.num_keep(grid)

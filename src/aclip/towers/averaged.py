@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from aclip.errors import CheckpointError
+from aclip.tensor_files import StoredTensors
 
 _PREFIX = "method/ema_visual."
 
@@ -20,14 +21,13 @@ def load_average(visual: nn.Module, checkpoints: Path) -> None:
     Raises:
         CheckpointError: no checkpoint, a damaged one, or a recipe that keeps no average.
     """
-    found = sorted(checkpoints.glob("step-*"))
+    found = sorted(checkpoints.glob("step-*[0-9]"))
     if not found:
         raise CheckpointError(f"there is no checkpoint in {checkpoints}")
     try:
-        with safe_open(found[-1] / "state.safetensors", framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(_PREFIX)]  # noqa: SIM118 - it is no dictionary
-            average = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+        stored = StoredTensors.of_folder(found[-1])
+        average = {name.removeprefix(_PREFIX): stored[name] for name in stored if name.startswith(_PREFIX)}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint {found[-1]} cannot be read: {error}") from error
     if not average:
         raise CheckpointError(f"the run in {checkpoints.parent} keeps no moving average: use online weights")

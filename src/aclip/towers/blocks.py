@@ -2,7 +2,7 @@
 
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -103,12 +103,11 @@ def run_blocks(
     if scores_only:
         block = blocks[scored - 1]
         if "forward" in vars(block):  # its weights may be sharded, and come together in a call alone
-            row = block(x, read, causal, visible, True)[1]
+            rows.append(block(x, read, causal, visible, True)[1])
         elif isinstance(block, TimmBlock):
-            row = run_timm_block(block, x, read, visible, True)[1]
+            rows.append(cast(Tensor, run_timm_block(block, x, read, visible, True)[1]))
         else:
-            row = score_block(block, x)
-        rows.append(row)
+            rows.append(score_block(block, x))
     return x, torch.stack(rows).mean(dim=0) if with_scores else None
 
 

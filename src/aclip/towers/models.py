@@ -171,7 +171,7 @@ def is_image_only(weights: Path) -> bool:
     Raises:
         CheckpointError: a damaged or empty file.
     """
-    if weights.suffix != ".safetensors" or not weights.is_file():
+    if not weights.is_dir() and (weights.suffix != ".safetensors" or not weights.is_file()):
         return False
     return all(name.startswith("visual.") for name in tensor_names(weights))
 

@@ -257,7 +257,7 @@ def _folder_source(folder: Path) -> Source:
         config = hugging_face.open_clip_config(theirs, folder)
         return Source(str(folder), _checked(config, str(folder)), folder=folder, layout="hugging_face",
                       weights=hugging_face.weight_files(folder)[0], preprocess=hugging_face.preprocess(folder))
-    steps = [folder] if (folder / "state.json").is_file() else sorted((folder / "checkpoints").glob("step-*"))
+    steps = [folder] if (folder / "state.json").is_file() else sorted((folder / "checkpoints").glob("step-*[0-9]"))
     if not steps:
         raise CheckpointError(f"'{folder}' holds no model: there is neither {CONFIG_NAME} (a saved model), "
                               f"final/{CONFIG_NAME} (a finished run), checkpoints/step-* (a run) nor a Hugging Face "
@@ -294,7 +294,7 @@ def _checkpoint_source(step: Path) -> Source:
                               ) from error
     base = resolve_source(model)
     config = model_config(model, image_size=tuple(size) if isinstance(size, list) else size)
-    return Source(str(step), config, folder=base.folder, weights=step / "state.safetensors",
+    return Source(str(step), config, folder=base.folder, weights=step,
                   preprocess=base.preprocess)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aclip.errors import CheckpointError
+from aclip.tensor_files import StoredTensors
 from aclip.towers.vision import vit_of
 
 RUN_PREFIX = "method/model."
@@ -30,21 +31,15 @@ _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, type(np.dtype(np.float64))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a weight file by name, whatever they are wrapped in; no code of the file is run.
+    """Return the tensors of a weight file, or of a run's checkpoint folder, by name; no code of the file is run.
 
-    Safetensors (a run's checkpoint too: its model) or torch's format, told apart by their first bytes. Taken off are
+    Safetensors (of a checkpoint, its model alone) or torch's format, told apart by their first bytes. Taken off are
     `{"state_dict": ...}`, and the `module.` and `_orig_mod.` that wrappers put before every name.
 
     Raises:
         CheckpointError: missing, empty, cut off, of another kind, or with code in it.
     """
-    if not path.is_file():
-        raise CheckpointError(f"there is no weight file {path}")
-    with path.open("rb") as file:
-        head = file.read(16)
-    if not head:
-        raise CheckpointError(f"the weights {path} are damaged: the file is empty")
-    state = _read_safetensors(path) if head[8:9] == b"{" else _read_torch(path, head)
+    state = _read_folder(path) if path.is_dir() else _read_file(path)
     for wrapper in ("module.", "_orig_mod.", RUN_PREFIX):
         if wrapper == RUN_PREFIX and any(name.startswith(wrapper) for name in state):
             state = {name: tensor for name, tensor in state.items() if name.startswith(wrapper)}
@@ -61,12 +56,15 @@ def tensor_names(path: Path) -> list[str]:
     Raises:
         CheckpointError: a damaged or empty file.
     """
-    if path.stat().st_size == 0:
+    if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"the weights {path} are damaged: the file is empty")
     try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as error:
+        if path.is_dir():
+            names = list(StoredTensors.of_folder(path))
+        else:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"the weights {path} are damaged: {error}") from error
     if not names:
         raise CheckpointError(f"the weights {path} are empty: no tensor is in the file")
@@ -116,6 +114,26 @@ def load_numpy(model: nn.Module, path: Path) -> None:
         load_big_vision_weights(model, str(path))
     except Exception as error:  # whatever numpy and open_clip meet in a damaged or foreign file
         raise CheckpointError(f"the weights {path} cannot be loaded into this model: {error!r}") from error
+
+
+def _read_folder(path: Path) -> dict[str, Tensor]:
+    """Return the model of a run's checkpoint, which may lie in several files."""
+    try:
+        stored = StoredTensors.of_folder(path)
+        return {name: stored[name] for name in stored if name.startswith(RUN_PREFIX)}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """Return what a weight file holds, as it is."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no weight file {path}")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if not head:
+        raise CheckpointError(f"the weights {path} are damaged: the file is empty")
+    return _read_safetensors(path) if head[8:9] == b"{" else _read_torch(path, head)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
