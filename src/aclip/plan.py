@@ -307,8 +307,8 @@ def _check_score_layers(recipe: Recipe, p: Pass, shape: TowerShape) -> None:
         raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': score_layers has nothing to act on, for no pass "
                           "takes scores from it")
     if shape.pool_mlp_width:
-        raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': score_layers has nothing to act on, for in this tower "
-                          "the pool behind the last layer scores the patches")
+        raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': score_layers has nothing to act on, for in this "
+                          "tower the pool behind the last layer scores the patches")
     if p.score_layers > shape.layers:
         raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': scores cannot come from {p.score_layers} layers "
                           f"of a tower that has {shape.layers}")
