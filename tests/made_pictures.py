@@ -57,6 +57,9 @@ class WholePicture:
     def boxes(self, height: int, width: int, **_: int) -> dict[str, tuple[int, int, int, int]]:
         return {"a": (0, 0, height, width)}
 
+    def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
+        return 4 * max(map(max, sizes.values()))
+
     def __call__(
         self,
         image: np.ndarray,

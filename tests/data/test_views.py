@@ -317,6 +317,21 @@ def test_pixels_are_those_of_torchvision_on_pillow(box):
     assert difference.mean() < 0.3
 
 
+@pytest.mark.parametrize("pipeline", [build() for build in VIEWS.values()] + [OneCrop(scale=(0.2, 0.9), ratio=(0.5, 3))])
+@pytest.mark.parametrize("shape", [(1.0, 1.0), (1.0, 1.5), (2.0, 1.0)])
+def test_from_the_least_side_on_no_view_is_enlarged(pipeline, shape):
+    sizes = dict.fromkeys(pipeline.names, (64, 48))
+    least = pipeline.least_side(sizes)
+    height, width = (round(least * side) for side in shape)
+    boxes = [box for n in range(500) for box in pipeline.boxes(height, width, seed=0, epoch=0, sample=n).values()]
+    # boxes are rounded to whole pixels
+    assert min(box[2] for box in boxes) >= 63
+    assert min(box[3] for box in boxes) >= 47
+    # and it is no larger than it must be: some boxes are nearly as small
+    if shape == (1.0, 1.0):
+        assert min(min(box[2] / 64, box[3] / 48) for box in boxes) < 1.2
+
+
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_the_smallest_and_longest_images_are_cut(height, width):
     sizes = {"a": (32, 32), "b": (32, 32), "context": (16, 24)}

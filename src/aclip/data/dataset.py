@@ -22,10 +22,6 @@ from aclip.errors import BadSampleError, DataError
 MAX_REPLACEMENTS = 1000
 """Samples that are tried for the place of a bad one before the source is called unusable."""
 
-_DECODE_MARGIN = 4
-"""Pictures may be decoded down to this many times the largest view: a crop of 1/16 of such a picture's
-area still has every pixel that its view can show."""
-
 
 @dataclass(frozen=True)
 class Item:
@@ -81,7 +77,7 @@ class PairDataset(Dataset[Item]):
         self.seed = seed
         self._views = views
         self._sizes = dict(sizes)
-        self._min_side = _DECODE_MARGIN * max(max(size) for size in self._sizes.values())
+        self._min_side = views.least_side(self._sizes)  # JPEGs are decoded no larger than that takes
 
     def __len__(self) -> int:
         """Return the number of samples in the source, bad ones included."""

@@ -70,6 +70,9 @@ class ViewPipeline(Protocol):
     def boxes(self, height: int, width: int, *, seed: int, epoch: int, sample: int) -> dict[str, Box]:
         """Return the boxes that `__call__` cuts from an image of this size: the geometry alone."""
 
+    def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
+        """Return the shorter side in pixels from which on no crop has to be enlarged to its size."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RandomCrops:
@@ -121,6 +124,16 @@ class RandomCrops:
     def boxes(self, height: int, width: int, *, seed: int, epoch: int, sample: int) -> dict[str, Box]:
         """See `ViewPipeline`."""
         return {name: box for name, (box, _) in self._draw(height, width, (seed, epoch, sample)).items()}
+
+    def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
+        """See `ViewPipeline`; up to whole pixels, and for boxes of the drawn area and ratio."""
+        height, width = (max(size[axis] for size in sizes.values()) for axis in (0, 1))
+        share = min(self._scales())
+        return math.ceil(max(height * math.sqrt(self.ratio[1] / share), width / math.sqrt(self.ratio[0] * share)))
+
+    def _scales(self) -> tuple[float, ...]:
+        """Return the smallest shares of the area that are drawn."""
+        return (self.scale[0],)
 
     def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
         """Return each view's box and whether it is flipped."""
@@ -208,6 +221,9 @@ class CropAndTwoAugs(RandomCrops):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_interval("augmented_scale", self.augmented_scale, largest=1.0)
+
+    def _scales(self) -> tuple[float, ...]:
+        return self.scale[0], self.augmented_scale[0]
 
     def _draw_crop(self, name: str, height: int, width: int, draw_for: _DrawFor) -> tuple[Box, bool]:
         if name != "a":

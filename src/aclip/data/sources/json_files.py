@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from aclip.data.sources.manifest import (
     Columns,
@@ -17,7 +17,7 @@ from aclip.data.sources.manifest import (
     row_of,
     settle_columns,
 )
-from aclip.errors import ConfigError, DataError
+from aclip.errors import AclipError, ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +37,10 @@ class JsonSource(ManifestSource):
         columns: the fields that are read.
     """
 
-    def __init__(self, path: Path, columns: Columns | None = None, objects: list[Any] | None = None) -> None:
-        """Read `path`; `columns` replaces the guess, `objects` what is already parsed.
+    def __init__(
+        self, path: Path, columns: Columns | None = None, objects: Callable[[], Iterator[_Object]] | None = None
+    ) -> None:
+        """Read `path`; `columns` replaces the guess, `objects` the parsing of lines.
 
         Raises:
             DataError: no objects, or a file that is not text.
@@ -47,9 +49,7 @@ class JsonSource(ManifestSource):
         encoding = find_encoding(path) if objects is None else ""
 
         def read() -> Iterator[_Object]:
-            if objects is None:
-                return _lines(path, encoding)
-            return (one if isinstance(one, dict) else "not a JSON object" for one in objects)
+            return _lines(path, encoding) if objects is None else objects()
 
         try:
             self.columns = settle_columns(path, _fields(read), columns)
@@ -135,24 +135,127 @@ def open_json(
 ) -> ManifestSource:
     """Open a `.json` file: COCO captions, Karpathy's splits, or a list of objects.
 
+    A list is gone through object by object and never held whole; COCO captions are, as pictures and captions lie
+    in different parts of the file.
+
     Raises:
         DataError: it is none of them.
         ConfigError: a split that the file does not have, or that it cannot have.
     """
     try:
+        with path.open(encoding=_json_encoding(path), errors="surrogatepass") as file:
+            is_list = _ListReader(file).opens_list()
+        if is_list:
+            if split is not None:
+                raise _no_splits(path)
+            return JsonSource(path, columns, lambda: _listed(path))
         content = json.loads(path.read_bytes())
+    except AclipError:  # some are ValueErrors, too
+        raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error} (one object a line is a .jsonl file)") from error
     if isinstance(content, dict) and any("sentences" in one for one in _objects(content, "images")[:1]):
         return KarpathySource(path, content, images, split or "")
     if split is not None:
-        raise ConfigError(f"{path} has no splits: only Karpathy's files are asked for one")
-    if isinstance(content, list):
-        return JsonSource(path, columns, content)
+        raise _no_splits(path)
     if isinstance(content, dict) and "images" in content and "annotations" in content:
         return CocoSource(path, content, images)
     raise DataError(f"{path} is neither a list of objects, nor COCO captions ('images' and 'annotations'), nor "
                     "Karpathy's splits ('images' with 'sentences')")
+
+
+def _no_splits(path: Path) -> ConfigError:
+    return ConfigError(f"{path} has no splits: only Karpathy's files are asked for one")
+
+
+def _json_encoding(path: Path) -> str:
+    """Return how a `.json` file is written, as the standard has it, with or without a mark."""
+    with path.open("rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    return "utf-8-sig" if encoding == "utf-8" else encoding
+
+
+def _listed(path: Path) -> Iterator[_Object]:
+    with path.open(encoding=_json_encoding(path), errors="surrogatepass", newline="") as file:
+        for one in _ListReader(file):
+            yield one if isinstance(one, dict) else "not a JSON object"
+
+
+class _ListReader:
+    """The items of one JSON list, parsed as they come: what is held is one piece of the file and one item."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._text, self._at, self._read = "", 0, 0
+        self._decoder = json.JSONDecoder()
+
+    def opens_list(self) -> bool:
+        """Return whether the file starts as a list does, and step over its bracket."""
+        found = self._next() == "["
+        self._at += found
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the items.
+
+        Raises:
+            ValueError: it is not a list, or not JSON; where.
+        """
+        if not self.opens_list():
+            raise self._error("a list was expected")
+        if self._next() == "]":
+            self._at += 1
+            return self._end()
+        while True:
+            self._next()
+            yield self._item()
+            mark = self._next()
+            if mark not in (",", "]"):
+                raise self._error("a comma or the end of the list was expected")
+            self._at += 1
+            if mark == "]":
+                return self._end()
+
+    def _item(self) -> Any:
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if not self._more():
+                    raise self._error(error.msg) from error
+                continue
+            # what is followed by anything else may be the start of a longer number
+            if self._text[end : end + 1] in _BETWEEN or not self._more():
+                self._at = end
+                return value
+
+    def _next(self) -> str:
+        """Step over white space and return what follows, not stepped over; nothing at the end of the file."""
+        while True:
+            while self._at < len(self._text):
+                if self._text[self._at] not in " \t\n\r":
+                    return self._text[self._at]
+                self._at += 1
+            if not self._more():
+                return ""
+
+    def _more(self) -> bool:
+        """Read on, and forget what has been parsed; pieces double while an item does not end, or trying took ages."""
+        more = self._file.read(max(_PIECE, len(self._text) - self._at))
+        self._read += self._at
+        self._text, self._at = self._text[self._at :] + more, 0
+        return bool(more)
+
+    def _end(self) -> None:
+        if self._next():
+            raise self._error("something follows the end of the list")
+
+    def _error(self, what: str) -> ValueError:
+        return ValueError(f"{what} at character {self._read + self._at:,}")
+
+
+_PIECE = 2**20  # characters
+_BETWEEN = (" ", "\t", "\n", "\r", ",", "]")
 
 
 def _lines(path: Path, encoding: str) -> Iterator[_Object]:
