@@ -77,7 +77,7 @@ def encode_image(
 
     # class token pooling reads one token, other pooling every patch
     reads_all = return_patches or not vit.reads_first
-    first = None if reads_all else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    first = None if reads_all else torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     x, scores = run_blocks(vit.stack, x, first, with_scores=return_scores and vit.asker == "class token")
     if scores is not None:
         scores = scores[:, first_patch - 1:]  # without the registers
