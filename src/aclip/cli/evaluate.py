@@ -178,11 +178,12 @@ def journal_folder(args: argparse.Namespace) -> tuple[RunFolder | None, bool]:
     """
     from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError
+    from aclip.towers.hugging_face import read_config
     from aclip.towers.sources import CONFIG_NAME
 
     # a saved model may have a config.json too, of other tools: what makes a run is that its model is in final/
     path = Path(args.model)
-    if (path / "config.json").is_file() and not (path / CONFIG_NAME).exists():
+    if (path / "config.json").is_file() and not (path / CONFIG_NAME).exists() and read_config(path) is None:
         if args.output is not None:
             raise ConfigError(f"{path} is a run, and its numbers go into its own folder: leave --output out")
         return RunFolder(path), True
