@@ -135,5 +135,5 @@ def print_parity(console: Any, parity: Parity, examples: Examples, library: str)
                   soft_wrap=True)
     if parity.differing:
         shown = "; ".join(repr(caption[:60]) for caption in parity.differing[:3])
-        console.print(f"{len(parity.differing)} of {parity.captions} captions are split into other tokens there: {shown}",
-                      markup=False, soft_wrap=True)
+        console.print(f"{len(parity.differing)} of {parity.captions} captions are split into other tokens there: "
+                      f"{shown}", markup=False, soft_wrap=True)
