@@ -148,7 +148,8 @@ class Recipe:
         passes: run in this order. objectives: summed with their weights.
         texts: the text passes; those that no objective reads are not run.
         ema_momentum: needed if a pass uses the EMA encoder.
-        freeze: parameter names, or prefixes ending in ".", that are not trained.
+        freeze: parameter names, prefixes ending in ".", or `patch_embedding`, the image tower's whatever it is called:
+            what is not trained.
         optimization: the settings of its paper where the recipe says so, else A-CLIP's; `aclip compare --lr` gives all
             recipes the same choice of learning rates.
     """

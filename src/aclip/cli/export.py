@@ -39,8 +39,8 @@ def register(verbs: Any) -> None:
                     "the same features there.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder, a folder with open_clip_config.json, or an "
-                        "open_clip name with pretrained weights (NAME:TAG)")
+    parser.add_argument("model", metavar="MODEL", help="a run's folder, or any model that `aclip train --model` starts from: a "
+                        "model's folder, NAME:TAG, NAME:FILE")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="see below")
     parser.add_argument("--output", type=Path, metavar="FOLDER",
                         help="(default: RUN/export/FORMAT, or exports/NAME-FORMAT for what is no run)")
@@ -67,8 +67,9 @@ def run(args: argparse.Namespace) -> None:
     if not args.tolerance > 0:
         raise ConfigError(f"--tolerance is a positive number, not {args.tolerance:g}")
     path = Path(args.model)
-    folder = RunFolder(path) if (path / "config.json").is_file() and (path / "final").is_dir() else None
-    output = args.output or default_output(args.model, args.to, args.weights, is_run=folder is not None)
+    is_run = (path / "config.json").is_file() and any((path / name).is_dir() for name in ("final", "checkpoints"))
+    folder = RunFolder(path) if is_run else None
+    output = args.output or default_output(args.model, args.to, args.weights, is_run=is_run)
     check_place(output, overwrite=args.overwrite)
     model = load(args.model, weights=args.weights)
     model.tokenizer = CaptionTokenizer(model.tokenizer)

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from aclip.config import Optimization
 
 # By name, for parameters with two dimensions that are not matrices of a linear map.
-_NEVER_DECAYED = ("positional_embedding", "class_embedding", "logit_scale", "logit_bias")
+_NEVER_DECAYED = (
+    "positional_embedding", "class_embedding", "logit_scale", "logit_bias",
+    "pos_embed", "cls_token", "reg_token", "attn_pool.latent",  # timm's
+)
 
 
 @dataclass(frozen=True)

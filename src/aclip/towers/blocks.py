@@ -1,4 +1,4 @@
-"""open_clip's transformer blocks, run with its own weights and without what nobody reads."""
+"""Transformer blocks of open_clip and timm, run with their own weights and without what nobody reads."""
 
 from functools import partial
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aclip.towers.attention import attention, cls_attention
+from aclip.towers.timm_block import run_timm_block
 
 
 def run_blocks(
@@ -21,7 +23,7 @@ def run_blocks(
     visible: Bool[Tensor, "B L"] | None = None,
     with_scores: bool = False,
 ) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
-    """Run all blocks of an open_clip `Transformer` of plain pre-norm blocks.
+    """Run all blocks of an open_clip `Transformer`, or of a ViT of timm's: plain pre-norm blocks.
 
         x <- x + ls_1(attn(ln_1(x)));  x <- x + ls_2(mlp(ln_2(x)))
 
@@ -32,7 +34,8 @@ def run_blocks(
     Honours `transformer.grad_checkpointing` (open_clip's `set_grad_checkpointing`).
 
     Args:
-        transformer: `open_clip.transformer.Transformer` of `ResidualAttentionBlock`.
+        transformer: `open_clip.transformer.Transformer` of `ResidualAttentionBlock`, or
+            `timm.models.VisionTransformer` of `Block`, which is never causal.
         x: (B, L, C) embedded tokens.
         read: (B,) int64 position of the token of each sample that is read, or None for all.
         causal: token i sees tokens 0..i only.
@@ -45,8 +48,9 @@ def run_blocks(
     """
     recompute = transformer.grad_checkpointing and torch.is_grad_enabled()
     rows: list[Tensor] = []
-    last = len(transformer.resblocks) - 1
-    for index, block in enumerate(transformer.resblocks):
+    blocks = blocks_of(transformer)
+    last = len(blocks) - 1
+    for index, block in enumerate(blocks):
         run = block if "forward" in vars(block) else partial(run_block, block)
         arguments = (x, read if index == last else None, causal, visible, with_scores)
         if recompute:
@@ -63,8 +67,13 @@ def call_as_modules(transformer: Any) -> None:
 
     A block's own `forward`, open_clip's, is hidden by that: this is for a copy that is trained, not handed out.
     """
-    for block in transformer.resblocks:
+    for block in blocks_of(transformer):
         block.forward = partial(run_block, block)
+
+
+def blocks_of(transformer: Any) -> Any:
+    """Return the blocks of a stack that `run_blocks` takes: open_clip's `resblocks`, timm's `blocks`."""
+    return transformer.resblocks if hasattr(transformer, "resblocks") else transformer.blocks
 
 
 def run_block(
@@ -76,6 +85,8 @@ def run_block(
     with_scores: bool,
 ) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
     """Run one block; arguments and results as in `run_blocks`."""
+    if isinstance(block, TimmBlock):
+        return run_timm_block(block, x, read, visible, with_scores)
     normed = block.ln_1(x)
     if read is None:
         q, k, v = project(block.attn, normed)
