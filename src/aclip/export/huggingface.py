@@ -6,6 +6,8 @@ a `CLIPVisionModel`, whose `pooler_output` are its features.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,10 +60,12 @@ class HuggingFaceFormat(ExportFormat):
         """Load with transformers, offline."""
         transformers = _transformers()
         if not subject.model.has_text:
-            tower = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()
+            with _without_bars(transformers):
+                tower = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()
             processor = transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
             return Readback(lambda pixels: pooled(tower(pixels)), preprocess=_pixels_by(processor))
-        model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+        with _without_bars(transformers):
+            model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         processor = transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True)
         return Readback(
             lambda pixels: pooled(model.get_image_features(pixels)),
@@ -166,6 +170,19 @@ def _pixels_by(processor: Any) -> Any:
         return torch.as_tensor(processor(images=image, return_tensors="pt")["pixel_values"])[0]
 
     return pixels
+
+
+@contextmanager
+def _without_bars(transformers: Any) -> Iterator[None]:
+    """Keep the library from drawing progress bars."""
+    log = transformers.utils.logging
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
 
 
 def _transformers() -> Any:

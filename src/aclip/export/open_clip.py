@@ -25,7 +25,7 @@ class OpenClipFormat(ExportFormat):
         """Everything is an open_clip model, save an image tower alone."""
         if not subject.model.has_text:
             raise UnsupportedModelError(f"{subject.name} has an image tower only, and open_clip loads models with both "
-                                        "towers: use --to onnx, torch-export or safetensors")
+                                        "towers: use --to huggingface, onnx, torch-export or safetensors")
 
     def write(self, subject: Subject, folder: Path) -> None:
         """Write config and weights."""

@@ -22,7 +22,7 @@ from aclip.towers.pictures import BadPictures, Picture, PreparePictures
 from aclip.towers.shapes import pair
 from aclip.towers.sources import Tokenizer, resolve_source, tokenizer_of
 from aclip.towers.text import can_cut, cut_after_eot, encode_text
-from aclip.towers.vision import encode_image, grid_of
+from aclip.towers.vision import encode_image, grid_of, vit_of
 
 logger = logging.getLogger(__name__)
 
@@ -182,8 +182,7 @@ class LoadedModel(nn.Module):
             (torch.Size([1, 64]), 16)
         """
         masking = AttentiveMasking(mask_ratio, block_size=block_size, keep=keep)
-        visual: Any = visual_of(self.model)
-        grid = grid_of((images.shape[-2], images.shape[-1]), pair(visual.patch_size))
+        grid = grid_of((images.shape[-2], images.shape[-1]), vit_of(visual_of(self.model)).patch_size)
         scores = self.attention_scores(images)
         kept = masking(MaskingContext(len(images), grid, images.device, scores=scores))
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
