@@ -74,7 +74,7 @@ def fail(error: BaseException) -> Callable[..., Any]:
     return raising
 
 
-WRITING = [("save_file", checkpoint), ("_sync", checkpoint), ("rename", Path), ("write_text", Path)]
+WRITING = [("write_shard", checkpoint), ("_sync", checkpoint), ("rename", Path), ("write_text", Path)]
 
 
 @pytest.mark.parametrize(("name", "owner"), WRITING, ids=[name for name, _ in WRITING])
@@ -115,8 +115,8 @@ def test_removing_is_all_or_nothing_too(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, made(10), keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", fail(OSError(28, "No space left on device")))
-        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*step-00000020: .*No space left"):
+        patch.setattr(checkpoint, "write_shard", fail(OSError(28, "No space left on device")))
+        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint of step 20 in .*: .*No space left"):
             save(tmp_path, made(20), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
 

@@ -1,6 +1,7 @@
 """Who decays, AdamW against its definition, and its state at rest."""
 
 import copy
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -8,7 +9,10 @@ import torch
 from torch import nn
 
 from aclip.config import Optimization
+from aclip.engine.checkpoint import Checkpoint, load, save
 from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
+from aclip.engine.shards import StoredTensors
+from aclip.errors import CheckpointError
 
 SETTINGS = Optimization(lr=0.1, weight_decay=0.5)
 
@@ -112,7 +116,15 @@ def stepped(model: Towers, optimizer: torch.optim.Optimizer, steps: int) -> None
         optimizer.step()
 
 
-def test_restored_state_continues_bit_for_bit() -> None:
+def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> StoredTensors:
+    """Return the state of an optimizer as a checkpoint holds it."""
+    named = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+    found = load(save(folder, Checkpoint(1, named, {}), keep=1)).tensors
+    assert isinstance(found, StoredTensors)
+    return found
+
+
+def test_restored_state_continues_bit_for_bit(tmp_path: Path) -> None:
     model = Towers()
     groups = parameter_groups(model, 0.5)
     optimizer = build_optimizer(groups, SETTINGS)
@@ -123,7 +135,7 @@ def test_restored_state_continues_bit_for_bit() -> None:
     resumed_optimizer = build_optimizer(resumed_groups, SETTINGS)
     saved = {name: t.clone() for name, t in optimizer_tensors(optimizer, groups).items()}
     assert {"linear.weight/exp_avg", "linear.weight/exp_avg_sq", "linear.weight/step"} <= set(saved)
-    restore_optimizer(resumed_optimizer, resumed_groups, saved)
+    restore_optimizer(resumed_optimizer, resumed_groups, stored(tmp_path, saved))
 
     for m, o in ((model, optimizer), (resumed, resumed_optimizer)):
         stepped(m, o, 2)
@@ -133,8 +145,8 @@ def test_restored_state_continues_bit_for_bit() -> None:
     assert not torch.equal(saved["linear.weight/exp_avg"], resumed_optimizer.state[resumed.linear.weight]["exp_avg"])
 
 
-def test_state_of_another_model_is_refused() -> None:
+def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
     model = Towers()
     groups = parameter_groups(model, 0.5)
-    with pytest.raises(KeyError):
-        restore_optimizer(build_optimizer(groups, SETTINGS), groups, {"other/step": torch.tensor(1.0)})
+    with pytest.raises(CheckpointError, match="no state of the optimizer for"):
+        restore_optimizer(build_optimizer(groups, SETTINGS), groups, stored(tmp_path, {"o/step": torch.tensor(1.0)}))

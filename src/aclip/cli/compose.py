@@ -5,6 +5,7 @@ import platform
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 import aclip
-from aclip import data, export, plan, towers
+from aclip import data, dist, export, plan, towers
 from aclip.cli.compose_evaluation import HeldOut, evaluate_sets, name_skipped
 from aclip.cli.recipes import dataflow_table
 from aclip.config import to_dict
 from aclip.data.fetch import resolve_spec
-from aclip.engine import checkpoint
 from aclip.engine.console import ProgressSink, TensorBoardSink
+from aclip.engine.loop import Sink, fit, resume
 from aclip.engine.memory import note_peak_memory
 from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
 from aclip.engine.run_folder import RunFolder
-from aclip.engine.trainer import Sink, Trainer, fit
+from aclip.engine.trainer import Trainer
 from aclip.errors import BadSampleError, ConfigError, MissingDependencyError
 from aclip.evaluation import Retrieval
 from aclip.method import Method
@@ -62,24 +63,34 @@ def open_training(specs: str | Sequence[str]) -> data.Source:
     return data.open_mixture(specs, open_by_spec)
 
 
-def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: str) -> None:
-    """Train a run from its start or its newest checkpoint, evaluate it, write model and report."""
-    console = Console(highlight=False)
-    device = choose_device(config.device)
+def train_run(
+    config: RunConfig, folder: RunFolder, *, resumed: bool, command: str, device_name: str | None = None
+) -> None:
+    """Train a run from its start or its newest checkpoint, evaluate it, write model and report; on every rank.
+
+    Rank 0 evaluates, writes and prints.
+
+    Args:
+        config: the same on every rank.
+        folder: of the run, where rank 0 writes.
+        resumed: whether it holds a run that goes on.
+        command: what started the run, for the record.
+        device_name: of this rank; None is the configuration's.
+    """
+    console = Console(highlight=False, quiet=dist.rank() > 0)
+    device = choose_device(device_name or config.device)
     source = open_training(config.data)
     config = settled(config, len(source), device)
     held_out = open_held_out(config.validation)
 
     trainer = build_trainer(config, len(source), device)
-    model, resolved, timetable = trainer.method.model, trainer.method.plan, trainer.timetable
+    model, resolved, timetable = trainer.wrapped.shown.model, trainer.method.plan, trainer.timetable
 
     dataflow = dataflow_table(resolved, config.model, text_tokens=14)
     if resumed:
         check_same_data(folder, len(source))
-        if checkpoint.list_checkpoints(folder.checkpoints):
-            trainer.restore(checkpoint.load_latest(folder.checkpoints))
-        folder.rewind(trainer.step)
-    else:
+        resume(trainer, folder)
+    elif dist.rank() == 0:
         folder.create()
         folder.write_json("config.json", to_dict(config) | {
             "num_pairs": len(source), "command": command, "dataflow": plain_text(dataflow),
@@ -93,10 +104,10 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
         trainer.method.frequencies.copy_(data.token_frequencies(
             source, tokenizer, resolved.shape.vocab_size, seed=config.seed))
     examiner = Examiner(config, folder, trainer, encoder, held_out, dataset, console)
-    batches = open_batches(trainer, dataset, timetable.total_steps, workers=config.workers)
+    batches = partial(open_batches, trainer, dataset, timetable.total_steps, workers=config.workers)
     if trainer.step == 0:
         examiner.look(0)
-    if trainer.step < timetable.total_steps:
+    if trainer.step < timetable.total_steps or (trainer.owes_evaluation and not folder.final.exists()):
         with ExitStack() as open_sinks:
             open_sinks.callback(note_peak_memory, folder, device)
             sinks: list[Sink] = [
@@ -105,6 +116,9 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
                 writer = open_sinks.enter_context(tensorboard_writer(folder, trainer.step))
                 sinks.append(TensorBoardSink(writer))
             fit(trainer, batches, folder, sinks, examiner.examine)
+    trainer.wrapped.refresh()
+    if dist.rank() > 0:
+        return
     model_config = towers.model_config(config.model, image_size=config.image_size)
     export.open_clip.save(model, model_config, towers.preprocess_config(model), folder.final)
     finish(folder, console)
@@ -134,9 +148,11 @@ def open_batches(trainer: Trainer, dataset: data.PairDataset, total_steps: int, 
     """Return the batches of a run's steps, from the trainer's next one to `total_steps`."""
     assert trainer.config.batch_size is not None
     return data.build_loader(
-        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step, total_steps=total_steps,
+        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step + trainer.skipped_batches,
+        total_steps=total_steps + trainer.skipped_batches,
         workers=workers, device=trainer.device,
         cut_text=towers.cut_after_eot if trainer.method.plan.shape.text_cut else None,
+        rank=dist.rank(), world_size=dist.world_size(),
     )
 
 
@@ -174,15 +190,16 @@ class Examiner:
         self.shown = pick_pictures(shown, SNAPSHOT_PICTURES, config.seed)
 
     def look(self, step: int) -> None:
-        """Keep a picture of what the model looks at after `step` optimizer steps."""
-        if self.shown:
+        """Keep a picture of what the model looks at after `step` optimizer steps; all ranks call it."""
+        self.trainer.wrapped.refresh()
+        if self.shown and dist.rank() == 0:
             images, captions = zip(*self.shown, strict=True)
-            take_snapshot(self.trainer.method, images, captions, step, self.folder.snapshots)
+            take_snapshot(self.trainer.wrapped.shown, images, captions, step, self.folder.snapshots)
 
     def examine(self, step: int) -> None:
-        """Look, and evaluate, after `step` optimizer steps."""
+        """Look, and evaluate, after `step` optimizer steps; all ranks call it, and rank 0 does it."""
         self.look(step)
-        if self.trainer.method.plan.uses_text:
+        if self.trainer.method.plan.uses_text and dist.rank() == 0:
             evaluate_sets(self.encoder, self.held_out, (Retrieval(),), self.folder, self.console, step=step,
                           samples_seen=self.trainer.samples_seen, device=self.trainer.device,
                           workers=self.config.workers)

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from aclip.config import Optimization
+from aclip.engine.shards import StoredTensors
+from aclip.errors import CheckpointError
 
 # By name, for parameters with two dimensions that are not matrices of a linear map.
 _NEVER_DECAYED = ("positional_embedding", "class_embedding", "logit_scale", "logit_bias")
@@ -50,9 +53,14 @@ def build_optimizer(groups: list[ParameterGroup], settings: Optimization) -> tor
     Fused where torch has it: one pass over parameters, gradients and both moments, where `foreach` makes
     ten.
     """
+    split = []  # one call of the fused kernel takes sharded tensors or whole ones
+    for g in groups:
+        for sharded in (False, True):
+            members = [p for p in g.parameters if isinstance(p, DTensor) == sharded]
+            if members:
+                split.append({"params": members, "weight_decay": g.weight_decay})
     return torch.optim.AdamW(
-        [{"params": list(g.parameters), "weight_decay": g.weight_decay} for g in groups],
-        lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True,
+        split, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True,
     )
 
 
@@ -67,15 +75,29 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, groups: list[ParameterGr
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, groups: list[ParameterGroup], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, groups: list[ParameterGroup], stored: StoredTensors, prefix: str = "optimizer/"
 ) -> None:
-    """Put back what `optimizer_tensors` returned."""
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for path, value in tensors.items():
-        name, _, key = path.rpartition("/")
-        by_parameter.setdefault(name, {})[key] = value
+    """Put back what `optimizer_tensors` returned and a checkpoint holds below `prefix`.
+
+    What is shaped like its parameter lies where that lies, sharded or whole.
+
+    Raises:
+        CheckpointError: it is not all there.
+    """
+    keys: dict[str, list[str]] = {}
+    for path in stored:
+        name, _, key = path.removeprefix(prefix).rpartition("/")
+        if path.startswith(prefix):
+            keys.setdefault(name, []).append(key)
     for group in groups:
         for name, parameter in zip(group.names, group.parameters, strict=True):
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device, copy=True) for key, value in by_parameter[name].items()
-            }
+            if keys and name not in keys:
+                raise CheckpointError(f"there is no state of the optimizer for '{name}' in it")
+            state = optimizer.state[parameter] = {}
+            for key in keys.get(name, ()):
+                path = f"{prefix}{name}/{key}"
+                if parameter.ndim and stored.shape(path) == tuple(parameter.shape):
+                    state[key] = torch.zeros_like(parameter.detach())
+                    stored.fill(path, state[key])
+                else:
+                    state[key] = stored[path].to(parameter.device, copy=True)
