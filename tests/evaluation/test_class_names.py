@@ -15,7 +15,7 @@ from aclip.evaluation import ClassList, ZeroShot, class_names, find_classes, fin
 def clip_benchmark(tmp_path, monkeypatch):
     """A stand-in for the files of the package clip-benchmark."""
     (tmp_path / "datasets").mkdir()
-    names = {"eurosat": ["annual crop land", "forest", "river"]}
+    names = {"eurosat": ["annual crop land", "forest", "highway or road", "pasture land", "river"]}
     templates = {"eurosat": ["a satellite photo of {c}.", "{c} from above."]}
     (tmp_path / "datasets" / "en_classnames.json").write_text(json.dumps(names))
     (tmp_path / "datasets" / "en_zeroshot_classification_templates.json").write_text(json.dumps(templates))
@@ -52,13 +52,15 @@ def test_classes_of_one_name_are_told_apart_by_their_order_alone(table_model, pi
 
 def test_published_lists_and_templates_come_from_the_package(clip_benchmark, caplog):
     classes = find_classes("eurosat")
-    assert classes.numbers(["River", "forest"]) == [2, 1]
+    assert classes.numbers(["River", "forest"]) == [4, 1]
     assert classes.numbers(["02", "00"]) == [2, 0]
     with caplog.at_level(logging.WARNING, logger="aclip"):
-        assert classes.numbers(["River", "AnnualCrop", "Forest"]) == [2, 0, 1]
+        assert classes.numbers(["River", "AnnualCrop", "Forest", "Pasture", "Highway"]) == [4, 0, 1, 3, 2]
     assert "in sorted order: 'AnnualCrop' for 'annual crop land', 'River' for 'river'" in caplog.text
-    with pytest.raises(ConfigError, match=r"has 2 classes, for example: AnnualCrop, River; the 3 eurosat classes can"):
-        classes.numbers(["AnnualCrop", "River"])
+    with pytest.raises(ConfigError, match=r"has 3 classes, for example: AnnualCrop, Pasture, River; the 5 eurosat"):
+        classes.numbers(["AnnualCrop", "River", "Pasture"])
+    with pytest.raises(ConfigError, match=r"3 of the set's 5 classes are eurosat classes by name, but not: Lake, Road"):
+        classes.numbers(["annual crop land", "Lake", "Road", "forest", "River"])  # sorted order would mix them up
     assert find_templates(["eurosat"]) == ("a satellite photo of {}.", "{} from above.")
     with pytest.raises(ConfigError, match="this version of clip-benchmark has no en classnames of 'gtsrb'"):
         find_classes("gtsrb")

@@ -91,33 +91,50 @@ def register(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate and print; the numbers of a run also go to its evaluations.jsonl."""
+    """Evaluate and print; the numbers of a run also go to its evaluations.jsonl.
+
+    Processes that torchrun or Slurm has started each take their share of the pictures and captions.
+    """
+    check_names(args.evaluators, with_training=args.train is not None)
+    options = evaluator_options(args)
+    masked = masking(args)
+    from aclip.engine.launch import joined
+    from aclip.evaluation import together
+
+    with joined(args.device) as device_name, together.together():
+        measure(args, options, masked, device_name)
+
+
+def measure(
+    args: argparse.Namespace, options: Mapping[str, Mapping[str, Any]], masked: Masked, device_name: str
+) -> None:
+    """Load the model and evaluate it, on every process; the first prints and writes."""
     from rich.console import Console
 
     from aclip.cli.compose import open_held_out
     from aclip.cli.compose_evaluation import evaluate_sets
     from aclip.data import CaptionTokenizer
     from aclip.engine.run_config import choose_device
+    from aclip.evaluation import together
     from aclip.report import write_report
     from aclip.towers import load
 
-    check_names(args.evaluators, with_training=args.train is not None)
-    options = evaluator_options(args)
-    masked = masking(args)
-    device = choose_device(args.device)
-    folder, _ = journal_folder(args)
-    model = load(args.model, weights=args.weights)
-    names = choose(args.evaluators, args.model, has_text=model.has_text, with_training=args.train is not None)
-    evaluators = build(names, options)
-    model.tokenizer = CaptionTokenizer(model.tokenizer)  # captions of any length in bounded time
-    model.to(device)
+    console = Console(highlight=False, quiet=together.rank() > 0)
+    with together.common_fate():
+        device = choose_device(device_name)
+        folder, _ = journal_folder(args)
+        model = load(args.model, weights=args.weights)
+        names = choose(args.evaluators, args.model, has_text=model.has_text, with_training=args.train is not None)
+        evaluators = build(names, options)
+        model.tokenizer = CaptionTokenizer(model.tokenizer)  # captions of any length in bounded time
+        model.to(device)
+        held_out = open_held_out(args.data)
+        training = open_held_out([args.train])[0] if args.train is not None else None
     last = max(folder.records("metrics"), key=lambda r: r["step"], default={}) if folder else {}
-    console = Console(highlight=False)
-    evaluate_sets(model, open_held_out(args.data), evaluators, folder, console, device=device,
-                  workers=args.workers, weights=args.weights, step=last.get("step", 0),
-                  samples_seen=last.get("samples_seen", 0), masked=masked,
-                  training=open_held_out([args.train])[0] if args.train is not None else None)
-    if folder is not None:
+    evaluate_sets(model, held_out, evaluators, folder, console, device=device, workers=args.workers,
+                  weights=args.weights, step=last.get("step", 0), samples_seen=last.get("samples_seen", 0),
+                  masked=masked, training=training)
+    if folder is not None and together.rank() == 0:
         report = write_report(folder.path)
         console.print(f"added to {folder.path}/evaluations.jsonl and to {report}", markup=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from aclip.errors import ConfigError
@@ -85,21 +86,21 @@ def joined(device: str) -> Iterator[str]:
         torch_dist.destroy_process_group()
 
 
-def fresh_store(place: Place) -> torch_dist.Store:
+def fresh_store(place: Place) -> Store:
     """Return a store in which nothing is left of processes that met there before.
 
     torchrun keeps one store over its restarts (torch 2.14): a process that starts anew may find the address of one that
     is gone, and be refused, or wait for it. So the processes of one start first agree on a name that none had before:
     each calls rank 0 with a random word, rank 0 answers to the word, and goes on when all have heard it.
     """
-    store: torch_dist.Store
+    store: Store
     store, rank, ranks = next(rendezvous("env://", place.rank, place.world_size, timeout=PATIENCE))
     word = os.urandom(8).hex()
     if rank > 0:
         store.set(f"aclip/call/{rank}", word)
         name = store.get(f"aclip/answer/{word}").decode()
         store.set(f"aclip/heard/{name}/{rank}", "")
-        return torch_dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     answered: dict[int, str] = {}
     waiting, until = set(range(1, ranks)), time.monotonic() + PATIENCE.total_seconds()
     while waiting:
@@ -114,7 +115,7 @@ def fresh_store(place: Place) -> torch_dist.Store:
         if time.monotonic() > until:
             raise ConfigError(f"only {ranks - len(waiting)} of {ranks} processes have come")
         time.sleep(0.02)
-    return torch_dist.PrefixStore(word, store)
+    return PrefixStore(word, store)
 
 
 def _first_host(environment: Mapping[str, str]) -> str:

@@ -61,12 +61,16 @@ class ClassList:
             logger.info("labels %s to %s are taken for numbers of the %d %s classes, from 0", kinds[0], kinds[-1],
                         len(self.names), self.title)
             return [int(label) for label in labels]
-        if self.in_order and len(kinds) == len(self.names):
+        if self.in_order and len(kinds) == len(self.names) and 2 * len(known) < len(kinds):
             logger.warning("the set's %d classes are taken for the %s ones in sorted order: '%s' for '%s', '%s' for "
                            "'%s'", len(kinds), self.title, kinds[0], self.names[0], kinds[-1], self.names[-1])
             order = {label: i for i, label in enumerate(kinds)}
             return [order[label] for label in labels]
         some = ", ".join(kinds[:5])
+        if 2 * len(known) >= len(kinds):  # nearly the same names: not another way to call them
+            others = ", ".join([label for label in kinds if _key(label) not in called][:5])
+            raise ConfigError(f"{len(known)} of the set's {len(kinds)} classes are {self.title} classes by name, but "
+                              f"not: {others}; give a file with lines of the set's label, a tab, and the class name")
         if self.in_order:
             raise ConfigError(f"the set has {len(kinds)} classes, for example: {some}; the {len(self.names)} "
                               f"{self.title} classes can be matched by their names, or by order where there are as "

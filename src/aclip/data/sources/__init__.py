@@ -21,6 +21,8 @@ from aclip.data.sources.remote import RemoteShardSource, expand_urls
 from aclip.data.sources.shards import ShardSource, expand_pattern
 from aclip.data.sources.slip import open_slip
 from aclip.data.sources.table import TableSource
+from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
+from aclip.data.sources.torchvision_sets import TorchvisionSource
 from aclip.errors import ConfigError, DataError, unknown_name
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "ShardSource",
     "Source",
     "TableSource",
+    "TorchvisionSource",
     "open_source",
     "split_slice",
 ]
@@ -216,7 +219,21 @@ _QUERY = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)
 _COLUMN_OPTIONS = ("image", "caption", "tags", "label")
 
 
+def _open_torchvision(spec: str) -> Source:
+    options = _options(spec, "root", "split", "labels")
+    path = _split_query(spec)[0]
+    if "root" not in options:
+        raise ConfigError(f"'{spec}': say where it lies, as in '{path}?root=FOLDER&split=test'")
+    return TorchvisionSource(path, Path(options["root"]).expanduser(), options.get("split"),
+                             options.get("labels", "name"))
+
+
 READERS: dict[str, Reader] = {
+    "torchvision": Reader(
+        "a classification set as torchvision lays it out ('torchvision:food101?root=FOLDER&split=test')",
+        lambda spec: spec.startswith(TORCHVISION),
+        _open_torchvision,
+    ),
     "remote shards": Reader(
         "WebDataset shards elsewhere ('s3://bucket/{0000..0012}.tar', 'http://...')",
         lambda spec: "://" in spec and ".tar" in spec,
