@@ -1,5 +1,6 @@
 """Who takes part in `step.py`: open_clip's training step, and a step of every recipe, whole and part by part."""
 
+import ctypes
 import json
 import math
 import tempfile
@@ -18,27 +19,32 @@ from torch import Tensor, nn
 from aclip import plan, towers
 from aclip.config import Recipe
 from aclip.data import augment
+from aclip.engine.memory import peak_memory
 from aclip.engine.optim import build_optimizer, parameter_groups
 from aclip.engine.trial import made_batch
 from aclip.method import Method
 from aclip.recipes import RECIPES
-from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText
+from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, TowerShape
 from aclip.towers.blocks import call_as_modules
 
-# Half of ViT-B/16 in width: the same tokens, depth and ratio of text to image.
-HALF = {
-    "embed_dim": 256,
-    "vision_cfg": {"image_size": 224, "layers": 12, "width": 384, "head_width": 64, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 12},
-}  # fmt: skip
-SIZES = {"half": "half-ViT-B-16", "ViT-B-16": "ViT-B-16"}
+WIDTHS = {f"ViT-B-16-of-width-{width}": width for width in (192, 384, 576)}
+"""Models with ViT-B/16's tokens, depth, heads of 64 and ratio of text to image, and less width, which is 768 there."""
+
+SIZES = {"half": "ViT-B-16-of-width-384", "ViT-B-16": "ViT-B-16"}
 BATCHES = 4  # different ones, which all competitors read
 
 
 def register_sizes() -> None:
-    """Tell open_clip of the model that is no preset."""
+    """Tell open_clip of the models that are no presets."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, f"{SIZES['half']}.json").write_text(json.dumps(HALF))
+        for name, width in WIDTHS.items():
+            text = width * 2 // 3
+            Path(folder, f"{name}.json").write_text(json.dumps({
+                "embed_dim": text,
+                "vision_cfg": {"image_size": 224, "layers": 12, "width": width, "head_width": 64, "patch_size": 16},
+                "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": text, "heads": text // 64,
+                             "layers": 12},
+            }))
         open_clip.add_model_config(folder)
 
 
@@ -75,6 +81,11 @@ class Settings:
     compiled: bool
     batch_size: int
     text_tokens: float
+    image_size: int | None = None
+
+    def shape(self) -> TowerShape:
+        """Return the sizes of the model."""
+        return towers.shape_of(towers.model_config(self.model, image_size=self.image_size))
 
     def autocast(self) -> torch.autocast:
         """Return the precision of the towers."""
@@ -94,7 +105,7 @@ class OpenClip:
     def __init__(self, settings: Settings) -> None:
         torch.manual_seed(0)
         self.settings = settings
-        self.plan = plan.resolve(RECIPES["clip"], towers.shape_of(towers.model_config(settings.model)))
+        self.plan = plan.resolve(RECIPES["clip"], settings.shape())
         self.bare = open_clip.create_model(settings.model, device=settings.device, output_dict=True).train()
         self.model = torch.compile(self.bare) if settings.compiled else self.bare
         self.loss = ClipLoss()
@@ -141,8 +152,8 @@ class Ours:
     def __init__(self, settings: Settings, recipe: Recipe, cut_text: bool) -> None:
         torch.manual_seed(0)
         self.settings = settings
-        self.plan = plan.resolve(recipe, towers.shape_of(towers.model_config(settings.model)))
-        model = towers.create_model(settings.model, with_text=self.plan.uses_text)
+        self.plan = plan.resolve(recipe, settings.shape())
+        model = towers.create_model(settings.model, image_size=settings.image_size, with_text=self.plan.uses_text)
         pixels = towers.preprocess_config(model)
         self.method = Method(model, self.plan, pixels["mean"], pixels["std"]).to(settings.device).train()
         if settings.compiled:
@@ -241,3 +252,33 @@ def compile_blocks(method: Method) -> None:
             call_as_modules(module)
             for block in module.resblocks:
                 block.compile(dynamic=True)
+
+
+def peak_of(competitor: OpenClip | Ours, take: Callable[[], object]) -> int:
+    """Return the most memory that one step takes, its own weights and optimizer state included.
+
+    On a CPU: what the process grows by in the step (Linux only), and what the competitor holds between steps.
+    """
+    device = competitor.settings.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        clear = Path("/proc/self/clear_refs")
+        if not clear.exists():
+            return 0
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what the step takes
+        clear.write_text("5")
+        before = status("VmRSS")
+    take()
+    peak = peak_memory(device) if device.type == "cuda" else status("VmHWM")
+    module = competitor.method if isinstance(competitor, Ours) else competitor.bare
+    held = [*module.parameters(), *module.buffers(),
+            *(t for state in competitor.optimizer.state.values() for t in state.values())]
+    return peak - before + sum(t.nbytes for t in held)
+
+
+def status(name: str) -> int:
+    """Return a size in bytes from the kernel's account of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024

@@ -17,7 +17,6 @@ Prints Markdown.
 """
 
 import argparse
-import ctypes
 import platform
 import statistics
 import time
@@ -33,9 +32,8 @@ from rich.progress import Progress
 
 import aclip
 from aclip.config import override
-from aclip.engine.memory import peak_memory
 from aclip.recipes import RECIPES
-from competitors import BATCHES, SIZES, OpenClip, Ours, Settings, Stopwatch, register_sizes
+from competitors import BATCHES, SIZES, OpenClip, Ours, Settings, Stopwatch, peak_of, register_sizes
 
 ASKED = {
     "clip": ("clip",),
@@ -96,35 +94,6 @@ class Row:
         lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in batches]).float()
         text = resolved.shape.context_length if self.text == "padded" else float(lengths.mean())
         return text + sum(len(p.spec.views) * p.num_tokens for p in resolved.passes)
-
-
-def peak_of(row: Row, device: torch.device) -> int:
-    """Return the most memory that one step takes, its own weights and optimizer state included.
-
-    On a CPU: what the process grows by in the step (Linux only), and what the competitor holds between steps.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        clear = Path("/proc/self/clear_refs")
-        if not clear.exists():
-            return 0
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what the step takes
-        clear.write_text("5")
-        before = status("VmRSS")
-    row.take(Stopwatch(device), 0)
-    peak = peak_memory(device) if device.type == "cuda" else status("VmHWM")
-    module = row.competitor.method if isinstance(row.competitor, Ours) else row.competitor.bare
-    held = [*module.parameters(), *module.buffers(),
-            *(t for state in row.competitor.optimizer.state.values() for t in state.values())]
-    return peak - before + sum(t.nbytes for t in held)
-
-
-def status(name: str) -> int:
-    """Return a size in bytes from the kernel's account of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def peak_rate(settings: Settings, shape: Any, clock: Callable[[], float]) -> float:
@@ -245,7 +214,7 @@ def main() -> None:
         rate = peak_rate(settings, rows[0].competitor.plan.shape, watch.clock)
         for row in rows:
             table = (list(row.step), list(row.optimizer), list(row.ema))
-            row.memory = peak_of(row, device)
+            row.memory = peak_of(row.competitor, lambda row=row: row.take(watch, 0))
             row.step, row.optimizer, row.ema = table
             row.parts = parts_of(row, args.parts, watch.clock) if args.parts else {}
             progress.advance(task, args.parts)
@@ -266,8 +235,9 @@ def print_results(
         f"{settings.precision}, batch {settings.batch_size}, {'compiled' if settings.compiled else 'eager'}, "
         f"on {where}; matrix products reach {2 * rate / 1e9:,.0f} GFLOP/s there. Captions of {lengths.mean():.1f} "
         f"tokens in the mean, the longest of each batch {', '.join(map(str, longest))}. Medians of {rounds} steps "
-        f"taken in turns, first to third quartile; {seconds / 60:.1f} minutes in all. attentive-clip {aclip.__version__}, torch "
-        f"{torch.__version__}, open_clip {open_clip.__version__}, Python {platform.python_version()}.")
+        f"taken in turns, first to third quartile; {seconds / 60:.1f} minutes in all. attentive-clip "
+        f"{aclip.__version__}, torch {torch.__version__}, open_clip {open_clip.__version__}, Python "
+        f"{platform.python_version()}.")
     for block in (text, times_table(rows, settings, rate), parts_table(rows)):
         console.print(block, "", sep="\n", markup=False, highlight=False, soft_wrap=True)
 
