@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import aclip
-from aclip import data, export, plan, towers
+from aclip import data, dist, export, plan, towers
 from aclip.cli.recipes import dataflow_table
 from aclip.config import to_dict
 from aclip.data.fetch import resolve_spec
@@ -78,7 +78,7 @@ def open_training(specs: str | Sequence[str]) -> data.Source:
 
 def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: str) -> None:
     """Train a run from its start or its newest checkpoint, evaluate it, write model and report."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=dist.rank() > 0)
     device = choose_device(config.device)
     source = open_training(config.data)
     config = settled(config, len(source), device)
@@ -91,7 +91,7 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
     if resumed:
         check_same_data(folder, len(source))
         resume(trainer, folder)
-    else:
+    elif dist.rank() == 0:
         folder.create()
         folder.write_json("config.json", to_dict(config) | {
             "num_pairs": len(source), "command": command, "dataflow": plain_text(dataflow),
@@ -106,7 +106,7 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
             source, tokenizer, resolved.shape.vocab_size, seed=config.seed))
     examiner = Examiner(config, folder, trainer, encoder, held_out, dataset, console)
     batches = partial(open_batches, trainer, dataset, timetable.total_steps, workers=config.workers)
-    if trainer.step == 0:
+    if trainer.step == 0 and dist.rank() == 0:
         examiner.look(0)
     if trainer.step < timetable.total_steps or (trainer.owes_evaluation and not folder.final.exists()):
         with ExitStack() as open_sinks:
@@ -116,7 +116,9 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
             if config.tensorboard:
                 writer = open_sinks.enter_context(tensorboard_writer(folder, trainer.step))
                 sinks.append(TensorBoardSink(writer))
-            fit(trainer, batches, folder, sinks, examiner.examine)
+            fit(trainer, batches, folder, sinks, examiner.examine if dist.rank() == 0 else lambda step: None)
+    if dist.rank() > 0:
+        return
     model_config = towers.model_config(config.model, image_size=config.image_size)
     export.open_clip.save(model, model_config, towers.preprocess_config(model), folder.final)
     finish(folder, console)
@@ -150,6 +152,7 @@ def open_batches(trainer: Trainer, dataset: data.PairDataset, total_steps: int, 
         total_steps=total_steps + trainer.skipped_batches,
         workers=workers, device=trainer.device,
         cut_text=towers.cut_after_eot if trainer.method.plan.shape.text_cut else None,
+        rank=dist.rank(), world_size=dist.world_size(),
     )
 
 

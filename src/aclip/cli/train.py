@@ -127,16 +127,17 @@ def resolution_phase(text: str) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Train, evaluate and write the report."""
+    from aclip import dist
+    from aclip.engine.launch import joined
     from aclip.engine.run_folder import RunFolder
-    from aclip.errors import ConfigError
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training on several processes is not possible yet: start one process, without torchrun")
-    config, folder, resumed = _settle(args)
-    from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
+    with joined(args.device or "auto"):
+        settled = dist.collect(_settle(args))
+        config, folder, resumed = settled[0]
+        from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
 
-    command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
-    train_run(config, RunFolder(folder), resumed=resumed, command=command)
+        command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
+        train_run(config, RunFolder(folder), resumed=resumed, command=command)
 
 
 def config_from(arguments: Sequence[str]) -> RunConfig:
@@ -154,6 +155,8 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
     from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError
 
+    if args.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        args.resume = ""  # torchrun has started this run anew after one of its processes ended
     if args.resume is None:
         config = _new_config(args)
         return config, Path(config.output), False

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from aclip.errors import ConfigError
 
@@ -75,12 +78,43 @@ def joined(device: str) -> Iterator[str]:
         torch.cuda.set_device(place.local_rank)
     if place.master is not None:
         os.environ |= {"MASTER_ADDR": place.master[0], "MASTER_PORT": str(place.master[1])}
-    torch_dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=place.rank,
+    torch_dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=fresh_store(place), rank=place.rank,
                                   world_size=place.world_size, timeout=PATIENCE)
     try:
         yield f"cuda:{place.local_rank}" if gpus else device
     finally:
         torch_dist.destroy_process_group()
+
+
+def fresh_store(place: Place) -> Store:
+    """Return a store in which nothing is left of processes that met there before.
+
+    torchrun keeps one store over its restarts (torch 2.14): a process that starts anew may find the address of one that
+    is gone, and be refused, or wait for it. So the processes of one start first agree on a name that none had before:
+    each calls rank 0 with a random word, rank 0 answers to the word, and goes on when all have heard it.
+    """
+    store, rank, ranks = next(rendezvous("env://", place.rank, place.world_size, timeout=PATIENCE))
+    word = os.urandom(8).hex()
+    if rank > 0:
+        store.set(f"aclip/call/{rank}", word)
+        name = store.get(f"aclip/answer/{word}").decode()
+        store.set(f"aclip/heard/{name}/{rank}", "")
+        return PrefixStore(name, store)
+    answered: dict[int, str] = {}
+    waiting, until = set(range(1, ranks)), time.monotonic() + PATIENCE.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"aclip/heard/{word}/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"aclip/call/{other}"]):
+                call = store.get(f"aclip/call/{other}").decode()
+                if answered.get(other) != call:  # the first one may be of a process that is gone
+                    answered[other] = call
+                    store.set(f"aclip/answer/{call}", word)
+        if time.monotonic() > until:
+            raise ConfigError(f"only {ranks - len(waiting)} of {ranks} processes have come")
+        time.sleep(0.02)
+    return PrefixStore(word, store)
 
 
 def _first_host(environment: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_gro
 from aclip.engine.run_config import RunConfig, Timetable
 from aclip.engine.schedule import momentum_cosine, warmup_cosine
 from aclip.engine.shards import StoredTensors
+from aclip.engine.wrap import wrap
 from aclip.errors import CheckpointError
 from aclip.method import Method
 from aclip.structs import Batch, StepOutput
@@ -45,6 +46,7 @@ class Trainer:
         self.skipped_batches = 0  # by how many batches the data are ahead of the steps, after rollbacks
         self.owes_evaluation = False  # whether this state was to be evaluated and is not yet
         self.cut_captions = 0  # since the last record; at rest too, for a checkpoint may lie between two records
+        self.wrapped = wrap(method, device)
         self.groups = parameter_groups(method, config.recipe.optimization.weight_decay)
         self.optimizer = build_optimizer(self.groups, config.recipe.optimization)
         self.ema = method.ema()
@@ -78,7 +80,7 @@ class Trainer:
 
         precision = self.config.precision or "fp32"
         with torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32"):
-            output: StepOutput = self.method(batch, masked=phase.masked, resolution=phase.resolution)
+            output = self.wrapped.step(batch, masked=phase.masked, resolution=phase.resolution)
         self.scaler.scale(output.loss).backward()
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.trained() if p.grad is not None]
