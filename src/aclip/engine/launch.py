@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from aclip.errors import ConfigError
