@@ -1,6 +1,6 @@
 """Large batches on small machines: gradients through cached representations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar
@@ -85,9 +85,9 @@ def joined(parts: Sequence[EncodedBatch]) -> EncodedBatch:
 def rows_of(encoded: EncodedBatch, rows: slice) -> EncodedBatch:
     """Return some samples of an encoded batch."""
     return EncodedBatch(
-        {name: replace(text, **{key: value[rows] for key, value in _tensors(text).items()})
+        {name: _with(text, {key: value[rows] for key, value in _tensors(text).items()})
          for name, text in encoded.texts.items()},
-        {name: replace(views, **{key: value[:, rows] for key, value in _tensors(views).items()})
+        {name: _with(views, {key: value[:, rows] for key, value in _tensors(views).items()})
          for name, views in encoded.passes.items()},
     )
 
@@ -96,8 +96,8 @@ def detached(encoded: EncodedBatch) -> EncodedBatch:
     """Return the same with leaves of the graph in place of what a gradient can reach."""
 
     def leaf(part: EncodedPart) -> EncodedPart:
-        return replace(part, **{key: value.detach().requires_grad_() for key, value in _tensors(part).items()
-                                if key in LEARNS[type(part)]})
+        return _with(part, {key: value.detach().requires_grad_() for key, value in _tensors(part).items()
+                            if key in LEARNS[type(part)]})
 
     return EncodedBatch({name: leaf(text) for name, text in encoded.texts.items()},
                         {name: leaf(views) for name, views in encoded.passes.items()})
@@ -120,8 +120,12 @@ def gradients_of(again: EncodedBatch, leaves: EncodedBatch, rows: slice) -> tupl
 
 
 def _joined(parts: Sequence[EncodedPart], dim: int) -> EncodedPart:
-    together = {key: torch.cat([getattr(part, key) for part in parts], dim=dim) for key in _tensors(parts[0])}
-    return replace(parts[0], **together)
+    return _with(parts[0], {key: torch.cat([getattr(part, key) for part in parts], dim) for key in _tensors(parts[0])})
+
+
+def _with(part: EncodedPart, tensors: Mapping[str, Any]) -> EncodedPart:
+    """Return the part with other tensors."""
+    return replace(part, **tensors)
 
 
 def _tensors(part: Encoded | EncodedText) -> dict[str, Tensor]:

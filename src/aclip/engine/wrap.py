@@ -1,5 +1,7 @@
 """A method spread over processes: recomputed activations, then compiled blocks, then DDP or FSDP2. Only here."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,6 +10,7 @@ import torch
 import torch.distributed as torch_dist
 from open_clip.transformer import Transformer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -76,8 +79,13 @@ def transformers_of(method: Method) -> Iterator[Transformer]:
 
 def whole_state(method: Method) -> dict[str, Tensor]:
     """Return the method's state with every tensor whole; all ranks must call it where it is sharded."""
-    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            for name, tensor in method.state_dict().items()}
+    return {name: whole(tensor) for name, tensor in method.state_dict().items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with the parts of all ranks, who must all ask where it is sharded."""
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full
 
 
 @torch.no_grad()
@@ -96,8 +104,10 @@ def _replicated(method: Method, device: torch.device) -> Wrapped:
     """Every rank holds everything; gradients are averaged while the backward pass goes on."""
     on_device = [device] if device.type == "cuda" else None
     # buffers are equal on all ranks already: batch statistics are those of the whole batch
-    replicas = DistributedDataParallel(method, device_ids=on_device, broadcast_buffers=False,
-                                       gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.13
+    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+    replicas = DistributedDataParallel(method, device_ids=on_device, **options)
     trained = [p for p in method.parameters() if p.requires_grad]
     return Wrapped(method, replicas, lambda: average_gradients(trained))
 
@@ -121,7 +131,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 def _sharded(method: Method, device: torch.device) -> Wrapped:
     """Every rank holds a part of everything; blocks are gathered when they are needed."""
-    mesh = torch_dist.init_device_mesh(device.type, (dist.world_size(),))
+    mesh = init_device_mesh(device.type, (dist.world_size(),))
     for parameter in method.parameters():  # blocks of one tower are equal on all ranks from here on, as under DDP
         torch_dist.broadcast(parameter.data, src=0)
     # FSDP2 cannot shard scalars (logit_scale): they stay whole, and their gradients are averaged as they come
@@ -133,6 +143,8 @@ def _sharded(method: Method, device: torch.device) -> Wrapped:
         for block in transformer.resblocks:
             fully_shard(block, mesh=mesh)
     fully_shard(method, mesh=mesh, ignored_params=scalars)
+    # what comes out of the method are views of each other, and nobody writes into them
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for name in ("encode_batch", "judge"):
         register_fsdp_forward_method(method, name)
     return Wrapped(method, method, lambda: None)
