@@ -122,7 +122,7 @@ class Soak:
                     self.done["disk full"] += 1
                     CONSOLE.print(f"{time.strftime('%X')} disk full at step {last_step(self.run)}")
                     break
-        self.wait_for_progress(8)  # it goes on on a full disk: its journal waits
+        time.sleep(10)  # it goes on on a full disk, and keeps the lines of its journals
         filler.unlink()
 
     def damage(self, how: str) -> None:
@@ -185,7 +185,7 @@ def main() -> None:
                 break
             soak.wait_for_progress(chance.randint(1, 12))
             time.sleep(chance.random() * args.pause)
-            what = chance.choice(left) if left and chance.random() < 0.2 else "kill"
+            what = chance.choice(left) if left and chance.random() < 0.3 else "kill"
             if what == "disk full":
                 soak.fill_disk()
             elif what == "kill":
@@ -198,7 +198,7 @@ def main() -> None:
         incidents = Counter(record["kind"] for record in records(soak.run, "incidents"))
         last = records(soak.run, "metrics")[-1]
         shutil.copytree(soak.run, args.output / "disturbed", ignore=shutil.ignore_patterns("checkpoints"))
-    CONSOLE.print(f"disturbed for {minutes:.0f} minutes over {args.steps} steps: {dict(soak.done)}; exit codes {codes}; "
+    CONSOLE.print(f"disturbed for {minutes:.0f} minutes, {args.steps} steps: {dict(soak.done)}; exit codes {codes}; "
           f"incidents journalled {dict(incidents)}; last line of the metrics {last}")
     CONSOLE.print("differs from the undisturbed run: " + "; ".join(different[:5]) if different
           else "equals the undisturbed run: every logged number, every evaluation, every weight, bit for bit")
