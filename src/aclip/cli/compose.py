@@ -76,16 +76,28 @@ def open_training(specs: str | Sequence[str]) -> data.Source:
     return data.open_mixture(specs, open_by_spec)
 
 
-def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: str) -> None:
-    """Train a run from its start or its newest checkpoint, evaluate it, write model and report."""
+def train_run(
+    config: RunConfig, folder: RunFolder, *, resumed: bool, command: str, device_name: str | None = None
+) -> None:
+    """Train a run from its start or its newest checkpoint, evaluate it, write model and report; on every rank.
+
+    Rank 0 evaluates, writes and prints.
+
+    Args:
+        config: the same on every rank.
+        folder: of the run, where rank 0 writes.
+        resumed: whether it holds a run that goes on.
+        command: what started the run, for the record.
+        device_name: of this rank; None is the configuration's.
+    """
     console = Console(highlight=False, quiet=dist.rank() > 0)
-    device = choose_device(config.device)
+    device = choose_device(device_name or config.device)
     source = open_training(config.data)
     config = settled(config, len(source), device)
     held_out = open_held_out(config.validation)
 
     trainer = build_trainer(config, len(source), device)
-    model, resolved, timetable = trainer.method.model, trainer.method.plan, trainer.timetable
+    model, resolved, timetable = trainer.wrapped.shown.model, trainer.method.plan, trainer.timetable
 
     dataflow = dataflow_table(resolved, config.model, text_tokens=14)
     if resumed:
@@ -106,7 +118,7 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
             source, tokenizer, resolved.shape.vocab_size, seed=config.seed))
     examiner = Examiner(config, folder, trainer, encoder, held_out, dataset, console)
     batches = partial(open_batches, trainer, dataset, timetable.total_steps, workers=config.workers)
-    if trainer.step == 0 and dist.rank() == 0:
+    if trainer.step == 0:
         examiner.look(0)
     if trainer.step < timetable.total_steps or (trainer.owes_evaluation and not folder.final.exists()):
         with ExitStack() as open_sinks:
@@ -116,7 +128,8 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
             if config.tensorboard:
                 writer = open_sinks.enter_context(tensorboard_writer(folder, trainer.step))
                 sinks.append(TensorBoardSink(writer))
-            fit(trainer, batches, folder, sinks, examiner.examine if dist.rank() == 0 else lambda step: None)
+            fit(trainer, batches, folder, sinks, examiner.examine)
+    trainer.wrapped.refresh()
     if dist.rank() > 0:
         return
     model_config = towers.model_config(config.model, image_size=config.image_size)
@@ -196,15 +209,16 @@ class Examiner:
         self.shown = pick_pictures(shown, SNAPSHOT_PICTURES, config.seed)
 
     def look(self, step: int) -> None:
-        """Keep a picture of what the model looks at after `step` optimizer steps."""
-        if self.shown:
+        """Keep a picture of what the model looks at after `step` optimizer steps; all ranks call it."""
+        self.trainer.wrapped.refresh()
+        if self.shown and dist.rank() == 0:
             images, captions = zip(*self.shown, strict=True)
-            take_snapshot(self.trainer.method, images, captions, step, self.folder.snapshots)
+            take_snapshot(self.trainer.wrapped.shown, images, captions, step, self.folder.snapshots)
 
     def examine(self, step: int) -> None:
-        """Look, and evaluate, after `step` optimizer steps."""
+        """Look, and evaluate, after `step` optimizer steps; all ranks call it, and rank 0 does it."""
         self.look(step)
-        if self.trainer.method.plan.uses_text:
+        if self.trainer.method.plan.uses_text and dist.rank() == 0:
             evaluate_sets(self.encoder, self.held_out, (Retrieval(),), self.folder, self.console, step=step,
                           samples_seen=self.trainer.samples_seen, device=self.trainer.device,
                           workers=self.config.workers)

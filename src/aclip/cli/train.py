@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from aclip.engine.run_config import RunConfig
 
 DEFAULT_RECIPE, DEFAULT_MODEL = "a-clip", "vit-tiny"
+MACHINERY = {"parallel", "micro_batch", "recompute", "compile"}
+"""Settings that change nothing but speed, memory and rounding, so that a resumed run may have others."""
 
 EXAMPLES = """\
 examples:
@@ -105,6 +107,15 @@ def add_settings(how: Any) -> list[argparse.Action]:
                          "relative to the recipe's own, e.g. 0.5:0.5 0.3:0.75 (default: whole images throughout)"),
         how.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
                          help="of the towers' arithmetic (default: bf16 where the device multiplies in it, else fp32)"),
+        how.add_argument("--parallel", choices=["ddp", "fsdp"], help="over several processes (torchrun, srun): "
+                         "everything on each, or a share of it on each (default: ddp)"),
+        how.add_argument("--micro-batch", type=int, metavar="PAIRS", help="pairs that a process holds at a time; the "
+                         "step stays that of the whole batch (default: all)"),
+        how.add_argument("--recompute", action="store_true", default=None,
+                         help="save memory: run the towers' blocks again in the backward pass"),
+        how.add_argument("--compile", action="store_true", default=None, help="compile the towers' blocks"),
+        how.add_argument("--grad-clip", type=float, metavar="NORM",
+                         help="largest norm of the gradient; 0 clips nothing (default: the recipe's)"),
         how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (default: auto)"),
         how.add_argument("--workers", type=int, help="loader processes (default: 2)"),
         how.add_argument("--evaluate-every", type=float, metavar="EPOCHS",
@@ -134,20 +145,19 @@ def resolution_phase(text: str) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Train, evaluate and write the report."""
-    from aclip import dist
-    from aclip.engine.launch import joined
-    from aclip.engine.run_folder import RunFolder
-
     if args.overfit_one_batch is not None:
         _overfit(args)
         return
-    with joined(args.device or "auto"):
-        settled = dist.collect(_settle(args))
-        config, folder, resumed = settled[0]
-        from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
+    config, folder, resumed = _settle(args)
+    from aclip import dist
+    from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
+    from aclip.engine.launch import joined
+    from aclip.engine.run_folder import RunFolder
 
-        command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
-        train_run(config, RunFolder(folder), resumed=resumed, command=command)
+    command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
+    with joined(config.device) as device:
+        config, folder, resumed = dist.collect((config, folder, resumed))[0]
+        train_run(config, RunFolder(folder), resumed=resumed, command=command, device_name=device)
 
 
 def _overfit(args: argparse.Namespace) -> None:
@@ -194,11 +204,12 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
         return _new_config(args), folder, False
     saved = saved_config(RunFolder(folder))
     wanted = _with_options(saved, args)
-    changed = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(wanted, f.name)]
+    changed = [f.name for f in dataclasses.fields(saved)
+               if f.name not in MACHINERY and getattr(saved, f.name) != getattr(wanted, f.name)]
     if changed:
         raise ConfigError(f"the run in {folder} was started with other settings ({', '.join(changed)}): a resumed "
                           "run keeps its own; leave the options out, or choose another --output")
-    return saved, folder, True
+    return wanted, folder, True
 
 
 def _new_config(args: argparse.Namespace) -> RunConfig:
@@ -235,7 +246,7 @@ def _with_options(config: RunConfig, args: argparse.Namespace) -> RunConfig:
         recipe = dataclasses.replace(recipe, passes=tuple(
             dataclasses.replace(p, mask_ratio=given["mask_ratio"]) if p.masking != "none" else p
             for p in recipe.passes))
-    settings = {name: given[name] for name in ("lr", "weight_decay") if name in given}
+    settings = {name: given[name] for name in ("lr", "weight_decay", "grad_clip") if name in given}
     recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, **settings))
     fields = {f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given}
     config = dataclasses.replace(config, **fields | {"recipe": recipe})

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from aclip.config import Optimization
 from aclip.engine.shards import StoredTensors
@@ -52,9 +53,14 @@ def build_optimizer(groups: list[ParameterGroup], settings: Optimization) -> tor
     Fused where torch has it: one pass over parameters, gradients and both moments, where `foreach` makes
     ten.
     """
+    split = []  # one call of the fused kernel takes sharded tensors or whole ones
+    for g in groups:
+        for sharded in (False, True):
+            members = [p for p in g.parameters if isinstance(p, DTensor) == sharded]
+            if members:
+                split.append({"params": members, "weight_decay": g.weight_decay})
     return torch.optim.AdamW(
-        [{"params": list(g.parameters), "weight_decay": g.weight_decay} for g in groups],
-        lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True,
+        split, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aclip import dist, towers
 from aclip.engine import checkpoint
+from aclip.engine.accumulation import accumulate
 from aclip.engine.gradients import clip_to, total_norm
 from aclip.engine.health import Guard
 from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
@@ -46,7 +47,10 @@ class Trainer:
         self.skipped_batches = 0  # by how many batches the data are ahead of the steps, after rollbacks
         self.owes_evaluation = False  # whether this state was to be evaluated and is not yet
         self.cut_captions = 0  # since the last record; at rest too, for a checkpoint may lie between two records
-        self.wrapped = wrap(method, device)
+        share = (config.batch_size or 0) // dist.world_size()
+        self.micro_batch = config.micro_batch if config.micro_batch is not None and config.micro_batch < share else None
+        self.wrapped = wrap(method, device, parallel=config.parallel, recompute=config.recompute,
+                            compile_blocks=config.compile, in_parts=self.micro_batch is not None)
         self.groups = parameter_groups(method, config.recipe.optimization.weight_decay)
         self.optimizer = build_optimizer(self.groups, config.recipe.optimization)
         self.ema = method.ema()
@@ -78,10 +82,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.begin()
 
-        precision = self.config.precision or "fp32"
-        with torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32"):
-            output = self.wrapped.step(batch, masked=phase.masked, resolution=phase.resolution)
-        self.scaler.scale(output.loss).backward()
+        if self.micro_batch is None:
+            with self.autocast():
+                output = self.wrapped.step(batch, masked=phase.masked, resolution=phase.resolution)
+            self.scaler.scale(output.loss).backward()
+        else:
+            output = accumulate(self.method, batch, self.micro_batch, masked=phase.masked, resolution=phase.resolution,
+                                autocast=self.autocast, scale=self.scaler.scale)
+            self.wrapped.average_gradients()
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.trained() if p.grad is not None]
         self.grad_norm = total_norm(gradients)
@@ -89,7 +97,9 @@ class Trainer:
         clip = self.config.recipe.optimization.grad_clip
         if clip > 0:
             clip_to(gradients, self.grad_norm, clip)
-        self.optimizer.found_inf = found  # type: ignore[attr-defined]  # with a scaler, its own
+        self.optimizer.found_inf = found  # type: ignore[attr-defined]
+        for own in self.scaler._found_inf_per_device(self.optimizer).values() if self.scaler.is_enabled() else ():
+            own.copy_(found)  # the scaler has looked at this rank's part alone
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.method.plan.uses_text:
@@ -102,6 +112,11 @@ class Trainer:
         self.samples_seen += batch.size * dist.world_size()
         self.cut_captions += batch.truncated
         return replace(output, passes={})  # nobody reads them after the step, and they hold its largest tensors
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the towers compute."""
+        precision = self.config.precision or "fp32"
+        return torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
     def trained(self) -> list[torch.nn.Parameter]:
         """Return the trainable parameters."""

@@ -1,10 +1,11 @@
 """A method spread over processes: recomputed activations, then compiled blocks, then DDP or FSDP2. Only here."""
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -12,15 +13,14 @@ from open_clip.transformer import Transformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from aclip import dist
+from aclip.engine.run_config import Parallel
 from aclip.method import Method
 from aclip.structs import StepOutput
 from aclip.towers.blocks import call_as_modules
-
-Parallel = Literal["ddp", "fsdp"]
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are averaged in runs of this size where they are averaged after the backward pass."""
@@ -34,16 +34,20 @@ class Wrapped:
         method: the method itself; its parameters are `DTensor`s where they are sharded.
         step: its forward pass, after whose backward pass every rank holds the gradients averaged over ranks.
         average_gradients: to be called after a backward pass that began elsewhere (`accumulation`).
+        shown: what rank 0 may look at and save alone: the method, or a whole copy of one that is sharded.
+        refresh: to be called by all ranks before `shown` is used.
     """
 
     method: Method
     step: Callable[..., StepOutput]
     average_gradients: Callable[[], None]
+    shown: Method
+    refresh: Callable[[], None]
 
 
 def wrap(
     method: Method, device: torch.device, *, parallel: Parallel = "ddp", recompute: bool = False,
-    compile_blocks: bool = False,
+    compile_blocks: bool = False, in_parts: bool = False,
 ) -> Wrapped:
     """Prepare a method for training on this process, one of `dist.world_size()`.
 
@@ -57,7 +61,10 @@ def wrap(
             over the ranks, transformer block by transformer block. Without other ranks both are the bare method.
         recompute: keep only the blocks' inputs for the backward pass, and run the blocks again in it.
         compile_blocks: compile the transformer blocks.
+        in_parts: every step will be taken by `accumulate`, so that DDP need hold no second copy of the gradients.
     """
+    copy_of_all = parallel == "fsdp" and dist.world_size() > 1 and dist.rank() == 0
+    shown = copy.deepcopy(method) if copy_of_all else method
     for transformer in transformers_of(method):
         transformer.grad_checkpointing = recompute
         if compile_blocks or parallel == "fsdp":
@@ -66,10 +73,17 @@ def wrap(
             for block in transformer.resblocks:
                 block.compile(dynamic=True)
     if dist.world_size() == 1:
-        return Wrapped(method, method, lambda: None)
+        return Wrapped(method, method, _nothing, method, _nothing)
+    for tensor in [*method.parameters(), *method.buffers()]:  # the same on all ranks from here on
+        torch_dist.broadcast(tensor.data, src=0)
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    return _sharded(method, device) if parallel == "fsdp" else _replicated(method, device)
+    if parallel == "fsdp":
+        _shard(method, device)
+        return Wrapped(method, method, _nothing, shown, lambda: _fill(shown, whole_state(method)))
+    trained = [p for p in method.parameters() if p.requires_grad]
+    replicas = method if in_parts else _replicas(method, device)
+    return Wrapped(method, replicas, lambda: average_gradients(trained), method, _nothing)
 
 
 def transformers_of(method: Method) -> Iterator[Transformer]:
@@ -88,28 +102,13 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-@torch.no_grad()
-def put(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor into `target`; a sharded target takes its own part, without communication."""
-    if not isinstance(target, DTensor):
-        target.copy_(value)
-    elif isinstance(value, DTensor):
-        target.to_local().copy_(value.to_local())
-    else:
-        own = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(own.to_local())
-
-
-def _replicated(method: Method, device: torch.device) -> Wrapped:
+def _replicas(method: Method, device: torch.device) -> nn.Module:
     """Every rank holds everything; gradients are averaged while the backward pass goes on."""
-    on_device = [device] if device.type == "cuda" else None
-    # buffers are equal on all ranks already: batch statistics are those of the whole batch
+    # buffers are equal on all ranks: batch statistics are those of the whole batch
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.13
-    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
-    replicas = DistributedDataParallel(method, device_ids=on_device, **options)
-    trained = [p for p in method.parameters() if p.requires_grad]
-    return Wrapped(method, replicas, lambda: average_gradients(trained))
+    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True, "init_sync": False}
+    return DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None, **options)
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
@@ -129,11 +128,9 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
             bucket, size = [], 0
 
 
-def _sharded(method: Method, device: torch.device) -> Wrapped:
-    """Every rank holds a part of everything; blocks are gathered when they are needed."""
+def _shard(method: Method, device: torch.device) -> None:
+    """Leave a part of everything on every rank; blocks are gathered when they are needed."""
     mesh = init_device_mesh(device.type, (dist.world_size(),))
-    for parameter in method.parameters():  # blocks of one tower are equal on all ranks from here on, as under DDP
-        torch_dist.broadcast(parameter.data, src=0)
     # FSDP2 cannot shard scalars (logit_scale): they stay whole, and their gradients are averaged as they come
     scalars = {p for p in method.parameters() if p.ndim == 0}
     for parameter in scalars:
@@ -147,7 +144,16 @@ def _sharded(method: Method, device: torch.device) -> Wrapped:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for name in ("encode_batch", "judge"):
         register_fsdp_forward_method(method, name)
-    return Wrapped(method, method, lambda: None)
+
+
+def _fill(shown: Method, state: dict[str, Tensor]) -> None:
+    """Give rank 0's whole copy the weights of a sharded method."""
+    if dist.rank() == 0:
+        shown.load_state_dict(state)
+
+
+def _nothing() -> None:
+    """Where there is nothing to do."""
 
 
 def _average(parameter: Tensor) -> None:
@@ -155,9 +161,3 @@ def _average(parameter: Tensor) -> None:
     assert parameter.grad is not None
     torch_dist.all_reduce(parameter.grad)
     parameter.grad /= dist.world_size()
-
-
-def own_part(tensor: Any) -> Tensor:
-    """Return what this rank holds of a tensor."""
-    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part
