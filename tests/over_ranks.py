@@ -4,6 +4,7 @@ import functools
 import multiprocessing as forkserver
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ def build(name: str) -> Method:
 
 
 def a_batch(method: Method, rows: int, seed: int = 0) -> Batch:
-    """Return noise for a method on `vit-nano`."""
+    """Return pictures of different colours for a method on `vit-nano`: of plain noise the tower makes nearly the same
+    for every sample, and a BatchNorm, which divides by the difference, would turn that into rounding."""
     batch = random_batch(method.plan, rows, seed)
+    colours = torch.rand(rows, 3, 1, 1, generator=torch.Generator().manual_seed(seed))
+    views = {name: replace(view, pixels=(view.pixels * colours).to(torch.uint8)) for name, view in batch.views.items()}
     tokens = batch.tokens % SOT
     tokens[:, 0], tokens[:, -1] = SOT, EOT
-    object.__setattr__(batch, "tokens", tokens)
-    return batch
+    return replace(batch, views=views, tokens=tokens)
 
 
 @contextmanager
