@@ -317,7 +317,9 @@ def test_pixels_are_those_of_torchvision_on_pillow(box):
     assert difference.mean() < 0.3
 
 
-@pytest.mark.parametrize("pipeline", [build() for build in VIEWS.values()] + [OneCrop(scale=(0.2, 0.9), ratio=(0.5, 3))])
+@pytest.mark.parametrize(
+    "pipeline", [build() for build in VIEWS.values()] + [OneCrop(scale=(0.2, 0.9), ratio=(0.5, 3))]
+)
 @pytest.mark.parametrize("shape", [(1.0, 1.0), (1.0, 1.5), (2.0, 1.0)])
 def test_from_the_least_side_on_no_view_is_enlarged(pipeline, shape):
     sizes = dict.fromkeys(pipeline.names, (64, 48))

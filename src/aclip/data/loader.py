@@ -1,6 +1,7 @@
 """Feed batches: worker processes read and crop ahead of the optimizer, in an order that does not depend
 on how many of them there are."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from aclip.data.captions import CaptionTokenizer
 from aclip.data.dataset import Item, PairDataset
+from aclip.data.layout import layout_warnings
 from aclip.data.order import BatchSampler, Request
 from aclip.data.views import Crop
 from aclip.data.workers import read_ahead
 from aclip.structs import Batch, ViewBatch
+
+_log = logging.getLogger(__name__)
 
 CutText = Callable[[Tensor], Tensor]
 """Maps (B, T) tokens to (B, T') without the columns that no caption needs."""
@@ -107,6 +111,8 @@ def build_loader(
         ConfigError: a batch size that does not divide among the ranks.
         DataError: fewer samples than one batch.
     """
+    for warning in layout_warnings(dataset.source, workers) if rank == 0 else ():
+        _log.warning("%s", warning)
     sampler = BatchSampler(
         dataset.source,
         batch_size=batch_size,

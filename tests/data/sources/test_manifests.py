@@ -119,7 +119,8 @@ def test_other_json_is_an_error(tmp_path: Path, content: str) -> None:
 @given(
     values=st.lists(st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=6)),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=6)),
     piece=st.integers(1, 9), indent=st.sampled_from([None, 1]), cut=st.integers(0, 60),
 )  # fmt: skip
 def test_a_json_list_is_read_piece_by_piece(values: list[Any], piece: int, indent: int | None, cut: int) -> None:
