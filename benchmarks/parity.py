@@ -3,8 +3,8 @@
     python benchmarks/parity.py                               the table of docs/interop.md
     python benchmarks/parity.py --models ViT-B-32 --formats huggingface
 
-Weights are random (seeded), so nothing is fetched; the tokens of models whose tokenizer would have to be are random too.
-Models are exported one after the other into a temporary folder; ViT-L-14 takes some 7 GiB of memory.
+Weights are random (seeded), so nothing is fetched; the tokens of models whose tokenizer would have to be are random
+too. Models are exported one after the other into a temporary folder.
 """
 
 import argparse

@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ExportError, match="cannot write the export to .*/file/out"):
+    with pytest.raises(ExportError, match=r"cannot write the export to .*/file/out"):
         write(tmp_path / "file" / "out")
 
 
@@ -131,5 +131,5 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 
 
 def test_open_clip_cannot_hold_an_image_tower_alone(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="image tower only.*--to huggingface, onnx"):
+    with pytest.raises(UnsupportedModelError, match=r"image tower only.*--to huggingface, onnx"):
         write(tmp_path / "out", subject=make_subject(with_text=False), to="open_clip")

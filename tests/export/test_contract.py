@@ -99,7 +99,8 @@ def test_what_the_model_card_shows_runs(exported: Exported, tmp_path: Path) -> N
     pixels = model.preprocess(Image.open(picture))[None]
     texts = ["a cat", "a dog"]
     tokens = model.tokenizer(texts)
-    shown = EXPORTS[name].usage(exported.subject).replace("FOLDER", str(exported.folder)).replace("cat.png", str(picture))
+    shown = EXPORTS[name].usage(exported.subject)
+    shown = shown.replace("FOLDER", str(exported.folder)).replace("cat.png", str(picture))
     names: dict[str, Any] = {"pixels": pixels.numpy() if name == "onnx" else pixels, "tokens": tokens}
     with torch.no_grad():
         exec(shown, names)

@@ -121,8 +121,10 @@ def test_preprocessing_is_ours_to_a_grey_level(size: int, mode: str, interpolati
 
 
 SAME = [
-    "a cat", "", " ", "A PHOTO of a Dog.", "it's, don't, we'll, they've, I'm, he'd", "12345 67,890.12", "a/b-c_d (e) [f]",
-    "café crème à la française", "naïve façade Ångström", "北京 東京 서울 Москва Ελλάδα שלום مرحبا हिन्दी", "😀 👍🏽 🇩🇪 ❤️ 👨‍👩‍👧",
+    "a cat", "", " ", "A PHOTO of a Dog.", "it's, don't, we'll, they've, I'm, he'd", "12345 67,890.12",
+    "a/b-c_d (e) [f]",
+    "café crème à la française", "naïve façade Ångström", "北京 東京 서울 Москва Ελλάδα שלום مرحبا हिन्दी",
+    "😀 👍🏽 🇩🇪 ❤️ 👨‍👩‍👧",
     "rock &amp; roll", "&lt;b&gt; &quot;x&quot; &#39;y&#39; &amp;amp; &amp;lt;", "non&nbsp;breaking",
     "“curly” ‘quotes’ and cat’s", "ﬁnd the ﬂower", "tabs\tand\nnew  lines\r\nhere", "x" * 300, "word " * 100,
     "e\u0301 decomposed", "zero\u200bwidth", "\ufeffmark", "C++ & C# !!! ??? ...", "http://www.example.com/a?b=c&d=e",
