@@ -39,8 +39,8 @@ def register(verbs: Any) -> None:
                     "the same features there.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder, or any model that `aclip train --model` starts from: a "
-                        "model's folder, NAME:TAG, NAME:FILE")
+    parser.add_argument("model", metavar="MODEL", help="a run's folder, or any model that `aclip train --model` "
+                        "starts from: a model's folder, NAME:TAG, NAME:FILE")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="see below")
     parser.add_argument("--output", type=Path, metavar="FOLDER",
                         help="(default: RUN/export/FORMAT, or exports/NAME-FORMAT for what is no run)")

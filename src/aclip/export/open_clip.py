@@ -12,6 +12,7 @@ from torch import nn
 
 from aclip.errors import UnsupportedModelError
 from aclip.export.base import ExportFormat, Readback, Subject, fp32_tensors, multiplier
+from aclip.export.tokenizer_files import is_bundled
 from aclip.towers.sources import CONFIG_NAME, WEIGHTS_NAME
 
 
@@ -35,7 +36,8 @@ class OpenClipFormat(ExportFormat):
         """Load with open_clip alone."""
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         model.eval()
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        # a tokenizer of Hugging Face's is fetched by the name that the config has; it is ours then
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}") if is_bundled(subject.model.tokenizer) else None
         return Readback(model.encode_image, model.encode_text, preprocess, tokenizer, multiplier(model))
 
     def usage(self, subject: Subject) -> str:

@@ -54,7 +54,8 @@ class SafetensorsFormat(ExportFormat):
         """See `ExportFormat`."""
         return '''\
 import json
+from pathlib import Path
 from safetensors.torch import load_file
 
 weights = load_file("FOLDER/model.safetensors")          # open_clip's names: visual.*, transformer.*, ...
-config = json.load(open("FOLDER/config.json"))           # open_clip's model_cfg and preprocess_cfg'''
+config = json.loads(Path("FOLDER/config.json").read_text())          # open_clip's model_cfg and preprocess_cfg'''
