@@ -189,4 +189,5 @@ def _heads(x: Float[Tensor, "B L parts_C"], parts: int, heads: int) -> tuple[Ten
 def _row(x: Tensor, read: Int[Tensor, " B"], packing: Packing | None) -> Float[Tensor, "B 1 C"]:
     if packing is not None:
         return x.index_select(0, packing.ends)[:, None]
-    return x.take_along_dim(read[:, None, None], dim=1)
+    # not take_along_dim, which fixes B and L when it is compiled
+    return x.gather(1, read[:, None, None].expand(-1, 1, x.shape[2]))
