@@ -204,5 +204,5 @@ def _heads(x: Float[Tensor, "B L parts_C"], parts: int, heads: int) -> tuple[Ten
 def _row(x: Tensor, read: Int[Tensor, " B"], packing: Packing | None) -> Float[Tensor, "B 1 C"]:
     if packing is not None:
         return x.index_select(0, packing.ends)[:, None]
-    # not take_along_dim, under which torch.export loses the freedom of B
+    # not take_along_dim, under which B and L are fixed when it is compiled or exported
     return x.gather(1, read[:, None, None].expand(-1, 1, x.shape[2]))

@@ -86,9 +86,10 @@ def encode_hidden_text(
 def packs(tokens: Int[Tensor, "B T"]) -> bool:
     """Whether captions are run without their padding, `blocks.Packing`: on a CPU, where lengths are known at once.
 
-    On an accelerator the number of tokens would have to be read back to the host in every step.
+    On an accelerator the number of tokens would have to be read back to the host in every step, and a graph that is
+    traced must not depend on it.
     """
-    return tokens.device.type == "cpu"
+    return tokens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def can_cut(model: nn.Module | Mapping[str, Any]) -> bool:
