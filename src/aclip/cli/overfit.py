@@ -69,9 +69,9 @@ def verdict(losses: list[float], chance: float | None) -> tuple[str, bool]:
                 "high (try a tenth of it), or there is a bug in the model", False)
     guess = f" (guessing gives ln(batch) = {chance:.2f})" if chance is not None else ""
     if last < (FELL if chance is None else FELL_CONTRASTIVE) * first:
-        return (f"the {what} fell from {first:.3f} to {last:.3f} on one batch{guess}: model, loss and learning rate work. "
-                "If a run stays at chance all the same, look at the data: do pictures and captions belong together, do "
-                "they differ from each other? Then at the length of the warm-up and the batch size", True)
-    return (f"the {what} went from {first:.3f} to {last:.3f} on one batch{guess}: the model does not learn what it could "
-            "learn by heart. The data are not to blame: try --lr ten times lower and ten times higher, then more steps; "
-            "if none helps, something between pixels and loss is broken", False)
+        return (f"the {what} fell from {first:.3f} to {last:.3f} on one batch{guess}: model, loss and learning rate "
+                "work. If a run stays at chance all the same, look at the data: do pictures and captions belong "
+                "together, do they differ from each other? Then at the length of the warm-up and the batch size", True)
+    return (f"the {what} went from {first:.3f} to {last:.3f} on one batch{guess}: the model does not learn what it "
+            "could learn by heart. The data are not to blame: try --lr ten times lower and ten times higher, then more "
+            "steps; if none helps, something between pixels and loss is broken", False)
