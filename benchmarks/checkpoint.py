@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from aclip.engine.shards import own_pieces, write_shard
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -31,7 +32,6 @@ from aclip.data.augment import AUGMENTATIONS, draw
 from aclip.engine.checkpoint import list_checkpoints
 from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
 from aclip.engine.saving import Saver
-from aclip.engine.shards import own_pieces, write_shard
 from aclip.engine.trainer import Trainer
 from aclip.method import Method
 from aclip.recipes import RECIPES

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from aclip.engine.shards import mark_of
 from safetensors.torch import load_file
 from safetensors.torch import save_file as safetensors_save
 
 from aclip.engine import checkpoint
 from aclip.engine.checkpoint import Checkpoint, list_checkpoints, load, load_latest, save
-from aclip.engine.shards import mark_of
 from aclip.errors import CheckpointError
 
 

@@ -18,8 +18,9 @@ _NEVER_DECAYED = (
 )
 
 
-_BLOCK = re.compile(r"(.*?transformer)\.resblocks\.(\d+)\.")
-_AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "visual.proj", "logit_scale", "logit_bias")
+_BLOCK = re.compile(r".*?\.(?:resblocks|trunk\.blocks)\.(\d+)\.")  # open_clip's and timm's
+_AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "visual.proj", "logit_scale", "logit_bias",
+                 "trunk.norm.", "trunk.fc_norm.", "trunk.attn_pool.", "trunk.head.", "visual.head.")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _heights(module: nn.Module) -> dict[str, int]:
         block = _BLOCK.match(name)
         if block is not None and name.startswith("model."):
             tower = "visual" if "visual." in name else ""
-            heights[tower] = max(heights.get(tower, 0), int(block[2]) + 1)
+            heights[tower] = max(heights.get(tower, 0), int(block[1]) + 1)
     return heights
 
 
@@ -79,7 +80,7 @@ def _below_top(name: str, heights: dict[str, int]) -> int:
     if not name.startswith("model.") or any(part in name for part in _AFTER_BLOCKS):
         return 0
     block = _BLOCK.match(name)
-    return heights.get(tower, 0) - (int(block[2]) + 1 if block is not None else 0)
+    return heights.get(tower, 0) - (int(block[1]) + 1 if block is not None else 0)
 
 
 def build_optimizer(groups: list[ParameterGroup], settings: Optimization) -> torch.optim.AdamW:

@@ -3,13 +3,12 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from open_clip.transformer import Transformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -20,7 +19,7 @@ from aclip import dist
 from aclip.engine.run_config import Parallel
 from aclip.method import Method
 from aclip.structs import StepOutput
-from aclip.towers.blocks import call_as_modules
+from aclip.towers.blocks import blocks_of, call_as_modules, stacks_of
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are averaged in runs of this size where they are averaged after the backward pass."""
@@ -65,12 +64,12 @@ def wrap(
     """
     copy_of_all = parallel == "fsdp" and dist.world_size() > 1 and dist.rank() == 0
     shown = copy.deepcopy(method) if copy_of_all else method
-    for transformer in transformers_of(method):
+    for transformer in stacks_of(method):
         transformer.grad_checkpointing = recompute
         if compile_blocks or parallel == "fsdp":
             call_as_modules(transformer)
         if compile_blocks:
-            for block in transformer.resblocks:
+            for block in blocks_of(transformer):
                 block.compile(dynamic=True)
     if dist.world_size() == 1:
         return Wrapped(method, method, _nothing, method, _nothing)
@@ -84,11 +83,6 @@ def wrap(
     trained = [p for p in method.parameters() if p.requires_grad]
     replicas = method if in_parts else _replicas(method, device)
     return Wrapped(method, replicas, lambda: average_gradients(trained), method, _nothing)
-
-
-def transformers_of(method: Method) -> Iterator[Transformer]:
-    """Yield open_clip's stacks of blocks in towers, EMA and decoders."""
-    return (module for module in method.modules() if isinstance(module, Transformer))
 
 
 def whole_state(method: Method) -> dict[str, Tensor]:
@@ -136,8 +130,8 @@ def _shard(method: Method, device: torch.device) -> None:
     for parameter in scalars:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average)
-    for transformer in transformers_of(method):
-        for block in transformer.resblocks:
+    for transformer in stacks_of(method):
+        for block in blocks_of(transformer):
             fully_shard(block, mesh=mesh)
     fully_shard(method, mesh=mesh, ignored_params=scalars)
     # what comes out of the method are views of each other, and nobody writes into them

@@ -1,5 +1,6 @@
 """Transformer blocks of open_clip and timm, run with their own weights and without what nobody reads."""
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -7,7 +8,9 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from open_clip.transformer import Transformer
 from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -118,6 +121,11 @@ def call_as_modules(transformer: Any) -> None:
     """
     for block in blocks_of(transformer):
         block.forward = partial(run_block, block)
+
+
+def stacks_of(module: nn.Module) -> Iterator[Any]:
+    """Yield every stack of blocks in a module, open_clip's and timm's: of towers, averages and decoders."""
+    return (part for part in module.modules() if isinstance(part, Transformer | TimmTransformer))
 
 
 def blocks_of(transformer: Any) -> Any:
