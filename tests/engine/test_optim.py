@@ -75,6 +75,23 @@ def test_lower_blocks_learn_more_slowly() -> None:
     assert {group["lr_factor"] for group in optimizer.param_groups} == {0.25, 0.5, 1.0}
 
 
+def test_layers_of_a_timm_tower_decay_too() -> None:
+    names = ("model.visual.trunk.pos_embed", "model.visual.trunk.blocks.0.norm1.weight",
+             "model.visual.trunk.blocks.1.norm1.weight", "model.visual.trunk.norm.weight", "model.visual.head.proj.weight")
+    module = nn.Module()
+    for name in names:  # named as open_clip names timm's
+        place = module
+        *parts, last = name.split(".")
+        for part in parts:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        place.register_parameter(last, nn.Parameter(torch.zeros(2)))
+    groups = parameter_groups(module, 0.5, layer_decay=0.5)
+    factors = {name: group.lr_factor for group in groups for name in group.names}
+    assert [factors[name] for name in names] == [0.25, 0.5, 1.0, 1.0, 1.0]
+
+
 def test_an_open_clip_model_is_split_whole() -> None:
     model = open_clip.model.CLIP(
         embed_dim=8,
