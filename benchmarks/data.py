@@ -18,8 +18,8 @@ picture, with torchvision's operations as the A-CLIP release lists them. Ours au
 main process, which is counted.
 
 "Per core" is pictures per second of processor time of all processes together: it hardly depends on what else the
-machine does. Memory is measured over ten epochs of a manifest of a million rows, of each of which the first 10,000
-samples are read (32 px pictures): resident memory of the parent, and what is each worker's own.
+machine does. Memory is measured over ten epochs of a manifest of a million rows, of each of which the first 5,000
+samples are read (32 px pictures): what is the parent's and each worker's own, without files that lie in memory.
 """
 
 import argparse
@@ -265,7 +265,7 @@ def rates(run: Callable[[], Batches], workers: int) -> tuple[float, float]:
 
 
 def own_memory(pid: int, what: str) -> float:
-    """Return megabytes: "Rss", or "Private", which no other process shares."""
+    """Return megabytes: "Anonymous", which holds no file, or "Private", which no other process shares."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
@@ -281,19 +281,19 @@ def memory(folder: Path, rows: int, samples: int, epochs: int = 10) -> dict[str,
             file.write(f"{row % 100:02}.jpg,a picture of thing{row} beside {row * 7919 % rows}\n")
     me = os.getpid()
     tokenizer = data.CaptionTokenizer(tokenizer_of(MODEL))
-    before = own_memory(me, "Rss")
+    before = own_memory(me, "Anonymous")
     source = data.open_source(str(folder / "million.csv"))
     build = VIEWS["one_crop"]()
     dataset = data.PairDataset(source, build, tokenizer, sizes={"a": (32, 32)}, seed=0)
     sampler = BatchSampler(source, batch_size=100, seed=0, total_steps=epochs * (rows // 100))
     wanted = samples // 100
     some = (step for number, step in enumerate(sampler) if number % sampler.steps_per_epoch < wanted)
-    found: dict[str, list[float]] = {"opened": [own_memory(me, "Rss") - before], "parent": [], "workers": []}
+    found: dict[str, list[float]] = {"opened": [own_memory(me, "Anonymous") - before], "parent": [], "workers": []}
     from aclip.data.loader import ReadBatch
 
     for number, _ in enumerate(read_ahead(ReadBatch(dataset, None), some, workers=2)):
         if number % wanted == wanted - 1:
-            found["parent"].append(own_memory(me, "Rss") - before)
+            found["parent"].append(own_memory(me, "Anonymous") - before)
             found["workers"].append(max(own_memory(child.pid or 0, "Private") for child in
                                         multiprocessing.active_children()))  # fmt: skip
     return found
@@ -348,7 +348,7 @@ def main() -> None:
                 args.pictures)  # fmt: skip
             result["speed"] = speed(folder, list(track(made, "making pictures", args.pictures)), args.rounds, console)
         if args.only != "speed":
-            result["memory"] = used = memory(folder, args.rows, samples=10_000)
+            result["memory"] = used = memory(folder, args.rows, samples=5_000)
             console.print(f"a manifest of {args.rows:,} rows takes {used['opened'][0]:.0f} MB in the parent")
             for whose in ("parent", "workers"):
                 console.print(f"{whose}, MB after each epoch: {', '.join(f'{mb:.0f}' for mb in used[whose])}")

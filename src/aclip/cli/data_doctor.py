@@ -120,14 +120,15 @@ def print_findings(console: Console, examined: Examination) -> None:
     if not examined.findings:
         console.print("nothing to complain about")
         return
-    table = Table("", "finding", box=None, pad_edge=False)
+    # Title and advice share a column, which leaves both room to be read at 80 columns.
+    table = Table("", box=None, pad_edge=False)
     for title in ("number", "share"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("advice")
+    table.add_column("finding, and advice")
     colours = {"error": "red", "warning": "yellow", "note": "dim"}
     for finding in examined.findings:
-        table.add_row(f"[{colours[finding.severity]}]{finding.severity}", escape(finding.title),
-                      f"{finding.count:,}", f"{finding.share:.1%}", finding.advice)
+        table.add_row(f"[{colours[finding.severity]}]{finding.severity}", f"{finding.count:,}", f"{finding.share:.1%}",
+                      f"[bold]{escape(finding.title)}[/]\n{escape(finding.advice)}")
     console.print(table)
 
 

@@ -4,23 +4,28 @@ A bad sample is never fatal and never silent: its place in the batch is taken by
 (seed, epoch, index), and its name and reason travel with the batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from aclip import rng
-from aclip.data.captions import CaptionTokenizer, DrawnCaption, caption_id, clean_captions, draw_caption
+from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
 from aclip.data.decode import decode_pixels
 from aclip.data.order import Request
-from aclip.data.sources import Source
+from aclip.data.sources import RawSample, Source
 from aclip.data.views import Crop, ViewPipeline
 from aclip.errors import BadSampleError, DataError
 
 MAX_REPLACEMENTS = 1000
 """Samples that are tried for the place of a bad one before the source is called unusable."""
+
+
+_TOGETHER = 32
+"""Samples whose small work is done in one go; their files are in memory meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +115,63 @@ class PairDataset(Dataset[Item]):
             f"the first is {name} ({reason})"
         )
 
+    def items(self, requests: Sequence[Request]) -> Iterator[Item]:
+        """Yield `self[request]` for every request, in less time.
+
+        The small work of several samples, reading, drawing and tokenising captions, is done in one go: between two
+        pictures, each of which fills the processor's cache, it takes three times as long.
+
+        Raises:
+            DataError: as `self[request]`.
+        """
+        for first in range(0, len(requests), _TOGETHER):
+            some = requests[first : first + _TOGETHER]
+            started = [self._start(request) for request in some]
+            tokens = iter(self.tokenizer([one.text for one in started if one is not None]))
+            for request, one in zip(some, started, strict=True):
+                if one is None:
+                    yield self[request]
+                    continue
+                own = next(tokens)
+                try:
+                    yield self._finish(one, own)
+                except BadSampleError:
+                    yield self[request]
+
     def _read(
         self, index: int, epoch: int, *, sample: int, skipped: tuple[tuple[str, str], ...] = ()
     ) -> Item:
         """Build sample `index`, everything random drawn for (`epoch`, `sample`)."""
+        one = self._begin(index, epoch, sample)
+        return self._finish(one, self.tokenizer([one.text])[0], skipped)
+
+    def _start(self, request: Request) -> "_Begun | None":
+        """Begin a sample; None if it is bad."""
+        try:
+            return self._begin(request.sample, request.epoch, request.sample)
+        except BadSampleError:
+            return None
+
+    def _begin(self, index: int, epoch: int, sample: int) -> "_Begun":
+        """Do all of a sample but its picture and tokens."""
         raw = self.source.read(index)
         captions = clean_captions(raw.captions)  # before the picture: cheaper to find wanting
-        image = decode_pixels(raw.image, min_side=self._min_side)
-        caption: DrawnCaption = draw_caption(captions, raw.tags, seed=self.seed, epoch=epoch, sample=sample)
-        return Item(
-            views=self._views(image, seed=self.seed, epoch=epoch, sample=sample, sizes=self._sizes),
-            tokens=self.tokenizer([caption.text])[0],
-            caption_id=caption.caption_id if raw.concept is None else caption_id(raw.concept),
-            seed=rng.sample_seed(self.seed, epoch, sample),
-            key=raw.key,
-            skipped=skipped,
-        )
+        caption = draw_caption(captions, raw.tags, seed=self.seed, epoch=epoch, sample=sample)
+        concept = caption.caption_id if raw.concept is None else caption_id(raw.concept)
+        return _Begun(raw, epoch, sample, caption.text, concept, rng.sample_seed(self.seed, epoch, sample))
+
+    def _finish(self, one: "_Begun", tokens: Int[Tensor, " T"], skipped: tuple[tuple[str, str], ...] = ()) -> Item:
+        image = decode_pixels(one.raw.image, min_side=self._min_side)
+        views = self._views(image, seed=self.seed, epoch=one.epoch, sample=one.sample, sizes=self._sizes)
+        return Item(views, tokens, one.caption_id, one.seed, one.raw.key, skipped)
+
+
+class _Begun(NamedTuple):
+    """A sample without its picture, see `Item`."""
+
+    raw: RawSample
+    epoch: int
+    sample: int
+    text: str
+    caption_id: int
+    seed: int

@@ -30,7 +30,7 @@ MAX_PIXELS = 100_000_000
 """Pictures with more pixels are refused: 100 Mpixel are 300 MB once decoded."""
 
 _JPEG = b"\xff\xd8"
-_ORIENTATIONS = (b"Exif\0\0", b"tiff:Orientation")  # wherever they stand, though most of what matches is in headers
+_START_OF_SCAN, _APP1 = b"\xda", b"\xe1"
 _ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -95,7 +95,7 @@ def _decode_plain_jpeg(data: bytes, min_side: int | None) -> UInt8[np.ndarray, "
     Out of the ordinary are metadata, which may turn the picture, colours of print, too many pixels, and whatever
     the decoder complains of: Pillow then decides.
     """
-    if any(mark in data for mark in _ORIENTATIONS):
+    if _has_metadata(data):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -109,6 +109,17 @@ def _decode_plain_jpeg(data: bytes, min_side: int | None) -> UInt8[np.ndarray, "
     except ValueError:
         return None
     return pixels
+
+
+def _has_metadata(data: bytes) -> bool:
+    """Return whether a JPEG has an APP1 segment (EXIF, XMP), or headers that are not laid out plainly."""
+    at = len(_JPEG)
+    while data[at : at + 1] == b"\xff":  # ITU-T T.81, B.1.1.4: a marker, and a length that counts itself
+        marker = data[at + 1 : at + 2]
+        if marker in (_START_OF_SCAN, _APP1):
+            return marker == _APP1
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

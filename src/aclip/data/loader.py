@@ -75,8 +75,7 @@ class ReadBatch:
 
     def __call__(self, requests: Sequence[Request]) -> Batch:
         """Return the batch whose row b answers `requests[b]`."""
-        items = (self._dataset[request] for request in requests)
-        return collate(items, len(requests), self._dataset.tokenizer, self._cut_text)
+        return collate(self._dataset.items(requests), len(requests), self._dataset.tokenizer, self._cut_text)
 
 
 def build_loader(

@@ -162,7 +162,8 @@ def _finding(finding: Finding, groups: list[list[Example]]) -> Html:
     details = " · ".join(f"{words}: {count(number)}" for words, number in finding.details)
     return tag(
         "div",
-        tag("h3", tag("span", finding.severity, class_="rank"), " ", finding.title, " ", tag("small", number)),
+        tag("h3", tag("span", finding.severity, class_=f"rank {finding.severity}"), " ", finding.title, " ",
+            tag("small", number)),
         tag("p", finding.advice, class_="note"),
         tag("p", details, class_="note") if details else None,
         tag("div", *(_card(group) for group in groups), class_="cards"),

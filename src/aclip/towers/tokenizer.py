@@ -4,7 +4,7 @@ from typing import Any
 
 from open_clip.tokenizer import SimpleTokenizer
 
-_REMEMBERED = 50_000  # words, at most some 20 MB
+_REMEMBERED = 10_000  # words, some 3 MB
 _LONGEST = 64  # letters of a word that is remembered
 _PIECES = 1_000  # pieces of words that open_clip remembers, in its own table without an end
 
