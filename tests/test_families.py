@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from aclip import plan, towers
@@ -19,6 +20,8 @@ from aclip.export import open_clip as exported
 from aclip.method import Method
 from aclip.plan import image_macs
 from aclip.recipes import RECIPES
+from aclip.report import take_snapshot
+from aclip.report.snapshots import read_snapshot
 from aclip.towers.shapes import timm_outline
 from tests_support import random_batch
 
@@ -87,6 +90,12 @@ def test_every_trainable_parameter_gets_a_gradient(recipe: str, family: str) -> 
 def test_scores_need_somebody_who_asks() -> None:
     with pytest.raises(UnsupportedModelError, match=r"recipe 'a-clip', pass 'context': .*neither a class token"):
         build("a-clip", "family-mean")
+
+
+def test_where_nobody_asks_pictures_are_shown_without_scores(tmp_path: Path) -> None:
+    method = build("flip", "family-mean")
+    path = take_snapshot(method, [Image.new("RGB", (50, 40))], ["a picture"], 0, tmp_path)
+    assert not read_snapshot(path).scores.any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -283,6 +283,8 @@ def damage(folder: Path, file: str, content: bytes | None) -> None:
     ("open_clip_config.json", None, "holds no model: there is neither open_clip_config.json"),
     ("open_clip_config.json", b"{", "is damaged"),
     ("open_clip_config.json", b"{}", "is damaged"),
+    ("open_clip_config.json", b'{"model_cfg": {"embed_dim": 4, "vision_cfg": {"width": 100, "head_width": 33}, '
+     b'"text_cfg": {}}}', "describes no model"),
 ])
 def test_damaged_folders_are_named(tiny, tmp_path, file, content, match):
     folder = write_model(tmp_path / "model", tiny, towers.model_config("vit-tiny"))

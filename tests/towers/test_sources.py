@@ -79,6 +79,9 @@ def test_hugging_face_folders_of_other_kinds_are_refused(tmp_path):
     hugging_face_folder(tmp_path / "mixed", {"hidden_act": "gelu"}, {})
     with pytest.raises(UnsupportedModelError, match="activations gelu, quick_gelu"):
         towers.create_model(tmp_path / "mixed")
+    hugging_face_folder(tmp_path / "ends", {"eos_token_id": [49406, 49407]}, {})
+    with pytest.raises(UnsupportedModelError, match=r"eos_token_id is \[49406, 49407\]"):
+        towers.create_model(tmp_path / "ends")
     hugging_face_folder(tmp_path / "clip", {}, {})
     state = load_file(tmp_path / "clip" / "model.safetensors")
     name = "vision_model.encoder.layers.1.self_attn.k_proj.weight"

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from aclip.evaluation import EVALUATORS
     from aclip.report import write_report
     from aclip.towers import load
+    from aclip.towers.hugging_face import read_config
     from aclip.towers.sources import CONFIG_NAME
 
     check_names(args.evaluators, with_training=args.train is not None)
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     # a saved model may have a config.json too, of other tools: what makes a run is that its model is in final/
     path = Path(args.model)
-    is_run = (path / "config.json").is_file() and not (path / CONFIG_NAME).exists()
+    is_run = (path / "config.json").is_file() and not (path / CONFIG_NAME).exists() and read_config(path) is None
     folder = RunFolder(path) if is_run else None
     model = load(args.model, weights=args.weights)
     names = choose(args.evaluators, args.model, has_text=model.has_text, with_training=args.train is not None)

@@ -64,10 +64,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add all options of the verb."""
     what = parser.add_argument_group("what to train")
     what.add_argument("--recipe", help=f"the method, see `aclip recipes` (default: {DEFAULT_RECIPE})")
-    what.add_argument("--model", help="open_clip name, NAME:PRETRAINED, a preset (vit-tiny, vit-small), or a folder "
-                      f"(default: {DEFAULT_MODEL})")
-    what.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the input; positions are interpolated "
-                      "(default: the model's own)")
+    what.add_argument("--model", help="open_clip name, NAME:PRETRAINED, NAME:WEIGHT_FILE, a preset (vit-tiny, "
+                      "vit-small), a run, a folder of open_clip's or Hugging Face's CLIP, or the A-CLIP release's "
+                      f"checkpoint (default: {DEFAULT_MODEL})")
+    what.add_argument("--image-size", type=image_size, metavar="PIXELS", help="side of the input, or HEIGHTxWIDTH; "
+                      "positions are interpolated (default: the model's own)")
     what.add_argument("--data", nargs="+", type=str, action=Tuple, metavar="SOURCE[=WEIGHT]",
                       help="training source, see below; several are mixed by their weights, or by their sizes")
     what.add_argument("--validation", nargs="+", type=str, action=Tuple, metavar="[NAME=]SOURCE",
@@ -111,6 +112,14 @@ def add_settings(how: Any) -> list[argparse.Action]:
         how.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
                          help="change any field of the run, e.g. recipe.objectives.byol.weight=1 (repeatable)"),
     ]
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """Return a side in pixels, or (height, width) from HEIGHTxWIDTH."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of pixels, nor HEIGHTxWIDTH, e.g. 224 or 192x256")
+    return (int(sides[0]), int(sides[1])) if len(sides) == 2 else int(sides[0])
 
 
 def resolution_phase(text: str) -> Any:

@@ -42,7 +42,7 @@ class RunConfig:
     Attributes:
         recipe: the method, its optimization included.
         model: open_clip name, preset, or folder.
-        image_size: side of the input in pixels, or None for the model's own.
+        image_size: side of the input in pixels, or (height, width), or None for the model's own.
         data: training source, or several of them, each "source=weight" or all without a weight.
         validation: sources to evaluate on, as "name=source" or a source.
         output: the run folder.
@@ -71,7 +71,7 @@ class RunConfig:
     model: str
     data: str | tuple[str, ...]
     output: str
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     validation: tuple[str, ...] = ()
     epochs: float = 25.0
     samples: int | None = None

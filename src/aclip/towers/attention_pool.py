@@ -27,7 +27,7 @@ def attend(
     Returns:
         (B, C), and (B, L) float32 in [0, 1], rows that sum to 1, or None.
     """
-    query = pool.q(pool.latent).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2).expand(len(x), -1, -1, -1)
+    query = pool.q(pool.latent).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2).expand(x.shape[0], -1, -1, -1)
     k, v = pool.kv(x).unflatten(-1, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     query, k = pool.q_norm(query), pool.k_norm(k)
     scores = None

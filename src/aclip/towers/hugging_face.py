@@ -50,7 +50,8 @@ def open_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the open_clip config of a `CLIPModel`'s.
 
     Raises:
-        UnsupportedModelError: another kind of model, or activations that open_clip does not have.
+        UnsupportedModelError: another kind of model, activations that open_clip does not have, or captions that end
+            with any of several tokens.
         CheckpointError: settings that are missing.
     """
     if config["model_type"] != "clip" or not {"vision_config", "text_config"} <= config.keys():
@@ -176,6 +177,10 @@ def _common(tower: Mapping[str, Any]) -> dict[str, Any]:
 def _end_of_text(text: Mapping[str, Any]) -> dict[str, Any]:
     """Return which token is read: the highest id, as older configs mean by 2, or the one that is named."""
     eos = text["eos_token_id"]
+    if isinstance(eos, list) and len(eos) == 1:
+        eos = eos[0]
+    if not isinstance(eos, int):
+        raise UnsupportedModelError(f"the text tower's eos_token_id is {eos}: captions must end with one known token")
     if eos in (2, text["vocab_size"] - 1):
         return {}
     return {"pool_type": "eos", "eos_id": eos}

@@ -15,6 +15,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aclip.errors import CheckpointError
 from aclip.towers.network import fetching
 from aclip.towers.shapes import pair, patch_size_of
 from aclip.towers.sources import Source, check_fetchable, frees_positions, resolve_source
@@ -132,7 +133,11 @@ def resize_images(visual: nn.Module, image_size: tuple[int, int]) -> None:
 
 
 def _build(source: Source, image_size: tuple[int, int] | None) -> nn.Module:
-    """Build the modules of a source with fresh weights; sizes of models with weights are changed afterwards."""
+    """Build the modules of a source with fresh weights; sizes of models with weights are changed afterwards.
+
+    Raises:
+        CheckpointError: a saved config that describes no model.
+    """
     config: dict[str, Any] = dict(source.config)
     vision = dict(config["vision_cfg"])
     if image_size is not None:
@@ -141,7 +146,12 @@ def _build(source: Source, image_size: tuple[int, int] | None) -> nn.Module:
     if by_timm:
         vision["timm_model_pretrained"] = False  # of ImageNet, from the network
     cls = CustomTextCLIP if config.pop("custom_text", False) else CLIP
-    model: nn.Module = cls(**{**config, "vision_cfg": vision})
+    try:
+        model: nn.Module = cls(**{**config, "vision_cfg": vision})
+    except Exception as error:  # whatever the modules meet in sizes that do not fit each other
+        if not source.has_weights:
+            raise
+        raise CheckpointError(f"the config of '{source.name}' describes no model: {error}") from error
     visual, wanted = visual_of(model), pair(vision.get("image_size", 224))
     if by_timm and vit_of(visual).grid_size != grid_of(wanted, patch_size_of(source.config)):
         resize_images(visual, wanted)  # timm builds at a size of its own

@@ -226,6 +226,7 @@ def check_fetchable(source: Source) -> None:
         CheckpointError: it is not, and cannot.
     """
     if source.tag is None:
+        check_hub(f"'{source.name}'", source.name.removeprefix(HUB), _HUB_WEIGHTS)
         return
     cfg = open_clip.get_pretrained_cfg(source.name, source.tag)
     what = f"'{source.name}:{source.tag}'"

@@ -27,8 +27,9 @@ def run_timm_block(
     q, k, v = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if read is not None:
-        q = q.take_along_dim(read[:, None, None, None], dim=2)
-        x, normed = (t.take_along_dim(read[:, None, None], dim=1) for t in (x, normed))
+        # not take_along_dim, under which torch.export loses the freedom of B
+        q = q.gather(2, read[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
+        x, normed = (t.gather(1, read[:, None, None].expand(-1, 1, x.shape[2])) for t in (x, normed))
     scores = cls_attention(q, k) if with_scores else None
     mixed = attention(q, k, v, visible=None if visible is None else visible[:, None, None])
     mixed = attn.norm(mixed.transpose(1, 2).flatten(2))

@@ -132,9 +132,11 @@ def _read_torch(path: Path, head: bytes) -> dict[str, Tensor]:
         raise CheckpointError(f"the weights {path} are a TorchScript program, which is not run here: save its state "
                               "dict instead, or use one of the model's pretrained tags")
     try:
-        # opened here: of a path, torch goes by the suffix
         with torch.serialization.safe_globals(_HARMLESS), path.open("rb") as file:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            if path.suffix == ".safetensors":  # of a path, torch goes by the suffix
+                found = torch.load(file, map_location="cpu", weights_only=True)
+            else:  # mapped: optimizer states beside the weights are never read
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it would call {named.group(1)}" if named else "it is cut off, or has code in it"
