@@ -53,7 +53,8 @@ def test_a_run_is_exported_beside_itself_with_a_card(run: Path, capsys: pytest.C
     for fact in ("# first", "recipe `a-clip`", "arXiv 2212.08653", "`gone.csv`, `more.csv`", "12,720", "| steps | 7 |",
                  "| pairs seen | 448 |", "aclip train --data gone.csv more.csv", '"mask_ratio": 0.5', "torch 2.14",
                  "| held | retrieval | image_to_text_r1 | 0.25 | 7 |", "Mean (0.485, 0.456, 0.406)",
-                 "standard deviation (0.229, 0.224, 0.225)", "32 x 32 pixels", "image features | 0.0e+00", "## Licence"):
+                 "standard deviation (0.229, 0.224, 0.225)", "32 x 32 pixels", "image features | 0.0e+00",
+                 "## Licence"):
         assert fact in card, fact
     assert "0.11" not in card
     assert "0.31" not in card
