@@ -15,6 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionModel
 
+import aclip
 from aclip.errors import UnsupportedModelError
 from aclip.export import EXPORTS, Subject, made_examples, write_checked
 from aclip.export.clip_weights import vision_obstacle
@@ -57,6 +58,13 @@ def test_pictures_and_texts_through_their_processor_give_our_similarities(folder
     theirs = CLIPModel.from_pretrained(folder, local_files_only=True).eval()(**inputs).logits_per_image
     ours = SUBJECT.logit_scale * SUBJECT.model.encode_images([pixels]) @ SUBJECT.model.encode_texts(texts).T
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_the_folder_can_be_taken_in_again(folder: Path) -> None:
+    again = aclip.load(folder)
+    pictures, texts = made_examples((24, 24)).pictures, ["a cat", "“two” dogs &amp; more", "word " * 50]
+    torch.testing.assert_close(again.encode_images(pictures), SUBJECT.model.encode_images(pictures), rtol=0, atol=1e-6)
+    torch.testing.assert_close(again.encode_texts(texts), SUBJECT.model.encode_texts(texts), rtol=0, atol=1e-6)
 
 
 def test_an_image_tower_alone_gives_its_pooled_token(tmp_path: Path) -> None:

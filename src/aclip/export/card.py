@@ -39,7 +39,8 @@ def model_card(
         training: of a run; None for a model that came from elsewhere.
     """
     parts = [_front_matter(export_format, subject), f"# {subject.name}", _summary(subject, training),
-             "## Use", f"```python\n{export_format.usage(subject)}\n```", "## Input", _input(subject)]
+             "## Use", "`FOLDER` is where this file is.", f"```python\n{export_format.usage(subject)}\n```",
+             "## Input", _input(subject)]
     if training is not None:
         parts += ["## Training", _training(training), "## Metrics", _metrics(training)]
     parts += ["## Check", _check(export_format, parity, examples), "## Licence", _licence(training)]
