@@ -47,6 +47,19 @@ def test_classification_needs_labels_and_no_captions(tmp_path: Path) -> None:
     assert pictures.skipped == [("1.png", "missing label")]
 
 
+def test_a_name_is_a_label_or_a_caption(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").write_bytes(encode(picture(0)))
+    for number, text in ((1, "a dog\n"), (2, " \n")):
+        (tmp_path / f"{number}.png").write_bytes(encode(picture(number)))
+        (tmp_path / f"{number}.txt").write_text(text)
+    pictures = EvaluationSet(open_source(str(tmp_path)), to_tensor, target="either")
+    (batch,) = pictures
+    assert (batch.labels, batch.captions) == ((None, "cat"), ("a dog", ""))
+    assert batch.all_captions == (("a dog",), ())
+    assert pictures.skipped == [("2.png", "empty caption")]
+
+
 def test_nothing_to_evaluate(tmp_path: Path) -> None:
     (tmp_path / "0.jpg").touch()
     with pytest.raises(DataError, match=r"all 1 are bad, the first is 0.jpg \(missing caption\)"):

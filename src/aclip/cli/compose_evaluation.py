@@ -94,7 +94,9 @@ def evaluate_sets(
     """
     encode = partial(encode_set, console=console, device=device, workers=workers)
     if training is not None:
-        evaluators = learned(evaluators, encode(encoder, training, "trunk"), console)
+        evaluators = learned(evaluators, encode(encoder, training, "trunk", "label"), console)
+    named: data.Target = "caption" if any(evaluator.needs_captions for evaluator in evaluators) else "either"
+    target: dict[Space, data.Target] = {"joint": named, "trunk": "label"}
     journal = Journal(folder, step, samples_seen, weights, training.name if training is not None else None)
     for held in held_out:
         models: list[towers.LoadedModel | MaskedEncoder] = [encoder, *masked.encoders(encoder)]
@@ -102,7 +104,7 @@ def evaluate_sets(
             encoded: dict[Space, PictureFeatures] = {}
             for evaluator in evaluators:
                 if evaluator.space not in encoded:
-                    encoded[evaluator.space] = encode(model, held, evaluator.space)
+                    encoded[evaluator.space] = encode(model, held, evaluator.space, target[evaluator.space])
                 result = evaluator.measure(model, encoded[evaluator.space], device)
                 part = model if isinstance(model, MaskedEncoder) else None
                 console.print(_sentence(held, evaluator, result, part), markup=False, soft_wrap=True)
@@ -110,13 +112,12 @@ def evaluate_sets(
 
 
 def encode_set(
-    encoder: towers.LoadedModel | MaskedEncoder, held: HeldOut, space: Space, *, console: Console,
-    device: torch.device, workers: int,
+    encoder: towers.LoadedModel | MaskedEncoder, held: HeldOut, space: Space, target: data.Target, *,
+    console: Console, device: torch.device, workers: int,
 ) -> PictureFeatures:
     """Encode the pictures of a set under a progress bar, and name those that were skipped."""
     pictures = data.EvaluationSet(held.source, encoder.preprocess, batch_size=256, workers=workers,
-                                  target="caption" if space == "joint" else "label",
-                                  share=(together.rank(), together.world_size()))
+                                  target=target, share=(together.rank(), together.world_size()))
     masked = isinstance(encoder, MaskedEncoder)
     with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"encoding {held.name}", total=len(pictures))

@@ -3,7 +3,7 @@
 from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
 from aclip.data.dataset import Item, PairDataset
 from aclip.data.decode import decode_image
-from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet
+from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet, Target
 from aclip.data.frequencies import token_frequencies
 from aclip.data.loader import BatchLoader, build_loader
 from aclip.data.order import BatchSampler, Request, epoch_order
@@ -23,6 +23,7 @@ __all__ = [
     "RawSample",
     "Request",
     "Source",
+    "Target",
     "build_loader",
     "caption_id",
     "clean_captions",

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from aclip.data.captions import caption_id, clean_captions
 from aclip.data.decode import decode_image
-from aclip.data.sources import Source
+from aclip.data.sources import RawSample, Source
 from aclip.data.workers import read_ahead
 from aclip.errors import BadSampleError, DataError
 
-Target = Literal["caption", "label"]
-"""What a picture must have to be evaluated: a caption for retrieval, a label for classification."""
+Target = Literal["caption", "label", "either"]
+"""What a picture must have to be evaluated: a caption for retrieval, a label for probes, either to be named."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class EvaluationBatch:
 
     Attributes:
         pixels: (B, 3, h, w) float32, preprocessed.
-        captions: the pictures' first captions, without tags; empty where a label is the target.
-        all_captions: all captions of each picture, the first included; none where a label is the target.
+        captions: the pictures' first captions, without tags; empty where there is none, or a label is the target.
+        all_captions: all captions of each picture, the first included.
         caption_ids: (B,) int64, see `aclip.data.captions.caption_id`.
         labels: the pictures' classes, or None.
         keys: the samples' names.
@@ -148,11 +148,21 @@ class _ReadPictures:
             raw = self._source.read(index)
             if self._target == "label" and raw.label is None:
                 raise BadSampleError("missing label")
-            captions = clean_captions(raw.captions) if self._target == "caption" else ()
+            captions = self._captions(raw)
             pixels = self._preprocess(decode_image(raw.image))
         except BadSampleError as error:
             return self._source.key(index), error.reason
         return _Picture(pixels, captions, raw.label, raw.key, index)
+
+    def _captions(self, raw: RawSample) -> tuple[str, ...]:
+        if self._target == "label":
+            return ()
+        try:
+            return clean_captions(raw.captions)
+        except BadSampleError:
+            if self._target == "either" and raw.label is not None:
+                return ()
+            raise
 
 
 def _collate(pictures: list[_Picture]) -> EvaluationBatch:

@@ -83,10 +83,12 @@ class Evaluator(ABC):
     Attributes:
         name: in `EVALUATORS` and in records.
         space: of the features that it reads; "joint" needs a model with text.
+        needs_captions: whether every picture must have one; others can do with labels.
     """
 
     name: ClassVar[str]
     space: ClassVar[Space] = "joint"
+    needs_captions: ClassVar[bool] = False
 
     @property
     def variant(self) -> str:

@@ -25,7 +25,7 @@ CHUNK_ELEMENTS = 2**22
 """Entries of the similarity matrix held at a time (32 MiB in float64)."""
 
 EXACT_ENTRIES = 2**31
-"""Matrices of at most this many entries are computed in float64, larger ones in float32, in a third of the time."""
+"""Matrices of at most this many entries are computed in float64, larger ones in float32, in half the time."""
 
 _TILE_ITEMS = 4096  # columns of a tile: wide enough for matrix products at full speed
 

@@ -83,6 +83,7 @@ class Retrieval(Evaluator):
     """
 
     name = "retrieval"
+    needs_captions = True
     examples: int = 8
     chunk_elements: int = CHUNK_ELEMENTS
     protocol: str = "distinct"

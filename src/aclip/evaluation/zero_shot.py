@@ -57,7 +57,8 @@ class Named(Evaluator):
             ConfigError: no picture of the set is of one of the given classes, or all are of one.
         """
         labels = [label for label in pictures.labels if label is not None]
-        labels = labels if len(labels) == pictures.size else list(pictures.captions)
+        if len(labels) < pictures.size:
+            labels = [caption or str(label) for caption, label in zip(pictures.captions, pictures.labels, strict=True)]
         classes = self.classes or classes_of(labels)
         assert isinstance(classes, ClassList)
         kept, numbers = among(classes.numbers(labels), len(classes.names), classes.title)
