@@ -57,9 +57,12 @@ class WholePicture:
     def boxes(self, height: int, width: int, **_: int) -> dict[str, tuple[int, int, int, int]]:
         return {"a": (0, 0, height, width)}
 
+    def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
+        return 4 * max(map(max, sizes.values()))
+
     def __call__(
         self,
-        image: Image.Image,
+        image: np.ndarray,
         *,
         seed: int,
         epoch: int,
@@ -67,6 +70,6 @@ class WholePicture:
         sizes: Mapping[str, tuple[int, int]],
     ) -> dict[str, Crop]:
         height, width = sizes["a"]
-        pixels = np.ascontiguousarray(np.asarray(image.resize((width, height))).transpose(2, 0, 1))
+        pixels = np.asarray(Image.fromarray(image).resize((width, height))).transpose(2, 0, 1)
         drawn = rng.generator(seed, "test", epoch, sample).random(1, dtype=np.float32)
-        return {"a": Crop(pixels, (0, 0, image.height, image.width), False, drawn)}
+        return {"a": Crop(pixels, (0, 0, *image.shape[:2]), False, drawn)}

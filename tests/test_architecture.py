@@ -15,7 +15,9 @@ ROOT = Path(aclip.__file__).parent
 LEVELS = (
     {"errors"},
     {"structs", "config", "rng", "dist", "files", "tokens"},
-    {"masking", "towers", "ema", "data"},
+    {"tensor_files"},
+    {"masking", "ema", "data"},
+    {"towers"},
     {"objectives"},
     {"plan"},
     {"method"},

@@ -4,8 +4,11 @@ import copy
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from aclip import dist
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -43,6 +46,24 @@ class Ema:
             torch._foreach_lerp_([*map(_own_part, self._average)], [*map(_own_part, self._online)], 1.0 - momentum)
         for source, target in self._copied:
             target.copy_(source)
+
+    @torch.no_grad()
+    def distance(self) -> Float[Tensor, ""]:
+        """Return how far the averages are from what they average: |ema - online| / |online|, over all of them.
+
+        The same on every rank; all must call it where tensors are sharded.
+        """
+        sharded, whole = torch.zeros(2, 2)
+        for online, average in zip(self._online, self._average, strict=True):
+            ours, theirs = _own_part(online).float(), _own_part(average).float()
+            squares = torch.stack([(theirs - ours).square().sum(), ours.square().sum()])
+            if isinstance(online, DTensor):
+                sharded = sharded.to(squares.device) + squares
+            else:
+                whole = whole.to(squares.device) + squares
+        difference, length = dist.sum_over_ranks(sharded) + whole.to(sharded.device)
+        distance: Tensor = (difference / length).sqrt()
+        return distance
 
 
 def _own_part(tensor: Tensor) -> Tensor:

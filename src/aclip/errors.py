@@ -47,6 +47,10 @@ class UnsupportedModelError(AclipError):
     """A model that cannot do what was asked (say, score patches without attention)."""
 
 
+class ExportError(AclipError):
+    """An export that cannot be written, or whose features are not those of the model."""
+
+
 class MissingDependencyError(AclipError):
     """A feature whose optional package or program is not installed."""
 

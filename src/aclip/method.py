@@ -19,6 +19,7 @@ its attention ranks their patches, the better half of which the online encoder s
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
@@ -63,6 +64,8 @@ class Method(nn.Module):
         self.model = model
         self.ema_visual = frozen_copy(towers.visual_of(model)) if plan.recipe.uses_ema else None
         freeze(model, plan.recipe.freeze)
+        if getattr(model, "logit_bias", None) is not None:
+            model.logit_bias.requires_grad_(False)  # no objective reads it: the sigmoid loss has a bias of its own
         shape = plan.shape
         fills = any(p.spec.fill for p in plan.passes)
         hides = any(text.encoded and text.spec.mask_ratio > 0 for text in plan.texts)
@@ -235,16 +238,21 @@ def resized(pixels: Float[Tensor, "B 3 h w"], size: tuple[int, int]) -> Float[Te
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Stop training the parameters whose names equal a pattern, or start with one ending in ".".
+    """Stop training the parameters whose names match a pattern ("visual.*"), or start with one ending in ".".
+
+    `patch_embedding` is the image tower's, whatever its family calls it.
 
     Raises:
         ConfigError: a pattern that names nothing.
     """
     for pattern in patterns:
-        matched = [
-            parameter for name, parameter in model.named_parameters()
-            if name == pattern or (pattern.endswith(".") and name.startswith(pattern))
-        ]
+        if pattern == "patch_embedding":
+            matched = list(towers.patch_embedding_of(towers.visual_of(model)).parameters())
+        else:
+            matched = [
+                parameter for name, parameter in model.named_parameters()
+                if fnmatchcase(name, pattern) or (pattern.endswith(".") and name.startswith(pattern))
+            ]
         if not matched:
             raise ConfigError(f"nothing to freeze: no parameter of the model is called '{pattern}'")
         for parameter in matched:

@@ -14,12 +14,13 @@ import torch
 
 from aclip.config import ObjectiveConfig, Pass, Recipe, TextPass
 from aclip.data.views import VIEWS, ViewPipeline
-from aclip.errors import ConfigError, unknown_name
+from aclip.errors import ConfigError, UnsupportedModelError, unknown_name
 from aclip.masking import MASKING, MaskingStrategy, fitting_block_size
 from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReduction
 from aclip.objectives import OBJECTIVES, Objective
 from aclip.objectives.base import block_macs
 from aclip.structs import TowerShape
+from aclip.towers.vision import NOBODY_ASKS
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
 
     Raises:
         ConfigError: an unknown masking, view, objective or option, each with what exists instead.
+        UnsupportedModelError: scores are read from a model in which no token asks for the patches.
     """
     pipeline = build_pipeline(recipe)
     notes: list[str] = []
@@ -176,7 +178,7 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
             scores_only=p.score_layers is not None and not readers,
         ))
         _check_score_layers(recipe, p, shape)
-    _check_score_sources(recipe, passes)
+    _check_score_sources(recipe, passes, shape)
     texts = _text_plans(recipe, shape)
     uses_text = any(text.encoded for text in texts)
     if uses_text and not shape.text_cut:
@@ -225,7 +227,8 @@ def build_objective(config: ObjectiveConfig, plan: Plan) -> Objective:
 def image_macs(shape: TowerShape, patches: int, tokens: int, layers: int | None = None) -> float:
     """Return multiply-accumulates of one image's forward pass.
 
-    A block on L tokens of width d with an MLP of width m: L (4 d^2 + 2 d m) + 2 L^2 d.
+    A block on L tokens of width d with an MLP of width m: L (4 d^2 + 2 d m) + 2 L^2 d. A pool that attends to N
+    patches: N (2 d^2 + 2 d) for keys, values and attention, 2 d^2 + 2 d m for its one query and the MLP behind it.
 
     Args:
         shape: of the tower.
@@ -236,10 +239,15 @@ def image_macs(shape: TowerShape, patches: int, tokens: int, layers: int | None 
     """
     pixels = 3 * shape.patch_size[0] * shape.patch_size[1]
     embedding = patches * pixels * shape.width
-    if layers is None:
-        return embedding + shape.layers * block_macs(tokens, shape.width, shape.mlp_width)
-    keys_and_row = tokens * (shape.width**2 + shape.width)
-    return embedding + layers * block_macs(tokens, shape.width, shape.mlp_width) + keys_and_row
+    if layers is not None:
+        keys_and_row = tokens * (shape.width**2 + shape.width)
+        return embedding + layers * block_macs(tokens, shape.width, shape.mlp_width) + keys_and_row
+    pool = 0.0
+    if shape.pool_mlp_width:
+        seen = tokens - shape.num_prefix_tokens
+        query = 2.0 * shape.width**2 + 2.0 * shape.width * shape.pool_mlp_width
+        pool = query + seen * (2.0 * shape.width**2 + 2.0 * shape.width)
+    return embedding + shape.layers * block_macs(tokens, shape.width, shape.mlp_width) + pool
 
 
 def text_macs(shape: TowerShape, tokens: float | None = None) -> float:
@@ -298,14 +306,19 @@ def _check_score_layers(recipe: Recipe, p: Pass, shape: TowerShape) -> None:
     if all(other.scores_from != p.name for other in recipe.passes):
         raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': score_layers has nothing to act on, for no pass "
                           "takes scores from it")
+    if shape.pool_mlp_width:
+        raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': score_layers has nothing to act on, for in this "
+                          "tower the pool behind the last layer scores the patches")
     if p.score_layers > shape.layers:
         raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': scores cannot come from {p.score_layers} layers "
                           f"of a tower that has {shape.layers}")
 
 
-def _check_score_sources(recipe: Recipe, passes: list[PassPlan]) -> None:
+def _check_score_sources(recipe: Recipe, passes: list[PassPlan], shape: TowerShape) -> None:
     """A view takes its scores from the same view of a whole source pass, or from that pass's only view."""
     for plan in passes:
+        if plan.gives_scores and not shape.scored:
+            raise UnsupportedModelError(f"recipe '{recipe.name}', pass '{plan.spec.name}': {NOBODY_ASKS}")
         if plan.gives_scores and plan.num_keep < plan.num_patches:
             raise ConfigError(f"recipe '{recipe.name}', pass '{plan.spec.name}': others take scores from it, so it "
                               "must see every patch: leave its masking at 'none'")

@@ -27,12 +27,18 @@ def stable_hash(text: str) -> int:
 def generator(seed: int, *purpose: int | str) -> np.random.Generator:
     """Return numpy's generator for one purpose, e.g. `generator(seed, "crop", epoch, sample, "a")`."""
     words = [word if isinstance(word, int) else stable_hash(word) for word in purpose]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *words])))
+    return np.random.Generator(np.random.Philox(_sequence(seed, *words)))
+
+
+def _sequence(*words: int) -> np.random.SeedSequence:
+    """Return `SeedSequence(words)`, which takes half the time where every word has 32 bits and is known to."""
+    small = min(words) >= 0 and max(words) < 2**32
+    return np.random.SeedSequence(np.array(words, dtype=np.uint32) if small else words)
 
 
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
     """Return the non-negative 63-bit seed from which the device draws for this sample in this epoch."""
-    state = np.random.SeedSequence([seed, epoch, sample, stable_hash("device")]).generate_state(1, np.uint64)
+    state = _sequence(seed, epoch, sample, stable_hash("device")).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 

@@ -48,7 +48,8 @@ class ViewBatch(_OnDevice):
     """One named view of a batch of images, as the loader delivers it.
 
     Attributes:
-        pixels: (B, 3, h, w) uint8, cropped and resized, not yet augmented or normalised.
+        pixels: (B, 3, h, w) uint8, cropped and resized, not yet augmented or normalised; from the loader in
+            torch's channels_last layout.
         boxes: (B, 4) float32, the crop (top, left, height, width) in source pixels.
         flipped: (B,) bool, whether the crop has been mirrored left to right.
         augmentation: (B, A) float32 parameters drawn per sample, or None for a plain view;
@@ -215,11 +216,14 @@ class TowerShape:
 
     Attributes:
         image_size, patch_size: (height, width) in pixels.
-        width, layers, heads, mlp_width: of the image tower (C, depth, H, hidden width of an MLP).
+        width, layers, heads, mlp_width: of the image tower (C, depth, H, hidden width of an MLP; of a gated one, the
+            hidden width of the plain MLP with as many weights).
         joint_dim: D.
-        num_prefix_tokens: P, 1 for a CLS token.
+        num_prefix_tokens: P, 1 for a CLS token, and registers.
         text_width, text_layers, text_mlp_width, context_length, vocab_size: of the text tower.
         text_cut: whether text may be cut after the longest EOT (causal and EOT-pooled).
+        scored: whether a token asks for the patches, so that its attention can rank them.
+        pool_mlp_width: hidden width of the MLP behind the query that pools the patches (SigLIP's); 0 where none does.
     """
 
     image_size: tuple[int, int]
@@ -236,6 +240,8 @@ class TowerShape:
     context_length: int
     vocab_size: int
     text_cut: bool
+    scored: bool = True
+    pool_mlp_width: int = 0
 
     @property
     def grid_size(self) -> tuple[int, int]:

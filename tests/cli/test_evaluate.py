@@ -152,3 +152,85 @@ def test_training_pictures_without_labels_are_named(
     """The pictures of one colour, given as a folder of their own, lie in no folder that could name them."""
     assert evaluate(run, held_out, "--train", str(labelled / "red"), "--evaluators", "knn") == 1
     assert "all 12 are bad, the first is 0.png (missing label)" in capsys.readouterr().err
+
+
+def test_classes_are_named_drawn_and_calibrated(run: Path, held_out: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("red\tcrimson red\ngreen\tleaf green\nblue\tsky blue\ngrey\tdull grey\n")
+    assert evaluate(run, held_out, "--evaluators", "zero_shot", "calibration", "--classes", str(names), "--templates",
+                    "simple", "my {}") == 0
+    assert [r["evaluator"] for r in records(run)] == ["zero_shot", "calibration"]
+    details = json.loads((run / "details" / "held-zero_shot.json").read_text())
+    assert details["classes"] == ["crimson red", "leaf green", "sky blue", "dull grey"]
+    assert sum(details["right"]) + sum(n for *_, n in details["confusions"]) == sum(details["pictures"]) == 24
+    page = (run / "report.html").read_text()
+    assert "Class by class" in page
+    assert "as sure as right" in page
+
+
+def test_masked_pictures_are_measured_apart(run: Path, held_out: Path) -> None:
+    assert evaluate(run, held_out, "--keep", "1", "0.5", "--keep-by", "attentive", "uniform") == 0
+    (whole,) = records(run)
+    masked = [json.loads(line) for line in (run / "robustness.jsonl").read_text().splitlines()]
+    assert [(r["keep"], r["kept_by"]) for r in masked] == [(1.0, "attentive"), (0.5, "attentive"), (0.5, "uniform")]
+    assert masked[0]["metrics"] == whole["metrics"]  # everything kept is the ordinary evaluation
+    assert [r["num_keep"] for r in masked] == [r["num_patches"] // (1 + (r["keep"] < 1)) for r in masked]
+    assert "With fewer patches" in (run / "report.html").read_text()
+
+
+def test_protocols_stand_beside_each_other(run: Path, held_out: Path) -> None:
+    assert evaluate(run, held_out) == 0
+    assert evaluate(run, held_out, "--protocol", "karpathy") == 0
+    assert [r["set"] for r in records(run)] == ["held", "held, karpathy"]
+    assert [r["counts"]["captions"] for r in records(run)] == [4, 24]
+
+
+def test_a_model_that_is_no_run_can_have_a_folder_for_its_numbers(run: Path, held_out: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "measured"
+    assert evaluate(run / "final", held_out, "--output", str(folder)) == 0
+    assert [r["evaluator"] for r in records(folder)] == ["retrieval"]
+    assert "Retrieval" in (folder / "report.html").read_text()
+    assert evaluate(run, held_out, "--output", str(folder)) == 2
+
+
+@pytest.mark.parametrize(("more", "sentence"), [
+    (["--keep", "0"], "0 < share <= 1, not 0"),
+    (["--keep", "0.5", "--keep-by", "uniformly"], "did you mean 'uniform'"),
+    (["--protocol", "karpathy-5k"], "did you mean 'karpathy-1k'"),
+    (["--solver", "sgd"], "--solver is of the linear probe"),
+    (["--classes", "names.txt", "--evaluators", "zero_shot"], "there is no file 'names.txt' with class names"),
+    (["--templates", "a photo", "--evaluators", "zero_shot"], "'a photo' has no {} where the class name goes"),
+    (["--templates", "my {}"], "add --evaluators zero_shot"),
+])
+def test_senseless_options_are_met_before_anything_is_loaded(
+    more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "vit-tiny", "--data", "x.csv", *more]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.strip().count("\n") == 0
+
+
+def test_bad_pictures_of_a_folder_are_named_and_one_class_is_refused(
+    run: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_pictures(tmp_path / "bad", range(2), captions=False)
+    (folder / "red" / "0.png").write_bytes(b"no picture")
+    (folder / "green" / "1.png").write_bytes(b"")
+    assert evaluate(run, folder, "--evaluators", "zero_shot") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "skipped 2 bad samples: green/1.png (" in said
+    assert "6 pictures, 4 classes, 2 skipped" in said
+    only = tmp_path / "only" / "red"
+    only.parent.mkdir()
+    (labelled / "red").rename(only)
+    try:
+        assert evaluate(run, only.parent, "--evaluators", "zero_shot") == 2
+    finally:
+        only.rename(labelled / "red")
+    assert "all 12 pictures of the set are of class 'red'" in capsys.readouterr().err
+    names = tmp_path / "names.txt"
+    names.write_text("sun\nmoon\n")
+    assert evaluate(run, folder, "--evaluators", "zero_shot", "--classes", str(names)) == 2
+    assert "no picture of the set is of one of the 2 given classes; the set has, for example: blue, green" in (
+        capsys.readouterr().err)

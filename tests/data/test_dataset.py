@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from aclip import rng
 from aclip.data import (
@@ -135,13 +134,13 @@ def test_one_decode_whatever_the_number_of_views(pair_folder: Path, monkeypatch:
     import aclip.data.dataset as module
 
     calls: list[int] = []
-    decode: Callable[..., Image.Image] = module.decode_image
+    decode: Callable[..., np.ndarray] = module.decode_pixels
 
-    def counting(data: bytes, **hints: int) -> Image.Image:
+    def counting(data: bytes, **hints: int) -> np.ndarray:
         calls.append(1)
         return decode(data, **hints)
 
-    monkeypatch.setattr(module, "decode_image", counting)
+    monkeypatch.setattr(module, "decode_pixels", counting)
     views = VIEWS["two_crops_in_context"]()
     sizes = dict.fromkeys(views.names, (16, 16))
     data = PairDataset(

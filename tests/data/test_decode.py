@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from aclip.data.decode import FORMATS, MAX_PIXELS, decode_image
+from aclip.data.decode import FORMATS, MAX_PIXELS, _decode_plain_jpeg, decode_image, decode_pixels
 from aclip.errors import BadSampleError
 from made_pictures import encode, giant_png, picture
 
@@ -170,3 +170,33 @@ def test_damage_never_escapes(position: float, garbage: bytes, image_format: str
         warnings.simplefilter("error")
         with contextlib.suppress(BadSampleError):
             assert decode_image(bytes(data)).mode == "RGB"
+
+
+@pytest.mark.parametrize("min_side", [None, 16, 60, 100, 366])
+@pytest.mark.parametrize("shape", [(500, 375), (333, 501), (17, 9), (1001, 800)])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}, {"mode": "L"}])
+def test_pixels_are_those_that_pillow_decodes(
+    options: dict[str, object], shape: tuple[int, int], min_side: int | None
+) -> None:
+    image = Image.effect_noise(shape, 60).convert("RGB") if options != {"mode": "L"} else Image.effect_noise(shape, 60)
+    data = encode(image, "JPEG", **{name: value for name, value in options.items() if name != "mode"})
+    pixels = decode_pixels(data, min_side=min_side)
+    assert pixels.flags.c_contiguous
+    assert pixels.flags.writeable
+    assert np.array_equal(pixels, np.asarray(decode_image(data, min_side=min_side)))
+    assert _decode_plain_jpeg(data, min_side) is not None
+
+
+def test_pixels_of_what_is_out_of_the_ordinary_are_those_of_pillow() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo = Image.effect_noise((40, 30), 60).convert("RGB")
+    whole = encode(photo, "JPEG")
+    for data in (encode(photo, "JPEG", exif=turned), encode(photo.convert("CMYK"), "JPEG"), encode(photo, "PNG")):
+        assert np.array_equal(decode_pixels(data), np.asarray(decode_image(data)))
+    for data in (b"", whole[:-200], whole[:30], b"\xff\xd8", b"no picture"):
+        with pytest.raises(BadSampleError) as ours:
+            decode_pixels(data)
+        with pytest.raises(BadSampleError) as pillow:
+            decode_image(data)
+        assert ours.value.reason == pillow.value.reason

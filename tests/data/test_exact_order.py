@@ -1,6 +1,7 @@
 """Every kind of source: the same stream for any number of workers and ranks, resumed anywhere, in bounded memory."""
 
 import gc
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aclip.data import CaptionTokenizer, PairDataset, build_loader, open_mixture, open_source
+from aclip.data.tar_files import Sample, write_tar
 from made_pictures import WholePicture, WordTokenizer, encode, picture
 
 PAIRS, BATCH = 40, 8
@@ -27,13 +29,23 @@ def make_table(folder: Path) -> str:
     return str(folder / "pairs.csv")
 
 
-@pytest.fixture(params=["folder", "table", "groups", "part of groups", "mixture"])
+def make_shards(folder: Path) -> str:
+    for shard in range(3):
+        numbers = range(shard * 14, min(shard * 14 + 14, PAIRS))
+        with (folder / f"{shard}.tar").open("wb") as file:
+            write_tar(file, (Sample(f"{n:03}", {"png": encode(picture(n)) if n != 13 else b"bad", "txt": b"a caption"})
+                             for n in numbers))  # fmt: skip
+    return f"{folder}/{{0..2}}.tar"
+
+
+@pytest.fixture(params=["folder", "table", "shards", "groups", "part of groups", "mixture"])
 def dataset(request: pytest.FixtureRequest, pair_folder: Path, tmp_path: Path) -> PairDataset:
     (pair_folder / "003.png").write_bytes(b"")  # a bad sample in each
     parquet = make_parquet(tmp_path)
     specs = {
         "folder": [str(pair_folder)],
         "table": [make_table(pair_folder)],
+        "shards": [make_shards(tmp_path)],
         "groups": [parquet],
         "part of groups": [f"{parquet}[4:35]"],
         "mixture": [f"{pair_folder}[:10]=2", f"{parquet}=1"],
@@ -76,27 +88,31 @@ def test_workers_ranks_and_resumption_change_nothing(dataset: PairDataset) -> No
             assert stream(dataset, workers=workers, start=start, ranks=ranks) == whole[start:], (workers, ranks)
 
 
-def resident() -> int:
-    """Return this process's own memory in bytes, without what it shares with files."""
-    with open("/proc/self/statm") as file:
+def resident(pid: int | str = "self") -> int:
+    """Return a process's own memory in bytes, without what it shares with files."""
+    with open(f"/proc/{pid}/statm") as file:
         fields = file.read().split()
     return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="measures memory as Linux tells it")
-def test_ten_epochs_take_no_more_memory_than_two(pair_folder: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ten_epochs_take_no_more_memory_than_two(pair_folder: Path, workers: int) -> None:
     rows = "".join(f"{number % PAIRS:03}.png,row {number} of many\n" for number in range(1_000))
     (pair_folder / "many.csv").write_text(f"image,caption\n{rows}")
     source = open_source(str(pair_folder / "many.csv"))
     views = WholePicture()
     sizes = dict.fromkeys(views.names, (2, 2))
     dataset = PairDataset(source, views, CaptionTokenizer(WordTokenizer()), sizes=sizes, seed=0)
-    loader = build_loader(dataset, batch_size=100, total_steps=10 * len(source) // 100)
-    used = []
+    loader = build_loader(dataset, batch_size=100, total_steps=10 * len(source) // 100, workers=workers)
+    used: list[tuple[int, ...]] = []
     for step, _ in enumerate(loader, start=1):
         if step % (len(source) // 100) == 0:
             gc.collect()
-            used.append(resident())
+            children = multiprocessing.active_children()
+            assert len(children) == workers or step == len(loader)
+            used.append((resident(), *(resident(child.pid or 0) for child in children)))
     assert len(used) == 10
     # The allocator takes 2 MB at a time; a leak of 500 bytes for every sample that is read would add 4 MB.
-    assert max(used[2:]) - used[1] < 4e6, used
+    for whose in zip(*used[:-1], strict=True):  # the last worker may have gone with the last step
+        assert max(whose[2:]) - whose[1] < 4e6, used

@@ -101,7 +101,7 @@ def test_a_batch_has_the_promised_shapes(pair_folder: Path) -> None:
 def test_rows_belong_together(pair_folder: Path) -> None:
     data = pairs(pair_folder, whole=True)
     items = [data[Request(2, sample)] for sample in (9, 0, 33)]
-    batch = collate(items, data.tokenizer)
+    batch = collate(items, len(items), data.tokenizer)
     for row, item in enumerate(items):
         assert np.array_equal(batch.views["a"].pixels[row].numpy(), item.views["a"].pixels)
         assert batch.views["a"].augmentation[row].tolist() == item.views["a"].augmentation.tolist()
@@ -113,9 +113,9 @@ def test_rows_belong_together(pair_folder: Path) -> None:
 def test_text_is_cut_and_truncation_counted_before_the_cut(pair_folder: Path) -> None:
     (pair_folder / "000.txt").write_text("one two three four five six seven eight")
     data = pairs(pair_folder, whole=True)
-    short = collate([data[Request(0, n)] for n in (1, 2)], data.tokenizer, cut)
+    short = collate([data[Request(0, n)] for n in (1, 2)], 2, data.tokenizer, cut)
     assert (tuple(short.tokens.shape), short.truncated) == ((2, 3), 0)
-    long = collate([data[Request(0, n)] for n in (0, 2)], data.tokenizer, cut)
+    long = collate([data[Request(0, n)] for n in (0, 2)], 2, data.tokenizer, cut)
     assert (tuple(long.tokens.shape), long.truncated) == ((2, 8), 1)
 
 

@@ -1,6 +1,7 @@
 """Who decays, AdamW against its definition, and its state at rest."""
 
 import copy
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -8,7 +9,11 @@ import torch
 from torch import nn
 
 from aclip.config import Optimization
+from aclip.engine.checkpoint import Checkpoint, load, save
 from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
+from aclip.errors import CheckpointError
+from aclip.tensor_files import StoredTensors
+from over_ranks import build
 
 SETTINGS = Optimization(lr=0.1, weight_decay=0.5)
 
@@ -48,6 +53,43 @@ def test_matrices_decay_and_nothing_else() -> None:
     }
     assert matrices.count == 48 + 16 + 20
     assert others.count == 4 * 3 + 4 + 20 + 4 + 1
+
+
+def test_lower_blocks_learn_more_slowly() -> None:
+    method = build("a-clip")  # two towers of two blocks
+    groups = parameter_groups(method, weight_decay=0.5, layer_decay=0.5)
+    factors = {name: group.lr_factor for group in groups for name in group.names}
+    assert {name: factors[name] for name in (
+        "model.visual.positional_embedding", "model.token_embedding.weight",
+        "model.visual.transformer.resblocks.0.ln_1.weight", "model.transformer.resblocks.0.mlp.c_fc.weight",
+        "model.transformer.resblocks.1.ln_2.bias", "model.visual.ln_post.bias", "model.visual.proj",
+        "model.text_projection", "model.logit_scale", "objectives.ntxent.head.0.weight",
+    )} == {
+        "model.visual.positional_embedding": 0.25, "model.token_embedding.weight": 0.25,
+        "model.visual.transformer.resblocks.0.ln_1.weight": 0.5, "model.transformer.resblocks.0.mlp.c_fc.weight": 0.5,
+        "model.transformer.resblocks.1.ln_2.bias": 1.0, "model.visual.ln_post.bias": 1.0, "model.visual.proj": 1.0,
+        "model.text_projection": 1.0, "model.logit_scale": 1.0, "objectives.ntxent.head.0.weight": 1.0,
+    }
+    assert set(factors) == {name for name, p in method.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(groups, SETTINGS)
+    assert {group["lr_factor"] for group in optimizer.param_groups} == {0.25, 0.5, 1.0}
+
+
+def test_layers_of_a_timm_tower_decay_too() -> None:
+    names = ("model.visual.trunk.pos_embed", "model.visual.trunk.blocks.0.norm1.weight",
+             "model.visual.trunk.blocks.1.norm1.weight", "model.visual.trunk.norm.weight", "model.visual.head.proj.weight")
+    module = nn.Module()
+    for name in names:  # named as open_clip names timm's
+        place = module
+        *parts, last = name.split(".")
+        for part in parts:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        place.register_parameter(last, nn.Parameter(torch.zeros(2)))
+    groups = parameter_groups(module, 0.5, layer_decay=0.5)
+    factors = {name: group.lr_factor for group in groups for name in group.names}
+    assert [factors[name] for name in names] == [0.25, 0.5, 1.0, 1.0, 1.0]
 
 
 def test_an_open_clip_model_is_split_whole() -> None:
@@ -112,7 +154,15 @@ def stepped(model: Towers, optimizer: torch.optim.Optimizer, steps: int) -> None
         optimizer.step()
 
 
-def test_restored_state_continues_bit_for_bit() -> None:
+def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> StoredTensors:
+    """Return the state of an optimizer as a checkpoint holds it."""
+    named = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+    found = load(save(folder, Checkpoint(1, named, {}), keep=1)).tensors
+    assert isinstance(found, StoredTensors)
+    return found
+
+
+def test_restored_state_continues_bit_for_bit(tmp_path: Path) -> None:
     model = Towers()
     groups = parameter_groups(model, 0.5)
     optimizer = build_optimizer(groups, SETTINGS)
@@ -123,7 +173,7 @@ def test_restored_state_continues_bit_for_bit() -> None:
     resumed_optimizer = build_optimizer(resumed_groups, SETTINGS)
     saved = {name: t.clone() for name, t in optimizer_tensors(optimizer, groups).items()}
     assert {"linear.weight/exp_avg", "linear.weight/exp_avg_sq", "linear.weight/step"} <= set(saved)
-    restore_optimizer(resumed_optimizer, resumed_groups, saved)
+    restore_optimizer(resumed_optimizer, resumed_groups, stored(tmp_path, saved))
 
     for m, o in ((model, optimizer), (resumed, resumed_optimizer)):
         stepped(m, o, 2)
@@ -133,8 +183,8 @@ def test_restored_state_continues_bit_for_bit() -> None:
     assert not torch.equal(saved["linear.weight/exp_avg"], resumed_optimizer.state[resumed.linear.weight]["exp_avg"])
 
 
-def test_state_of_another_model_is_refused() -> None:
+def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
     model = Towers()
     groups = parameter_groups(model, 0.5)
-    with pytest.raises(KeyError):
-        restore_optimizer(build_optimizer(groups, SETTINGS), groups, {"other/step": torch.tensor(1.0)})
+    with pytest.raises(CheckpointError, match="no state of the optimizer for"):
+        restore_optimizer(build_optimizer(groups, SETTINGS), groups, stored(tmp_path, {"o/step": torch.tensor(1.0)}))

@@ -58,11 +58,13 @@ class FakeBatch:
     captions: list
     labels: list
     keys: list
+    all_captions: list
 
 
 class FakeSet:
-    def __init__(self, captions, labels=None, batch_size=7, side=4, skipped=()):
+    def __init__(self, captions, labels=None, batch_size=7, side=4, skipped=(), others=None):
         self.captions, self.labels = captions, labels or [None] * len(captions)
+        self.others = others or [()] * len(captions)
         self.batch_size, self.side = batch_size, side
         self.skipped = list(skipped)
 
@@ -72,7 +74,7 @@ class FakeSet:
             pixels = torch.zeros(len(rows), 3, self.side, self.side)
             pixels[:, 0, 0, 0] = torch.tensor(rows, dtype=torch.float32)
             yield FakeBatch(pixels, [self.captions[i] for i in rows], [self.labels[i] for i in rows],
-                            [f"key{i}" for i in rows])
+                            [f"key{i}" for i in rows], [(self.captions[i], *self.others[i]) for i in rows])
 
 
 @pytest.fixture

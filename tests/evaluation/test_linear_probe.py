@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
-from aclip.errors import DataError
-from aclip.evaluation import LinearProbe, linear_probe
+from aclip.errors import ConfigError, DataError
+from aclip.evaluation import LinearProbe, linear_probe, linear_probe_sgd
 from aclip.evaluation.linear_probe import Regression, search, split
 
 EXPONENTS = [i / 8 for i in range(-48, 49)]
@@ -217,3 +219,59 @@ def test_a_fit_that_is_stopped_says_so(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="aclip"):
         assert LinearProbe().fit(features, targets, 3).settings["iterations"] == 2
     assert "linear_probe stopped after 2 iterations" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """1,797 handwritten digits of 8 x 8 pixels, two thirds to learn from."""
+    found = load_digits()
+    features, targets = torch.tensor(found.data, dtype=torch.float32), torch.tensor(found.target)
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    learn, held = order[:1200], order[1200:]
+    return features[learn], targets[learn], features[held], targets[held]
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
+def test_accuracy_is_that_of_scikit_learn_at_the_penalty_found(digits, solver):
+    """On digits, within half a point; J / n has a penalty of l2 / n, which SGD calls its decay."""
+    features, targets, held, answers = digits
+    classifier = LinearProbe(solver=solver).fit(features, targets, 10)
+    accuracy = float((classifier.scores(held).argmax(dim=1) == answers).double().mean())
+    settings = classifier.settings
+    l2 = settings["l2"] if solver == "lbfgs" else settings["weight_decay"] * len(targets)
+    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-9)
+    theirs = LogisticRegression(C=1 / l2, max_iter=2000).fit((features - mean) / deviation, targets)
+    assert abs(accuracy - theirs.score((held - mean) / deviation, answers)) <= 0.005
+    assert accuracy > 0.9
+
+
+def test_heads_side_by_side_are_those_trained_alone(digits):
+    features, targets, *_ = digits
+    regression = linear_probe_sgd.SgdRegression(features[:300], targets[:300], 10, seed=3)
+    heads = [linear_probe_sgd.Head(0.1, 1e-3), linear_probe_sgd.Head(1.0, 0.0)]
+    weight, bias = regression.train(heads)
+    for i, head in enumerate(heads):
+        alone, alone_bias = regression.train([head])
+        torch.testing.assert_close(weight[i], alone[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(bias[i], alone_bias[0], atol=1e-5, rtol=1e-5)
+
+
+def test_one_step_of_sgd_is_the_gradient_by_autograd(digits, monkeypatch):
+    features, targets, *_ = digits
+    monkeypatch.setattr(linear_probe_sgd, "EPOCHS", 1)
+    x, y = features[:200], targets[:200]  # one batch, so one step, at the peak rate
+    regression = linear_probe_sgd.SgdRegression(x, y, 10, seed=0)
+    weight, bias = regression.train([linear_probe_sgd.Head(0.5, 0.1)])
+    deviation = x.double().std(dim=0, correction=0)  # pixels that are always white have none, and no say
+    standard = (x.double() - x.double().mean(dim=0)) / torch.where(deviation > 0, deviation, torch.inf)
+    w, b = torch.zeros(10, 64, dtype=torch.float64, requires_grad=True), torch.zeros(10, dtype=torch.float64,
+                                                                                   requires_grad=True)
+    torch.nn.functional.cross_entropy(standard @ w.T + b, y).backward()
+    # Nesterov's first step is the gradient times (1 + momentum)
+    torch.testing.assert_close(weight[0].double(), -0.5 * 1.9 * w.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(bias[0].double(), -0.5 * 1.9 * b.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ConfigError, match="did you mean 'lbfgs'"):
+        LinearProbe(solver="lbfg")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from aclip.evaluation.ranking import chance_recall, class_ranks, mean_per_class, ranks, recall
+from aclip.evaluation.ranking import chance_recall, class_ranks, mean_per_class, rank_both_ways, ranks, recall
 
 
 def slow_ranks(queries, items, query_groups, item_groups):
@@ -31,6 +31,31 @@ def test_ranks_equal_the_literal_rule_for_any_chunk_size(seed):
     for chunk_elements in (1, 17, 60, 10**6):
         rank, _ = ranks(queries, items, query_groups, item_groups, chunk_elements=chunk_elements)
         assert rank.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_directions_are_counted_in_one_pass(seed, monkeypatch):
+    generator = torch.Generator().manual_seed(seed)
+    pictures = F.normalize(torch.randn(19, 6, generator=generator), dim=-1)
+    texts = F.normalize(torch.randn(57, 6, generator=generator), dim=-1)
+    of_text = torch.arange(19).repeat_interleave(3)[torch.randperm(57, generator=generator)]
+    expected = [slow_ranks(pictures, texts, torch.arange(19), of_text),
+                slow_ranks(texts, pictures, of_text, torch.arange(19))]
+    nearest = (pictures.double() @ texts.double().T).argmax(dim=1).tolist()
+    for entries in (2**31, 0):  # float64, float32
+        monkeypatch.setattr("aclip.evaluation.ranking.EXACT_ENTRIES", entries)
+        for chunk_elements in (1, 100, 10**6):
+            found = rank_both_ways(pictures, texts, torch.arange(19), of_text, chunk_elements=chunk_elements)
+            assert [found.queries.tolist(), found.items.tolist()] == expected
+            assert found.nearest.tolist() == nearest
+    assert len(set(expected[0])) > 3
+
+
+def test_items_that_are_right_for_no_query_have_no_rank():
+    eye = torch.eye(3)
+    found = rank_both_ways(eye[:2], eye, torch.tensor([0, 2]), torch.tensor([0, 1, 2]))
+    assert found.items.tolist() == [1, 0, 2]
+    assert found.queries.tolist() == [1, 3]  # the right one, of similarity 0, is tied with another
 
 
 def test_margin_is_best_right_minus_best_wrong():

@@ -1,14 +1,16 @@
 import base64
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from aclip.errors import ConfigError
 from aclip.evaluation import EVALUATORS, Retrieval, write_examples
-from aclip.evaluation.retrieval import distinct
+from aclip.evaluation.retrieval import PROTOCOLS, distinct
 
 
 @pytest.fixture
@@ -76,6 +78,72 @@ def test_any_picture_of_a_caption_is_right_for_it(table_model, picture_set, cpu)
     assert result.metrics["image_to_text_r1"] == pytest.approx(2 / 3)
 
 
+@pytest.fixture
+def five_captions(table_model, picture_set):
+    """23 pictures with five captions each, two of them with six and three."""
+    generator = torch.Generator().manual_seed(11)
+    counts = [5] * 23
+    counts[4], counts[9] = 6, 3
+    images = torch.randn(23, 8, generator=generator)
+    captions = [[f"picture {i} caption {n}" for n in range(count)] for i, count in enumerate(counts)]
+    texts = {text: images[i] + 2.0 * torch.randn(8, generator=generator)
+             for i, own in enumerate(captions) for text in own}
+    return table_model(images, texts), picture_set([own[0] for own in captions], others=[own[1:] for own in captions])
+
+
+def literal_recalls(model, captions, k):
+    """Karpathy's protocol, literally: sort everything, look for a right one among the first k."""
+    texts = [(i, text) for i, own in enumerate(captions) for text in own]
+    normed = [model.texts[text].double() / model.texts[text].double().norm() for _, text in texts]
+    images = [image.double() / image.double().norm() for image in model.images[: len(captions)]]
+    to_text, to_image = [], []
+    for i, image in enumerate(images):
+        order = sorted(range(len(texts)), key=lambda t: -float(image @ normed[t]))
+        to_text.append(any(texts[t][0] == i for t in order[:k]))
+    for t, (owner, _) in enumerate(texts):
+        order = sorted(range(len(images)), key=lambda i: -float(images[i] @ normed[t]))
+        to_image.append(owner in order[:k])
+    return np.mean(to_text), np.mean(to_image)
+
+
+@pytest.mark.parametrize(("protocol", "each"), [("all", 6), ("karpathy", 5)])
+def test_several_captions_equal_the_literal_protocol(five_captions, protocol, each, cpu):
+    model, pictures = five_captions
+    captions = [(first, *others)[:each] for first, others in zip(pictures.captions, pictures.others, strict=True)]
+    result = Retrieval(protocol=protocol).run(model, pictures, cpu)
+    for k in (1, 5, 10):
+        to_text, to_image = literal_recalls(model, captions, k)
+        assert result.metrics[f"image_to_text_r{k}"] == pytest.approx(to_text, abs=1e-12)
+        assert result.metrics[f"text_to_image_r{k}"] == pytest.approx(to_image, abs=1e-12)
+    assert 0.2 < result.metrics["text_to_image_r1"] < 0.9
+    assert result.counts == {"pictures": 23, "captions": 114 if each == 6 else 113, "skipped": 0}
+    expected = np.mean([min(len(own), each) / result.counts["captions"] for own in captions])
+    assert result.chance["image_to_text_r1"] == pytest.approx(expected)
+    assert result.chance["text_to_image_r1"] == pytest.approx(1 / 23)
+    assert all(example.rank >= 1 for example in result.examples)
+
+
+def test_folds_are_means_over_whole_folds(five_captions, cpu, monkeypatch):
+    model, pictures = five_captions
+    monkeypatch.setitem(PROTOCOLS, "karpathy-1k", replace(PROTOCOLS["karpathy-1k"], fold=10))
+    result = Retrieval(protocol="karpathy-1k").run(model, pictures, cpu)
+    captions = [(first, *others)[:5] for first, others in zip(pictures.captions, pictures.others, strict=True)]
+    images, parts = model.images, []
+    for start in (0, 10):
+        model.images = images[start:]
+        parts.append(literal_recalls(model, captions[start : start + 10], 1))
+    assert result.metrics["image_to_text_r1"] == pytest.approx(np.mean([part[0] for part in parts]))
+    assert result.metrics["text_to_image_r1"] == pytest.approx(np.mean([part[1] for part in parts]))
+    assert (result.counts["pictures"], result.counts["folds"], result.counts["left_over"]) == (20, 2, 3)
+
+
+def test_a_set_smaller_than_a_fold_is_an_error(five_captions, cpu):
+    with pytest.raises(ConfigError, match="asks among 1,000 pictures at a time, and the set has 23"):
+        Retrieval(protocol="karpathy-1k").run(*five_captions, cpu)
+    with pytest.raises(ConfigError, match="did you mean 'karpathy'"):
+        Retrieval(protocol="karpaty")
+
+
 def test_chance_levels(emoji, cpu):
     chance = Retrieval().run(*emoji, cpu).chance
     assert chance["image_to_text_r5"] == pytest.approx(5 / 12)
@@ -130,4 +198,4 @@ def test_record_and_examples_file(emoji, cpu, tmp_path):
 
 def test_table_names_match():
     assert all(evaluator.name == name for name, evaluator in EVALUATORS.items())
-    assert set(EVALUATORS) == {"retrieval", "zero_shot", "linear_probe", "knn"}
+    assert set(EVALUATORS) == {"retrieval", "zero_shot", "calibration", "linear_probe", "knn"}

@@ -1,5 +1,7 @@
+import io
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -11,6 +13,7 @@ from tower_oracles import fresh_model, images, open_clip_alone, shake, write_mod
 
 from aclip import towers
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError
+from aclip.towers import models, network
 from aclip.towers.models import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -79,18 +82,26 @@ def test_shape_agrees_with_the_model_that_is_built(tiny):
 def test_every_listed_model_has_a_shape_and_is_a_vit():
     names = towers.list_models()
     assert {"vit-tiny", "vit-small", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14-CLIPA"} <= set(names)
-    assert not [name for name in names if name.startswith(("RN", "convnext", "coca", "roberta"))]
-    for name in names:
-        shape = towers.shape_of(towers.model_config(name))
+    assert {"ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP2-378", "vit_medium_patch16_gap_256"} <= set(names)
+    assert not [name for name in names if name.startswith(("RN", "convnext", "coca", "roberta", "EVA", "swin"))]
+    assert "ViT-SO400M-14-SigLIP-384" not in names  # 27.4 patches
+    configs = {name: towers.model_config(name) for name in names if "SigLIP" not in name or "B-16" in name}
+    for config in configs.values():
+        shape = towers.shape_of(config)
         assert shape.grid_size[0] * shape.patch_size[0] == shape.image_size[0]
         assert shape.width % shape.heads == 0
-    assert not towers.shape_of(towers.model_config("ViT-H-14-CLIPA")).text_cut
+    assert not towers.shape_of(configs["ViT-H-14-CLIPA"]).text_cut
 
 
 @pytest.mark.parametrize(("name", "what"), [
     ("RN50", "a ResNet image tower"),
-    ("convnext_base", "timm's image tower convnext_base"),
-    ("coca_ViT-B-32", "pools by attention"),
+    ("convnext_base", "timm's image tower convnext_base, which is no plain ViT"),
+    ("EVA02-B-16", "eva02_base_patch16_clip_224, whose rotary positions"),
+    ("swin_base_patch4_window7_224", "whose windows need the whole grid"),
+    ("vit_relpos_medium_patch16_cls_224", "whose relative positions"),
+    ("MobileCLIP-B", "whose convolutional stem"),
+    ("ViTamin-S", "whose convolutional stages"),
+    ("coca_ViT-B-32", r"captioning decoder \(CoCa\)"),
     ("coca_base", r"captioning decoder \(CoCa\)"),
     ("roberta-ViT-B-32", "Hugging Face text tower roberta-base"),
 ])
@@ -118,6 +129,7 @@ def test_hub_models_that_cannot_be_fetched_are_named(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(open_clip, "get_model_config", unreachable)
+    monkeypatch.setattr(network.urllib.request, "urlopen", lambda *_, **__: io.BytesIO())
     with pytest.raises(CheckpointError, match="'hf-hub:someone/model' cannot be fetched: no route"):
         towers.create_model("hf-hub:someone/model")
 
@@ -165,8 +177,9 @@ def test_presets_learn_their_positions_on_oblong_grids():
     oblong = towers.create_model("vit-tiny", image_size=(32, 64))
     assert oblong.visual.positional_embedding.requires_grad
     square = towers.create_model("vit-tiny")
-    at_size = towers.vision.positions_at(square.visual, (4, 8))
-    assert torch.equal(oblong.visual.positional_embedding, at_size)
+    at_size = towers.vision.positions_at(towers.vision.vit_of(square.visual), (4, 8))
+    assert torch.equal(oblong.visual.positional_embedding[1:], at_size)
+    assert torch.equal(oblong.visual.positional_embedding[0], square.visual.positional_embedding[0])
     assert "pos_embed_type" not in towers.model_config("vit-tiny", image_size=(32, 64))["vision_cfg"]
     assert towers.model_config("vit-tiny", image_size=32)["vision_cfg"]["pos_embed_type"] == "sin_cos_2d"
 
@@ -252,7 +265,7 @@ def test_weights_of_an_image_tower_start_a_model_with_fresh_text(tiny, tmp_path,
     state = load_file(folder / "open_clip_model.safetensors")
     del state["visual.class_embedding"]
     save_file(state, folder / "open_clip_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"another image tower: they differ in visual\.class_embedding"):
+    with pytest.raises(CheckpointError, match=r"tensors are others: 1 missing \(visual\.class_embedding\)"):
         towers.create_model(folder)
 
 
@@ -270,6 +283,8 @@ def damage(folder: Path, file: str, content: bytes | None) -> None:
     ("open_clip_config.json", None, "holds no model: there is neither open_clip_config.json"),
     ("open_clip_config.json", b"{", "is damaged"),
     ("open_clip_config.json", b"{}", "is damaged"),
+    ("open_clip_config.json", b'{"model_cfg": {"embed_dim": 4, "vision_cfg": {"width": 100, "head_width": 33}, '
+     b'"text_cfg": {}}}', "describes no model"),
 ])
 def test_damaged_folders_are_named(tiny, tmp_path, file, content, match):
     folder = write_model(tmp_path / "model", tiny, towers.model_config("vit-tiny"))
@@ -297,12 +312,26 @@ def test_building_leaves_the_root_logger_alone(saved, caplog):
     assert not caplog.records
 
 
-def test_open_clips_own_warnings_are_passed_on(tiny, tmp_path, caplog):
+def test_open_clips_own_warnings_are_passed_on(tiny, monkeypatch, caplog):
+    def create(*_, **__):
+        logging.warning("No pretrained weights loaded for model")
+        logging.warning("something odd")
+        return tiny
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    monkeypatch.setattr(models, "check_fetchable", lambda source: None)
+    assert towers.create_model("ViT-B-32:laion2b_s34b_b79k") is tiny
+    assert [(r.name, r.levelname, r.message) for r in caplog.records] == [
+        ("aclip.towers.models", "WARNING", "something odd")]
+
+
+def test_a_weight_file_of_another_name_is_found_if_it_is_the_only_one(tiny, tmp_path):
     folder = write_model(tmp_path / "odd", tiny, towers.model_config("vit-tiny"))
     (folder / "open_clip_model.safetensors").rename(folder / "epoch_3.safetensors")
-    towers.create_model(folder)
-    assert [(r.name, r.levelname) for r in caplog.records] == [("aclip.towers.models", "WARNING")]
-    assert "epoch_3.safetensors" in caplog.text
+    assert torch.equal(towers.create_model(folder).token_embedding.weight, tiny.token_embedding.weight)
+    shutil.copy(folder / "epoch_3.safetensors", folder / "epoch_4.safetensors")
+    with pytest.raises(CheckpointError, match=r"several weight files \(epoch_3.safetensors, epoch_4.safetensors\)"):
+        towers.create_model(folder)
 
 
 def test_tokenizers_by_name_folder_and_config_agree(saved):

@@ -1,14 +1,17 @@
 """Slow, literal versions of what the towers do, on open_clip's own modules, and models to try them on."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer as TimmTrunk
 from torch import Tensor, nn
 
 from aclip import towers
@@ -105,3 +108,53 @@ def assert_same_gradients(
     largest = max(g.abs().max() for g in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=float(tolerance * largest), msg=name)
+
+
+def small_timm(seed: int = 0, out: int = 24, **options: Any) -> TimmModel:
+    """Build open_clip's wrapper around a tiny ViT of timm's: 3 x 5 patches of 4 pixels unless told otherwise."""
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = {
+        "img_size": (12, 20), "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0,
+        "num_classes": 0,
+    }
+    visual = TimmModel("test_vit", out, pool="token", proj="linear")
+    visual.trunk = TimmTrunk(**{**defaults, **options})
+    visual.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0.1), proj=nn.Linear(visual.trunk.embed_dim, out)))
+    with torch.no_grad():
+        for token in (visual.trunk.cls_token, visual.trunk.reg_token):
+            if token is not None:
+                token.normal_(std=0.5)  # timm starts them at almost nothing
+    return shake(visual).eval()
+
+
+def timm_on_kept(visual: TimmModel, pixels: Tensor, keep: Tensor) -> Tensor:
+    """Embed every patch and add every position as timm does, and only then pick; run timm's own blocks and head."""
+    trunk = visual.trunk
+    x = trunk._pos_embed(trunk.patch_embed(pixels))
+    prefix = torch.arange(trunk.num_prefix_tokens)
+    x = torch.stack([tokens[torch.cat([prefix, len(prefix) + index])] for tokens, index in zip(x, keep, strict=True)])
+    return visual.head(trunk.forward_head(trunk.norm(trunk.blocks(trunk.norm_pre(x)))))
+
+
+def timm_scores_from_full_maps(visual: TimmModel, pixels: Tensor) -> Tensor:
+    """Hook the complete attention maps out of timm's own forward; the pool's from its formula, head by head."""
+    trunk, maps = visual.trunk, []
+    hooks = [block.attn.attn_drop.register_forward_hook(lambda _, __, out: maps.append(out)) for block in trunk.blocks]
+    for block in trunk.blocks:
+        block.attn.fused_attn = False
+    x = trunk.forward_features(pixels)
+    for hook in hooks:
+        hook.remove()
+    for block in trunk.blocks:
+        block.attn.fused_attn = True
+    first = trunk.num_prefix_tokens
+    if trunk.attn_pool is None:
+        return torch.stack([m[:, :, 0, first:].mean(dim=1) for m in maps]).mean(dim=0)
+    pool, rows = trunk.attn_pool, []
+    query = pool.q(pool.latent[0, 0])
+    keys = pool.kv(x[:, first:])[..., : len(query)]
+    for head in range(pool.num_heads):
+        part = slice(head * pool.head_dim, (head + 1) * pool.head_dim)
+        q, k = pool.q_norm(query[part]), pool.k_norm(keys[..., part])
+        rows.append(torch.softmax(k @ q / pool.head_dim**0.5, dim=-1))
+    return torch.stack(rows).mean(dim=0)

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 import aclip
-from aclip.cli import bench, compare, data, evaluate, recipes, report, train
+from aclip.cli import bench, compare, data, doctor, evaluate, export, recipes, report, train
 from aclip.errors import AclipError, ConfigError
 
-VERBS = (train, compare, evaluate, report, recipes, data, bench)
+VERBS = (train, compare, evaluate, export, report, recipes, data, bench, doctor)
 
 DESCRIPTION = """\
 Train CLIP models that look only at what matters: attentive masking (A-CLIP) and its relatives, on your own

@@ -102,10 +102,11 @@ def encodings(
 
     from aclip import towers
     from aclip.masking import MaskingContext, UniformMasking
+    from aclip.towers.vision import vit_of
 
-    visual: Any = towers.visual_of(model.model)
-    size = towers.preprocess_config(model.model)["size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    visual = towers.visual_of(model.model)
+    height, width = model.image_size
+    grid = vit_of(visual).grid_size
     works: dict[Work, Callable[[], object]] = {}
     for batch_size in batch_sizes:
         pixels = torch.rand(batch_size, 3, height, width, device=device)
@@ -113,7 +114,7 @@ def encodings(
             kept = None
             if share < 1:
                 mask = UniformMasking(mask_ratio=1 - share)
-                kept = mask(MaskingContext(batch_size, visual.grid_size, device))
+                kept = mask(MaskingContext(batch_size, grid, device))
             with torch.inference_mode():
                 tokens = towers.encode_image(visual, pixels, kept).num_tokens
             works[Work("images", share, tokens, batch_size)] = _image_call(visual, pixels, kept)

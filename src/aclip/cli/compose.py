@@ -5,7 +5,6 @@ import platform
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,39 +12,27 @@ from typing import Any
 import open_clip
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import aclip
-from aclip import data, export, plan, towers
+from aclip import data, dist, export, plan, towers
+from aclip.cli.compose_evaluation import HeldOut, evaluate_sets, name_skipped
 from aclip.cli.recipes import dataflow_table
 from aclip.config import to_dict
 from aclip.data.fetch import resolve_spec
-from aclip.engine import checkpoint
 from aclip.engine.console import ProgressSink, TensorBoardSink
+from aclip.engine.loop import Sink, fit, resume
 from aclip.engine.memory import note_peak_memory
 from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
 from aclip.engine.run_folder import RunFolder
-from aclip.engine.trainer import Sink, Trainer, fit
+from aclip.engine.trainer import Trainer
 from aclip.errors import BadSampleError, ConfigError, MissingDependencyError
-from aclip.evaluation import Evaluator, PictureFeatures, Probe, Retrieval
-from aclip.evaluation.features import THUMBNAILS, encode_pictures
-from aclip.evaluation.interface import Space
-from aclip.evaluation.records import write_examples
+from aclip.evaluation import Retrieval
 from aclip.method import Method
 from aclip.report import take_snapshot, write_report
 from aclip.rng import generator
 
 SNAPSHOT_PICTURES = 8
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A named source to evaluate on."""
-
-    name: str
-    source: data.Source
 
 
 def open_held_out(specs: Sequence[str]) -> list[HeldOut]:
@@ -76,24 +63,34 @@ def open_training(specs: str | Sequence[str]) -> data.Source:
     return data.open_mixture(specs, open_by_spec)
 
 
-def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: str) -> None:
-    """Train a run from its start or its newest checkpoint, evaluate it, write model and report."""
-    console = Console(highlight=False)
-    device = choose_device(config.device)
+def train_run(
+    config: RunConfig, folder: RunFolder, *, resumed: bool, command: str, device_name: str | None = None
+) -> None:
+    """Train a run from its start or its newest checkpoint, evaluate it, write model and report; on every rank.
+
+    Rank 0 evaluates, writes and prints.
+
+    Args:
+        config: the same on every rank.
+        folder: of the run, where rank 0 writes.
+        resumed: whether it holds a run that goes on.
+        command: what started the run, for the record.
+        device_name: of this rank; None is the configuration's.
+    """
+    console = Console(highlight=False, quiet=dist.rank() > 0)
+    device = choose_device(device_name or config.device)
     source = open_training(config.data)
     config = settled(config, len(source), device)
     held_out = open_held_out(config.validation)
 
     trainer = build_trainer(config, len(source), device)
-    model, resolved, timetable = trainer.method.model, trainer.method.plan, trainer.timetable
+    model, resolved, timetable = trainer.wrapped.shown.model, trainer.method.plan, trainer.timetable
 
     dataflow = dataflow_table(resolved, config.model, text_tokens=14)
     if resumed:
         check_same_data(folder, len(source))
-        if checkpoint.list_checkpoints(folder.checkpoints):
-            trainer.restore(checkpoint.load_latest(folder.checkpoints))
-        folder.rewind(trainer.step)
-    else:
+        resume(trainer, folder)
+    elif dist.rank() == 0:
         folder.create()
         folder.write_json("config.json", to_dict(config) | {
             "num_pairs": len(source), "command": command, "dataflow": plain_text(dataflow),
@@ -107,10 +104,10 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
         trainer.method.frequencies.copy_(data.token_frequencies(
             source, tokenizer, resolved.shape.vocab_size, seed=config.seed))
     examiner = Examiner(config, folder, trainer, encoder, held_out, dataset, console)
-    batches = open_batches(trainer, dataset, timetable.total_steps, workers=config.workers)
+    batches = partial(open_batches, trainer, dataset, timetable.total_steps, workers=config.workers)
     if trainer.step == 0:
         examiner.look(0)
-    if trainer.step < timetable.total_steps:
+    if trainer.step < timetable.total_steps or (trainer.owes_evaluation and not folder.final.exists()):
         with ExitStack() as open_sinks:
             open_sinks.callback(note_peak_memory, folder, device)
             sinks: list[Sink] = [
@@ -119,6 +116,9 @@ def train_run(config: RunConfig, folder: RunFolder, *, resumed: bool, command: s
                 writer = open_sinks.enter_context(tensorboard_writer(folder, trainer.step))
                 sinks.append(TensorBoardSink(writer))
             fit(trainer, batches, folder, sinks, examiner.examine)
+    trainer.wrapped.refresh()
+    if dist.rank() > 0:
+        return
     model_config = towers.model_config(config.model, image_size=config.image_size)
     export.open_clip.save(model, model_config, towers.preprocess_config(model), folder.final)
     finish(folder, console)
@@ -148,9 +148,11 @@ def open_batches(trainer: Trainer, dataset: data.PairDataset, total_steps: int, 
     """Return the batches of a run's steps, from the trainer's next one to `total_steps`."""
     assert trainer.config.batch_size is not None
     return data.build_loader(
-        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step, total_steps=total_steps,
+        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step + trainer.skipped_batches,
+        total_steps=total_steps + trainer.skipped_batches,
         workers=workers, device=trainer.device,
         cut_text=towers.cut_after_eot if trainer.method.plan.shape.text_cut else None,
+        rank=dist.rank(), world_size=dist.world_size(),
     )
 
 
@@ -175,12 +177,6 @@ def finish(folder: RunFolder, console: Console) -> None:
     console.print(f"done. model: {folder.final}  report: {report}", markup=False, soft_wrap=True)
 
 
-def name_skipped(bad: Sequence[tuple[str, str]], most: int = 5) -> str:
-    """Return the sentence that counts bad samples and names the first few, with the reasons."""
-    shown = "; ".join(f"{key} ({reason})" for key, reason in bad[:most])
-    return f"skipped {len(bad)} bad samples: {shown}" + (f" and {len(bad) - most} more" if len(bad) > most else "")
-
-
 class Examiner:
     """Evaluates the model in training on every held-out set, and keeps a picture of what it looks at."""
 
@@ -194,15 +190,16 @@ class Examiner:
         self.shown = pick_pictures(shown, SNAPSHOT_PICTURES, config.seed)
 
     def look(self, step: int) -> None:
-        """Keep a picture of what the model looks at after `step` optimizer steps."""
-        if self.shown:
+        """Keep a picture of what the model looks at after `step` optimizer steps; all ranks call it."""
+        self.trainer.wrapped.refresh()
+        if self.shown and dist.rank() == 0:
             images, captions = zip(*self.shown, strict=True)
-            take_snapshot(self.trainer.method, images, captions, step, self.folder.snapshots)
+            take_snapshot(self.trainer.wrapped.shown, images, captions, step, self.folder.snapshots)
 
     def examine(self, step: int) -> None:
-        """Look, and evaluate, after `step` optimizer steps."""
+        """Look, and evaluate, after `step` optimizer steps; all ranks call it, and rank 0 does it."""
         self.look(step)
-        if self.trainer.method.plan.uses_text:
+        if self.trainer.method.plan.uses_text and dist.rank() == 0:
             evaluate_sets(self.encoder, self.held_out, (Retrieval(),), self.folder, self.console, step=step,
                           samples_seen=self.trainer.samples_seen, device=self.trainer.device,
                           workers=self.config.workers)
@@ -222,71 +219,30 @@ def pick_pictures(source: data.Source, count: int, seed: int) -> list[tuple[Any,
     return found
 
 
-def evaluate_sets(
-    encoder: towers.LoadedModel, held_out: Sequence[HeldOut], evaluators: Sequence[Evaluator],
-    folder: RunFolder | None, console: Console, *, step: int, samples_seen: int, device: torch.device, workers: int,
-    weights: str = "online", training: HeldOut | None = None,
-) -> None:
-    """Run evaluators on held-out sets, print their numbers, and journal them where there is a run folder.
-
-    Probes first learn from `training`, which is there where they are among the evaluators.
-    """
-    encode = partial(encode_set, encoder, console=console, device=device, workers=workers)
-    if training is not None:
-        evaluators = learned(evaluators, encode(training, "trunk"), console)
-    for held in held_out:
-        encoded: dict[Space, PictureFeatures] = {}
-        for evaluator in evaluators:
-            if evaluator.space not in encoded:
-                encoded[evaluator.space] = encode(held, evaluator.space)
-            result = evaluator.measure(encoder, encoded[evaluator.space], device)
-            numbers = "  ".join(f"{key} {value:.1%}" if "rank" not in key else f"{key} {value:g}"
-                                for key, value in result.metrics.items())
-            counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in result.counts.items() if value)
-            settings = "".join(f"; {key} {value:g}" for key, value in result.settings.items())
-            console.print(f"{held.name} {evaluator.name} ({counts}{settings}): {numbers}", markup=False, soft_wrap=True)
-            if folder is not None:
-                folder.append("evaluations", result.to_record(
-                    set_name=held.name, weights=weights, step=step, samples_seen=samples_seen,
-                    training_set=training.name if training is not None and isinstance(evaluator, Probe) else None))
-                write_examples(folder.path, held.name, result.examples)
-
-
-def encode_set(
-    encoder: towers.LoadedModel, held: HeldOut, space: Space, *, console: Console, device: torch.device, workers: int
-) -> PictureFeatures:
-    """Encode the pictures of a set under a progress bar, and name those that were skipped."""
-    pictures = data.EvaluationSet(held.source, encoder.preprocess, batch_size=256, workers=workers,
-                                  target="caption" if space == "joint" else "label")
-    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"encoding {held.name}", total=len(held.source))
-        encoded = encode_pictures(
-            encoder, pictures, device, space=space, progress=partial(progress.advance, task),
-            thumbnails=THUMBNAILS if space == "joint" else 0)  # what probes find is shown in numbers alone
-    if encoded.skipped:
-        console.print(f"{held.name}: {name_skipped(encoded.skipped)}", markup=False, soft_wrap=True)
-    return encoded
-
-
-def learned(evaluators: Sequence[Evaluator], training: PictureFeatures, console: Console) -> list[Evaluator]:
-    """Return the evaluators with the probes among them fitted."""
-    fitted = []
-    for evaluator in evaluators:
-        with console.status(f"fitting {evaluator.name} on {training.size:,} pictures"):
-            fitted.append(evaluator.learn(training) if isinstance(evaluator, Probe) else evaluator)
-    return fitted
-
-
 def print_header(console: Console, config: RunConfig, trainer: Trainer, dataflow: Table, num_pairs: int) -> None:
     """Say what is about to happen."""
     table = trainer.timetable
     console.print(dataflow)
-    groups = ", ".join(f"{g.count / 1e6:.2f} M {g.title} (decay {g.weight_decay:g})" for g in trainer.groups)
-    console.print(f"trained: {groups}; {config.precision} on {trainer.device}", soft_wrap=True)
+    console.print(groups_table(trainer))
+    ranks = f", {dist.world_size()} processes ({config.parallel})" if dist.world_size() > 1 else ""
+    parts = f", {trainer.micro_batch} pairs at a time" if trainer.in_parts else ""
+    console.print(f"{config.precision} on {trainer.device}{ranks}{parts}; memory {trainer.estimate}", soft_wrap=True)
     console.print(f"{num_pairs:,} pairs, batch {config.batch_size}, {table.total_steps:,} steps "
                   f"({table.total_steps / table.steps_per_epoch:.1f} epochs), warm-up {table.warmup_steps}"
                   + (f", unmasked after step {table.masked_steps:,}" if table.masked_steps < table.total_steps else "")
                   + (f", from step {trainer.step:,}" if trainer.step else ""), soft_wrap=True)
+
+
+def groups_table(trainer: Trainer) -> Table:
+    """Return who is trained how, and what is not."""
+    table = Table("parameters", "tensors", "millions", "weight decay", "learning rate", box=None, pad_edge=False)
+    for group in trainer.groups:
+        table.add_row(group.title, str(len(group.names)), f"{group.count / 1e6:.2f}", f"{group.weight_decay:g}",
+                      f"x {group.lr_factor:.3g}")
+    frozen = [p for p in trainer.method.model.parameters() if not p.requires_grad]
+    if frozen:
+        table.add_row("frozen", str(len(frozen)), f"{sum(p.numel() for p in frozen) / 1e6:.2f}", "", "")
+    return table
 
 
 def plain_text(table: Table) -> str:

@@ -20,7 +20,7 @@ from aclip.engine.children import Children, Job
 from aclip.engine.comparison import ComparisonFolder, Measured, PlannedRun, run_name
 from aclip.engine.console import RunsProgress
 from aclip.engine.run_config import Timetable, choose_device, settled
-from aclip.engine.trainer import Interrupted
+from aclip.engine.stop import Interrupted
 from aclip.errors import ConfigError, TrainingError, unknown_name
 from aclip.evaluation import EVALUATORS, Probe, Retrieval
 from aclip.recipes import RECIPES

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aclip import data, towers
-from aclip.cli.compose import COLUMNS, build_trainer, open_batches, open_dataset, open_training
+from aclip.cli.compose import build_trainer, open_batches, open_dataset, open_training
+from aclip.cli.compose_evaluation import COLUMNS
 from aclip.cli.contenders import BASELINE, Stage, contender_from
 from aclip.engine.comparison import ComparisonFolder
 from aclip.engine.run_config import choose_device

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from aclip.engine.run_config import RunConfig
 
 DEFAULT_RECIPE, DEFAULT_MODEL = "a-clip", "vit-tiny"
+MACHINERY = {"parallel", "micro_batch", "recompute", "compile"}
+"""Settings that change nothing but speed, memory and rounding, so that a resumed run may have others."""
 
 EXAMPLES = """\
 examples:
@@ -64,10 +66,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add all options of the verb."""
     what = parser.add_argument_group("what to train")
     what.add_argument("--recipe", help=f"the method, see `aclip recipes` (default: {DEFAULT_RECIPE})")
-    what.add_argument("--model", help="open_clip name, NAME:PRETRAINED, a preset (vit-tiny, vit-small), or a folder "
-                      f"(default: {DEFAULT_MODEL})")
-    what.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the input; positions are interpolated "
-                      "(default: the model's own)")
+    what.add_argument("--model", help="open_clip name, NAME:PRETRAINED, NAME:WEIGHT_FILE, a preset (vit-tiny, "
+                      "vit-small), a run, a folder of open_clip's or Hugging Face's CLIP, or the A-CLIP release's "
+                      f"checkpoint (default: {DEFAULT_MODEL})")
+    what.add_argument("--image-size", type=image_size, metavar="PIXELS", help="side of the input, or HEIGHTxWIDTH; "
+                      "positions are interpolated (default: the model's own)")
     what.add_argument("--data", nargs="+", type=str, action=Tuple, metavar="SOURCE[=WEIGHT]",
                       help="training source, see below; several are mixed by their weights, or by their sizes")
     what.add_argument("--validation", nargs="+", type=str, action=Tuple, metavar="[NAME=]SOURCE",
@@ -75,6 +78,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--output", help="the run's folder (default: runs/RECIPE-MODEL)")
     what.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue a run exactly where it was "
                       "saved; without a folder: the one of --output, if it is there")
+
+    what.add_argument("--overfit-one-batch", nargs="?", type=int, const=100, metavar="STEPS",
+                      help="train on the first batch alone (100 steps), write nothing, and say whether the loss fell: "
+                      "the first thing to try when a run does not learn")
 
     how = parser.add_argument_group("how")
     length = how.add_mutually_exclusive_group()
@@ -101,16 +108,45 @@ def add_settings(how: Any) -> list[argparse.Action]:
                          "relative to the recipe's own, e.g. 0.5:0.5 0.3:0.75 (default: whole images throughout)"),
         how.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
                          help="of the towers' arithmetic (default: bf16 where the device multiplies in it, else fp32)"),
+        how.add_argument("--parallel", choices=["ddp", "fsdp"], help="over several processes (torchrun, srun): "
+                         "everything on each, or a share of it on each (default: ddp)"),
+        how.add_argument("--micro-batch", type=pairs_or_auto, metavar="PAIRS|auto", help="pairs that a process holds "
+                         "at a time; the step stays that of the whole batch; auto: as many as fit (default: all)"),
+        how.add_argument("--recompute", action="store_true", default=None,
+                         help="save memory: run the towers' blocks again in the backward pass"),
+        how.add_argument("--compile", action="store_true", default=None, help="compile the towers' blocks"),
+        how.add_argument("--grad-clip", type=float, metavar="NORM",
+                         help="largest norm of the gradient; 0 clips nothing (default: the recipe's)"),
+        how.add_argument("--layer-decay", type=float, metavar="FACTOR", help="on the learning rate, from a block of a "
+                         "tower to the one before it (default: the recipe's)"),
+        how.add_argument("--freeze", nargs="+", type=str, action=Tuple, metavar="PATTERN", help="parameters that are "
+                         "not trained, besides the recipe's, e.g. 'visual.*' to lock the image tower"),
         how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (default: auto)"),
         how.add_argument("--workers", type=int, help="loader processes (default: 2)"),
         how.add_argument("--evaluate-every", type=float, metavar="EPOCHS",
                          help="0 evaluates at the end alone (default: 1)"),
         how.add_argument("--save-every", type=float, metavar="EPOCHS", help="between checkpoints (default: 1)"),
+        how.add_argument("--keep-checkpoints", type=int, metavar="K", help="of the newest (default: 2)"),
+        how.add_argument("--keep-every", type=int, metavar="N",
+                         help="also keep every N-th checkpoint for good (default: 0, none)"),
         how.add_argument("--log-every", type=int, metavar="STEPS", help="between lines of metrics.jsonl (default: 10)"),
         how.add_argument("--tensorboard", action="store_true", default=None, help="also write TensorBoard events"),
         how.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
                          help="change any field of the run, e.g. recipe.objectives.byol.weight=1 (repeatable)"),
     ]
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """Return a side in pixels, or (height, width) from HEIGHTxWIDTH."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of pixels, nor HEIGHTxWIDTH, e.g. 224 or 192x256")
+    return (int(sides[0]), int(sides[1])) if len(sides) == 2 else int(sides[0])
+
+
+def pairs_or_auto(text: str) -> int | str:
+    """Return a number of pairs, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def resolution_phase(text: str) -> Any:
@@ -127,16 +163,36 @@ def resolution_phase(text: str) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Train, evaluate and write the report."""
-    from aclip.engine.run_folder import RunFolder
-    from aclip.errors import ConfigError
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training on several processes is not possible yet: start one process, without torchrun")
+    if args.overfit_one_batch is not None:
+        _overfit(args)
+        return
     config, folder, resumed = _settle(args)
+    from aclip import dist
     from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
+    from aclip.engine.launch import joined
+    from aclip.engine.run_folder import RunFolder
 
     command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
-    train_run(config, RunFolder(folder), resumed=resumed, command=command)
+    with joined(config.device) as device:
+        config, folder, resumed = dist.collect((config, folder, resumed))[0]
+        train_run(config, RunFolder(folder), resumed=resumed, command=command, device_name=device)
+
+
+def _overfit(args: argparse.Namespace) -> None:
+    """Try one batch.
+
+    Raises:
+        ConfigError: fewer steps than one. TrainingError: the loss did not fall.
+    """
+    from aclip.errors import ConfigError, TrainingError
+
+    if args.overfit_one_batch < 1:
+        raise ConfigError(f"--overfit-one-batch takes at least one step, not {args.overfit_one_batch}")
+    config = _new_config(args)
+    from aclip.cli.overfit import overfit
+
+    if not overfit(config, args.overfit_one_batch):
+        raise TrainingError("one batch was not learned")
 
 
 def config_from(arguments: Sequence[str]) -> RunConfig:
@@ -154,6 +210,8 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
     from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError
 
+    if args.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        args.resume = ""  # torchrun has started this run anew after one of its processes ended
     if args.resume is None:
         config = _new_config(args)
         return config, Path(config.output), False
@@ -164,11 +222,12 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
         return _new_config(args), folder, False
     saved = saved_config(RunFolder(folder))
     wanted = _with_options(saved, args)
-    changed = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(wanted, f.name)]
+    changed = [f.name for f in dataclasses.fields(saved)
+               if f.name not in MACHINERY and getattr(saved, f.name) != getattr(wanted, f.name)]
     if changed:
         raise ConfigError(f"the run in {folder} was started with other settings ({', '.join(changed)}): a resumed "
                           "run keeps its own; leave the options out, or choose another --output")
-    return saved, folder, True
+    return wanted, folder, True
 
 
 def _new_config(args: argparse.Namespace) -> RunConfig:
@@ -205,8 +264,10 @@ def _with_options(config: RunConfig, args: argparse.Namespace) -> RunConfig:
         recipe = dataclasses.replace(recipe, passes=tuple(
             dataclasses.replace(p, mask_ratio=given["mask_ratio"]) if p.masking != "none" else p
             for p in recipe.passes))
-    settings = {name: given[name] for name in ("lr", "weight_decay") if name in given}
-    recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, **settings))
+    settings = {name: given[name] for name in ("lr", "weight_decay", "grad_clip", "layer_decay") if name in given}
+    freeze = dict.fromkeys((*recipe.freeze, *given.get("freeze", ())))  # each once, for a resumed run has them already
+    recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, **settings),
+                                 freeze=tuple(freeze))
     fields = {f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given}
     config = dataclasses.replace(config, **fields | {"recipe": recipe})
     config = override(config, args.assignments)

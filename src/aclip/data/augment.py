@@ -124,7 +124,8 @@ def apply(
     Returns:
         (B, 3, h, w) float32.
     """
-    images = view.pixels.to(torch.float32).div_(255)
+    # Colours come pixel by pixel, in the order of the file, and leave plane by plane, as towers read them.
+    images = view.pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     if view.augmentation is not None:
         images = _augmented(images, view.augmentation)
     return images.sub_(mean[:, None, None]).div_(std[:, None, None])

@@ -84,6 +84,8 @@ def draw_caption(
         tags: may be empty; a tag that repeats the caption is not used.
         seed, epoch, sample: what the draw depends on, and nothing else.
     """
+    if len(captions) == 1 and not tags:  # nothing to draw
+        return DrawnCaption(captions[0], caption_id(captions[0]))
     generator = rng.generator(seed, "caption", epoch, sample)
     caption = captions[int(generator.integers(len(captions)))]
     base = caption_id(caption)

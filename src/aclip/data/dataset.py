@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from aclip import rng
 from aclip.data.captions import CaptionTokenizer, DrawnCaption, caption_id, clean_captions, draw_caption
-from aclip.data.decode import decode_image
+from aclip.data.decode import decode_pixels
 from aclip.data.order import Request
 from aclip.data.sources import Source
 from aclip.data.views import Crop, ViewPipeline
@@ -21,10 +21,6 @@ from aclip.errors import BadSampleError, DataError
 
 MAX_REPLACEMENTS = 1000
 """Samples that are tried for the place of a bad one before the source is called unusable."""
-
-_DECODE_MARGIN = 4
-"""Pictures may be decoded down to this many times the largest view: a crop of 1/16 of such a picture's
-area still has every pixel that its view can show."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class PairDataset(Dataset[Item]):
         self.seed = seed
         self._views = views
         self._sizes = dict(sizes)
-        self._min_side = _DECODE_MARGIN * max(max(size) for size in self._sizes.values())
+        self._min_side = views.least_side(self._sizes)  # JPEGs are decoded no larger than that takes
 
     def __len__(self) -> int:
         """Return the number of samples in the source, bad ones included."""
@@ -120,7 +116,7 @@ class PairDataset(Dataset[Item]):
         """Build sample `index`, everything random drawn for (`epoch`, `sample`)."""
         raw = self.source.read(index)
         captions = clean_captions(raw.captions)  # before the picture: cheaper to find wanting
-        image = decode_image(raw.image, min_side=self._min_side)
+        image = decode_pixels(raw.image, min_side=self._min_side)
         caption: DrawnCaption = draw_caption(captions, raw.tags, seed=self.seed, epoch=epoch, sample=sample)
         return Item(
             views=self._views(image, seed=self.seed, epoch=epoch, sample=sample, sizes=self._sizes),

@@ -1,7 +1,8 @@
 """Feed batches: worker processes read and crop ahead of the optimizer, in an order that does not depend
 on how many of them there are."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from aclip.data.captions import CaptionTokenizer
 from aclip.data.dataset import Item, PairDataset
+from aclip.data.layout import layout_warnings
 from aclip.data.order import BatchSampler, Request
 from aclip.data.views import Crop
 from aclip.data.workers import read_ahead
 from aclip.structs import Batch, ViewBatch
+
+_log = logging.getLogger(__name__)
 
 CutText = Callable[[Tensor], Tensor]
 """Maps (B, T) tokens to (B, T') without the columns that no caption needs."""
@@ -71,8 +75,8 @@ class ReadBatch:
 
     def __call__(self, requests: Sequence[Request]) -> Batch:
         """Return the batch whose row b answers `requests[b]`."""
-        items = [self._dataset[request] for request in requests]
-        return collate(items, self._dataset.tokenizer, self._cut_text)
+        items = (self._dataset[request] for request in requests)
+        return collate(items, len(requests), self._dataset.tokenizer, self._cut_text)
 
 
 def build_loader(
@@ -107,6 +111,8 @@ def build_loader(
         ConfigError: a batch size that does not divide among the ranks.
         DataError: fewer samples than one batch.
     """
+    for warning in layout_warnings(dataset.source, workers) if rank == 0 else ():
+        _log.warning("%s", warning)
     sampler = BatchSampler(
         dataset.source,
         batch_size=batch_size,
@@ -125,25 +131,57 @@ def build_loader(
     )
 
 
-def collate(items: Sequence[Item], tokenizer: CaptionTokenizer, cut_text: CutText | None = None) -> Batch:
-    """Return the batch of `items`, every tensor's row b from item b."""
-    tokens = torch.stack([item.tokens for item in items])
+def collate(
+    items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_text: CutText | None = None
+) -> Batch:
+    """Return the batch of `count` items, every tensor's row b from item b.
+
+    An item's pixels are taken over before the next item is asked for, while they are in the processor's cache.
+    """
+    views: dict[str, _Rows] = {}
+    rows: list[tuple[Tensor, int, int, str]] = []
+    skipped: dict[tuple[str, str], None] = {}
+    for row, item in enumerate(items):
+        for name, crop in item.views.items():
+            if row == 0:
+                views[name] = _Rows(count, crop)
+            views[name].put(row, crop)
+        rows.append((item.tokens, item.caption_id, item.seed, item.key))
+        skipped.update(dict.fromkeys(item.skipped))
+    all_tokens, caption_ids, seeds, keys = zip(*rows, strict=True)
+    tokens = torch.stack(all_tokens)
     return Batch(
-        views={name: _stack([item.views[name] for item in items]) for name in items[0].views},
+        views={name: crops.batch() for name, crops in views.items()},
         tokens=tokens if cut_text is None else cut_text(tokens).contiguous(),
-        caption_ids=torch.tensor([item.caption_id for item in items], dtype=torch.int64),
-        seeds=torch.tensor([item.seed for item in items], dtype=torch.int64),
-        keys=tuple(item.key for item in items),
-        skipped=tuple(dict.fromkeys(bad for item in items for bad in item.skipped)),
+        caption_ids=torch.tensor(caption_ids, dtype=torch.int64),
+        seeds=torch.tensor(seeds, dtype=torch.int64),
+        keys=keys,
+        skipped=tuple(skipped),
         truncated=tokenizer.count_truncated(tokens),
     )
 
 
-def _stack(crops: Sequence[Crop]) -> ViewBatch:
-    augmentations = [crop.augmentation for crop in crops if crop.augmentation is not None]
-    return ViewBatch(
-        pixels=torch.from_numpy(np.stack([crop.pixels for crop in crops])),
-        boxes=torch.tensor([crop.box for crop in crops], dtype=torch.float32),
-        flipped=torch.tensor([crop.flipped for crop in crops], dtype=torch.bool),
-        augmentation=torch.from_numpy(np.stack(augmentations)) if augmentations else None,
-    )
+class _Rows:
+    """One view of a batch, filled row by row."""
+
+    def __init__(self, count: int, first: Crop) -> None:
+        _, height, width = first.pixels.shape
+        self._pixels = np.empty((count, height, width, 3), dtype=np.uint8)
+        self._boxes = np.empty((count, 4), dtype=np.float32)
+        self._flipped = np.empty(count, dtype=np.bool_)
+        drawn = first.augmentation
+        self._augmentation = None if drawn is None else np.empty((count, len(drawn)), dtype=np.float32)
+
+    def put(self, row: int, crop: Crop) -> None:
+        self._pixels[row] = crop.pixels.transpose(1, 2, 0)
+        self._boxes[row], self._flipped[row] = crop.box, crop.flipped
+        if self._augmentation is not None:
+            self._augmentation[row] = crop.augmentation
+
+    def batch(self) -> ViewBatch:
+        return ViewBatch(
+            pixels=torch.from_numpy(self._pixels).permute(0, 3, 1, 2),
+            boxes=torch.from_numpy(self._boxes),
+            flipped=torch.from_numpy(self._flipped),
+            augmentation=None if self._augmentation is None else torch.from_numpy(self._augmentation),
+        )

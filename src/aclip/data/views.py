@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Float32, UInt8
-from PIL import Image
 
 from aclip import rng
 from aclip.data.augment import AUGMENTATIONS, draw
@@ -25,17 +25,12 @@ _DrawFor = tuple[int, int, int]  # (seed, epoch, sample)
 
 _TRIES = 10  # of random crops before the central one, as in torchvision
 
-# A crop is first averaged over whole pixels down to this many times its final size. Views of 224 from images
-# of 2000 pixels take a third of the time of the exact filter and differ by under one grey level on average;
-# crops less than four times too large are not affected.
-_REDUCING_GAP = 2.0
-
 
 class Crop(NamedTuple):
     """One view of one image, before its colours are changed.
 
     Attributes:
-        pixels: (3, h, w) uint8 RGB, already mirrored if `flipped`.
+        pixels: (3, h, w) uint8 RGB, already mirrored if `flipped`; in memory a pixel's colours lie together.
         box: what it shows of the source image.
         flipped: whether it is mirrored left to right.
         augmentation: (A,) float32 parameters for `aclip.data.augment.apply`, or None for a plain view.
@@ -57,12 +52,13 @@ class ViewPipeline(Protocol):
     names: ClassVar[tuple[str, ...]]
 
     def __call__(
-        self, image: Image.Image, *, seed: int, epoch: int, sample: int, sizes: Mapping[str, tuple[int, int]]
+        self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int,
+        sizes: Mapping[str, tuple[int, int]],
     ) -> dict[str, Crop]:
         """Return the crops of one decoded image.
 
         Args:
-            image: in mode RGB.
+            image: (H, W, 3) uint8 RGB.
             seed, epoch, sample: what the draws depend on, with the view's name.
             sizes: view name -> (height, width) of the crop in pixels. A view without a size is drawn, so that
                 the others stay the same, but not cut.
@@ -73,6 +69,9 @@ class ViewPipeline(Protocol):
 
     def boxes(self, height: int, width: int, *, seed: int, epoch: int, sample: int) -> dict[str, Box]:
         """Return the boxes that `__call__` cuts from an image of this size: the geometry alone."""
+
+    def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
+        """Return the shorter side in pixels from which on no crop has to be enlarged to its size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +103,13 @@ class RandomCrops:
         _check_name("augmentation", self.augmentation, AUGMENTATIONS)
 
     def __call__(
-        self, image: Image.Image, *, seed: int, epoch: int, sample: int, sizes: Mapping[str, tuple[int, int]]
+        self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int,
+        sizes: Mapping[str, tuple[int, int]],
     ) -> dict[str, Crop]:
         """See `ViewPipeline`."""
         for name in sizes:
             _check_name("view", name, self.names)
-        views = self._draw(image.height, image.width, (seed, epoch, sample))
+        views = self._draw(image.shape[0], image.shape[1], (seed, epoch, sample))
         return {
             name: Crop(
                 cut(image, box, sizes[name], flipped),
@@ -124,6 +124,16 @@ class RandomCrops:
     def boxes(self, height: int, width: int, *, seed: int, epoch: int, sample: int) -> dict[str, Box]:
         """See `ViewPipeline`."""
         return {name: box for name, (box, _) in self._draw(height, width, (seed, epoch, sample)).items()}
+
+    def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
+        """See `ViewPipeline`; up to whole pixels, and for boxes of the drawn area and ratio."""
+        height, width = (max(size[axis] for size in sizes.values()) for axis in (0, 1))
+        share = min(self._scales())
+        return math.ceil(max(height * math.sqrt(self.ratio[1] / share), width / math.sqrt(self.ratio[0] * share)))
+
+    def _scales(self) -> tuple[float, ...]:
+        """Return the smallest shares of the area that are drawn."""
+        return (self.scale[0],)
 
     def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
         """Return each view's box and whether it is flipped."""
@@ -211,6 +221,9 @@ class CropAndTwoAugs(RandomCrops):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_interval("augmented_scale", self.augmented_scale, largest=1.0)
+
+    def _scales(self) -> tuple[float, ...]:
+        return self.scale[0], self.augmented_scale[0]
 
     def _draw_crop(self, name: str, height: int, width: int, draw_for: _DrawFor) -> tuple[Box, bool]:
         if name != "a":
@@ -309,30 +322,32 @@ def released_context_box(generator: np.random.Generator, height: int, width: int
 _CONTEXT_BOXES = {"paper": enclosing_box, "released": released_context_box}
 
 
-def cut(image: Image.Image, box: Box, size: tuple[int, int], flipped: bool) -> UInt8[np.ndarray, "3 h w"]:
-    """Return the part of an RGB image inside `box`, resized (bicubic, antialiased) and mirrored if asked.
+def cut(
+    image: UInt8[np.ndarray, "H W 3"], box: Box, size: tuple[int, int], flipped: bool
+) -> UInt8[np.ndarray, "3 h w"]:
+    """Return the part of a picture inside `box`, resized (bicubic, antialiased) and mirrored if asked.
+
+    As torchvision's `RandomResizedCrop`, to within rounding: what lies outside the box is not looked at.
 
     Args:
-        image: in mode RGB.
-        box: inside the image. Pixels next to it take part in the filter at its edges, so that a view of the
-            inside of an image has no edge of its own.
+        image: (H, W, 3) uint8 RGB.
+        box: inside the image.
         size: (height, width) of the result in pixels.
         flipped: mirror left to right.
 
     Returns:
-        (3, height, width) uint8, contiguous.
+        (3, height, width) uint8.
     """
     top, left, height, width = box
-    resized = image.resize(
-        (size[1], size[0]),
-        Image.Resampling.BICUBIC,
-        box=(left, top, left + width, top + height),
-        reducing_gap=_REDUCING_GAP,
-    )
-    pixels = np.asarray(resized)
-    if flipped:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    part = torch.from_numpy(image[None, top : top + height, left : left + width]).permute(0, 3, 1, 2)
+    pixels = np.empty((1, *size, 3), dtype=np.uint8)
+    # What `functional.interpolate` calls, in torch's vectorised kernel for 8-bit pixels whose colours lie together:
+    # a sixth of Pillow's time. Given where to write, it leaves them together and saves a fifth of its own.
+    _resize(part, size, False, None, None, out=torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    return (pixels[0, :, ::-1] if flipped else pixels[0]).transpose(2, 0, 1)
+
+
+_resize = torch.ops.aten._upsample_bicubic2d_aa.out
 
 
 def _union(boxes: Sequence[Box]) -> tuple[int, int, int, int]:

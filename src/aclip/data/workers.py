@@ -94,6 +94,10 @@ class _Reader(Dataset[Any], Generic[Asked, Answer]):
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # torchrun and Slurm send what they send to the whole group; the parent saves first, and ends its workers itself
+    parent = os.getppid()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None if os.getppid() == parent else os._exit(1))
     sys.excepthook = _report
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from aclip.engine.trainer import StopRequest
+from aclip.engine.stop import StopRequest
 
 SECONDS_BETWEEN_LOOKS = 0.2
 

@@ -13,6 +13,7 @@ from aclip.engine.run_folder import RunFolder
 from aclip.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class RunConfig:
     Attributes:
         recipe: the method, its optimization included.
         model: open_clip name, preset, or folder.
-        image_size: side of the input in pixels, or None for the model's own.
+        image_size: side of the input in pixels, or (height, width), or None for the model's own.
         data: training source, or several of them, each "source=weight" or all without a weight.
         validation: sources to evaluate on, as "name=source" or a source.
         output: the run folder.
@@ -61,9 +62,18 @@ class RunConfig:
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         precision: of the towers' arithmetic; weights, losses and optimizer are always fp32. None is bf16
             where the device multiplies in it (GPUs; CPUs with AMX or AVX512-BF16), else fp32.
+        parallel: over several processes, "ddp" holds everything on each, "fsdp" a share of it on each.
+        micro_batch: pairs whose activations a process holds at a time; None: its whole share of the batch, "auto": as
+            many as the memory is estimated to hold (`engine.memory`). The step is the same but for rounding, and takes
+            a second forward pass of the towers (`engine.accumulation`).
+        recompute: hold the blocks' inputs alone for the backward pass, and run the blocks again in it.
+        compile: compile the transformer blocks.
         log_every: optimizer steps between lines of metrics.jsonl.
         evaluate_every: epochs between evaluations; 0 evaluates at the end alone.
         save_every: epochs between checkpoints. keep_checkpoints: how many of the newest to keep.
+        keep_every: every how-many-th of the regular checkpoints is kept for good; 0 keeps none.
+        most_skipped: how many steps in a row may be skipped because their loss or gradient is not finite; after one
+            more the run goes back to its newest checkpoint and on with other batches.
         tensorboard: also write TensorBoard events to the run folder.
     """
 
@@ -71,7 +81,7 @@ class RunConfig:
     model: str
     data: str | tuple[str, ...]
     output: str
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     validation: tuple[str, ...] = ()
     epochs: float = 25.0
     samples: int | None = None
@@ -83,19 +93,27 @@ class RunConfig:
     workers: int = 2
     device: str = "auto"
     precision: Precision | None = None
+    parallel: Parallel = "ddp"
+    micro_batch: int | Literal["auto"] | None = None
+    recompute: bool = False
+    compile: bool = False
     log_every: int = 10
     evaluate_every: float = 1.0
     save_every: float = 1.0
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    most_skipped: int = 5
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
+            raise ConfigError(f"micro_batch must be at least 1, not {self.micro_batch}")
         if self.batch_size is not None and self.batch_size < 2:
             raise ConfigError("batch_size must be at least 2: a contrast needs another pair to differ from")
-        for name in ("workers", "evaluate_every", "save_every", "seed"):
+        for name in ("workers", "evaluate_every", "save_every", "keep_every", "most_skipped", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ConfigError(f"{name} must be 0 or more, and finite, but is {getattr(self, name)}")
         if not 0.0 <= self.unmasked_tuning <= 1.0:

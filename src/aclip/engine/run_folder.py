@@ -1,15 +1,20 @@
 """A run's folder: its files, its line-by-line journals, and what a resume removes from them."""
 
+import errno
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from aclip.errors import ConfigError
 from aclip.files import write_atomically
 
 TAIL_BYTES = 8192
+
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -20,9 +25,12 @@ class RunFolder:
     """
 
     JOURNALS = ("metrics", "evaluations", "skipped")
+    """Those that tell what was computed, and follow it back to a checkpoint; `incidents` tells what has happened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._patient = self._told = False
+        self._unwritten: dict[str, list[bytes]] = {}
 
     @property
     def checkpoints(self) -> Path:
@@ -70,9 +78,41 @@ class RunFolder:
             raise ConfigError(f"{self.path / name} is damaged: {error}") from error
 
     def append(self, journal: str, record: Mapping[str, Any]) -> None:
-        """Add one line to a journal; a line is written in one call, so that at most the last is torn."""
-        with (self.path / f"{journal}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Add one line to a journal; a line is written in one call, so that at most the last is torn.
+
+        Raises:
+            OSError: it cannot be written, unless the folder is `patient`.
+        """
+        waiting = self._unwritten.setdefault(journal, [])
+        waiting.append((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        try:
+            with (self.path / f"{journal}.jsonl").open("ab", buffering=0) as file:
+                _add_lines(file, waiting)
+        except OSError as error:
+            if not self._patient:
+                waiting.clear()
+                raise
+            if not self._told:
+                _log.warning("%s.jsonl cannot be written (%s): its lines are kept and written when that is possible",
+                             journal, error.strerror or error)
+            self._told = True
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Within this context journals that cannot be written, on a full disk, keep their lines until they can.
+
+        Raises:
+            OSError: at its end, they still cannot.
+        """
+        self._patient, self._told = True, False
+        try:
+            yield
+        finally:
+            self._patient = False
+            for journal in list(self._unwritten):
+                if self._unwritten[journal]:
+                    with (self.path / f"{journal}.jsonl").open("ab", buffering=0) as file:
+                        _add_lines(file, self._unwritten[journal])
 
     def records(self, journal: str) -> Iterator[dict[str, Any]]:
         """Yield a journal's records; a torn last line is left out."""
@@ -104,11 +144,28 @@ class RunFolder:
                 return record
         return {}
 
-    def rewind(self, step: int) -> None:
-        """Drop everything journalled after optimizer step `step`, and any torn line."""
+    def rewind(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop everything journalled after optimizer step `step`, and any torn line.
+
+        Args:
+            step: done.
+            evaluated: whether its evaluation is done, too; otherwise what there is of it is dropped.
+        """
         for journal in self.JOURNALS:
+            self._unwritten.pop(journal, None)
             if not (self.path / f"{journal}.jsonl").exists():
                 continue
-            kept = [r for r in self.records(journal) if r.get("step", 0) <= step]
+            last = step if evaluated or journal != "evaluations" else step - 1
+            kept = [r for r in self.records(journal) if r.get("step", 0) <= last]
             lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
             write_atomically(self.path / f"{journal}.jsonl", lines)
+
+
+def _add_lines(file: BinaryIO, lines: list[bytes]) -> None:
+    """Write lines and take them off the list one by one; of a line that could not be written whole, nothing stays."""
+    while lines:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(lines[0]) < len(lines[0]):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        del lines[0]

@@ -1,79 +1,29 @@
-"""The loop: one plain pass over batches, with everything that must happen around a step."""
+"""One optimizer step, and the state between steps."""
 
 import math
-import signal
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from types import FrameType
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aclip import towers
+from aclip import dist, towers
 from aclip.engine import checkpoint
+from aclip.engine.accumulation import accumulate
+from aclip.engine.gradients import clip_to, total_norm
+from aclip.engine.health import Guard
+from aclip.engine.memory import available_memory, estimate, fitting_micro_batch
 from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
 from aclip.engine.run_config import RunConfig, Timetable
-from aclip.engine.run_folder import RunFolder
 from aclip.engine.schedule import momentum_cosine, warmup_cosine
-from aclip.errors import CheckpointError, TrainingError
+from aclip.engine.wrap import wrap
+from aclip.errors import CheckpointError, ConfigError
 from aclip.method import Method
 from aclip.structs import Batch, StepOutput
+from aclip.tensor_files import StoredTensors
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's clamp on logit_scale
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class Sink(Protocol):
-    """Something that shows or stores the progress of a run: the terminal, TensorBoard."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Take one line of metrics.jsonl."""
-
-    def advance(self, step: int) -> None:
-        """Take notice that optimizer step `step` is done."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop and has saved itself."""
-
-
-@dataclass
-class Clock:
-    """Where the time of the current logging interval went, in seconds."""
-
-    started: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    samples: int = 0
-
-    def rates(self) -> dict[str, float]:
-        """Return samples per second and the share of time spent waiting for data."""
-        elapsed = max(time.perf_counter() - self.started, 1e-9)
-        return {"samples_per_second": self.samples / elapsed, "data_wait": self.waited / elapsed}
-
-
-class Incidents:
-    """Journals bad samples by name, each once.
-
-    Args:
-        folder: its journal `skipped` tells which samples are known already.
-    """
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-        self._known = {record["key"] for record in folder.records("skipped")}
-
-    def note(self, batch: Batch, step: int) -> None:
-        """Take notice of a batch that was used in optimizer step `step`."""
-        for key, reason in batch.skipped:
-            if key not in self._known:
-                self._known.add(key)
-                self._folder.append("skipped", {"step": step, "key": key, "reason": reason})
-
-    def counts(self) -> dict[str, int]:
-        """Return how many bad samples were met so far."""
-        return {"skipped_samples": len(self._known)}
 
 
 class Trainer:
@@ -93,11 +43,28 @@ class Trainer:
         self.device = device
         self.step = 0
         self.samples_seen = 0
-        self.grad_norm: Tensor | None = None  # of the latest step, before clipping; measured when asked for
+        self.grad_norm: Tensor | None = None  # of the latest step, before clipping
+        self.measured = torch.empty(0)  # what `guard` measured of it
+        self.skipped_batches = 0  # by how many batches the data are ahead of the steps, after rollbacks
+        self.skipped_steps = 0  # because they were not finite
+        self.owes_evaluation = False  # whether this state was to be evaluated and is not yet
         self.cut_captions = 0  # since the last record; at rest too, for a checkpoint may lie between two records
-        self.groups = parameter_groups(method, config.recipe.optimization.weight_decay)
+        share = (config.batch_size or 0) // dist.world_size()
+        wanted = config.micro_batch or share
+        if wanted == "auto":
+            wanted = fitting_micro_batch(method, config, available_memory(device))
+        self.micro_batch = min(wanted, share) or 1  # pairs that are held at a time
+        self.in_parts = self.micro_batch < share
+        self.estimate = estimate(method, config, self.micro_batch)
+        self.wrapped = wrap(method, device, parallel=config.parallel, recompute=config.recompute,
+                            compile_blocks=config.compile, in_parts=self.in_parts)
+        settings = config.recipe.optimization
+        self.groups = parameter_groups(method, settings.weight_decay, settings.layer_decay)
+        if not self.groups:
+            raise ConfigError("nothing is left to train: freeze less")
         self.optimizer = build_optimizer(self.groups, config.recipe.optimization)
         self.ema = method.ema()
+        self.guard = Guard(method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def learning_rate(self) -> float:
@@ -115,19 +82,34 @@ class Trainer:
         return momentum_cosine(self.step, self.timetable.total_steps, momentum.start, momentum.end)
 
     def train_step(self, batch: Batch) -> StepOutput:
-        """Take one optimizer step; afterwards the gradients are still there to be looked at."""
+        """Take one optimizer step; afterwards the gradients are still there to be looked at.
+
+        A step whose loss or gradient is not finite on any rank changes nothing but the count of steps (`health.Guard`).
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.learning_rate() * group["lr_factor"]
         momentum, phase = self.ema_momentum(), self.timetable.phase(self.step)
         self.optimizer.zero_grad(set_to_none=True)
+        self.guard.begin()
 
-        precision = self.config.precision or "fp32"
-        with torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32"):
-            output: StepOutput = self.method(batch, masked=phase.masked, resolution=phase.resolution)
-        self.scaler.scale(output.loss).backward()
+        if not self.in_parts:
+            with self.autocast():
+                output = self.wrapped.step(batch, masked=phase.masked, resolution=phase.resolution)
+            self.scaler.scale(output.loss).backward()
+        else:
+            output = accumulate(self.method, batch, self.micro_batch, masked=phase.masked, resolution=phase.resolution,
+                                autocast=self.autocast, scale=self.scaler.scale)
+            self.wrapped.average_gradients()
         self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.trained() if p.grad is not None]
+        self.grad_norm = total_norm(gradients)
+        found, self.measured = self.guard.judge(output.loss, self.grad_norm)
         clip = self.config.recipe.optimization.grad_clip
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained(), clip) if clip > 0 else None
+        if clip > 0:
+            clip_to(gradients, self.grad_norm, clip)
+        self.optimizer.found_inf = found  # type: ignore[attr-defined]
+        for own in self.scaler._found_inf_per_device(self.optimizer).values() if self.scaler.is_enabled() else ():
+            own.copy_(found)  # the scaler has looked at this rank's part alone
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.method.plan.uses_text:
@@ -137,34 +119,35 @@ class Trainer:
             self.ema.update(momentum)
 
         self.step += 1
-        self.samples_seen += batch.size
+        self.samples_seen += batch.size * dist.world_size()
         self.cut_captions += batch.truncated
         return replace(output, passes={})  # nobody reads them after the step, and they hold its largest tensors
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the towers compute."""
+        precision = self.config.precision or "fp32"
+        return torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
     def trained(self) -> list[torch.nn.Parameter]:
         """Return the trainable parameters."""
         return [p for group in self.groups for p in group.parameters]
 
     def record(self, output: StepOutput, lr: float, momentum: float | None) -> dict[str, Any]:
-        """Return what metrics.jsonl says about the step just taken; the one place that waits for the device.
+        """Return what metrics.jsonl says about the step just taken; here the device is waited for.
 
-        Starts the count of cut captions anew.
-
-        Raises:
-            TrainingError: the loss is not a finite number.
+        Losses are means, counts are sums over ranks, which all must call it. Starts the count of cut captions anew.
         """
-        self.check_finite(output)
-        norm = self.grad_norm
-        if norm is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None])
+        losses = torch.stack([output.loss.detach(), *output.parts.values()]).float()
+        loss, *parts = (dist.sum_over_ranks(losses) / dist.world_size()).tolist()
+        assert self.grad_norm is not None
         record: dict[str, Any] = {
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "loss": output.loss.item(),
-            "parts": {name: part.item() for name, part in output.parts.items()},
+            "loss": loss,
+            "parts": dict(zip(output.parts, parts, strict=True)),
             "lr": lr,
-            "grad_norm": norm.item(),
-            "cut_captions": self.cut_captions,
+            "grad_norm": self.grad_norm.item(),
+            "cut_captions": int(dist.sum_over_ranks(torch.tensor(self.cut_captions, device=self.device))),
         }
         self.cut_captions = 0
         if self.method.plan.uses_text:
@@ -172,123 +155,45 @@ class Trainer:
         if "contrastive" in output.parts:
             record["chance_loss"] = math.log(self.config.batch_size or 1)
         if momentum is not None:
-            record["ema_momentum"] = momentum
+            record |= {"ema_momentum": momentum, "ema_distance": self.ema.distance().item()}
         return record
 
-    def check_finite(self, output: StepOutput) -> None:
-        """Stop a run whose loss is no number any more, before it is recorded or saved.
-
-        Raises:
-            TrainingError: the loss of the step just taken is infinite or not a number.
-        """
-        if not math.isfinite(output.loss.item()):
-            parts = ", ".join(f"{name} {part.item():g}" for name, part in output.parts.items())
-            raise TrainingError(f"the loss is no longer finite at step {self.step} ({parts}): try a lower --lr or "
-                                "--precision fp32; the newest checkpoint is from before")
-
     def at_rest(self) -> checkpoint.Checkpoint:
-        """Return everything that a resume needs."""
+        """Return everything that a resume needs; tensors as they are, whole or sharded, on their device."""
         tensors: dict[str, Tensor] = {f"method/{k}": v for k, v in self.method.state_dict().items()}
         optimizer = optimizer_tensors(self.optimizer, self.groups)
         tensors |= {f"optimizer/{k}": v for k, v in optimizer.items()}
         tensors["rng/torch"] = torch.get_rng_state()
-        values = {"samples_seen": self.samples_seen, "cut_captions": self.cut_captions,
-                  "scaler": self.scaler.state_dict()}
+        # over ranks the sum, for another number of ranks may go on
+        cut_captions = int(dist.sum_over_ranks(torch.tensor(self.cut_captions, device=self.device)))
+        values = {"samples_seen": self.samples_seen, "cut_captions": cut_captions,
+                  "skipped_batches": self.skipped_batches, "skipped_steps": self.skipped_steps,
+                  "owes_evaluation": self.owes_evaluation, "scaler": self.scaler.state_dict()}
         return checkpoint.Checkpoint(self.step, tensors, values)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint of any number of ranks.
 
         Raises:
             CheckpointError: it belongs to another model or recipe.
         """
+        stored = saved.tensors
+        assert isinstance(stored, StoredTensors)
         try:
-            self.method.load_state_dict(saved.part("method"))
-            restore_optimizer(self.optimizer, self.groups, saved.part("optimizer"))
-        except (RuntimeError, KeyError) as error:
-            first = str(error).splitlines()[-1].strip()
+            ours = {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
+            unknown = [name for name in stored if name.startswith("method/") and name not in ours]
+            if unknown:
+                raise CheckpointError(f"nothing here is called '{unknown[0]}'")
+            for name, tensor in ours.items():
+                stored.fill(name, tensor)
+            restore_optimizer(self.optimizer, self.groups, stored)
+            torch.set_rng_state(stored["rng/torch"])
+            self.scaler.load_state_dict(saved.values["scaler"])
+            self.step, self.samples_seen = saved.step, int(saved.values["samples_seen"])
+            self.cut_captions = int(saved.values["cut_captions"]) if dist.rank() == 0 else 0
+            self.skipped_batches = int(saved.values["skipped_batches"])
+            self.skipped_steps = int(saved.values["skipped_steps"])
+            self.owes_evaluation = bool(saved.values["owes_evaluation"])
+        except (CheckpointError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint of step {saved.step} is of another model or recipe: "
-                                  f"{first}") from error
-        torch.set_rng_state(saved.tensors["rng/torch"])
-        self.scaler.load_state_dict(saved.values["scaler"])
-        self.step, self.samples_seen = saved.step, int(saved.values["samples_seen"])
-        self.cut_captions = int(saved.values.get("cut_captions", 0))
-
-
-def fit(
-    trainer: Trainer,
-    batches: Iterable[Batch],
-    folder: RunFolder,
-    sinks: Sequence[Sink],
-    evaluate: Callable[[int], None],
-) -> None:
-    """Train to the end of the timetable, from wherever the trainer stands.
-
-    Args:
-        trainer: fresh, or restored from a checkpoint.
-        batches: starting with the batch of the trainer's next step.
-        folder: where metrics and checkpoints go.
-        sinks: what else hears of the progress.
-        evaluate: called with the number of steps done, every so often and at the end.
-
-    Raises:
-        Interrupted: on SIGINT or SIGTERM, after saving a checkpoint.
-    """
-    config, table = trainer.config, trainer.timetable
-    stop = StopRequest()
-    incidents = Incidents(folder)
-    clock, fetching = Clock(), time.perf_counter()
-    with stop:
-        for batch in batches:
-            clock.waited += time.perf_counter() - fetching
-            lr, momentum = trainer.learning_rate(), trainer.ema_momentum()
-            output = trainer.train_step(batch.to(trainer.device))
-            step, last = trainer.step, trainer.step == table.total_steps
-
-            clock.samples += batch.size
-            incidents.note(batch, step)
-            for sink in sinks:
-                sink.advance(step)
-            if step % config.log_every == 0 or last:
-                record = trainer.record(output, lr, momentum) | incidents.counts() | clock.rates()
-                folder.append("metrics", record)
-                for sink in sinks:
-                    sink.log(record)
-                clock = Clock()
-            if last or (table.evaluate_every and step % table.evaluate_every == 0):
-                paused = time.perf_counter()
-                evaluate(step)
-                clock.started += time.perf_counter() - paused
-            if last or stop.requested or (table.save_every and step % table.save_every == 0):
-                trainer.check_finite(output)
-                checkpoint.save(folder.checkpoints, trainer.at_rest(), config.keep_checkpoints)
-            if stop.requested and not last:
-                raise Interrupted(f"stopped after step {step} of {table.total_steps}; continue with "
-                                  f"aclip train --resume {folder.path}")
-            fetching = time.perf_counter()
-
-
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag, so that the step in progress is finished and saved.
-
-    A second signal of the same kind acts as it did before.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in self.SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, self._before[number])
+                                  f"{error}") from error

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import torch
 from jaxtyping import Int
-from PIL import Image
 from torch import Tensor
 
 from aclip.data.views import Crop
@@ -63,7 +62,7 @@ def made_batch(
     lengths = caption_lengths(batch_size, text_tokens, shape.context_length, generator)
     width = int(lengths.max()) if cut_text and shape.text_cut else shape.context_length
     noise = torch.randint(0, 256, (*_SOURCE, 3), dtype=torch.uint8, generator=generator)
-    picture = Image.fromarray(noise.numpy())
+    picture = noise.numpy()
     crops = [plan.pipeline(picture, seed=seed, epoch=0, sample=i, sizes=plan.view_sizes) for i in range(batch_size)]
     return Batch(
         views={name: _stacked([crop[name] for crop in crops], augmented) for name in plan.view_sizes},

@@ -1,25 +1,35 @@
 """Evaluation on held-out pictures: `EVALUATORS` maps names to `Evaluator` classes."""
 
+from aclip.evaluation import together
 from aclip.evaluation.base import Evaluation, Evaluator, Example
+from aclip.evaluation.calibration import Calibration
+from aclip.evaluation.class_names import find_classes, find_templates
+from aclip.evaluation.classes import ClassList
 from aclip.evaluation.features import PictureFeatures, encode_pictures, encode_texts
 from aclip.evaluation.knn import NearestNeighbours
 from aclip.evaluation.linear_probe import LinearProbe
+from aclip.evaluation.masked_encoder import KEPT_BY, MaskedEncoder
 from aclip.evaluation.probe import Probe
-from aclip.evaluation.records import write_examples
-from aclip.evaluation.retrieval import Retrieval
+from aclip.evaluation.records import write_details, write_examples
+from aclip.evaluation.retrieval import PROTOCOLS, Retrieval
 from aclip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot
 
 EVALUATORS: dict[str, type[Evaluator]] = {
-    evaluator.name: evaluator for evaluator in (Retrieval, ZeroShot, LinearProbe, NearestNeighbours)
+    evaluator.name: evaluator for evaluator in (Retrieval, ZeroShot, Calibration, LinearProbe, NearestNeighbours)
 }
 
 __all__ = [
     "DEFAULT_TEMPLATES",
     "EVALUATORS",
+    "KEPT_BY",
+    "PROTOCOLS",
+    "Calibration",
+    "ClassList",
     "Evaluation",
     "Evaluator",
     "Example",
     "LinearProbe",
+    "MaskedEncoder",
     "NearestNeighbours",
     "PictureFeatures",
     "Probe",
@@ -27,5 +37,9 @@ __all__ = [
     "ZeroShot",
     "encode_pictures",
     "encode_texts",
+    "find_classes",
+    "find_templates",
+    "together",
+    "write_details",
     "write_examples",
 ]

@@ -50,6 +50,7 @@ class Evaluation:
         counts: name -> how many pictures, captions, classes, skipped pictures.
         examples: telling pictures, possibly none.
         settings: name -> what a probe was fitted with.
+        details: what a report draws besides numbers, as plain JSON values.
     """
 
     evaluator: str
@@ -58,11 +59,12 @@ class Evaluation:
     counts: Mapping[str, int]
     examples: tuple[Example, ...] = field(default=())
     settings: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_record(
         self, *, set_name: str, weights: str, step: int, samples_seen: int, training_set: str | None = None
     ) -> dict[str, Any]:
-        """Return one line of `evaluations.jsonl`: everything but the examples, as plain JSON values.
+        """Return one line of `evaluations.jsonl`: everything but examples and details, as plain JSON values.
 
         Args:
             set_name: the pictures' set. weights: "online" or "ema".
@@ -86,6 +88,11 @@ class Evaluator(ABC):
     name: ClassVar[str]
     space: ClassVar[Space] = "joint"
 
+    @property
+    def variant(self) -> str:
+        """What sets it apart from the evaluator as it is by default, in a word; added to a set's name in records."""
+        return ""
+
     def run(
         self,
         model: Encoder,
@@ -97,8 +104,7 @@ class Evaluator(ABC):
     ) -> Evaluation:
         """Encode the pictures and measure; see `encode_pictures` for the arguments.
 
-        Runs on one process. With several evaluators for one set, call `encode_pictures` once a space and
-        `measure` of each.
+        With several evaluators for one set, call `encode_pictures` once a space and `measure` of each.
         """
         encoded = encode_pictures(model, pictures, device, space=self.space, precision=precision, progress=progress)
         return self.measure(model, encoded, device, precision=precision)

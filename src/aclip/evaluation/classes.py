@@ -2,11 +2,104 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from aclip.errors import ConfigError
 from aclip.evaluation.retrieval import distinct
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Classes that pictures are told apart by.
+
+    A set may call them otherwise than prompts do: by an identifier (`labels`), by their number in the list (labels
+    that are all whole numbers), or, if `in_order`, by anything whose sorted order is that of the list, as the folders
+    of many published sets are.
+
+    Attributes:
+        names: that go into prompts.
+        labels: what the set calls each of them, all different; the names may then repeat. None: the names alone.
+        in_order: whether labels that are not all among the names stand for the classes in their sorted order.
+        present_only: whether classes of which the set has no picture are left out.
+        title: what to call them in messages.
+
+    Raises:
+        ConfigError: fewer than two classes, or one that is there twice.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+    in_order: bool = False
+    present_only: bool = False
+    title: str = "given"
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2:
+            raise ConfigError(f"zero-shot classification tells classes apart: {len(self.names)} of them "
+                              f"({', '.join(self.names) or 'none'}) is not enough")
+        given = self.names if self.labels is None else self.labels
+        twice = first_repeated([_key(name) for name in given])
+        if twice is not None:
+            raise ConfigError(f"class '{given[twice]}' is named twice: every class of a zero-shot evaluation once")
+
+    def numbers(self, labels: Sequence[str]) -> list[int | None]:
+        """Return the number of the class that each label stands for, or None for one that is none of them.
+
+        Raises:
+            ConfigError: no label is one, or their sorted order cannot be matched.
+        """
+        called = {_key(name): i for i, name in reversed(list(enumerate(self.names)))}
+        if self.labels is not None:
+            called |= {_key(label): i for i, label in enumerate(self.labels)}
+        kinds = sorted(set(labels))
+        known = [label for label in kinds if _key(label) in called]
+        if known and (len(known) == len(kinds) or not self.in_order):
+            return [called.get(_key(label)) for label in labels]
+        if all(label.isdecimal() and label.isascii() and int(label) < len(self.names) for label in kinds):
+            logger.info("labels %s to %s are taken for numbers of the %d %s classes, from 0", kinds[0], kinds[-1],
+                        len(self.names), self.title)
+            return [int(label) for label in labels]
+        if self.in_order and len(kinds) == len(self.names) and 2 * len(known) < len(kinds):
+            logger.warning("the set's %d classes are taken for the %s ones in sorted order: '%s' for '%s', '%s' for "
+                           "'%s'", len(kinds), self.title, kinds[0], self.names[0], kinds[-1], self.names[-1])
+            order = {label: i for i, label in enumerate(kinds)}
+            return [order[label] for label in labels]
+        some = ", ".join(kinds[:5])
+        if 2 * len(known) >= len(kinds):  # nearly the same names: not another way to call them
+            others = ", ".join([label for label in kinds if _key(label) not in called][:5])
+            raise ConfigError(f"{len(known)} of the set's {len(kinds)} classes are {self.title} classes by name, but "
+                              f"not: {others}; give a file with lines of the set's label, a tab, and the class name")
+        if self.in_order:
+            raise ConfigError(f"the set has {len(kinds)} classes, for example: {some}; the {len(self.names)} "
+                              f"{self.title} classes can be matched by their names, or by order where there are as "
+                              "many: else give a file with lines of the set's label, a tab, and the class name")
+        raise ConfigError(f"no picture of the set is of one of the {len(self.names)} {self.title} classes; "
+                          f"the set has, for example: {some}")
+
+
+def classes_of(labels: Sequence[str]) -> ClassList:
+    """Return the distinct labels of a set as classes, underscores as spaces.
+
+    Raises:
+        ConfigError: there is only one.
+    """
+    spelled, _ = distinct([_spaced(label) for label in labels])
+    if len(spelled) < 2:
+        raise ConfigError(f"zero-shot classification tells classes apart, and all {len(labels)} pictures of the set "
+                          f"are of class '{spelled[0]}': name the others with --classes")
+    return ClassList(tuple(spelled))
+
+
+def first_repeated(names: Sequence[str]) -> int | None:
+    """Return the place of the first name that has been there before, or None."""
+    seen: set[str] = set()
+    for i, name in enumerate(names):
+        if name in seen:
+            return i
+        seen.add(name)
+    return None
 
 
 def members(names: Sequence[str], classes: Sequence[str], kind: str) -> tuple[list[int], list[int]]:
@@ -15,7 +108,7 @@ def members(names: Sequence[str], classes: Sequence[str], kind: str) -> tuple[li
     Args:
         names: the class of every picture; case and spacing do not matter.
         classes: class names, each once.
-        kind: what to call them in messages, e.g. "given".
+        kind: what to call them in messages, e.g. "training".
 
     Returns:
         The numbers of the pictures that are of one, and the number of each one's class.
@@ -24,12 +117,27 @@ def members(names: Sequence[str], classes: Sequence[str], kind: str) -> tuple[li
         ConfigError: no picture is of any of them.
     """
     seen, numbers = distinct([*classes, *names])
-    numbers = numbers[len(classes) :]
-    kept = [i for i, number in enumerate(numbers) if number < len(classes)]
+    return among([i if i < len(classes) else None for i in numbers[len(classes) :]], len(classes), kind,
+                 seen[len(classes) :])
+
+
+def among(
+    numbers: Sequence[int | None], classes: int, kind: str, others: Sequence[str] = ()
+) -> tuple[list[int], list[int]]:
+    """Return the numbers of the pictures that have a class, and the class of each; see `members`."""
+    kept = [i for i, number in enumerate(numbers) if number is not None]
     if not kept:
-        raise ConfigError(f"no picture of the set is of one of the {len(classes)} {kind} classes; "
-                          f"the set has, for example: {', '.join(seen[len(classes):][:5])}")
-    if len(kept) < len(names):
+        raise ConfigError(f"no picture of the set is of one of the {classes} {kind} classes; "
+                          f"the set has, for example: {', '.join(others[:5])}")
+    if len(kept) < len(numbers):
         logger.warning("%d of %d pictures are of none of the %s classes and are left out",
-                       len(names) - len(kept), len(names), kind)
-    return kept, [numbers[i] for i in kept]
+                       len(numbers) - len(kept), len(numbers), kind)
+    return kept, [number for number in numbers if number is not None]
+
+
+def _spaced(label: str) -> str:
+    return " ".join(label.replace("_", " ").split()) or label
+
+
+def _key(label: str) -> str:
+    return _spaced(label).casefold()

@@ -2,11 +2,14 @@
 
 Retrieval and zero-shot classification read the same picture features, and so do the probes, so a caller
 with several evaluators encodes the set once a space with `encode_pictures` and hands the result to each.
+
+Where processes evaluate together (`aclip.evaluation.together`), each encodes its share and all end with everything, in
+the same order: what is measured then is what one process measures.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aclip.errors import DataError
-from aclip.evaluation.interface import Encoder, PictureSet, Progress, Space
+from aclip.evaluation import together
+from aclip.evaluation.interface import Encoder, PictureBatch, PictureSet, Progress, Space
 
 THUMBNAILS = 2048
 """Most pictures of a set that are kept small."""
@@ -31,9 +35,10 @@ class PictureFeatures:
     Attributes:
         features: (B, D) float32, L2-normalised, in the joint space, or (B, C) float32 as the tower pools
             them, before the projection; on the device of the encoder.
-        captions: the caption of each picture. labels: its class, or None. keys: its name.
+        captions: the (first) caption of each picture. labels: its class, or None. keys: its name.
         skipped: (name, reason) of pictures that could not be used.
         thumbnails: picture index -> (3, h, w) uint8, for a share of the set spread evenly over it.
+        all_captions: all captions of each picture, the first included.
     """
 
     features: Float[Tensor, "B _"]
@@ -42,6 +47,7 @@ class PictureFeatures:
     keys: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     thumbnails: dict[int, UInt8[Tensor, "3 h w"]]
+    all_captions: tuple[tuple[str, ...], ...] = ()
 
     @property
     def size(self) -> int:
@@ -63,7 +69,8 @@ def encode_pictures(
 
     Args:
         model: the encoder, already on `device`.
-        pictures: read once, from beginning to end.
+        pictures: read once, from beginning to end; where processes evaluate together, this one's share, which lies
+            behind those of lower ranks (`EvaluationSet(..., share=(rank, world_size))`).
         device: where the encoder runs and the features stay.
         space: "joint" for features that are compared with texts, "trunk" for those that probes read.
         precision: type of autocast (`torch.bfloat16`), or None for none. Features are float32 either way.
@@ -73,29 +80,31 @@ def encode_pictures(
 
     Raises:
         DataError: the set holds no usable picture.
+        AclipError: reading failed, on any process; all raise it.
     """
-    features: list[Tensor] = []
-    captions: list[str] = []
-    labels: list[str | None] = []
-    keys: list[str] = []
     gallery = _Gallery(thumbnails, *_normalisation(model))
-    with _evaluating(model), torch.inference_mode():
+    read = _Read(gallery)
+    with _evaluating(model), torch.inference_mode(), together.common_fate():
         for batch in pictures:
             pixels = batch.pixels.to(device, non_blocking=True)
             with _autocast(device, precision):
                 encoded = model.encode_image(pixels) if space == "joint" else model.encode_trunk(pixels)
-            features.append(F.normalize(encoded.float(), dim=-1) if space == "joint" else encoded.float())
-            gallery.add(len(captions), batch.pixels)
-            captions += batch.captions
-            labels += batch.labels
-            keys += batch.keys
+            read.add(F.normalize(encoded.float(), dim=-1) if space == "joint" else encoded.float(), batch)
             if progress is not None:
                 progress(len(batch.captions))
-    if not features:
-        raise DataError("nothing to evaluate: the set holds no usable picture "
-                        f"({len(pictures.skipped)} skipped)")
-    return PictureFeatures(torch.cat(features), tuple(captions), tuple(labels), tuple(keys),
-                           tuple(pictures.skipped), gallery.kept)
+    skipped = [name for part in together.collect(list(pictures.skipped)) for name in part]
+    features = _gather_rows(read.features, device)
+    if not len(features):
+        raise DataError(f"nothing to evaluate: the set holds no usable picture ({len(skipped)} skipped)")
+    captions, labels, keys, all_captions, small = (
+        read.captions, read.labels, read.keys, read.all_captions, gallery.kept)
+    if together.world_size() > 1:
+        parts = together.collect((captions, labels, keys, all_captions, small))
+        captions, labels, keys, all_captions = ([x for part in parts for x in part[i]] for i in range(4))
+        starts = [sum(len(part[0]) for part in parts[:i]) for i in range(len(parts))]
+        small = {start + i: image for start, part in zip(starts, parts, strict=True) for i, image in part[4].items()}
+    return PictureFeatures(features, tuple(captions), tuple(labels), tuple(keys), tuple(skipped), small,
+                           tuple(all_captions))
 
 
 def encode_texts(
@@ -111,14 +120,48 @@ def encode_texts(
     Returns:
         (M, D) float32, L2-normalised, on `device`, in the order of `texts`.
     """
+    starts = range(0, len(texts), batch_size)
     features = []
-    with _evaluating(model), torch.inference_mode():
-        for start in range(0, len(texts), batch_size):
+    with _evaluating(model), torch.inference_mode(), together.common_fate():
+        for start in (starts[i] for i in together.share(len(starts))):
             tokens = model.tokenizer(list(texts[start : start + batch_size])).to(device)
             with _autocast(device, precision):
                 encoded = model.encode_text(tokens, normalize=True)
             features.append(F.normalize(encoded.float(), dim=-1))
-    return torch.cat(features)
+    return _gather_rows(features, device)
+
+
+@dataclass
+class _Read:
+    """What this process has read and encoded so far."""
+
+    gallery: "_Gallery"
+    features: list[Tensor] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    labels: list[str | None] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    all_captions: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, features: Float[Tensor, "b _"], batch: PictureBatch) -> None:
+        self.gallery.add(len(self.captions), batch.pixels)
+        self.features.append(features)
+        self.captions += batch.captions
+        self.labels += batch.labels
+        self.keys += batch.keys
+        self.all_captions += batch.all_captions
+
+
+def _gather_rows(parts: Sequence[Float[Tensor, "n D"]], device: torch.device) -> Float[Tensor, "N D"]:
+    """Return all rows of all processes in rank order; a process may have none. (0, 0) if nobody has any."""
+    sizes = together.collect((sum(map(len, parts)), parts[0].shape[1] if parts else 0))
+    total, width, most = sum(n for n, _ in sizes), max(w for _, w in sizes), max(n for n, _ in sizes)
+    if together.world_size() == 1:
+        return torch.cat(list(parts)) if parts else torch.empty(0, 0, device=device)
+    if total == 0:
+        return torch.empty(0, 0, device=device)
+    own = torch.cat(list(parts)) if parts else torch.empty(0, width, device=device)
+    padded = together.gather(F.pad(own, (0, 0, 0, most - len(own)))).split(most)
+    return torch.cat([rows[:n] for rows, (n, _) in zip(padded, sizes, strict=True)])
 
 
 class _Gallery:

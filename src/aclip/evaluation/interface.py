@@ -52,6 +52,10 @@ class PictureBatch(Protocol):
         """The one caption of each picture."""
 
     @property
+    def all_captions(self) -> Sequence[tuple[str, ...]]:
+        """All captions of each picture, the one first."""
+
+    @property
     def labels(self) -> Sequence[str | None]:
         """The class of each picture, where the source has one."""
 

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from aclip.errors import DataError
+from aclip.errors import ConfigError, DataError, unknown_name
+from aclip.evaluation import linear_probe_sgd as sgd
 from aclip.evaluation.probe import CHUNK_ELEMENTS, Classifier, Probe
 from aclip.evaluation.ranking import class_ranks, recall
 from aclip.rng import generator
@@ -28,6 +29,8 @@ FIRST_STEP, LAST_STEP = 2.0, 0.125
 
 VALIDATION_SHARE = 5
 """One in this many training pictures validates during the search."""
+
+SOLVERS = ("lbfgs", "sgd")
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +49,32 @@ class LinearProbe(Probe):
     the stronger penalty wins. `settings` say what was found: `l2` (the strength, see `Regression`) and
     `iterations` of the final fit.
 
+    With `solver="sgd"` the classifier is fitted by stochastic gradient descent in place of L-BFGS, and what is
+    searched, on the same split by the same criterion, is the whole grid of `linear_probe_sgd.LEARNING_RATES` and
+    `WEIGHT_DECAYS`; `settings` are then `learning_rate` and `weight_decay`.
+
     Attributes:
         search_pictures: bounds the cost of the search; the final fit is on all.
-        seed: of the split.
+        seed: of the split, and of the order of SGD's batches.
+        solver: in `SOLVERS`.
+
+    Raises:
+        ConfigError: an unknown solver.
     """
 
     name = "linear_probe"
     search_pictures: int = 20_000
     seed: int = 0
+    solver: str = "lbfgs"
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ConfigError(unknown_name("solver of the linear probe", self.solver, SOLVERS))
+
+    @property
+    def variant(self) -> str:
+        """See `Evaluator.variant`."""
+        return "" if self.solver == "lbfgs" else self.solver
 
     def fit(self, features: Float[Tensor, "B C"], targets: Int[Tensor, " B"], num_classes: int) -> Classifier:
         """See `Probe.fit`.
@@ -61,6 +82,8 @@ class LinearProbe(Probe):
         Raises:
             DataError: too few pictures to set some apart for validation.
         """
+        if self.solver == "sgd":
+            return self._fit_by_sgd(features, targets, num_classes)
         l2 = self._choose_strength(features, targets, num_classes)
         regression = Regression(features, targets, num_classes)
         solution = regression.solve(l2)
@@ -69,6 +92,17 @@ class LinearProbe(Probe):
                            self.name, MAX_ITERATIONS)
         settings = {"l2": l2, "iterations": solution.iterations}
         return Classifier(regression.classifier(solution), num_classes + features.shape[1], settings)
+
+    def _fit_by_sgd(
+        self, features: Float[Tensor, "B C"], targets: Int[Tensor, " B"], num_classes: int
+    ) -> Classifier:
+        fitted, held = split(targets, self.search_pictures, self.seed)
+        at_once = max(1, CHUNK_ELEMENTS // (num_classes * max(features.shape[1], sgd.BATCH_SIZE)))
+        head = sgd.choose(features, targets, num_classes, self.seed, fitted, held, at_once)
+        regression = sgd.SgdRegression(features, targets, num_classes, self.seed)
+        (logits,) = regression.classifiers(*regression.train([head]))
+        settings = {"learning_rate": head.learning_rate, "weight_decay": head.weight_decay}
+        return Classifier(logits, num_classes + features.shape[1], settings)
 
     def _choose_strength(
         self, features: Float[Tensor, "B C"], targets: Int[Tensor, " B"], num_classes: int

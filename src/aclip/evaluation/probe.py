@@ -21,6 +21,7 @@ from aclip.evaluation.features import PictureFeatures
 from aclip.evaluation.interface import Encoder
 from aclip.evaluation.ranking import chance_recall, class_ranks, mean_per_class, recall
 from aclip.evaluation.retrieval import distinct
+from aclip.evaluation.zero_shot import confusions
 
 CHUNK_ELEMENTS = 2**24
 """Float32 entries that scoring pictures holds at a time (64 MiB)."""
@@ -126,8 +127,10 @@ class Probe(Evaluator):
         targets = torch.tensor(numbers, device=features.device)
         rows = max(1, self.chunk_elements // classifier.width)
         with torch.inference_mode():
-            rank = torch.cat([class_ranks(classifier.scores(some), right) for some, right in
-                              zip(features.split(rows), targets.split(rows), strict=True)])
+            scored = [(class_ranks(scores, right), scores.argmax(dim=1).cpu()) for scores, right in
+                      ((classifier.scores(some), right) for some, right in
+                       zip(features.split(rows), targets.split(rows), strict=True))]
+        rank, nearest = (torch.cat(part) for part in zip(*scored, strict=True))
         cutoffs = (1, 5) if len(classes) > 5 else (1,)
         metrics = {f"top{k}": recall(rank, k) for k in cutoffs}
         chance = {f"top{k}": chance_recall(1, len(classes), k) for k in cutoffs}
@@ -136,4 +139,5 @@ class Probe(Evaluator):
         counts = {"pictures": len(kept), "classes": len(classes), "training_pictures": self.learned.pictures,
                   "skipped": len(pictures.skipped) + pictures.size - len(labelled),
                   "outside_classes": len(labelled) - len(kept)}
-        return Evaluation(self.name, metrics, chance, counts, settings=classifier.settings)
+        return Evaluation(self.name, metrics, chance, counts, settings=classifier.settings,
+                          details=confusions(classes, targets.cpu(), rank, nearest))

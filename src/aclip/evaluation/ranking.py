@@ -3,14 +3,20 @@
 The rank of a query is 1 + the number of wrong items whose similarity is not clearly below that of its
 best right item. Ties count against the model: one that maps everything to a point scores 0, not 100 %,
 and so does one that returns NaN.
+
+The matrix of similarities is never held: it is computed in tiles, each of which is counted in both
+directions and forgotten. Processes that evaluate together take every n-th band of rows each, and the counts are
+added.
 """
 
 import math
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from aclip.evaluation import together
 
 TIE = 1e-6
 """Cosine similarities, and scores of classes, closer than this are equal: float32 does not carry more."""
@@ -18,20 +24,28 @@ TIE = 1e-6
 CHUNK_ELEMENTS = 2**22
 """Entries of the similarity matrix held at a time (32 MiB in float64)."""
 
+EXACT_ENTRIES = 2**31
+"""Matrices of at most this many entries are computed in float64, larger ones in float32, in a third of the time."""
 
-def similarity_chunks(
-    queries: Float[Tensor, "Q D"], items: Float[Tensor, "I D"], chunk_elements: int = CHUNK_ELEMENTS
-) -> Iterator[tuple[int, Float[Tensor, "q I"]]]:
-    """Yield (first query, similarities of some queries with all items), so that memory stays bounded.
+_TILE_ITEMS = 4096  # columns of a tile: wide enough for matrix products at full speed
 
-    In float64 where the device has it: the result then depends neither on the size of the chunks nor on
-    reduced-precision matrix products.
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a pass over the matrix of similarities has counted, on the CPU.
+
+    Attributes:
+        queries: (Q,) int64 rank of the best right item of every query, from 1.
+        items: (I,) int64 rank of the best right query of every item, from 1; 0 for items that are right for no query.
+        margins: (Q,) float64, similarity of the best right item minus that of the best wrong one (infinite where no
+            item is wrong).
+        nearest: (Q,) int64, the item most similar to every query, right or wrong; the first of equal ones.
     """
-    wide = torch.float32 if queries.device.type == "mps" else torch.float64
-    transposed = items.to(wide).T
-    rows = max(1, chunk_elements // max(1, len(items)))
-    for start in range(0, len(queries), rows):
-        yield start, queries[start : start + rows].to(wide) @ transposed
+
+    queries: Int[Tensor, " Q"]
+    items: Int[Tensor, " I"]
+    margins: Float[Tensor, " Q"]
+    nearest: Int[Tensor, " Q"]
 
 
 def ranks(
@@ -42,28 +56,138 @@ def ranks(
     *,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Int[Tensor, " Q"], Float[Tensor, " Q"]]:
-    """Rank the best right item of every query among the wrong ones.
+    """Return the ranks and the margins of the queries, see `rank_both_ways`."""
+    found = rank_both_ways(queries, items, query_groups, item_groups, chunk_elements=chunk_elements)
+    return found.queries, found.margins
+
+
+def rank_both_ways(
+    queries: Float[Tensor, "Q D"],
+    items: Float[Tensor, "I D"],
+    query_groups: Int[Tensor, " Q"],
+    item_groups: Int[Tensor, " I"],
+    *,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Ranks:
+    """Rank the best right item of every query among the wrong ones, and the best right query of every item.
 
     rank(q) = 1 + #{i wrong : not s(q, i) < max over right r of s(q, r) - TIE},  s = <q, i>
 
+    and the same with the roles exchanged. In float64 up to `EXACT_ENTRIES`, where the result depends neither on the
+    size of the chunks nor on reduced-precision matrix products; beyond that, and on devices without float64, in
+    float32, which can count a similarity on the wrong side where it lies within 1e-6 of the limit.
+
+    Memory is that of the features (once more in float64) and a few tiles. Equal on all processes that evaluate
+    together.
+
     Args:
         queries, items: (Q, D) and (I, D), L2-normalised.
-        query_groups, item_groups: an item is right for a query when their groups are equal; every query
-            has at least one right item.
+        query_groups, item_groups: (Q,) and (I,) int64; an item is right for a query when their groups are equal; every
+            query has at least one right item.
         chunk_elements: most entries of the similarity matrix held at once; does not change the result.
-
-    Returns:
-        (Q,) int64 ranks from 1 on the CPU, and (Q,) float64 margins on the CPU: similarity of the best
-        right item minus that of the best wrong one (infinite where no item is wrong).
     """
-    all_ranks, all_margins = [], []
-    for start, similarity in similarity_chunks(queries, items, chunk_elements):
-        right = query_groups[start : start + len(similarity), None] == item_groups[None, :]
-        best_right = _best(similarity, right)
-        below = similarity < best_right[:, None] - TIE  # false for NaN, which then counts against
-        all_ranks.append((1 + (~right & ~below).sum(dim=1)).cpu())
-        all_margins.append((best_right - _best(similarity, ~right)).cpu().double())
-    return torch.cat(all_ranks), torch.cat(all_margins)
+    exact = queries.device.type != "mps" and len(queries) * len(items) <= EXACT_ENTRIES
+    wide = torch.float64 if exact else torch.float32
+    a, b = queries.to(wide), items.to(wide)
+    pairs = _right_pairs(query_groups, item_groups)
+    best = _best_of_pairs(a, b, pairs, chunk_elements)
+    counts = _Counts.empty(len(a), len(b), a.device, wide)
+    columns = min(len(b), _TILE_ITEMS, chunk_elements)
+    rows = max(1, chunk_elements // columns)
+    for number, start in enumerate(range(0, len(a), rows)):
+        if number % together.world_size() == together.rank():
+            band = pairs[:, torch.searchsorted(pairs[0], start) : torch.searchsorted(pairs[0], start + rows)]
+            _count_band(a, b, band, best, slice(start, start + rows), columns, counts)
+    right_items, right_queries = (torch.bincount(pairs[side], minlength=len(x)) for side, x in ((0, a), (1, b)))
+    rank_a = _finish(together.sum_over_ranks(counts.rows), best[0], right_items, len(b))
+    rank_b = _finish(together.sum_over_ranks(counts.columns), best[1], right_queries, len(a))
+    margins = best[0] - together.sum_over_ranks(counts.best_wrong)
+    return Ranks(rank_a.cpu(), torch.where(right_queries > 0, rank_b, 0).cpu(), margins.cpu().double(),
+                 together.sum_over_ranks(counts.nearest).cpu())
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Accumulators over tiles; zero where another process counts.
+
+    Attributes:
+        rows, columns: (Q,) and (I,) int64 entries that are not clearly below the best right one, right ones aside.
+        best_wrong: (Q,) highest similarity of a wrong item. nearest: (Q,) int64 item with the highest of all.
+    """
+
+    rows: Int[Tensor, " Q"]
+    columns: Int[Tensor, " I"]
+    best_wrong: Float[Tensor, " Q"]
+    nearest: Int[Tensor, " Q"]
+
+    @classmethod
+    def empty(cls, queries: int, items: int, device: torch.device, wide: torch.dtype) -> "_Counts":
+        rows, columns, nearest = (torch.zeros(n, device=device, dtype=torch.int64) for n in (queries, items, queries))
+        return cls(rows, columns, torch.zeros(queries, device=device, dtype=wide), nearest)
+
+
+def _count_band(
+    a: Float[Tensor, "Q D"],
+    b: Float[Tensor, "I D"],
+    band: Int[Tensor, "2 P"],
+    best: tuple[Float[Tensor, " Q"], Float[Tensor, " I"]],
+    rows: slice,
+    columns: int,
+    counts: _Counts,
+) -> None:
+    """Count some rows of the matrix, tile by tile; `band` are their right pairs."""
+    own = a[rows]
+    top = torch.full((len(own),), -math.inf, device=a.device, dtype=a.dtype)
+    nearest = torch.zeros(len(own), device=a.device, dtype=torch.int64)
+    best_wrong = top.clone()
+    limits_a, limits_b = best[0][rows] - TIE, best[1] - TIE
+    band = band[:, band[1].argsort()]
+    for start in range(0, len(b), columns):
+        tile = own @ b[start : start + columns].T
+        high, at = tile.max(dim=1)
+        nearest = torch.where(high > top, at + start, nearest)
+        top = torch.maximum(top, high)
+        # right entries leave the count as -inf; with a NaN for a limit they are counted, and `_finish` knows
+        ends = torch.searchsorted(band[1].contiguous(), torch.tensor([start, start + columns], device=a.device))
+        i, j = band[:, ends[0] : ends[1]]
+        tile[i - (rows.start or 0), j - start] = -math.inf
+        best_wrong = torch.maximum(best_wrong, tile.amax(dim=1))
+        # what is not below, so that NaN counts against; int32 sums are five times as fast as the default's
+        limits = limits_b[None, start : start + columns]
+        counts.rows[rows] += tile.shape[1] - (tile < limits_a[:, None]).sum(dim=1, dtype=torch.int32)
+        counts.columns[start : start + columns] += len(tile) - (tile < limits).sum(dim=0, dtype=torch.int32)
+    counts.best_wrong[rows] = best_wrong
+    counts.nearest[rows] = nearest
+
+
+def _finish(
+    counted: Int[Tensor, " Q"], best: Float[Tensor, " Q"], right: Int[Tensor, " Q"], others: int
+) -> Int[Tensor, " Q"]:
+    """Return ranks: where the best right similarity is NaN, every wrong entry counts, and right ones do not."""
+    return 1 + torch.where(best.isnan(), others - right, counted)
+
+
+def _right_pairs(query_groups: Int[Tensor, " Q"], item_groups: Int[Tensor, " I"]) -> Int[Tensor, "2 P"]:
+    """Return all (query, item) of equal groups, in the order of the queries."""
+    order = item_groups.argsort(stable=True)
+    ordered = item_groups[order]
+    first = torch.searchsorted(ordered, query_groups)
+    count = torch.searchsorted(ordered, query_groups, right=True) - first
+    query = torch.arange(len(query_groups), device=order.device).repeat_interleave(count)
+    within = torch.arange(len(query), device=order.device) - (count.cumsum(0) - count)[query]
+    return torch.stack([query, order[first[query] + within]])
+
+
+def _best_of_pairs(
+    a: Float[Tensor, "Q D"], b: Float[Tensor, "I D"], pairs: Int[Tensor, "2 P"], chunk_elements: int
+) -> tuple[Float[Tensor, " Q"], Float[Tensor, " I"]]:
+    """Return the highest similarity of a right pair of every query and of every item; -inf without any."""
+    best = tuple(torch.full((len(x),), -math.inf, device=x.device, dtype=x.dtype) for x in (a, b))
+    for i, j in pairs.split(max(1, chunk_elements // a.shape[1]), dim=1):
+        similarity = (a[i] * b[j]).sum(dim=1)
+        for highest, index in zip(best, (i, j), strict=True):
+            highest.scatter_reduce_(0, index, similarity, "amax")  # NaN stays NaN
+    return best[0], best[1]
 
 
 def class_ranks(scores: Float[Tensor, "Q M"], targets: Int[Tensor, " Q"]) -> Int[Tensor, " Q"]:
@@ -107,5 +231,3 @@ def chance_recall(right: int, items: int, k: int) -> float:
     return (orders - math.comb(items - right, k)) / orders
 
 
-def _best(similarity: Float[Tensor, "q I"], allowed: Bool[Tensor, "q I"]) -> Float[Tensor, " q"]:
-    return similarity.masked_fill(~allowed, -math.inf).amax(dim=1)

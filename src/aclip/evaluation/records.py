@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aclip.evaluation.base import Example
 from aclip.files import write_atomically
@@ -24,6 +25,29 @@ def write_examples(run_folder: Path, set_name: str, examples: Sequence[Example])
     """
     if not examples:
         return None
-    path = run_folder / "examples" / (re.sub(r"[^\w-]+", "_", set_name) + ".json")
+    path = run_folder / "examples" / f"{_file_name(set_name)}.json"
     write_atomically(path, json.dumps([example.to_dict() for example in examples], ensure_ascii=False, indent=1))
     return path
+
+
+def write_details(run_folder: Path, record: Mapping[str, Any], details: Mapping[str, Any]) -> Path | None:
+    """Write `details/<set>-<evaluator>.json`, in one move, over what an earlier evaluation left.
+
+    Args:
+        run_folder: the run's folder, which exists.
+        record: the evaluation's line in `evaluations.jsonl`; the file repeats what it was measured on and with.
+        details: see `Evaluation.details`.
+
+    Returns:
+        The file, or None if there was nothing to write.
+    """
+    if not details:
+        return None
+    path = run_folder / "details" / f"{_file_name(record['set'])}-{record['evaluator']}.json"
+    about = {key: record[key] for key in ("set", "evaluator", "weights", "step")}
+    write_atomically(path, json.dumps(about | dict(details), ensure_ascii=False))
+    return path
+
+
+def _file_name(set_name: str) -> str:
+    return re.sub(r"[^\w-]+", "_", set_name)

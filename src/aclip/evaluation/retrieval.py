@@ -1,14 +1,16 @@
 """Retrieval: find the caption of a picture, and a picture of a caption.
 
-Candidates are the set's distinct captions (case and spacing aside). Image to text: the right item is the
-picture's own caption. Text to image: every picture with the caption is right and the best of them counts.
+Which captions are candidates is a `Protocol`. Image to text: the picture's own captions are right and the best of
+them counts. Text to image: every picture with the caption is right and the best of them counts.
 """
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +18,11 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from aclip.errors import ConfigError, unknown_name
 from aclip.evaluation.base import Evaluation, Evaluator, Example
 from aclip.evaluation.features import PictureFeatures, encode_texts
 from aclip.evaluation.interface import Encoder
-from aclip.evaluation.ranking import CHUNK_ELEMENTS, chance_recall, ranks, recall
+from aclip.evaluation.ranking import CHUNK_ELEMENTS, Ranks, chance_recall, rank_both_ways, recall
 
 CUTOFFS = (1, 5, 10)
 """The k of R@k."""
@@ -28,21 +31,70 @@ _TOP = 5  # captions shown with an example
 
 
 @dataclass(frozen=True)
+class Protocol:
+    """What retrieval is asked among.
+
+    Attributes:
+        about: in one line.
+        captions: at most this many of each picture's captions, the first ones, each a candidate of its own; None for
+            all. 0: first captions alone, those that are equal one candidate that is right for all of their pictures.
+        fold: pictures that are asked among at a time, in the order of the set; metrics are means over whole folds, and
+            what is left over is left out. None asks among all.
+    """
+
+    about: str
+    captions: int | None = 0
+    fold: int | None = None
+
+
+PROTOCOLS = {
+    "distinct": Protocol("first captions; equal ones are one, and right for all of their pictures"),
+    "all": Protocol("all captions of every picture, each right for its own picture alone", captions=None),
+    "karpathy": Protocol("the first five captions, each right for its own picture alone (COCO 5K, Flickr30K 1K)",
+                         captions=5),
+    "karpathy-1k": Protocol("likewise, mean over folds of 1,000 pictures (COCO 1K)", captions=5, fold=1000),
+}
+"""`karpathy` is the protocol of Karpathy & Fei-Fei 2015 (arXiv 1412.2306, section 4.2) on their splits."""
+
+
+class _Candidates(NamedTuple):
+    """Texts with whom they belong to: a text and a picture of one group are right for each other."""
+
+    texts: list[str]
+    of_text: Int[Tensor, " M"]
+    of_picture: Int[Tensor, " B"]
+
+
+@dataclass(frozen=True)
 class Retrieval(Evaluator):
     """R@1, R@5, R@10 and the median rank, both ways.
 
     Metrics are `image_to_text_r1`, `_r5`, `_r10` (shares in [0, 1]), `image_to_text_median_rank`, and the
-    same with `text_to_image_`; counts are `pictures`, `captions` (distinct) and `skipped`. The rule for
-    ranks and ties is that of `aclip.evaluation.ranking`.
+    same with `text_to_image_`; counts are `pictures`, `captions` (candidates), `skipped`, and with folds `folds` and
+    `left_over`. The rule for ranks and ties is that of `aclip.evaluation.ranking`.
 
     Attributes:
         examples: how many best and how many worst pictures to return (fewer where there are fewer).
-        chunk_elements: see `ranks`.
+        chunk_elements: see `rank_both_ways`.
+        protocol: in `PROTOCOLS`.
+
+    Raises:
+        ConfigError: an unknown protocol.
     """
 
     name = "retrieval"
     examples: int = 8
     chunk_elements: int = CHUNK_ELEMENTS
+    protocol: str = "distinct"
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ConfigError(unknown_name("retrieval protocol", self.protocol, PROTOCOLS))
+
+    @property
+    def variant(self) -> str:
+        """See `Evaluator.variant`."""
+        return "" if self.protocol == "distinct" else self.protocol
 
     def measure(
         self,
@@ -52,28 +104,60 @@ class Retrieval(Evaluator):
         *,
         precision: torch.dtype | None = None,
     ) -> Evaluation:
-        """See `Evaluator.measure`."""
-        captions, of_picture = distinct(pictures.captions)
-        texts = encode_texts(model, captions, device, precision=precision)
-        groups = torch.tensor(of_picture, device=texts.device)
-        numbers = torch.arange(len(captions), device=texts.device)
-        images, chunk = pictures.features, self.chunk_elements
-        to_text, margins = ranks(images, texts, groups, numbers, chunk_elements=chunk)
-        to_image, _ = ranks(texts, images, numbers, groups, chunk_elements=chunk)
-        copies = np.bincount(of_picture).tolist()
+        """See `Evaluator.measure`.
+
+        Raises:
+            ConfigError: fewer pictures than one fold of the protocol.
+        """
+        protocol = PROTOCOLS[self.protocol]
+        fold = protocol.fold or pictures.size
+        folds = pictures.size // fold
+        if folds == 0:
+            raise ConfigError(f"retrieval protocol '{self.protocol}' asks among {fold:,} pictures at a time, and the "
+                              f"set has {pictures.size:,}: choose another with --protocol")
+        found = [self._measure(model, pictures, range(n * fold, (n + 1) * fold), device, precision)
+                 for n in range(folds)]
+        metrics = {key: fmean(part[0][key] for part in found) for key in found[0][0]}
+        chance = {key: fmean(part[1][key] for part in found) for key in found[0][1]}
+        counts = {"pictures": folds * fold, "captions": round(fmean(part[2] for part in found)),
+                  "skipped": len(pictures.skipped)}
+        if protocol.fold is not None:
+            counts |= {"folds": folds, "left_over": pictures.size - folds * fold}
+        return Evaluation(self.name, metrics, chance, counts, found[0][3])
+
+    def _measure(
+        self, model: Encoder, pictures: PictureFeatures, some: range, device: torch.device,
+        precision: torch.dtype | None,
+    ) -> tuple[dict[str, float], dict[str, float], int, tuple[Example, ...]]:
+        """Return metrics, chance, the number of candidates and examples of a fold."""
+        asked = _candidates(pictures, some, PROTOCOLS[self.protocol].captions)
+        texts = encode_texts(model, asked.texts, device, precision=precision)
+        images = pictures.features[some.start : some.stop]
+        found = rank_both_ways(images, texts, asked.of_picture.to(texts.device), asked.of_text.to(texts.device),
+                               chunk_elements=self.chunk_elements)
         metrics: dict[str, float] = {}
         chance: dict[str, float] = {}
-        for direction, rank in (("image_to_text", to_text), ("text_to_image", to_image)):
+        right_texts = asked.of_text.bincount()[asked.of_picture].tolist()
+        right_pictures = asked.of_picture.bincount(minlength=int(asked.of_text.max()) + 1)[asked.of_text].tolist()
+        for direction, rank, right, among in (("image_to_text", found.queries, right_texts, len(asked.texts)),
+                                              ("text_to_image", found.items, right_pictures, len(some))):
             metrics |= {f"{direction}_r{k}": recall(rank, k) for k in CUTOFFS}
             metrics[f"{direction}_median_rank"] = float(np.median(rank.numpy()))
-        for k in CUTOFFS:
-            chance[f"image_to_text_r{k}"] = chance_recall(1, len(captions), k)
-            chance[f"text_to_image_r{k}"] = fmean(chance_recall(n, pictures.size, k) for n in copies)
-        counts = {"pictures": pictures.size, "captions": len(captions), "skipped": len(pictures.skipped)}
-        shown = _choose(pictures, of_picture, to_text, margins, self.examples)
-        examples = tuple(_example(kind, i, pictures, captions, of_picture[i], texts, int(to_text[i]))
-                         for kind, i in shown)
-        return Evaluation(self.name, metrics, chance, counts, examples)
+            chance |= {f"{direction}_r{k}": sum(n * chance_recall(copies, among, k) for copies, n in
+                                                Counter(right).items()) / len(right) for k in CUTOFFS}
+        examples = tuple(_example(kind, i, pictures, some.start, asked, texts, int(found.queries[i]))
+                         for kind, i in _choose(pictures, some, asked, found, self.examples))
+        return metrics, chance, len(asked.texts), examples
+
+
+def _candidates(pictures: PictureFeatures, some: range, captions: int | None) -> _Candidates:
+    """Return the candidates of some pictures; see `Protocol.captions`."""
+    if captions == 0:
+        texts, numbers = distinct(pictures.captions[some.start : some.stop])
+        return _Candidates(texts, torch.arange(len(texts)), torch.tensor(numbers))
+    given = [pictures.all_captions[i][:captions] for i in some]
+    owners = torch.arange(len(given)).repeat_interleave(torch.tensor([len(own) for own in given]))
+    return _Candidates([text for own in given for text in own], owners, torch.arange(len(given)))
 
 
 def distinct(captions: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -93,22 +177,19 @@ def distinct(captions: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def _choose(
-    pictures: PictureFeatures,
-    of_picture: Sequence[int],
-    rank: Int[Tensor, " B"],
-    margins: Float[Tensor, " B"],
-    count: int,
+    pictures: PictureFeatures, some: range, asked: _Candidates, found: Ranks, count: int
 ) -> list[tuple[str, int]]:
-    """Choose pictures to show: rank 1 by the widest margin, and the furthest from it; each caption once."""
-    pool = [(int(rank[i]), float(margins[i].nan_to_num(-2.0)), i) for i in pictures.thumbnails]
+    """Choose pictures to show: rank 1 by the widest margin, and the furthest from it; each group once."""
+    shown = [i - some.start for i in pictures.thumbnails if i in some]
+    pool = [(int(found.queries[i]), float(found.margins[i].nan_to_num(-2.0)), i) for i in shown]
     best = sorted((-margin, i) for r, margin, i in pool if r == 1)
     worst = sorted((-r, margin, i) for r, margin, i in pool if r > 1)
     chosen: list[tuple[str, int]] = []
     for kind, candidates in (("best", [i for *_, i in best]), ("worst", [i for *_, i in worst])):
-        by_caption: dict[int, int] = {}
+        by_group: dict[int, int] = {}
         for i in candidates:
-            by_caption.setdefault(of_picture[i], i)
-        chosen += [(kind, i) for i in list(by_caption.values())[:count]]
+            by_group.setdefault(int(asked.of_picture[i]), i)
+        chosen += [(kind, i) for i in list(by_group.values())[:count]]
     return chosen
 
 
@@ -116,16 +197,18 @@ def _example(
     kind: str,
     index: int,
     pictures: PictureFeatures,
-    captions: Sequence[str],
-    caption: int,
+    first: int,
+    asked: _Candidates,
     texts: Float[Tensor, "M D"],
     rank: int,
 ) -> Example:
-    similarity = (texts @ pictures.features[index]).nan_to_num(-1.0).cpu()
-    values, indices = similarity.topk(min(_TOP, len(captions)))
-    top = tuple((captions[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True))
-    return Example(kind, pictures.keys[index], pictures.captions[index], rank, float(similarity[caption]),
-                   top, _png(pictures.thumbnails[index]))
+    """Return picture `first + index` as an example, with the most similar of its own captions."""
+    similarity = (texts @ pictures.features[first + index]).nan_to_num(-1.0).cpu()
+    values, indices = similarity.topk(min(_TOP, len(asked.texts)))
+    top = tuple((asked.texts[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True))
+    own = torch.where(asked.of_text == asked.of_picture[index], similarity, -torch.inf)
+    return Example(kind, pictures.keys[first + index], asked.texts[int(own.argmax())], rank, float(own.max()), top,
+                   _png(pictures.thumbnails[first + index]))
 
 
 def _png(image: UInt8[Tensor, "3 h w"]) -> str:

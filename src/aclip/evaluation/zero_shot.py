@@ -4,21 +4,22 @@ The embedding of a class is the L2-normalised mean, over prompt templates, of th
 the filled-in prompts (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from aclip.errors import ConfigError
 from aclip.evaluation.base import Evaluation, Evaluator
-from aclip.evaluation.classes import members
+from aclip.evaluation.classes import ClassList, among, classes_of
 from aclip.evaluation.features import PictureFeatures, encode_texts
 from aclip.evaluation.interface import Encoder
-from aclip.evaluation.ranking import CHUNK_ELEMENTS, chance_recall, mean_per_class, ranks, recall
-from aclip.evaluation.retrieval import distinct
+from aclip.evaluation.ranking import CHUNK_ELEMENTS, chance_recall, mean_per_class, rank_both_ways, recall
 
 DEFAULT_TEMPLATES = ("{}", "a picture of {}", "a photo of a {}", "an image of {}", "a drawing of {}")
 """Prompts for classes of any kind; `{}` stands for the class name."""
@@ -27,40 +28,57 @@ _PROMPTS_AT_ONCE = 4096  # bounds the features held while templates are averaged
 
 
 @dataclass(frozen=True)
-class ZeroShot(Evaluator):
-    """Top-1 and top-5 accuracy and the mean of the classes' top-1 accuracies, shares in [0, 1].
-
-    Metrics are `top1`, `top5` and `mean_per_class`; counts are `pictures`, `classes`, `skipped` and
-    `outside_classes` (pictures left out because their class is not among those given). Ties count against
-    the model, see `aclip.evaluation.ranking`.
+class Named(Evaluator):
+    """An evaluator that names the class of a picture from the classes' names.
 
     Attributes:
-        classes: class names, or None for the distinct labels of the set (its distinct captions where a
+        classes: a `ClassList`, or names, or None for the distinct labels of the set (its distinct captions where a
             picture has no label).
         templates: prompts, each with `{}` where the class name goes.
-        chunk_elements: see `ranks`.
+        chunk_elements: see `rank_both_ways`.
 
     Raises:
-        ConfigError: no template, a template without `{}`, or a class named twice.
+        ConfigError: no template, a template without `{}`, a class named twice, or fewer than two.
     """
 
-    name = "zero_shot"
-    classes: tuple[str, ...] | None = None
+    classes: ClassList | tuple[str, ...] | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     chunk_elements: int = CHUNK_ELEMENTS
 
     def __post_init__(self) -> None:
-        if not self.templates:
-            raise ConfigError("zero-shot classification needs at least one prompt template, "
-                              "e.g. 'a picture of {}'")
-        for template in self.templates:
-            if "{}" not in template:
-                raise ConfigError(f"prompt template '{template}' has no {{}} where the class name goes, "
-                                  "e.g. 'a picture of {}'")
-        if self.classes is not None and len(distinct(self.classes)[0]) < len(self.classes):
-            names = distinct(self.classes)[1]
-            twice = next(c for i, c in enumerate(self.classes) if names[i] in names[:i])
-            raise ConfigError(f"class '{twice}' is named twice: every class of a zero-shot evaluation once")
+        check_templates(self.templates)
+        if isinstance(self.classes, tuple):
+            object.__setattr__(self, "classes", ClassList(self.classes))
+
+    def targets(self, pictures: PictureFeatures) -> tuple[tuple[str, ...], list[int], list[int]]:
+        """Return the class names, the pictures that are of one, and the number of each one's class.
+
+        Raises:
+            ConfigError: no picture of the set is of one of the given classes, or all are of one.
+        """
+        labels = [label for label in pictures.labels if label is not None]
+        labels = labels if len(labels) == pictures.size else list(pictures.captions)
+        classes = self.classes or classes_of(labels)
+        assert isinstance(classes, ClassList)
+        kept, numbers = among(classes.numbers(labels), len(classes.names), classes.title)
+        if classes.present_only:
+            present = sorted(set(numbers))
+            return tuple(classes.names[i] for i in present), kept, [present.index(i) for i in numbers]
+        return classes.names, kept, numbers
+
+
+@dataclass(frozen=True)
+class ZeroShot(Named):
+    """Top-1 and top-5 accuracy and the mean of the classes' top-1 accuracies, shares in [0, 1].
+
+    Metrics are `top1`, `top5` and `mean_per_class`; counts are `pictures`, `classes`, `skipped` and
+    `outside_classes` (pictures left out because their class is not among those given). Ties count against
+    the model, see `aclip.evaluation.ranking`; but of classes with the same name (ImageNet has two such pairs) the
+    first is taken to be nearer, since no model could tell. `details` hold the accuracy of every class and what it is
+    taken for.
+    """
+
+    name = "zero_shot"
 
     def measure(
         self,
@@ -73,29 +91,67 @@ class ZeroShot(Evaluator):
         """See `Evaluator.measure`.
 
         Raises:
-            ConfigError: no picture of the set is of one of the given classes.
+            ConfigError: no picture of the set is of one of the given classes, or all are of one.
         """
-        classes, kept, targets = self._targets(pictures)
+        classes, kept, targets = self.targets(pictures)
         features = class_embeddings(model, classes, self.templates, device, precision=precision)
         wanted = torch.tensor(targets, device=features.device)
         chosen = pictures.features[torch.tensor(kept, device=features.device)]
         numbers = torch.arange(len(classes), device=features.device)
-        rank, _ = ranks(chosen, features, wanted, numbers, chunk_elements=self.chunk_elements)
-        metrics = {"top1": recall(rank, 1), "top5": recall(rank, 5),
-                   "mean_per_class": mean_per_class(rank, wanted.cpu())}
+        found = rank_both_ways(chosen, features, wanted, numbers, chunk_elements=self.chunk_elements)
+        wanted = wanted.cpu()
+        rank = found.queries - _namesakes_behind(classes)[wanted]
+        metrics = {"top1": recall(rank, 1), "top5": recall(rank, 5), "mean_per_class": mean_per_class(rank, wanted)}
         top1, top5 = (chance_recall(1, len(classes), k) for k in (1, 5))
         counts = {"pictures": len(kept), "classes": len(classes), "skipped": len(pictures.skipped),
                   "outside_classes": pictures.size - len(kept)}
-        return Evaluation(self.name, metrics, {"top1": top1, "top5": top5, "mean_per_class": top1}, counts)
+        return Evaluation(self.name, metrics, {"top1": top1, "top5": top5, "mean_per_class": top1}, counts,
+                          details=confusions(classes, wanted, rank, found.nearest))
 
-    def _targets(self, pictures: PictureFeatures) -> tuple[list[str], list[int], list[int]]:
-        """Return the class names, the pictures that are of one, and the number of each one's class."""
-        labels = [label for label in pictures.labels if label is not None]
-        names = labels if len(labels) == pictures.size else list(pictures.captions)
-        if self.classes is None:
-            classes, numbers = distinct(names)
-            return classes, list(range(pictures.size)), numbers
-        return list(self.classes), *members(names, self.classes, "given")
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Check prompts.
+
+    Raises:
+        ConfigError: none, or one without `{}`.
+    """
+    if not templates:
+        raise ConfigError("zero-shot classification needs at least one prompt template, e.g. 'a picture of {}'")
+    for template in templates:
+        if "{}" not in template:
+            raise ConfigError(f"prompt template '{template}' has no {{}} where the class name goes, "
+                              "e.g. 'a picture of {}'")
+
+
+def confusions(
+    classes: Sequence[str], targets: Int[Tensor, " B"], rank: Int[Tensor, " B"], nearest: Int[Tensor, " B"]
+) -> dict[str, Any]:
+    """Return what a classifier took each class for, as plain JSON values.
+
+    Args:
+        classes: M names. targets: (B,) int64, the right classes. rank: (B,) of these, from 1.
+        nearest: (B,) int64, what each picture was taken for.
+
+    Returns:
+        `classes`; `pictures` and `right`, a number for each; `confusions`, [class, what it was taken for, pictures],
+        right answers aside, the most frequent first.
+    """
+    many = len(classes)
+    pairs = Counter(zip(targets.tolist(), nearest.tolist(), strict=True))
+    wrong = sorted(((count, i, j) for (i, j), count in pairs.items() if i != j), key=lambda one: (-one[0], *one[1:]))
+    return {"classes": list(classes), "pictures": torch.bincount(targets, minlength=many).tolist(),
+            "right": torch.bincount(targets[rank == 1], minlength=many).tolist(),
+            "confusions": [[i, j, count] for count, i, j in wrong]}
+
+
+def _namesakes_behind(classes: Sequence[str]) -> Int[Tensor, " M"]:
+    """Return how many later classes have the name of each."""
+    left = Counter(classes)
+    behind = []
+    for name in classes:
+        left[name] -= 1
+        behind.append(left[name])
+    return torch.tensor(behind)
 
 
 def class_embeddings(
@@ -110,14 +166,18 @@ def class_embeddings(
 
     e_c = normalise(mean over t of normalise(text(t filled with c)))
 
+    Classes of the same name get the same row.
+
     Returns:
         (M, D) float32, L2-normalised, in the order of `classes`.
     """
+    distinct_classes = list(dict.fromkeys(classes))
     embeddings = []
     at_once = max(1, _PROMPTS_AT_ONCE // len(templates))
-    for start in range(0, len(classes), at_once):
-        some = classes[start : start + at_once]
+    for start in range(0, len(distinct_classes), at_once):
+        some = distinct_classes[start : start + at_once]
         prompts = [template.replace("{}", name) for name in some for template in templates]
         features = encode_texts(model, prompts, device, precision=precision)
         embeddings.append(F.normalize(features.view(len(some), len(templates), -1).mean(dim=1), dim=-1))
-    return torch.cat(embeddings)
+    row = {name: i for i, name in enumerate(distinct_classes)}
+    return torch.cat(embeddings)[[row[name] for name in classes]]

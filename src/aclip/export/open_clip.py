@@ -4,12 +4,53 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import open_clip
 from safetensors.torch import save_file
 from torch import nn
 
+from aclip.errors import UnsupportedModelError
+from aclip.export.base import ExportFormat, Readback, Subject, fp32_tensors, multiplier
+from aclip.export.tokenizer_files import is_bundled
 from aclip.towers.sources import CONFIG_NAME, WEIGHTS_NAME
+
+
+class OpenClipFormat(ExportFormat):
+    """`open_clip_config.json` and `open_clip_model.safetensors`, with open_clip's own names."""
+
+    about: ClassVar[str] = "a folder for open_clip, and for clip_benchmark: model, preprocessing, tokenizer"
+    library: ClassVar[str] = "open_clip"
+
+    def check_can_represent(self, subject: Subject) -> None:
+        """Everything is an open_clip model, save an image tower alone."""
+        if not subject.model.has_text:
+            raise UnsupportedModelError(f"{subject.name} has an image tower only, and open_clip loads models with both "
+                                        "towers: use --to huggingface, onnx, torch-export or safetensors")
+
+    def write(self, subject: Subject, folder: Path) -> None:
+        """Write config and weights."""
+        write(subject.model.model, subject.config, subject.preprocess, folder)
+
+    def read(self, folder: Path, subject: Subject) -> Readback:
+        """Load with open_clip alone."""
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        model.eval()
+        # a tokenizer of Hugging Face's is fetched by the name that the config has; it is ours then
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}") if is_bundled(subject.model.tokenizer) else None
+        return Readback(model.encode_image, model.encode_text, preprocess, tokenizer, multiplier(model))
+
+    def usage(self, subject: Subject) -> str:
+        """See `ExportFormat`."""
+        return '''\
+import open_clip
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+image_features = model.eval().encode_image(preprocess(Image.open("cat.png"))[None], normalize=True)
+text_features = model.encode_text(tokenizer(["a cat", "a dog"]), normalize=True)
+probabilities = (model.logit_scale.exp() * image_features @ text_features.T).softmax(dim=-1)'''
 
 
 def save(
@@ -25,9 +66,15 @@ def save(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    config = {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)}
-    (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {k: v.detach().float().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    save_file(tensors, temporary / WEIGHTS_NAME)
+    write(model, model_config, preprocess_config, temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def write(
+    model: nn.Module, model_config: Mapping[str, Any], preprocess_config: Mapping[str, Any], folder: Path
+) -> None:
+    """Write the two files into a folder that is there; arguments as in `save`."""
+    config = {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)}
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    save_file(fp32_tensors(model), folder / WEIGHTS_NAME)

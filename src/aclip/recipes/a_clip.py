@@ -29,7 +29,7 @@ A_CLIP = Recipe(
         ObjectiveConfig("byol", reads=("masked", "context"), weight=2.0),
     ),
     ema_momentum=EmaMomentum(0.996, 1.0),
-    freeze=("visual.conv1.",),  # the patch embedding, as MoCo v3 does for stability
+    freeze=("patch_embedding",),  # as MoCo v3 does for stability
 )
 
 

@@ -51,6 +51,8 @@ def _scores(method: Method, batch: Batch, passes: dict[str, Encoded], shown: Pas
     if used is not None:
         return used
     view = batch.views[shown.spec.views[0]]
+    if not method.plan.shape.scored:  # nobody asks for the patches: there is nothing to show
+        return torch.zeros(batch.size, shown.num_patches)
     pixels = resized(augment.apply(view, method.mean, method.std), shown.image_size)
     encoding = towers.encode_image(towers.visual_of(method.model), pixels, return_scores=True)
     assert encoding.scores is not None

@@ -4,16 +4,20 @@ from pathlib import Path
 
 from aclip.files import write_atomically
 from aclip.report.about import environment, recipe, skipped
+from aclip.report.classes import class_by_class
 from aclip.report.curves import curves
 from aclip.report.frame import frame
 from aclip.report.markup import tag
 from aclip.report.pictures import looks
 from aclip.report.results import headline, results
 from aclip.report.retrievals import retrievals
+from aclip.report.robustness import robustness
 from aclip.report.run_files import RunFiles, mapping, read_run
 
 SECTIONS = (
     ("results", "Results", results),
+    ("classes", "Class by class", class_by_class),
+    ("robustness", "With fewer patches", robustness),
     ("looks", "What the model looks at", looks),
     ("curves", "Training curves", curves),
     ("retrievals", "Best and worst retrievals", retrievals),
@@ -48,7 +52,8 @@ def write_report(run_folder: Path) -> Path:
 def render(run: RunFiles) -> str:
     """Return the page for what was read from a run folder."""
     notes = tag("ul", *(tag("li", note) for note in run.notes), class_="notes") if run.notes else None
-    sections = [(anchor, title, build(run)) for anchor, title, build in SECTIONS]
+    optional = {"classes": run.details, "robustness": run.robustness}
+    sections = [(anchor, title, build(run)) for anchor, title, build in SECTIONS if optional.get(anchor, True)]
     folder = run.path.resolve().name
     name = str(mapping(run.config, "recipe").get("name") or folder)
     return frame(name, headline(run), sections, folder, notes)

@@ -12,6 +12,8 @@ DIRECTIONS = (("image_to_text", "image → caption"), ("text_to_image", "caption
 CLASSIFIERS = (("zero_shot", "Zero-shot classification"), ("linear_probe", "Linear probe"),
                ("knn", "Nearest neighbours"))
 
+_CALIBRATION = (("ece", percent), ("nll", compact), ("confidence", percent), ("accuracy", percent))
+
 _ACCURACIES = (("top1", "top-1", 1), ("top5", "top-5", 2), ("mean_per_class", "mean per class", 3))
 _RULE = ("R@k is the share of queries whose right answer is among the first k. A caption is right when it is "
          "the picture's own, a picture when it has the caption. Ties count as misses.")
@@ -68,7 +70,7 @@ def results(run: RunFiles) -> Html:
     """Return the tables of final results and the metric curves of every set."""
     evaluations = run.evaluations
     parts = [_retrieval_table(evaluations), *(_classifier_table(evaluations, *one) for one in CLASSIFIERS),
-             *_other_tables(evaluations)]
+             _calibration_table(evaluations), *_other_tables(evaluations)]
     if not any(parts):
         return tag("p", "Nothing has been evaluated yet.", class_="missing")
     curves = _metric_curves(evaluations)
@@ -140,11 +142,23 @@ def _classifier_table(evaluations: Sequence[Record], evaluator: str, title: str)
     return join(tag("h3", title), table(head, rows, numeric_from=4 if learns else 2))
 
 
+def _calibration_table(evaluations: Sequence[Record]) -> Html:
+    rows = []
+    for (name, weights), record in last_by_set(evaluations, "calibration").items():
+        metrics, counts = mapping(record, "metrics"), mapping(record, "counts")
+        rows.append([name, weights, *(write(number(metrics, key)) for key, write in _CALIBRATION),
+                     compact(number(mapping(record, "chance"), "nll")), count(number(counts, "pictures")),
+                     count(number(counts, "classes"))])
+    head = ["set", "weights", "calibration error", "negative log-likelihood", "mean confidence", "accuracy",
+            "chance NLL", "pictures", "classes"]
+    return join(tag("h3", "Calibration"), table(head, rows, numeric_from=2)) if rows else Html("")
+
+
 def _other_tables(evaluations: Sequence[Record]) -> list[Html]:
     """Return a plain table for every evaluator that this page has no words for."""
     tables = []
     for evaluator in dict.fromkeys(str(record.get("evaluator", "?")) for record in evaluations):
-        if evaluator in ("retrieval", *(name for name, _ in CLASSIFIERS)):
+        if evaluator in ("retrieval", "calibration", *(name for name, _ in CLASSIFIERS)):
             continue
         rows = [[name, weights, metric, compact(number(mapping(record, "metrics"), metric))]
                 for (name, weights), record in last_by_set(evaluations, evaluator).items()

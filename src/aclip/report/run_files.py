@@ -21,6 +21,8 @@ class RunFiles:
         config: `config.json`, or empty.
         metrics, evaluations, skipped: the lines of the journals of these names, in order.
         examples: set name -> the pictures of `examples/<set>.json`.
+        robustness: the lines of `robustness.jsonl`, evaluations of masked pictures.
+        details: the files of `details/`, what evaluations draw besides numbers.
         snapshots: of the first, the middle and the last step that has one.
         notes: sentences about what is missing or damaged.
     """
@@ -33,6 +35,8 @@ class RunFiles:
     examples: dict[str, list[Record]]
     snapshots: list[Snapshot]
     notes: list[str] = field(default_factory=list)
+    robustness: list[Record] = field(default_factory=list)
+    details: list[Record] = field(default_factory=list)
 
     def training_seconds(self) -> float | None:
         """Return the time spent in training steps, evaluation aside, or None if it was not logged.
@@ -60,7 +64,9 @@ def read_run(folder: Path) -> RunFiles:
         run.notes.append("No training step has been logged yet.")
     if not run.evaluations:
         run.notes.append("Nothing has been evaluated yet.")
-    return replace(run, examples=_examples(folder / "examples", run.notes),
+    return replace(run, robustness=_journal(folder / "robustness.jsonl", run.notes),
+                   details=_details(folder / "details", run.notes),
+                   examples=_examples(folder / "examples", run.notes),
                    snapshots=_snapshots(folder / "snapshots", run.notes))
 
 
@@ -135,6 +141,11 @@ def _examples(folder: Path, notes: list[str]) -> dict[str, list[Record]]:
         if isinstance(examples, list):
             found[path.stem] = [example for example in examples if isinstance(example, dict)]
     return found
+
+
+def _details(folder: Path, notes: list[str]) -> list[Record]:
+    found = (_json(path, notes) for path in sorted(folder.glob("*.json")))
+    return [details for details in found if isinstance(details, dict)]
 
 
 def _snapshots(folder: Path, notes: list[str]) -> list[Snapshot]:

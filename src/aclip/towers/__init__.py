@@ -1,7 +1,7 @@
 """The two towers: open_clip's models, with what they lack added from outside.
 
 A forward pass over kept patches, the class token's attention scores, positions at another resolution, and
-text cut after the longest caption. The modules stay open_clip's own and so do their state dicts.
+text cut after the longest caption. The modules stay open_clip's own (and timm's, in it) and so do their state dicts.
 """
 
 from aclip.towers.loaded import LoadedModel, load
@@ -9,7 +9,7 @@ from aclip.towers.models import ImageTower, create_model, preprocess_config, vis
 from aclip.towers.shapes import shape_of
 from aclip.towers.sources import Tokenizer, list_models, model_config, tokenizer_of
 from aclip.towers.text import can_cut, cut_after_eot, encode_hidden_text, encode_text, logit_scale_of
-from aclip.towers.vision import encode_image
+from aclip.towers.vision import encode_image, patch_embedding_of
 
 __all__ = [
     "ImageTower",
@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "logit_scale_of",
     "model_config",
+    "patch_embedding_of",
     "preprocess_config",
     "shape_of",
     "tokenizer_of",

@@ -1,16 +1,21 @@
-"""open_clip's transformer blocks, run with its own weights and without what nobody reads."""
+"""Transformer blocks of open_clip and timm, run with their own weights and without what nobody reads."""
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from open_clip.transformer import Transformer
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aclip.towers.attention import attention, cls_attention
+from aclip.towers.timm_block import run_timm_block
 
 
 class Packing(NamedTuple):
@@ -57,7 +62,7 @@ def run_blocks(
     scores_only: bool = False,
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
-    """Run all blocks of an open_clip `Transformer` of plain pre-norm blocks.
+    """Run all blocks of an open_clip `Transformer`, or of a ViT of timm's: plain pre-norm blocks.
 
         x <- x + ls_1(attn(ln_1(x)));  x <- x + ls_2(mlp(ln_2(x)))
 
@@ -68,7 +73,8 @@ def run_blocks(
     Honours `transformer.grad_checkpointing` (open_clip's `set_grad_checkpointing`).
 
     Args:
-        transformer: `open_clip.transformer.Transformer` of `ResidualAttentionBlock`.
+        transformer: `open_clip.transformer.Transformer` of `ResidualAttentionBlock`, or
+            `timm.models.VisionTransformer` of `Block`, which is never causal.
         x: (B, L, C) embedded tokens.
         read: (B,) int64 position of the token of each sample that is read, or None for all.
         causal: token i sees tokens 0..i only.
@@ -85,9 +91,10 @@ def run_blocks(
     """
     recompute = transformer.grad_checkpointing and torch.is_grad_enabled()
     rows: list[Tensor] = []
-    last = len(transformer.resblocks) - 1
+    blocks = blocks_of(transformer)
+    last = len(blocks) - 1
     scored = last + 1 if score_layers is None else min(score_layers, last + 1)
-    for index, block in enumerate(islice(transformer.resblocks, scored - 1 if scores_only else None)):
+    for index, block in enumerate(islice(blocks, scored - 1 if scores_only else None)):
         run = block if "forward" in vars(block) else partial(run_block, block)
         arguments = (x, read if index == last else None, causal, visible, with_scores and index < scored, packing)
         if recompute:
@@ -97,9 +104,13 @@ def run_blocks(
         if row is not None:
             rows.append(row)
     if scores_only:
-        block = transformer.resblocks[scored - 1]
-        called = "forward" in vars(block)  # its weights may be sharded, and come together in a call alone
-        rows.append(block(x, read, causal, visible, True)[1] if called else score_block(block, x))
+        block = blocks[scored - 1]
+        if "forward" in vars(block):  # its weights may be sharded, and come together in a call alone
+            rows.append(block(x, read, causal, visible, True)[1])
+        elif isinstance(block, TimmBlock):
+            rows.append(cast(Tensor, run_timm_block(block, x, read, visible, True)[1]))
+        else:
+            rows.append(score_block(block, x))
     return x, torch.stack(rows).mean(dim=0) if with_scores else None
 
 
@@ -108,8 +119,18 @@ def call_as_modules(transformer: Any) -> None:
 
     A block's own `forward`, open_clip's, is hidden by that: this is for a copy that is trained, not handed out.
     """
-    for block in transformer.resblocks:
+    for block in blocks_of(transformer):
         block.forward = partial(run_block, block)
+
+
+def stacks_of(module: nn.Module) -> Iterator[Any]:
+    """Yield every stack of blocks in a module, open_clip's and timm's: of towers, averages and decoders."""
+    return (part for part in module.modules() if isinstance(part, Transformer | TimmTransformer))
+
+
+def blocks_of(transformer: Any) -> Any:
+    """Return the blocks of a stack that `run_blocks` takes: open_clip's `resblocks`, timm's `blocks`."""
+    return transformer.resblocks if hasattr(transformer, "resblocks") else transformer.blocks
 
 
 def run_block(
@@ -122,6 +143,8 @@ def run_block(
     packing: Packing | None = None,
 ) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
     """Run one block; arguments and results as in `run_blocks`."""
+    if isinstance(block, TimmBlock):
+        return run_timm_block(block, x, read, visible, with_scores)
     normed = block.ln_1(x)
     if read is None:
         q, k, v = project(block.attn, normed, packing=packing)
@@ -189,5 +212,5 @@ def _heads(x: Float[Tensor, "B L parts_C"], parts: int, heads: int) -> tuple[Ten
 def _row(x: Tensor, read: Int[Tensor, " B"], packing: Packing | None) -> Float[Tensor, "B 1 C"]:
     if packing is not None:
         return x.index_select(0, packing.ends)[:, None]
-    # not take_along_dim, which fixes B and L when it is compiled
+    # not take_along_dim, under which B and L are fixed when it is compiled or exported
     return x.gather(1, read[:, None, None].expand(-1, 1, x.shape[2]))

@@ -3,20 +3,24 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aclip.errors import CheckpointError
-from aclip.towers.shapes import check_config, pair
-from aclip.towers.sources import WEIGHTS_NAME, Source, frees_positions, resolve_source
-from aclip.towers.vision import check_visual, grid_of, positions_at
+from aclip.towers.network import fetching
+from aclip.towers.shapes import pair, patch_size_of
+from aclip.towers.sources import Source, check_fetchable, frees_positions, resolve_source
+from aclip.towers.vision import grid_of, positions_at, vit_of
+from aclip.towers.weights import tensor_names
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,7 +41,7 @@ class ImageTower(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
-        self.visual.proj = None  # type: ignore[assignment]
+        vit_of(visual).drop_projection()
 
     def encode_image(self, image: Float[Tensor, "B 3 h w"], normalize: bool = False) -> Float[Tensor, "B D"]:
         """Return the pooled token after the final norm, (B, C), L2-normalised on request."""
@@ -71,23 +75,22 @@ def create_model(
 
     Raises:
         ConfigError: an unknown name or a size that is not a whole number of patches.
-        CheckpointError: weights that are missing, damaged, or of another model.
+        CheckpointError: weights that are missing, damaged, of another model, or out of reach without a network.
         UnsupportedModelError: a model whose towers this package cannot run.
     """
     source = resolve_source(name)
+    if checkpoint is not None:
+        source = replace(source, tag=None, weights=Path(checkpoint), layout="open_clip")
     size = None if image_size is None else pair(image_size)
     if size is not None:
-        grid_of(size, pair(check_config(source.config)[0].patch_size))
-    weighted = source.has_weights or checkpoint is not None
+        grid_of(size, patch_size_of(source.config))
     unfixed = size is not None and frees_positions(source.config, size)
-    model = _build(source, None if weighted or unfixed else size, fresh=not weighted)
-    if source.folder is not None and is_image_only(source.folder / WEIGHTS_NAME):
-        _load_weights(model, source.folder / WEIGHTS_NAME)
-    if checkpoint is not None:
-        _load_weights(model, Path(checkpoint))
-    given = weight_file(source, checkpoint)
-    if with_text and given is not None and is_image_only(given):
-        logger.info("%s holds an image tower only: projection and text tower start fresh", given)
+    if source.is_remote:
+        model = _fetch(source)
+    else:
+        model = _build(source, None if source.has_weights or unfixed else size)
+    if source.weights is not None and source.load_into(model) and with_text:
+        logger.info("%s holds an image tower only: projection and text tower start fresh", source.weights)
     if size is not None:
         resize_images(visual_of(model), size)
     if unfixed:
@@ -95,14 +98,14 @@ def create_model(
     return model if with_text else ImageTower(visual_of(model))
 
 
-def visual_of(model: nn.Module) -> nn.Module:
+def visual_of(model: nn.Module) -> Any:
     """Return the image tower of a model, `model.visual`, or of a tower itself.
 
     Raises:
         UnsupportedModelError: a tower that `encode_image` cannot run.
     """
     visual = getattr(model, "visual", model)
-    check_visual(visual)
+    vit_of(visual)
     return visual
 
 
@@ -112,7 +115,7 @@ def preprocess_config(model: nn.Module) -> dict[str, Any]:
     Keys: size (height, width), mode "RGB", mean and std per channel on a scale of 0 to 1, interpolation,
     resize_mode, fill_color.
     """
-    config: dict[str, Any] = dict(visual_of(model).preprocess_cfg)  # type: ignore[arg-type]
+    config: dict[str, Any] = dict(visual_of(model).preprocess_cfg)
     return config
 
 
@@ -122,40 +125,54 @@ def resize_images(visual: nn.Module, image_size: tuple[int, int]) -> None:
     Raises:
         ConfigError: not a whole number of patches.
     """
-    tower = check_visual(visual)
-    grid = grid_of(image_size, pair(tower.patch_size))
+    vit = vit_of(visual)
+    grid = grid_of(image_size, vit.patch_size)
     with torch.no_grad():
-        positions = positions_at(tower, grid).clone()
-    tower.positional_embedding = nn.Parameter(positions, tower.positional_embedding.requires_grad)
-    tower.grid_size, tower.image_size = grid, image_size
-    tower.preprocess_cfg = {**tower.preprocess_cfg, "size": image_size}
+        positions = positions_at(vit, grid).clone()
+    vit.resize(image_size, positions)
 
 
-def _build(source: Source, image_size: tuple[int, int] | None, *, fresh: bool) -> nn.Module:
-    """Let open_clip build the model; sizes of models with weights are changed afterwards."""
-    image_only = source.folder is not None and is_image_only(source.folder / WEIGHTS_NAME)
+def _build(source: Source, image_size: tuple[int, int] | None) -> nn.Module:
+    """Build the modules of a source with fresh weights; sizes of models with weights are changed afterwards.
+
+    Raises:
+        CheckpointError: a saved config that describes no model.
+    """
+    config: dict[str, Any] = dict(source.config)
+    vision = dict(config["vision_cfg"])
+    if image_size is not None:
+        vision["image_size"] = image_size
+    by_timm = bool(vision.get("timm_model_name"))
+    if by_timm:
+        vision["timm_model_pretrained"] = False  # of ImageNet, from the network
+    cls = CustomTextCLIP if config.pop("custom_text", False) else CLIP
     try:
-        with _tidy_logging():
-            model: nn.Module = open_clip.create_model(
-                source.name,
-                pretrained=source.tag,
-                load_weights=not image_only,
-                force_quick_gelu=bool(source.config.get("quick_gelu", False)),
-                force_image_size=image_size,
-                force_preprocess_cfg={"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if fresh else None,
-            )
-    except Exception as error:  # whatever open_clip's readers meet in a damaged or foreign file
-        if fresh:
+        model: nn.Module = cls(**{**config, "vision_cfg": vision})
+    except Exception as error:  # whatever the modules meet in sizes that do not fit each other
+        if not source.has_weights:
             raise
-        raise CheckpointError(f"the weights of '{source.name}' cannot be loaded: {error}") from error
+        raise CheckpointError(f"the config of '{source.name}' describes no model: {error}") from error
+    visual, wanted = visual_of(model), pair(vision.get("image_size", 224))
+    if by_timm and vit_of(visual).grid_size != grid_of(wanted, patch_size_of(source.config)):
+        resize_images(visual, wanted)  # timm builds at a size of its own
+    fresh = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if not source.has_weights else {}
+    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), {**(source.preprocess or fresh)})
+    set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual.image_size)})
+    return model
+
+
+def _fetch(source: Source) -> nn.Module:
+    """Let open_clip fetch and build a model."""
+    check_fetchable(source)
+    with _tidy_logging(), fetching(f"'{source.name}{f':{source.tag}' if source.tag else ''}'"):
+        model: nn.Module = open_clip.create_model(
+            source.name, pretrained=source.tag, force_quick_gelu=bool(source.config.get("quick_gelu", False)))
     return model
 
 
 def weight_file(source: Source, checkpoint: str | Path | None = None) -> Path | None:
     """Return the local file that a model's weights come from, or None for a name."""
-    if checkpoint is not None:
-        return Path(checkpoint)
-    return source.folder / WEIGHTS_NAME if source.folder is not None else None
+    return Path(checkpoint) if checkpoint is not None else source.weights
 
 
 def is_image_only(weights: Path) -> bool:
@@ -164,34 +181,9 @@ def is_image_only(weights: Path) -> bool:
     Raises:
         CheckpointError: a damaged or empty file.
     """
-    if weights.suffix != ".safetensors" or not weights.is_file():
+    if not weights.is_dir() and (weights.suffix != ".safetensors" or not weights.is_file()):
         return False
-    try:
-        with safe_open(weights, framework="pt") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the weights {weights} are damaged: {error}") from error
-    if not names:
-        raise CheckpointError(f"the weights {weights} are empty: no tensor is in the file")
-    return all(name.startswith("visual.") for name in names)
-
-
-def _load_weights(model: nn.Module, weights: Path) -> None:
-    """Load a weight file of this architecture; one of an image tower alone leaves the text fresh."""
-    if not weights.is_file():
-        raise CheckpointError(f"there is no weight file {weights}")
-    image_only = is_image_only(weights)
-    try:
-        with _tidy_logging():
-            keys = open_clip.load_checkpoint(model, str(weights), strict=not image_only)
-    except Exception as error:  # as in _build
-        raise CheckpointError(f"the weights {weights} cannot be loaded into this model: {error}") from error
-    if image_only:
-        missing = [name for name in keys.missing_keys if name.startswith("visual.") and name != "visual.proj"]
-        wrong = missing + keys.unexpected_keys
-        if wrong:
-            raise CheckpointError(f"the weights {weights} are of another image tower: they differ in "
-                                  f"{', '.join(wrong[:3])} and {max(0, len(wrong) - 3)} more")
+    return all(name.startswith("visual.") for name in tensor_names(weights))
 
 
 @contextlib.contextmanager

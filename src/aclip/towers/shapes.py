@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from open_clip.timm_model import TimmModel
 
 from aclip.errors import ConfigError, UnsupportedModelError
 from aclip.structs import TowerShape
 from aclip.towers.text import can_cut
-from aclip.towers.vision import NUM_PREFIX_TOKENS, SUPPORTED, grid_of
+from aclip.towers.timm_vit import TimmVit, obstacle, obstacle_by_name, outline
+from aclip.towers.vision import SUPPORTED, grid_of
 
 
 def shape_of(config: Mapping[str, Any]) -> TowerShape:
@@ -20,32 +22,38 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
         ConfigError: an image size that is not a whole number of patches.
     """
     vision, text = check_config(config)
-    image_size, patch_size = pair(vision.image_size), pair(vision.patch_size)
+    image_size, patch_size = pair(vision.image_size), patch_size_of(config)
     grid_of(image_size, patch_size)
+    image = _timm_sizes(config) if vision.timm_model_name else {
+        "width": vision.width,
+        "layers": vision.layers,
+        "heads": vision.width // vision.head_width,
+        "mlp_width": int(vision.width * vision.mlp_ratio),
+        "num_prefix_tokens": 1,
+    }
     return TowerShape(
         image_size=image_size,
         patch_size=patch_size,
-        width=vision.width,
-        layers=vision.layers,
-        heads=vision.width // vision.head_width,
-        mlp_width=int(vision.width * vision.mlp_ratio),
         joint_dim=config["embed_dim"],
-        num_prefix_tokens=NUM_PREFIX_TOKENS,
         text_width=text.width,
         text_layers=text.layers,
         text_mlp_width=int(text.width * text.mlp_ratio),
         context_length=text.context_length,
         vocab_size=text.vocab_size,
         text_cut=can_cut(config),
+        **image,
     )
 
 
 def check_config(config: Mapping[str, Any]) -> tuple[CLIPVisionCfg, CLIPTextCfg]:
     """Return both halves of a model config with open_clip's defaults filled in, if both towers can be run.
 
+    Of a tower of timm's, its name is looked at; what else it may be made of shows when its outline is built
+    (`patch_size_of`, `shape_of`).
+
     Raises:
-        UnsupportedModelError: a ResNet, a timm model, attentional pooling, custom attention blocks, a Hugging
-            Face text tower, or CoCa.
+        UnsupportedModelError: a ResNet, a model of timm's that is no plain ViT, attentional pooling, custom attention
+            blocks, a Hugging Face text tower, or CoCa.
         ConfigError: not an open_clip config, or one with fields that open_clip does not know.
     """
     halves = []
@@ -65,6 +73,33 @@ def check_config(config: Mapping[str, Any]) -> tuple[CLIPVisionCfg, CLIPTextCfg]
     return vision, text
 
 
+def patch_size_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the patch size (height, width) of a config; a name of timm's says it by building its outline.
+
+    Raises:
+        As `check_config`.
+    """
+    vision, _ = check_config(config)
+    return TimmVit(timm_outline(config)).patch_size if vision.timm_model_name else pair(vision.patch_size)
+
+
+def timm_outline(config: Mapping[str, Any]) -> TimmModel:
+    """Return the image tower of a config that names one of timm's, without weights, if it can be run.
+
+    Raises:
+        UnsupportedModelError: not a plain ViT, or settings that timm refuses.
+    """
+    name = config["vision_cfg"]["timm_model_name"]
+    try:
+        visual = outline(config["vision_cfg"], config["embed_dim"])
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"timm's image tower {name} cannot be built with this config: {error}") from error
+    what = obstacle(visual)
+    if what:
+        raise UnsupportedModelError(f"this model has {what}, which cannot be trained here: {SUPPORTED}")
+    return visual
+
+
 def pair(size: Any) -> tuple[int, int]:
     """Return (height, width) from one number or two."""
     if isinstance(size, int):
@@ -73,10 +108,30 @@ def pair(size: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _timm_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes that only the tower itself knows."""
+    vit = TimmVit(timm_outline(config))
+    block, pool, width = vit.trunk.blocks[0], vit.trunk.attn_pool, vit.trunk.embed_dim
+    weights = sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
+    return {
+        "width": width,
+        "layers": len(vit.trunk.blocks),
+        "heads": block.attn.num_heads,
+        "mlp_width": round(weights / (2 * width)),
+        "num_prefix_tokens": vit.num_prefix_tokens,
+        "scored": vit.asker is not None,
+        "pool_mlp_width": 0 if pool is None else pool.mlp.fc1.out_features,
+    }
+
+
 def _unsupported(config: Mapping[str, Any], vision: CLIPVisionCfg, text: CLIPTextCfg) -> str | None:
     """Name what is not supported, if anything."""
+    if "multimodal_cfg" in config:
+        return "a captioning decoder (CoCa)"
+    if text.hf_model_name:
+        return f"the Hugging Face text tower {text.hf_model_name}"
     if vision.timm_model_name:
-        return f"timm's image tower {vision.timm_model_name}"
+        return obstacle_by_name(vision.timm_model_name)
     if not isinstance(vision.layers, int):
         return "a ResNet image tower"
     if vision.attentional_pool or vision.pool_type not in ("tok", "avg"):
@@ -84,8 +139,4 @@ def _unsupported(config: Mapping[str, Any], vision: CLIPVisionCfg, text: CLIPTex
     if (vision.block_type == "custom" or vision.qk_norm or vision.scaled_cosine_attn or vision.scale_heads
             or vision.scale_attn_inner or vision.scale_attn or vision.scale_fc):
         return "custom attention blocks in the image tower"
-    if text.hf_model_name:
-        return f"the Hugging Face text tower {text.hf_model_name}"
-    if "multimodal_cfg" in config:
-        return "a captioning decoder (CoCa)"
     return None

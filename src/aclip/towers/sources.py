@@ -1,24 +1,36 @@
-"""Model names: presets, open_clip's models with or without pretrained weights, folders, runs."""
+"""Model names: presets, open_clip's models with or without pretrained weights, files, folders, runs."""
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
-from aclip.towers.shapes import check_config, pair
+from aclip.towers import hugging_face, released
+from aclip.towers.network import check_hub, check_url, fetching
+from aclip.towers.shapes import check_config, pair, patch_size_of
+from aclip.towers.tokenizer import RememberingTokenizer
 from aclip.towers.vision import grid_of
+from aclip.towers.weights import load_numpy, load_state, read_state
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 LOCAL, HUB = "local-dir:", "hf-hub:"
+
+_HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+_WEIGHT_NAMES = (*_HUB_WEIGHTS, "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz")
+
+Layout = Literal["open_clip", "hugging_face", "released"]
+"""Whose names a weight file uses; a run's checkpoint has open_clip's."""
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts -> (B, T) int64 token ids, padded to the context length."""
@@ -29,21 +41,47 @@ class Source:
     """Where a model comes from.
 
     Attributes:
-        name: what `open_clip.create_model` takes.
+        name: as it was given; what `open_clip.create_model` takes where something has to be fetched.
         config: open_clip's `model_cfg`.
         tag: pretrained weights of open_clip's to fetch, or None.
         folder: local folder with config and weights, or None.
+        weights: local weight file, or None. layout: its names.
+        preprocess: what is known of open_clip's `preprocess_cfg`.
     """
 
     name: str
     config: Mapping[str, Any]
     tag: str | None = None
     folder: Path | None = None
+    weights: Path | None = None
+    layout: Layout = "open_clip"
+    preprocess: Mapping[str, Any] | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether open_clip has to fetch it."""
+        return self.tag is not None or self.name.startswith(HUB)
 
     @property
     def has_weights(self) -> bool:
         """Whether it brings weights, as against starting fresh."""
-        return self.tag is not None or self.folder is not None or self.name.startswith(HUB)
+        return self.is_remote or self.weights is not None
+
+    def load_into(self, model: Any) -> bool:
+        """Load the local weights; return whether they are of an image tower alone.
+
+        Raises:
+            CheckpointError: damaged, or of another model.
+        """
+        assert self.weights is not None
+        if self.weights.suffix == ".npz":
+            load_numpy(model, self.weights)
+            return False
+        if self.layout == "hugging_face":
+            assert self.folder is not None
+            return load_state(model, hugging_face.read_folder(self.folder), self.weights)
+        state = read_state(self.weights)
+        return load_state(model, released.from_released(state) if self.layout == "released" else state, self.weights)
 
 
 def resolve_source(name: str | Path) -> Source:
@@ -51,13 +89,15 @@ def resolve_source(name: str | Path) -> Source:
 
         vit-tiny, ViT-B-32 (or ViT-B/32)   a preset or one of open_clip's models, fresh weights
         ViT-B-32:laion2b_s34b_b79k          the same with pretrained weights (network, then cached)
+        ViT-B-32:FILE                       the same with the weights of a local file
         hf-hub:OWNER/MODEL                  an open_clip model on the Hugging Face hub (network, then cached)
-        FOLDER, local-dir:FOLDER            a folder with open_clip_config.json and weights
-        RUN                                 a run folder: its final/
+        FOLDER, local-dir:FOLDER            open_clip_config.json and weights; or Hugging Face's CLIPModel
+        RUN, RUN/checkpoints/step-...       a run folder: its final/, before it is finished its newest checkpoint
+        FILE                                a checkpoint of the A-CLIP release, whose sizes say its architecture
 
     Raises:
         ConfigError: nothing of that name, with the closest name that exists.
-        CheckpointError: a folder without a model in it.
+        CheckpointError: a folder or file without a model in it, or the network is needed and not there.
         UnsupportedModelError: a model whose towers this package cannot run.
     """
     text = str(name)
@@ -65,12 +105,15 @@ def resolve_source(name: str | Path) -> Source:
         return _hub_source(text)
     if text.startswith(LOCAL):
         return _folder_source(Path(text.removeprefix(LOCAL)))
-    base, _, tag = text.replace("/", "-").partition(":")
+    base, _, rest = text.partition(":")
+    base = base.replace("/", "-")
     _register_presets()
     if base in open_clip.list_models():
-        return _named_source(base, tag)
+        return _named_source(base, rest)
     if Path(text).is_dir():
         return _folder_source(Path(text))
+    if Path(text).is_file():
+        return _file_source(Path(text))
     if "/" in text and ":" not in text:
         raise ConfigError(f"there is no folder '{text}', nor a model of that name: name a folder with "
                           f"{CONFIG_NAME}, a run folder, or one of {', '.join(list_models())}")
@@ -78,7 +121,7 @@ def resolve_source(name: str | Path) -> Source:
 
 
 def list_models() -> list[str]:
-    """Return the names that can be trained: the presets and open_clip's own ViTs."""
+    """Return the names that can be trained: the presets, open_clip's own ViTs, and timm's plain ones in open_clip."""
     _register_presets()
     return [name for name in open_clip.list_models() if _is_supported(open_clip.get_model_config(name))]
 
@@ -96,7 +139,7 @@ def model_config(name: str | Path, *, image_size: int | tuple[int, int] | None =
     config: dict[str, Any] = deepcopy(dict(resolve_source(name).config))
     if image_size is not None:
         size = pair(image_size)
-        grid_of(size, pair(check_config(config)[0].patch_size))
+        grid_of(size, patch_size_of(config))
         if frees_positions(config, size):
             del config["vision_cfg"]["pos_embed_type"]
         config["vision_cfg"]["image_size"] = size[0] if size[0] == size[1] else list(size)
@@ -123,6 +166,9 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
 
     Returns:
         Texts -> (B, context_length) int64; picklable.
+
+    Raises:
+        CheckpointError: the tokenizer needs the network, which is not there.
     """
     folder = None
     tokenizer: Tokenizer
@@ -132,12 +178,18 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
     text = model["text_cfg"]
     context = text.get("context_length", 77)
     options = dict(text.get("tokenizer_kwargs") or {})
-    if text.get("hf_tokenizer_name"):
-        where = str(folder) if folder is not None else text["hf_tokenizer_name"]
-        tokenizer = HFTokenizer(
-            where, context_length=context, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    where = text.get("hf_tokenizer_name")
+    if where:
+        if folder is not None and any(folder.glob("tokenizer*")):
+            where = str(folder)
+        what = f"the tokenizer '{where}' of this model"
+        if not Path(where).is_dir():
+            check_hub(what, where, ("tokenizer_config.json", "tokenizer.json"))
+        with fetching(what):
+            tokenizer = HFTokenizer(
+                where, context_length=context, tokenizer_mode=text.get("tokenizer_mode"), **options)
     else:
-        tokenizer = SimpleTokenizer(context_length=context, **options)
+        tokenizer = RememberingTokenizer(context_length=context, **options)
     return tokenizer
 
 
@@ -147,46 +199,122 @@ def _register_presets() -> None:
     open_clip.add_model_config(Path(__file__).parent / "configs")
 
 
-def _named_source(base: str, tag: str) -> Source:
+def _named_source(base: str, rest: str) -> Source:
+    """Return an architecture, fresh, with pretrained weights, or with those of a file."""
     config = _checked(open_clip.get_model_config(base), base)
-    if not tag:
+    if not rest:
         return Source(base, config)
     tags = open_clip.list_pretrained_tags_by_model(base)
-    if tag not in tags:
-        raise ConfigError(unknown_name(f"pretrained weights of {base}", tag, tags))
-    if open_clip.get_pretrained_cfg(base, tag).get("quick_gelu", False):
-        # these weights were trained with the approximate GELU, whatever the plain name says
-        config = {**config, "quick_gelu": True}
-    return Source(base, config, tag=tag)
+    if rest in tags:
+        pretrained = open_clip.get_pretrained_cfg(base, rest)
+        if pretrained.get("quick_gelu", False):
+            # these weights were trained with the approximate GELU, whatever the plain name says
+            config = {**config, "quick_gelu": True}
+        return Source(base, config, tag=rest)
+    file = Path(rest)
+    if file.is_file():
+        return Source(f"{base}:{rest}", config, weights=file)
+    if "/" in rest or file.suffix in _WEIGHT_SUFFIXES:
+        raise CheckpointError(f"there is no weight file {rest}: '{base}:...' takes a file, or one of the pretrained "
+                              f"weights {', '.join(sorted(tags)) or '(there are none)'}")
+    raise ConfigError(unknown_name(f"pretrained weights of {base}", rest, tags))
+
+
+def check_fetchable(source: Source) -> None:
+    """Check that what a source has to fetch is in a cache or can be reached, before clients that retry are asked.
+
+    Raises:
+        CheckpointError: it is not, and cannot.
+    """
+    if source.tag is None:
+        check_hub(f"'{source.name}'", source.name.removeprefix(HUB), _HUB_WEIGHTS)
+        return
+    cfg = open_clip.get_pretrained_cfg(source.name, source.tag)
+    what = f"'{source.name}:{source.tag}'"
+    if cfg.get("hf_hub"):
+        repository, _, file = cfg["hf_hub"].rpartition("/")
+        check_hub(what, repository, [file] if file else _HUB_WEIGHTS)
+    else:
+        check_url(what, cfg["url"])
 
 
 def _hub_source(name: str) -> Source:
-    try:
+    what = f"'{name}'"
+    check_hub(what, name.removeprefix(HUB), (CONFIG_NAME,))
+    with fetching(what):
         config = open_clip.get_model_config(name)
-    except Exception as error:  # no network, no such model, no config in it: the hub client's own errors
-        raise CheckpointError(f"'{name}' cannot be fetched: {error}") from error
     return Source(name, _checked(config, name))
 
 
 def _folder_source(folder: Path) -> Source:
+    """Return the model of a folder: open_clip's, a run's, or Hugging Face's."""
     if not folder.is_dir():
         raise ConfigError(f"there is no folder '{folder}'")
-    place = folder if (folder / CONFIG_NAME).is_file() else folder / "final"
-    if not (place / CONFIG_NAME).is_file():
-        raise CheckpointError(f"'{folder}' holds no model: there is neither {CONFIG_NAME} (a saved model) "
-                              f"nor final/{CONFIG_NAME} (a finished run) in it")
-    if not any(file.suffix in (".safetensors", ".bin", ".pth", ".pt") for file in place.iterdir()):
-        raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but no weights beside it ({WEIGHTS_NAME})")
+    for place in (folder, folder / "final"):
+        if (place / CONFIG_NAME).is_file():
+            return _open_clip_folder(place)
+    theirs = hugging_face.read_config(folder)
+    if theirs is not None:
+        config = hugging_face.open_clip_config(theirs, folder)
+        return Source(str(folder), _checked(config, str(folder)), folder=folder, layout="hugging_face",
+                      weights=hugging_face.weight_files(folder)[0], preprocess=hugging_face.preprocess(folder))
+    steps = [folder] if (folder / "state.json").is_file() else sorted((folder / "checkpoints").glob("step-*[0-9]"))
+    if not steps:
+        raise CheckpointError(f"'{folder}' holds no model: there is neither {CONFIG_NAME} (a saved model), "
+                              f"final/{CONFIG_NAME} (a finished run), checkpoints/step-* (a run) nor a Hugging Face "
+                              "config.json with its model_type in it")
+    return _checkpoint_source(steps[-1])
+
+
+def _open_clip_folder(place: Path) -> Source:
+    """Return the model of a folder with `open_clip_config.json`."""
     try:
-        config = json.loads((place / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]
+        whole = json.loads((place / CONFIG_NAME).read_text(encoding="utf-8"))
+        config, preprocess = whole["model_cfg"], dict(whole.get("preprocess_cfg") or {})
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{place / CONFIG_NAME}' is damaged: {error!r}") from error
-    return Source(f"{LOCAL}{place}", _checked(config, str(place)), folder=place)
+    files = sorted(file for file in place.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    known = [place / name for name in _WEIGHT_NAMES if place / name in files]
+    if not files:
+        raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but no weights beside it ({WEIGHTS_NAME})")
+    if not known and len(files) > 1:
+        raise CheckpointError(f"'{place}' holds several weight files ({', '.join(f.name for f in files)}) and none of "
+                              f"them is called {WEIGHTS_NAME}: rename the one that is meant")
+    return Source(f"{LOCAL}{place}", _checked(config, str(place)), folder=place, weights=(known or files)[0],
+                  preprocess=preprocess)
+
+
+def _checkpoint_source(step: Path) -> Source:
+    """Return the model of a run's checkpoint: the architecture that the run names, with the weights of the step."""
+    settings = step.parent.parent / "config.json"
+    try:
+        run = json.loads(settings.read_text(encoding="utf-8"))
+        model, size = run["model"], run.get("image_size")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the run of '{step}' is not known: '{settings}' is missing or damaged ({error!r})"
+                              ) from error
+    base = resolve_source(model)
+    config = model_config(model, image_size=tuple(size) if isinstance(size, list) else size)
+    return Source(str(step), config, folder=base.folder, weights=step,
+                  preprocess=base.preprocess)
+
+
+def _file_source(file: Path) -> Source:
+    """Return the model of a weight file alone, if its layout says what model that is."""
+    state = read_state(file)
+    if not released.is_released(state):
+        raise ConfigError(f"'{file}' does not say which architecture its weights are of: name it, as in "
+                          f"ViT-B-16:{file}")
+    config = released.released_config(state, file)
+    return Source(str(file), _checked(config, str(file)), weights=file, layout="released",
+                  preprocess=released.PREPROCESS)
 
 
 def _checked(config: Any, name: str) -> Mapping[str, Any]:
     try:
-        check_config(config)
+        vision, _ = check_config(config)
+        if vision.timm_model_name:
+            patch_size_of(config)
     except (ConfigError, UnsupportedModelError) as error:
         raise type(error)(f"model '{name}': {error}") from error
     return dict(config)
@@ -194,7 +322,9 @@ def _checked(config: Any, name: str) -> Mapping[str, Any]:
 
 def _is_supported(config: Mapping[str, Any]) -> bool:
     try:
-        check_config(config)
+        vision, _ = check_config(config)
     except (ConfigError, UnsupportedModelError):
         return False
-    return True
+    # timm's names say their patch size; one of open_clip's (SO400M at 384) does not divide its image
+    patch = re.search(r"patch(\d+)", vision.timm_model_name or "")
+    return patch is None or all(side % int(patch[1]) == 0 for side in pair(vision.image_size))

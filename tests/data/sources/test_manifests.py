@@ -1,6 +1,7 @@
 """JSON, Parquet and class folders: recognised, read as they are meant, and never more than a clear error."""
 
 import contextlib
+import io
 import json
 import logging
 import pickle
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from aclip.data.order import WINDOW, window_order
-from aclip.data.sources import EmbeddedPictures, Source, open_source, parquet
+from aclip.data.sources import EmbeddedPictures, Source, json_files, open_source, parquet
 from aclip.errors import AclipError, BadSampleError, ConfigError, DataError
 
 
@@ -112,6 +113,40 @@ def test_other_json_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(AclipError, match=r"x\.json"):
         open_source(str(tmp_path / "x.json"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    values=st.lists(st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=6)),
+    piece=st.integers(1, 9), indent=st.sampled_from([None, 1]), cut=st.integers(0, 60),
+)  # fmt: skip
+def test_a_json_list_is_read_piece_by_piece(values: list[Any], piece: int, indent: int | None, cut: int) -> None:
+    text = f" {json.dumps(values, indent=indent)}\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_files, "_PIECE", piece)
+        assert list(json_files._ListReader(io.StringIO(text))) == values
+        broken = text.strip()[: -1 - cut]
+        with pytest.raises(ValueError, match=r"at character [\d,]+$"):
+            list(json_files._ListReader(io.StringIO(broken)))
+        with pytest.raises(ValueError, match="follows the end"):
+            list(json_files._ListReader(io.StringIO(text + "x")))
+
+
+def test_a_long_json_list_is_not_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = " ".join(["word"] * 400)
+    with (tmp_path / "long.json").open("w") as file:
+        lines = (json.dumps({"image": f"{n}.jpg", "text": "a", "other": words}) for n in range(5000))
+        file.write(f"[{', '.join(lines)}]")
+    monkeypatch.setattr(json_files, "_PIECE", 2**16)
+    tracemalloc.start()
+    source = open_source(str(tmp_path / "long.json"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(source) == 5000
+    assert peak < (tmp_path / "long.json").stat().st_size // 5
 
 
 def test_parquet_with_paths(folder: Path) -> None:

@@ -13,7 +13,7 @@ from aclip.data.sources.base import Grouped, PackedStrings, RawSample, Source
 from aclip.data.sources.folder import FolderSource, holds_pictures, holds_texts
 from aclip.data.sources.hugging_face import HuggingFaceSource, is_hugging_face
 from aclip.data.sources.joined import Joined
-from aclip.data.sources.json_files import CocoSource, JsonSource, open_json
+from aclip.data.sources.json_files import CocoSource, JsonSource, KarpathySource, open_json
 from aclip.data.sources.manifest import Columns, ManifestSource
 from aclip.data.sources.parquet import EmbeddedPictures, open_parquet
 from aclip.data.sources.part import Part, split_slice, take_part
@@ -21,6 +21,8 @@ from aclip.data.sources.remote import RemoteShardSource, expand_urls
 from aclip.data.sources.shards import ShardSource, expand_pattern
 from aclip.data.sources.slip import open_slip
 from aclip.data.sources.table import TableSource
+from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
+from aclip.data.sources.torchvision_sets import TorchvisionSource
 from aclip.errors import ConfigError, DataError, unknown_name
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "HuggingFaceSource",
     "Joined",
     "JsonSource",
+    "KarpathySource",
     "ManifestSource",
     "PackedStrings",
     "Part",
@@ -42,6 +45,7 @@ __all__ = [
     "ShardSource",
     "Source",
     "TableSource",
+    "TorchvisionSource",
     "open_source",
     "split_slice",
 ]
@@ -157,8 +161,10 @@ def _each(open_one: Callable[[Path, str], Source]) -> Callable[[str], Source]:
 
 
 def _open_json(path: Path, spec: str) -> Source:
-    images = _options(spec, *_COLUMN_OPTIONS, "images").get("images")
-    return open_json(path, _columns(spec, "images"), None if images is None else Path(images))
+    options = _options(spec, *_COLUMN_OPTIONS, "images", "split")
+    images = options.get("images")
+    return open_json(path, _columns(spec, "images", "split"), None if images is None else Path(images),
+                     options.get("split"))
 
 
 def _open_slip(path: Path, spec: str) -> Source:
@@ -213,7 +219,21 @@ _QUERY = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)
 _COLUMN_OPTIONS = ("image", "caption", "tags", "label")
 
 
+def _open_torchvision(spec: str) -> Source:
+    options = _options(spec, "root", "split", "labels")
+    path = _split_query(spec)[0]
+    if "root" not in options:
+        raise ConfigError(f"'{spec}': say where it lies, as in '{path}?root=FOLDER&split=test'")
+    return TorchvisionSource(path, Path(options["root"]).expanduser(), options.get("split"),
+                             options.get("labels", "name"))
+
+
 READERS: dict[str, Reader] = {
+    "torchvision": Reader(
+        "a classification set as torchvision lays it out ('torchvision:food101?root=FOLDER&split=test')",
+        lambda spec: spec.startswith(TORCHVISION),
+        _open_torchvision,
+    ),
     "remote shards": Reader(
         "WebDataset shards elsewhere ('s3://bucket/{0000..0012}.tar', 'http://...')",
         lambda spec: "://" in spec and ".tar" in spec,
@@ -235,7 +255,11 @@ READERS: dict[str, Reader] = {
         _is_list(".jsonl", ".ndjson"),
         _each(lambda path, spec: JsonSource(path, _columns(spec))),
     ),
-    "json": Reader("a .json file (COCO captions, or a list of objects)", _is_list(".json"), _each(_open_json)),
+    "json": Reader(
+        "a .json file (COCO captions, Karpathy's splits, or a list of objects)",
+        _is_list(".json"),
+        _each(_open_json),
+    ),
     "parquet": Reader(
         "Parquet (a .parquet file, a pattern or a folder of them, with the pictures or their paths)",
         _is_parquet,

@@ -53,7 +53,8 @@ class Mixture(Joined):
         parts = [self._part(number, seed, epoch) for number in range(len(self.sources))]
         samples, passes = (np.concatenate(column) for column in zip(*parts, strict=True))
         # Who comes when is drawn; each source's own samples stay in the order that suits it.
-        owners = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+        # Two bytes an owner, because numpy sorts those by counting.
+        owners = np.repeat(np.arange(len(parts), dtype=np.uint16), [len(part[0]) for part in parts])
         drawn = rng.generator(seed, "mixture", epoch).permutation(owners)
         place = np.argsort(drawn, kind="stable")
         mixed = np.empty((2, len(drawn)), dtype=np.int64)

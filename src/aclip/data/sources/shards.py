@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -83,13 +83,16 @@ class ShardSource:
         key = self.key(index)
         path = self._paths[int(self._shards[index])]
         try:
-            # Opened anew for every sample: no handle to share with a fork, to run out of, or to close.
-            with path.open("rb") as file:
+            # Opened anew for every sample: no handle to share with a fork, or to run out of.
+            file = os.open(path, os.O_RDONLY)
+            try:
                 parts = {
-                    role: _read_member(file, int(offset), int(size))
-                    for role, (offset, size) in zip(ROLES, self._members[index], strict=True)
+                    role: _read_member(file, offset, size)
+                    for role, (offset, size) in zip(ROLES, self._members[index].tolist(), strict=True)
                     if offset != ABSENT
                 }
+            finally:
+                os.close(file)
         except OSError as error:
             raise BadSampleError(f"cannot read {path.name}: {error.strerror}") from error
         if "image" not in parts:
@@ -164,9 +167,8 @@ def expand_braces(spec: str) -> Iterator[str]:
         yield from expand_braces(spec[: match.start()] + choice + spec[match.end() :])
 
 
-def _read_member(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    data = file.read(size)
+def _read_member(file: int, offset: int, size: int) -> bytes:
+    data = os.pread(file, size, offset)
     if len(data) != size:
         raise BadSampleError("the shard has been cut off since it was opened")
     return data

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import pickletools
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -95,6 +96,7 @@ def _records(path: Path) -> list[Any]:
                 kind = _array_type(file)
                 if not kind.hasobject:
                     raise DataError(f"{path} holds numbers ({kind}), not pairs")
+            _check_memo(file)
             content = _PlainUnpickler(file).load()
     except (DataError, OSError):
         raise
@@ -103,6 +105,25 @@ def _records(path: Path) -> list[Any]:
     if not isinstance(content, list):
         raise DataError(f"{path} holds {type(content).__name__}, not a list of pairs")
     return content
+
+
+def _check_memo(file: BinaryIO) -> None:
+    """Refuse a small file that asks for a table of billions of places, which fills the memory before it fails.
+
+    A number of a place that is beyond the length of the file can only be damage. Files of many megabytes are not
+    gone through: it would take as long as reading them.
+    """
+    start = file.tell()
+    content = file.read(_CHECKED)
+    file.seek(start)
+    if len(content) < _CHECKED:
+        for code, value, _ in pickletools.genops(content):
+            if code.name in _PLACES and isinstance(value, int) and value > len(content):
+                raise pickle.UnpicklingError(f"damaged: place {value} in a file of {len(content)} bytes")
+
+
+_CHECKED = 2**20  # bytes
+_PLACES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 
 
 def _array_type(file: BinaryIO) -> np.dtype[Any]:

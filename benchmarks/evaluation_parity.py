@@ -1,0 +1,124 @@
+"""Our metrics beside those of clip-benchmark and scikit-learn, computed by their own code on the same features.
+
+    pip install clip-benchmark
+    python benchmarks/evaluation_parity.py runs/demo --data emoji:val_both --labelled cifar10:train[:5000]
+
+With features of a real model on real pictures: zero-shot classification of labelled pictures, both given the same
+class names and prompts; retrieval with five captions a picture, made from `--data` by five templates and numbered, as a
+caption is of one picture alone; and linear probes, ours by either solver beside scikit-learn's LogisticRegression,
+whose strength is chosen on our validation split. Prints each figure and the largest difference.
+
+clip-benchmark 1.6.2 calls float() on arrays of one element, which NumPy 2.4 no longer converts: here, and nowhere else,
+its float is replaced.
+"""
+
+import argparse
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+import aclip
+from aclip import data
+from aclip.data.fetch import resolve_spec
+from aclip.evaluation import LinearProbe, PictureFeatures, Retrieval, ZeroShot, encode_pictures
+from aclip.evaluation.linear_probe import split
+from aclip.evaluation.zero_shot import DEFAULT_TEMPLATES
+
+zeroshot_classification.float = lambda value: np.asarray(value).item()
+FIVE = ("{} number {n}", "a picture of {} ({n})", "{n}: a photo of a {}", "an image of {}, {n}", "a drawing of {} {n}")
+CPU = torch.device("cpu")
+
+
+class Features:
+    """What clip-benchmark takes for a model: its pictures are features already."""
+
+    def __init__(self, model: aclip.towers.LoadedModel) -> None:
+        self.model = model
+
+    def encode_image(self, features: Tensor) -> Tensor:
+        return features
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens)
+
+
+class Loader:
+    """What clip-benchmark takes for a data loader."""
+
+    def __init__(self, features: Tensor, targets: object, classes: list[str]) -> None:
+        self.features, self.targets, self.dataset = features, targets, SimpleNamespace(classes=classes)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, object]]:
+        for start in range(0, len(self.features), 500):
+            yield self.features[start : start + 500], self.targets[start : start + 500]  # type: ignore[index]
+
+
+def encode(model: aclip.towers.LoadedModel, spec: str, space: str) -> PictureFeatures:
+    target = "label" if space == "trunk" or "cifar" in spec else "caption"
+    pictures = data.EvaluationSet(data.open_source(resolve_spec(spec)), model.preprocess, batch_size=256, target=target)
+    return encode_pictures(model, pictures, CPU, space=space)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a run's folder, or an open_clip name")
+    parser.add_argument("--data", default="emoji:val_both", help="pictures with captions")
+    parser.add_argument("--labelled", default="cifar10:train[:5000]", help="pictures with labels")
+    parser.add_argument("--held-out", default="cifar10:test[:2000]", help="labelled pictures to measure on")
+    args = parser.parse_args()
+    model, console = aclip.load(args.model), Console(highlight=False, soft_wrap=True)
+    pairs: list[tuple[str, float, float]] = []
+
+    pictures = encode(model, args.held_out, "joint")
+    classes = sorted({str(label) for label in pictures.labels})
+    ours = ZeroShot(classes=tuple(classes)).measure(model, pictures, CPU).metrics
+    targets = torch.tensor([classes.index(str(label)) for label in pictures.labels])
+    theirs = zeroshot_classification.evaluate(
+        Features(model), Loader(pictures.features, targets, classes), model.tokenizer, classes,
+        [template.replace("{}", "{c}") for template in DEFAULT_TEMPLATES], "cpu", amp=False)
+    pairs += [(f"zero-shot {name}", ours[name], theirs[other]) for name, other in
+              (("top1", "acc1"), ("top5", "acc5"), ("mean_per_class", "mean_per_class_recall"))]
+
+    shown = encode(model, args.data, "joint")
+    captions = tuple(tuple(t.replace("{}", caption).replace("{n}", str(i)) for t in FIVE)
+                     for i, caption in enumerate(shown.captions))
+    many = PictureFeatures(shown.features, shown.captions, shown.labels, shown.keys, (), {}, captions)
+    ours = Retrieval(protocol="karpathy").measure(model, many, CPU).metrics
+    theirs = zeroshot_retrieval.evaluate(Features(model), Loader(shown.features, captions, []), model.tokenizer, "cpu",
+                                         amp=False, recall_k_list=[1, 5, 10])
+    pairs += [(f"retrieval {name}_r{k}", ours[f"{name}_r{k}"], theirs[f"{other}_retrieval_recall@{k}"])
+              for k in (1, 5, 10) for name, other in (("image_to_text", "text"), ("text_to_image", "image"))]
+    for name, own, their in pairs:
+        console.print(f"{name:32} ours {own:.6f}  clip-benchmark {their:.6f}  difference {abs(own - their):.1e}")
+    console.print(f"largest difference {max(abs(own - their) for _, own, their in pairs):.1e} over "
+                  f"{pictures.size:,} pictures of {len(classes)} classes and {shown.size:,} of five captions")
+
+    training, held = encode(model, args.labelled, "trunk"), encode(model, args.held_out, "trunk")
+    for solver in ("lbfgs", "sgd"):
+        probe = LinearProbe(solver=solver).learn(training)
+        result = probe.measure(model, held, CPU)
+        console.print(f"linear probe, {solver}: {result.metrics['top1']:.4f}  {dict(result.settings)}")
+    console.print(f"scikit-learn: {scikit_learn(training, held, classes):.4f}")
+
+
+def scikit_learn(training: PictureFeatures, held: PictureFeatures, classes: list[str]) -> float:
+    """Return the accuracy of LogisticRegression on standardised features, C chosen on our validation split."""
+    mean, deviation = training.features.mean(dim=0), training.features.std(dim=0, correction=0)
+    x, z = (((part.features - mean) / deviation).numpy() for part in (training, held))
+    y, answers = (np.array([classes.index(str(label)) for label in part.labels]) for part in (training, held))
+    fitted, validating = (part.numpy() for part in split(torch.from_numpy(y), 20_000, 0))
+    strengths = [10.0**exponent for exponent in np.arange(-6, 6.1, 0.5)]
+    scores = [LogisticRegression(C=1 / l2, max_iter=1000).fit(x[fitted], y[fitted]).score(x[validating], y[validating])
+              for l2 in strengths]
+    best = max(range(len(scores)), key=lambda i: (scores[i], i))
+    return float(LogisticRegression(C=1 / strengths[best], max_iter=1000).fit(x, y).score(z, answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Large batches on small machines: gradients through cached representations."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, StepOutput
+
+EncodedPart = TypeVar("EncodedPart", Encoded, EncodedText)
+
+LEARNS = {Encoded: ("features", "cls", "patches"), EncodedText: ("features", "states")}
+"""The fields that a gradient can reach."""
+
+
+class InParts(Protocol):
+    """A method that encodes a batch sample by sample and judges it as a whole."""
+
+    def encode_batch(
+        self, batch: Batch, masked: bool, resolution: float, seen: EncodedBatch | None = None
+    ) -> EncodedBatch:
+        """Return what the towers make of some samples."""
+
+    def judge(self, encoded: EncodedBatch, caption_ids: Tensor) -> StepOutput:
+        """Return the loss of the whole batch."""
+
+
+def accumulate(
+    method: InParts,
+    batch: Batch,
+    micro_batch: int,
+    *,
+    masked: bool,
+    resolution: float,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    scale: Callable[[Tensor], Tensor],
+) -> StepOutput:
+    """Leave the gradients of a whole batch in the parameters, holding the activations of `micro_batch` samples at most.
+
+    GradCache (Gao et al., arXiv 2101.06983), for every objective at once:
+
+        1. encode the batch in parts without gradient:             r = f(x)
+        2. judge the whole batch:                                  L(r), dL/dr, and dL/dheads
+        3. encode every part again and send its share of dL/dr through the towers
+
+    Loss and gradients are those of one pass over the batch, up to rounding: heads with batch statistics see the whole
+    batch, over all ranks, once; masks and EMA passes of the first encoding are taken over by the second; augmentations
+    are functions of the sample. The price is a second forward pass of the online towers. What the objectives read is
+    held for the whole batch: little for features, more where a decoder reads patches.
+
+    Args:
+        method: what is trained.
+        batch: this rank's share of the step.
+        micro_batch: samples in a part; the last may be smaller.
+        masked, resolution: as for `Method.forward`.
+        autocast: makes the context in which the towers compute.
+        scale: applied to the loss before it is differentiated (fp16).
+    """
+    parts = [slice(start, start + micro_batch) for start in range(0, batch.size, micro_batch)]
+    with torch.no_grad(), autocast():
+        whole = joined([method.encode_batch(batch.rows(part), masked, resolution) for part in parts])
+    leaves = detached(whole)
+    with autocast():
+        output = method.judge(leaves, batch.caption_ids)
+    scale(output.loss).backward()
+    for part in parts:
+        with autocast():
+            again = method.encode_batch(batch.rows(part), masked, resolution, seen=rows_of(whole, part))
+        outputs, gradients = gradients_of(again, leaves, part)
+        torch.autograd.backward(outputs, gradients)
+    return output
+
+
+def joined(parts: Sequence[EncodedBatch]) -> EncodedBatch:
+    """Return the parts of a batch as one."""
+    return EncodedBatch(
+        {name: _joined([part.texts[name] for part in parts], dim=0) for name in parts[0].texts},
+        {name: _joined([part.passes[name] for part in parts], dim=1) for name in parts[0].passes},
+    )
+
+
+def rows_of(encoded: EncodedBatch, rows: slice) -> EncodedBatch:
+    """Return some samples of an encoded batch."""
+    return EncodedBatch(
+        {name: _with(text, {key: value[rows] for key, value in _tensors(text).items()})
+         for name, text in encoded.texts.items()},
+        {name: _with(views, {key: value[:, rows] for key, value in _tensors(views).items()})
+         for name, views in encoded.passes.items()},
+    )
+
+
+def detached(encoded: EncodedBatch) -> EncodedBatch:
+    """Return the same with leaves of the graph in place of what a gradient can reach."""
+
+    def leaf(part: EncodedPart) -> EncodedPart:
+        return _with(part, {key: value.detach().requires_grad_() for key, value in _tensors(part).items()
+                            if key in LEARNS[type(part)]})
+
+    return EncodedBatch({name: leaf(text) for name, text in encoded.texts.items()},
+                        {name: leaf(views) for name, views in encoded.passes.items()})
+
+
+def gradients_of(again: EncodedBatch, leaves: EncodedBatch, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what came out of the second encoding of `rows`, and the gradient of the loss with respect to it."""
+    outputs, gradients = [], []
+    pairs: list[tuple[Any, Any, tuple[slice, ...]]] = [
+        *((text, leaves.texts[name], (rows,)) for name, text in again.texts.items()),
+        *((views, leaves.passes[name], (slice(None), rows)) for name, views in again.passes.items()),
+    ]
+    for part, whole, index in pairs:
+        for key in LEARNS[type(part)]:
+            value, leaf = getattr(part, key), getattr(whole, key)
+            if value is not None and value.requires_grad and leaf.grad is not None:
+                outputs.append(value)
+                gradients.append(leaf.grad[index])
+    return outputs, gradients
+
+
+def _joined(parts: Sequence[EncodedPart], dim: int) -> EncodedPart:
+    return _with(parts[0], {key: torch.cat([getattr(part, key) for part in parts], dim) for key in _tensors(parts[0])})
+
+
+def _with(part: EncodedPart, tensors: Mapping[str, Any]) -> EncodedPart:
+    """Return the part with other tensors."""
+    return replace(part, **tensors)
+
+
+def _tensors(part: Encoded | EncodedText) -> dict[str, Tensor]:
+    found = {field.name: getattr(part, field.name) for field in fields(part)}
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}

@@ -1,0 +1,80 @@
+"""Steps over several processes, compared inside them with what one process has found."""
+
+import functools
+import multiprocessing as forkserver
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, multiprocessing
+
+from aclip import plan, towers
+from aclip.data import augment
+from aclip.method import Method
+from aclip.recipes import RECIPES
+from aclip.structs import Batch
+from test_recipes import small
+from tests_support import random_batch
+
+SOT, EOT = 98, 99
+
+
+@functools.cache
+def register_nano() -> None:
+    """Tell open_clip about `vit-nano`, of a few thousand weights: a step of it takes milliseconds."""
+    open_clip.add_model_config(Path(__file__).parent / "models")
+
+
+def build(name: str) -> Method:
+    """Return a recipe on `vit-nano`."""
+    register_nano()
+    torch.manual_seed(0)
+    resolved = plan.resolve(small(RECIPES[name]), towers.shape_of(towers.model_config("vit-nano")))
+    model = towers.create_model("vit-nano", with_text=resolved.uses_text)
+    return Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
+
+
+def a_batch(method: Method, rows: int, seed: int = 0) -> Batch:
+    """Return pictures of different colours for a method on `vit-nano`: of plain noise the tower makes nearly the same
+    for every sample, and a BatchNorm, which divides by the difference, would turn that into rounding."""
+    batch = random_batch(method.plan, rows, seed)
+    colours = torch.rand(rows, 3, 1, 1, generator=torch.Generator().manual_seed(seed))
+    views = {name: replace(view, pixels=(view.pixels * colours).to(torch.uint8)) for name, view in batch.views.items()}
+    tokens = batch.tokens % SOT
+    tokens[:, 0], tokens[:, -1] = SOT, EOT
+    return replace(batch, views=views, tokens=tokens)
+
+
+@contextmanager
+def in_double(method: Method) -> Iterator[None]:
+    """Have everything that a method computes in fp32 computed in fp64, so that what rounding hides is seen."""
+    method.double()
+    with pytest.MonkeyPatch.context() as patch:
+        applied = augment.apply
+        patch.setattr(augment, "apply", lambda *given: applied(*given).double())
+        patch.setattr(Tensor, "float", Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def run_ranks(ranks: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what `work(folder, *arguments)` returns on each of some processes that form a gloo group."""
+    forkserver.set_forkserver_preload(["aclip.recipes", "aclip.engine.trainer"])  # imported once for all processes
+    multiprocessing.start_processes(_one_rank, (ranks, folder, work, arguments), ranks, start_method="forkserver")
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _one_rank(rank: int, ranks: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{ranks}", rank=rank, world_size=ranks)
+    torch.save(work(folder, *arguments), folder / f"result-{rank}.pt")
+    torch_dist.destroy_process_group()

@@ -1,0 +1,163 @@
+"""Recipes on models of other families: timm's ViTs with a class token, attention pooling, registers and mean."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from aclip import plan, towers
+from aclip.config import Recipe
+from aclip.engine.optim import parameter_groups
+from aclip.errors import UnsupportedModelError
+from aclip.export import open_clip as exported
+from aclip.method import Method
+from aclip.plan import image_macs
+from aclip.recipes import RECIPES
+from aclip.report import take_snapshot
+from aclip.report.snapshots import read_snapshot
+from aclip.towers.shapes import timm_outline
+from tests_support import random_batch
+
+TEXT = {"width": 64, "heads": 1, "layers": 2}
+SIGLIP_TEXT = TEXT | {"context_length": 9, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "family-token": {
+        "embed_dim": 24, "text_cfg": TEXT,
+        "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 96}},
+    "family-siglip": {
+        "embed_dim": 96, "text_cfg": SIGLIP_TEXT, "custom_text": True, "init_logit_bias": -10,
+        "vision_cfg": {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 96}},
+    "family-mean": {
+        "embed_dim": 24, "text_cfg": TEXT,
+        "vision_cfg": {"timm_model_name": "vit_wee_patch16_reg1_gap_256", "timm_pool": "", "timm_proj": "linear",
+                       "image_size": 64}},
+}
+SMALL_HEADS = {"ntxent": {"hidden": 32, "out": 16}, "byol": {"hidden": 32, "out": 16}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder: Path = tmp_path_factory.mktemp("families")
+    for name, config in FAMILIES.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+
+
+def small(recipe: Recipe) -> Recipe:
+    """Return the recipe with narrow heads."""
+    objectives = tuple(replace(o, options={**o.options, **SMALL_HEADS.get(o.name, {})}) for o in recipe.objectives)
+    return replace(recipe, objectives=objectives)
+
+
+def build(recipe: str, model_name: str, image_size: int | None = None) -> Method:
+    torch.manual_seed(0)
+    resolved = plan.resolve(
+        small(RECIPES[recipe]), towers.shape_of(towers.model_config(model_name, image_size=image_size)))
+    model = towers.create_model(model_name, with_text=resolved.uses_text, image_size=image_size)
+    return Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
+
+
+@pytest.mark.parametrize(("recipe", "family"), [
+    ("a-clip", "family-token"), ("a-clip", "family-siglip"), ("a-clip-eff", "family-siglip"),
+    ("flip", "family-mean"), ("simmim", "family-token"), ("mae", "family-siglip"), ("maskclip", "family-token"),
+    ("siglip", "family-siglip"),
+])
+def test_every_trainable_parameter_gets_a_gradient(recipe: str, family: str) -> None:
+    method = build(recipe, family)
+    batch = random_batch(method.plan, batch_size=4)
+    output = method(batch)
+    output.loss.backward()
+    for p in method.plan.passes:
+        assert output.passes[p.spec.name].num_tokens == p.num_tokens
+    trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    zero = [n for n, p in trainable.items() if p.grad is None or not p.grad.any()]
+    # as in test_recipes: biases whose gradients vanish in exact arithmetic; mean pooling of a class token's tower
+    assert all("bias" in name for name in zero), zero
+    embedding = towers.patch_embedding_of(towers.visual_of(method.model))
+    assert embedding.weight.requires_grad != bool(RECIPES[recipe].freeze)
+    undecayed = {name for group in parameter_groups(method, 0.1) if group.weight_decay == 0 for name in group.names}
+    assert not [name for name in trainable
+                if name.endswith(("cls_token", "pos_embed", "reg_token", "latent")) and name not in undecayed]
+
+
+def test_scores_need_somebody_who_asks() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"recipe 'a-clip', pass 'context': .*neither a class token"):
+        build("a-clip", "family-mean")
+
+
+def test_where_nobody_asks_pictures_are_shown_without_scores(tmp_path: Path) -> None:
+    method = build("flip", "family-mean")
+    path = take_snapshot(method, [Image.new("RGB", (50, 40))], ["a picture"], 0, tmp_path)
+    assert not read_snapshot(path).scores.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shape_and_cost_are_those_of_the_tower(family: str) -> None:
+    """Count the products of every linear map and attention of a forward pass by hooks, and compare."""
+    config = towers.model_config(family)
+    shape, visual = towers.shape_of(config), towers.create_model(family).visual.eval()
+    trunk, patches = visual.trunk, shape.grid_size[0] * shape.grid_size[1]
+    assert shape.grid_size == trunk.patch_embed.grid_size
+    assert shape.num_prefix_tokens == trunk.num_prefix_tokens
+    assert shape.heads == trunk.blocks[0].attn.num_heads
+    tokens = patches + shape.num_prefix_tokens
+    counted = [0.0]
+
+    def count(module: nn.Module, given: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        counted[0] += out[..., 0].numel() * module.weight.numel()
+
+    for module in trunk.modules():
+        if isinstance(module, nn.Linear) and module is not trunk.head:
+            module.register_forward_hook(count)
+    visual(torch.zeros(1, 3, *shape.image_size))
+    counted[0] += patches * trunk.patch_embed.proj.weight.numel()
+    counted[0] += shape.layers * 2 * tokens**2 * shape.width + (2 * patches * shape.width if trunk.attn_pool else 0)
+    if trunk.attn_pool is not None and trunk.pool_include_prefix:  # of this small model alone: SigLIP has no prefix
+        counted[0] -= 2 * shape.width**2 * shape.num_prefix_tokens
+    assert image_macs(shape, patches, tokens) == pytest.approx(counted[0], rel=1e-6)
+
+
+def test_outlines_hold_no_weights() -> None:
+    outline = timm_outline(towers.model_config("family-token"))
+    assert {p.device.type for p in outline.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_models_equal_open_clips_own_forward_and_come_back(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = towers.create_model(family).eval()
+    config = towers.model_config(family)
+    exported.save(model, config, towers.preprocess_config(model), tmp_path / "final")
+    again = towers.create_model(tmp_path / "final").eval()
+    side = config["vision_cfg"]["image_size"]
+    pixels = torch.randn(2, 3, side, side)
+    tokens = torch.randint(1, 1000, (2, again.context_length))
+    assert towers.shape_of(towers.model_config(tmp_path / "final")) == towers.shape_of(config)
+    for ours, theirs in ((towers.encode_image(again.visual, pixels).features, model.encode_image(pixels)),
+                         (towers.encode_text(again, tokens), model.encode_text(tokens))):
+        torch.testing.assert_close(F.normalize(ours), F.normalize(theirs), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_timm_towers_at_another_size() -> None:
+    torch.manual_seed(0)
+    model = towers.create_model("family-token", image_size=(64, 32))
+    assert model.visual.trunk.patch_embed.grid_size == (4, 2)
+    assert towers.preprocess_config(model)["size"] == (64, 32)
+    pixels = torch.randn(1, 3, 64, 32)
+    torch.testing.assert_close(towers.encode_image(model.visual.eval(), pixels).features, model.visual(pixels),
+                               rtol=0, atol=1e-5)
+
+
+def test_image_towers_of_timm_have_no_projection() -> None:
+    tower = towers.create_model("family-token", with_text=False)
+    assert not [name for name, _ in tower.named_parameters() if "head" in name]
+    assert tower.encode_image(torch.zeros(1, 3, 96, 96)).shape == (1, 64)

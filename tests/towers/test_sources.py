@@ -1,0 +1,246 @@
+"""Models from elsewhere: Hugging Face folders, the release's checkpoints, runs that are not finished, the network."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tower_oracles import images, shake
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig
+
+from aclip import towers
+from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError
+from aclip.towers import network
+
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 16, "vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
+VISION = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+          "image_size": 24, "patch_size": 8}
+HF_VARIANTS = {
+    "quick gelu": ({}, {}),
+    "gelu, eps, other widths": ({"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+                                {"hidden_act": "gelu", "layer_norm_eps": 1e-6}),
+    "old end of text": ({"eos_token_id": 2}, {}),
+    "other end of text": ({"eos_token_id": 40000}, {}),
+}
+CAPTIONS = ["a cat", "two dogs on a red sofa"]
+
+
+def hugging_face_folder(folder: Path, text: dict, vision: dict) -> CLIPModel:
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=TEXT | text, vision_config=VISION | vision, projection_dim=24)
+    model = shake(CLIPModel(config)).eval()
+    model.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, image_mean=[0.1, 0.2, 0.3]
+                       ).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(("text", "vision"), HF_VARIANTS.values(), ids=HF_VARIANTS)
+@torch.no_grad()
+def test_hugging_face_folders_give_their_own_features(text, vision, tmp_path):
+    theirs = hugging_face_folder(tmp_path / "clip", text, vision)
+    ours = towers.create_model(tmp_path / "clip").eval()
+    pixels = images(2, (24, 24))
+    torch.testing.assert_close(towers.encode_image(ours.visual, pixels).features,
+                               theirs.get_image_features(pixels).pooler_output, rtol=0, atol=1e-5)
+    tokens = towers.tokenizer_of(tmp_path / "clip")(CAPTIONS)
+    assert tokens.shape == (2, 16)
+    if text.get("eos_token_id") == 40000:
+        tokens[tokens == 49407] = 40000  # and no longer the highest id
+        tokens[:, 1] = 49000
+    torch.testing.assert_close(towers.encode_text(ours, tokens),
+                               theirs.get_text_features(tokens).pooler_output, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.logit_scale, theirs.logit_scale)
+    assert towers.can_cut(ours) == (text.get("eos_token_id") != 40000)
+
+
+def test_hugging_face_folders_say_how_pictures_are_prepared(tmp_path):
+    hugging_face_folder(tmp_path / "clip", {}, {})
+    loaded = towers.load(tmp_path / "clip")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    theirs = CLIPImageProcessor.from_pretrained(tmp_path / "clip")(picture, return_tensors="pt")["pixel_values"][0]
+    assert tuple(towers.preprocess_config(loaded.model)["mean"]) == (0.1, 0.2, 0.3)
+    # the resampling of two libraries: equal up to the rounding of pixels to bytes
+    assert (loaded.preprocess(picture) - theirs).abs().max() < 2.5 / 255 / 0.26
+
+
+def test_hugging_face_folders_of_other_kinds_are_refused(tmp_path):
+    (tmp_path / "siglip").mkdir()
+    SiglipConfig().save_pretrained(tmp_path / "siglip")
+    with pytest.raises(UnsupportedModelError, match="of type 'siglip': 'clip' with both towers is read"):
+        towers.create_model(tmp_path / "siglip")
+    hugging_face_folder(tmp_path / "mixed", {"hidden_act": "gelu"}, {})
+    with pytest.raises(UnsupportedModelError, match="activations gelu, quick_gelu"):
+        towers.create_model(tmp_path / "mixed")
+    hugging_face_folder(tmp_path / "ends", {"eos_token_id": [49406, 49407]}, {})
+    with pytest.raises(UnsupportedModelError, match=r"eos_token_id is \[49406, 49407\]"):
+        towers.create_model(tmp_path / "ends")
+    hugging_face_folder(tmp_path / "clip", {}, {})
+    state = load_file(tmp_path / "clip" / "model.safetensors")
+    name = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
+    save_file({key: tensor for key, tensor in state.items() if key != name}, tmp_path / "clip" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 missing \(visual\.transformer\.resblocks\.1\.attn\.in_proj_weight\)"):
+        towers.create_model(tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds config\.json but no weights"):
+        towers.create_model(tmp_path / "clip")
+    (tmp_path / "clip" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json' is damaged"):
+        towers.create_model(tmp_path / "clip")
+
+
+class ReleasedText(torch.nn.Module):
+    """CLIP's text tower as the release has it, under its names, from torch's own parts."""
+
+    def __init__(self, width: int, layers: int, joint: int, context: int) -> None:
+        super().__init__()
+        block = {"ln_1": torch.nn.LayerNorm(width), "attn": torch.nn.MultiheadAttention(width, width // 64),
+                 "ln_2": torch.nn.LayerNorm(width), "mlp": torch.nn.ModuleDict(
+                     {"c_fc": torch.nn.Linear(width, 4 * width), "c_proj": torch.nn.Linear(4 * width, width)})}
+        blocks = [torch.nn.ModuleDict(block if i == 0 else _fresh(block)) for i in range(layers)]
+        self.transformer = torch.nn.ModuleDict({"resblocks": torch.nn.ModuleList(blocks)})
+        self.token_embedding = torch.nn.Embedding(49408, width)
+        self.positional_embedding = torch.nn.Parameter(0.1 * torch.randn(context, width))
+        self.ln_final = torch.nn.LayerNorm(width)
+        self.text_projection = torch.nn.Parameter(torch.randn(width, joint) / 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = (self.token_embedding(tokens) + self.positional_embedding).transpose(0, 1)
+        future = torch.full((len(x), len(x)), float("-inf")).triu(1)
+        for block in self.transformer["resblocks"]:
+            normed = block["ln_1"](x)
+            x = x + block["attn"](normed, normed, normed, need_weights=False, attn_mask=future)[0]
+            hidden = block["mlp"]["c_fc"](block["ln_2"](x))
+            x = x + block["mlp"]["c_proj"](hidden * torch.sigmoid(1.702 * hidden))
+        x = self.ln_final(x.transpose(0, 1))
+        return x[torch.arange(len(x)), tokens.argmax(dim=1)] @ self.text_projection
+
+
+def _fresh(block: dict) -> dict:
+    return {"ln_1": torch.nn.LayerNorm(64), "attn": torch.nn.MultiheadAttention(64, 1),
+            "ln_2": torch.nn.LayerNorm(64), "mlp": torch.nn.ModuleDict(
+                {"c_fc": torch.nn.Linear(64, 256), "c_proj": torch.nn.Linear(256, 64)})}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A checkpoint in the release's layout, wrapped as its trainer wraps it, and the towers that it was made of."""
+    torch.manual_seed(0)
+    visual = shake(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)).eval()
+    text = shake(ReleasedText(64, 2, 24, 20))
+    projection = torch.randn(192, 24) / 8
+    state = {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}
+    state |= {f"visual_ema.{name}": torch.zeros_like(tensor) for name, tensor in visual.state_dict().items()}
+    state |= dict(text.state_dict()) | {"image_projection": projection, "logit_scale": torch.tensor(3.0)}
+    state |= {"image_projection_e": projection, "text_projection_e": text.text_projection.detach(),
+              "image_mlp.layer1.weight": torch.zeros(8, 192), "im_proj_byol.1.num_batches_tracked": torch.tensor(7)}
+    state |= {name.replace("transformer.", "transformer_e."): t for name, t in state.items()
+              if name.startswith("transformer.")}
+    path = tmp_path_factory.mktemp("released") / "checkpoint_best.pt"
+    torch.save({"epoch": 25, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
+                "optimizer": {"state": {}}, "best_acc1": np.float64(43.9), "args": argparse.Namespace(lr=5e-4)}, path)
+    return path, visual, text, projection
+
+
+@torch.no_grad()
+def test_the_releases_checkpoint_gives_its_features_and_scores(released):
+    path, visual, text, projection = released
+    loaded = towers.load(path)
+    pixels = images(2, (32, 32))
+    torch.testing.assert_close(
+        loaded.encode_image(pixels, normalize=False), visual.forward_features(pixels)[:, 0] @ projection,
+        rtol=0, atol=1e-5)
+    tokens = loaded.tokenizer(CAPTIONS)
+    torch.testing.assert_close(loaded.encode_text(tokens, normalize=False), text(tokens), rtol=0, atol=1e-5)
+    assert loaded.attention_scores(pixels).shape == (2, 4)
+    assert loaded.model.logit_scale == 3.0
+    assert tuple(towers.preprocess_config(loaded.model)["mean"]) == (0.485, 0.456, 0.406)
+    shape = towers.shape_of(towers.model_config(path))
+    assert (shape.width, shape.layers, shape.heads, shape.grid_size) == (192, 12, 3, (2, 2))
+    assert shape.text_cut
+
+
+def test_a_release_of_an_unknown_size_is_named(released, tmp_path):
+    state = {name.removeprefix("module."): t for name, t in torch.load(
+        released[0], weights_only=False)["state_dict"].items()}
+    torch.save({name: t for name, t in state.items() if ".blocks.11." not in name}, tmp_path / "short.pt")
+    with pytest.raises(CheckpointError, match="no ViT of width 192 and 11 layers: there are 192 x 12"):
+        towers.create_model(tmp_path / "short.pt")
+    torch.save({name: t for name, t in state.items() if name != "ln_final.weight"}, tmp_path / "broken.pt")
+    with pytest.raises(CheckpointError, match=r"the release's layout, but 'ln_final\.weight' is missing"):
+        towers.create_model(tmp_path / "broken.pt")
+
+
+def write_run(folder: Path, model: torch.nn.Module, steps: dict[int, float], **settings) -> None:
+    """Write the checkpoints of an unfinished run, each with another logit scale."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": "vit-micro", "recipe": {}, **settings}))
+    for step, scale in steps.items():
+        place = folder / "checkpoints" / f"step-{step:08d}"
+        place.mkdir(parents=True)
+        state = {f"method/model.{name}": t.detach().clone() for name, t in model.state_dict().items()}
+        state["method/model.logit_scale"] = torch.tensor(scale)
+        save_file(state | {"method/ema_visual.conv1.weight": torch.zeros(1), "rng/torch": torch.zeros(1)},
+                  place / "state.safetensors")
+        (place / "state.json").write_text('{"step": 1}')
+
+
+def test_unfinished_runs_and_their_checkpoints_are_models(tmp_path):
+    model = towers.create_model("vit-micro", image_size=(32, 48))
+    write_run(tmp_path / "run", model, {9: 1.0, 10: 2.0}, image_size=[32, 48])
+    newest = towers.load(tmp_path / "run")
+    assert newest.model.logit_scale == 2.0
+    assert torch.equal(newest.model.visual.positional_embedding, model.visual.positional_embedding)
+    assert towers.create_model(tmp_path / "run" / "checkpoints" / "step-00000009").logit_scale == 1.0
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"the run of .* is not known: .*config\.json' is missing"):
+        towers.create_model(tmp_path / "run")
+
+
+def test_unfinished_runs_without_text_are_image_towers(tmp_path):
+    model = towers.create_model("vit-micro", with_text=False)
+    write_run(tmp_path / "run", model, {1: 0.0})
+    path = tmp_path / "run" / "checkpoints" / "step-00000001" / "state.safetensors"
+    save_file({k: t for k, t in load_file(path).items() if k != "method/model.logit_scale"}, path)
+    assert not towers.load(tmp_path / "run").has_text
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(network.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(network.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize(("use", "what"), [
+    (lambda: towers.create_model("ViT-B-32:laion2b_s34b_b79k"), "'ViT-B-32:laion2b_s34b_b79k'"),
+    (lambda: towers.create_model("hf-hub:someone/model"), "'hf-hub:someone/model'"),
+    (lambda: towers.tokenizer_of("ViT-B-16-SigLIP"), "the tokenizer 'timm/ViT-B-16-SigLIP' of this model"),
+])
+@pytest.mark.usefixtures("offline")
+def test_what_needs_the_network_says_so_at_once(use, what):
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=f"^{what} needs the network, and http://127.0.0.1:9 does not answer"):
+        use()
+    assert time.monotonic() - start < network.TIMEOUT
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_architecture_alone_needs_no_network():
+    assert towers.shape_of(towers.model_config("ViT-B-16-SigLIP")).joint_dim == 768
+
+
+def test_folders_without_a_model_list_what_would_be_one(tmp_path):
+    with pytest.raises(CheckpointError, match=r"neither open_clip_config\.json .* checkpoints/step-\* .*Hugging Face"):
+        towers.create_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"recipe": {}}')
+    with pytest.raises(CheckpointError, match="holds no model"):
+        towers.create_model(tmp_path)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        towers.create_model(f"local-dir:{tmp_path / 'missing'}")
