@@ -115,7 +115,7 @@ class Plan:
                 total += 3.0 * text_macs(shape, text.length(text_tokens))
         for p in self.passes:
             passes = 3.0 if p.spec.encoder == "online" else 1.0
-            layers = min(p.spec.score_layers or shape.layers, shape.layers) - 1 if p.scores_only else None
+            layers = (p.spec.score_layers or shape.layers) - 1 if p.scores_only else None
             total += passes * len(p.spec.views) * image_macs(shape, p.num_keep, p.num_tokens, layers)
         for config in self.recipe.objectives:
             with torch.device("meta"):

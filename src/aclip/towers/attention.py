@@ -8,8 +8,8 @@ from torch import Tensor
 LONGEST_PLAIN = 577
 """Longest sequence for which plain attention replaces the fused kernel, see `attention`."""
 
-HAS_AMX: bool = torch.cpu._is_amx_tile_supported()
-"""Whether this CPU multiplies bf16 matrices in tiles."""
+HAS_AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+"""Whether this CPU multiplies bf16 matrices in tiles; torch says so, but not in public."""
 
 
 def attention(
