@@ -1,17 +1,24 @@
 """Checkpoints: whole or absent, the newest few, and no pickle."""
 
 import json
+import pickle
+import re
 import shutil
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as torch_checkpoint
 from safetensors.torch import load_file
+from safetensors.torch import save_file as safetensors_save
 
 from aclip.engine import checkpoint
 from aclip.engine.checkpoint import Checkpoint, list_checkpoints, load, load_latest, save
+from aclip.engine.shards import mark_of
 from aclip.errors import CheckpointError
 
 
@@ -135,24 +142,77 @@ def cut_tensors(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        cut_tensors,
-        lambda path: (path / "state.safetensors").unlink(),
-        lambda path: (path / "state.json").unlink(),
-        lambda path: (path / "state.json").write_text('{"step": 1'),
-        lambda path: (path / "state.json").write_text("{}"),
-        lambda path: (path / "state.json").write_text("[]"),
-        lambda path: shutil.rmtree(path),
-    ],
-    ids=["tensors cut", "no tensors", "no values", "values cut", "no step", "a list", "no folder"],
-)
-def test_damage_is_reported(tmp_path: Path, damage: Callable[[Path], object]) -> None:
-    path = save(tmp_path, made(10), keep=1)
+def flip(name: str, where: float) -> Callable[[Path], object]:
+    """Return what flips a bit of a file, `where` of it from its start."""
+
+    def damage(path: Path) -> None:
+        content = bytearray((path / name).read_bytes())
+        content[int(where * len(content))] ^= 1
+        (path / name).write_bytes(content)
+
+    return damage
+
+
+def count_more(path: Path) -> None:
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(re.sub(r'"samples_seen": \d+', '"samples_seen": 1', text))
+
+
+DAMAGES = {
+    "tensors cut": cut_tensors,
+    "tensors flipped": flip("state.safetensors", 0.999),
+    "header flipped": flip("state.safetensors", 0.05),
+    "values flipped": flip("state.json", 0.5),
+    "values changed": count_more,
+    "no tensors": lambda path: (path / "state.safetensors").unlink(),
+    "no values": lambda path: (path / "state.json").unlink(),
+    "values cut": lambda path: (path / "state.json").write_text('{"step": 1'),
+    "values deep": lambda path: (path / "state.json").write_text("[" * 100_000),
+    "no step": lambda path: (path / "state.json").write_text("{}"),
+    "a list": lambda path: (path / "state.json").write_text("[]"),
+    "no folder": lambda path: shutil.rmtree(path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_is_reported_and_the_one_before_found(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    before = save(tmp_path, made(9), keep=2)
+    path = save(tmp_path, made(10), keep=2)
     damage(path)
     with pytest.raises(CheckpointError, match="step-00000010 cannot be read"):
         load(path)
+    assert checkpoint.newest_good(tmp_path)[0] == before
+    assert load_latest(tmp_path).step == 9
+    damage(before)
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint in .* to start from"):
+        load_latest(tmp_path)
+
+
+def test_every_nth_is_kept_for_good(tmp_path: Path) -> None:
+    for step in range(2, 22, 2):
+        save(tmp_path, made(step), keep=2, keep_step=6)
+    assert [checkpoint.step_of(p) for p in list_checkpoints(tmp_path)] == [6, 12, 18, 20]
+
+
+def test_a_later_damaged_one_does_not_push_out_good_ones(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, made(step), keep=2)
+    cut_tensors(tmp_path / "step-00000020")
+    save(tmp_path, made(15), keep=1)  # after a fall back to step 10
+    assert load_latest(tmp_path).step == 15
+    assert checkpoint.put_away(tmp_path / "step-00000020").name == "step-00000020.damaged"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000015"]
+
+
+def test_torch_reads_the_tensors(tmp_path: Path) -> None:
+    """The layout is that of torch's distributed checkpoints in safetensors files."""
+    path = save(tmp_path, made(3), keep=1)
+    target = {name: torch.zeros_like(tensor) for name, tensor in made(3).tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        torch_checkpoint.load(target, storage_reader=torch_checkpoint.HuggingFaceStorageReader(str(path)))
+    for name, tensor in made(3).tensors.items():
+        assert torch.equal(target[name], tensor), name
 
 
 def test_no_pickle_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +225,44 @@ def test_no_pickle_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads((path / "state.json").read_text())["step"] == 3
 
 
-def test_a_pickle_in_the_place_of_tensors_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path, made(3), keep=1)
-    torch.save({"a": torch.zeros(1)}, path / "state.safetensors")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load(path)
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("exploded"),)
+
+
+def test_a_malicious_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles wherever a file may be, behind checksums that are right, and a file name that leads out of the folder."""
+    monkeypatch.chdir(tmp_path)
+    secret = tmp_path / "state.safetensors"
+    safetensors_save({"a": torch.zeros(1)}, secret)
+    payloads = [pickle.dumps(Bomb()), b""]
+    torch.save({"a": Bomb()}, tmp_path / "torch.pt")
+    payloads.append((tmp_path / "torch.pt").read_bytes())
+    # a header that promises what is not there, and one of a size that nobody has
+    payloads += [(2**40).to_bytes(8, "little") + b"{}", (64).to_bytes(8, "little")
+                 + b'{"a":{"dtype":"F32","shape":[9999999999999],"data_offsets":[0,4]}} ']
+    for payload in payloads:
+        path = save(tmp_path / "run", made(3), keep=1)
+        for extra in (".metadata", "optimizer.pt", "state.pkl"):
+            (path / extra).write_bytes(payload)
+        (path / "state.safetensors").write_bytes(payload)
+        commit_again(path, "state.safetensors")
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load(path)
+    for name in ("../../state.safetensors", str(secret), "state.json"):
+        path = save(tmp_path / "run", made(3), keep=1)
+        commit_again(path, name)
+        with pytest.raises(CheckpointError, match="names a file"):
+            load(path)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(pickle.dumps(Bomb()))
+    assert (tmp_path / "exploded").exists()  # it would have
+
+
+def commit_again(path: Path, name: str) -> None:
+    """Write `state.json` for what a checkpoint holds now, as its attacker would."""
+    mark = mark_of(path / name)
+    shutil.move(path, path.with_name("attack"))
+    checkpoint.commit(path.parent, path.with_name("attack"), 3, {}, [replace(mark, name=name)], keep=1)

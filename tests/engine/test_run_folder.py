@@ -1,6 +1,8 @@
 """A run's journals and files, before and after a crash."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,54 @@ def test_the_last_record_is_read_from_the_end(tmp_path: Path) -> None:
     assert folder.last("metrics")["step"] == 999
     (tmp_path / "metrics.jsonl").write_text("{")
     assert folder.last("metrics") == {}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
+def test_on_a_full_disk_lines_wait(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    path = folder.path / "metrics.jsonl"
+    folder.append("metrics", {"step": 1})
+    kept = path.read_bytes()
+    with folder.patient():
+        path.unlink()
+        path.symlink_to("/dev/full")
+        for step in (2, 3):
+            folder.append("metrics", {"step": step})
+        path.unlink()
+        path.write_bytes(kept)
+        folder.append("metrics", {"step": 4})
+    assert [r["step"] for r in folder.records("metrics")] == [1, 2, 3, 4]
+    assert caplog.text.count("No space left on device") == 1
+
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):  # nobody waits: a command that writes its result and ends
+        folder.append("metrics", {"step": 5})
+    with pytest.raises(OSError, match="No space left"), folder.patient():  # or to the end in vain
+        folder.append("metrics", {"step": 6})
+
+
+def test_half_a_line_on_a_full_disk_is_taken_back(folder: RunFolder) -> None:
+    """A limit on the size of files stops writing in the middle of a line, as a disk does that becomes full."""
+    folder.append("metrics", {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with folder.patient():
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((folder.path / "metrics.jsonl").stat().st_size + 5, limits[1]))
+            folder.append("metrics", {"step": 2})
+            assert [r["step"] for r in folder.records("metrics")] == [1]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+        folder.append("metrics", {"step": 3})
+    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_an_evaluation_that_is_owed_is_dropped(folder: RunFolder) -> None:
+    for journal in RunFolder.JOURNALS:
+        for step in (1, 2, 3):
+            folder.append(journal, {"step": step})
+    folder.append("incidents", {"step": 3})
+    folder.rewind(2, evaluated=False)
+    steps = {journal: [r["step"] for r in folder.records(journal)] for journal in (*RunFolder.JOURNALS, "incidents")}
+    assert steps == {"metrics": [1, 2], "evaluations": [1], "skipped": [1, 2], "incidents": [3]}

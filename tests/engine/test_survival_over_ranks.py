@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_training import ROWS, numbers, train
+from made_training import ROWS, build, numbers, train
 from safetensors import safe_open
 from torch import nn
 from torch.distributed import init_device_mesh
@@ -23,22 +23,25 @@ from aclip.engine.gradients import total_norm
 from aclip.engine.health import Guard
 from aclip.engine.saving import Saver
 from aclip.engine.stop import Interrupted
+from aclip.engine.wrap import whole
 from over_ranks import run_ranks
 
 
-def ranks(work: Callable[[Path], Any], folder: Path, count: int = 2) -> list[Any]:
-    """Run `work(folder)` on several ranks, in a folder of their own to meet in."""
-    return run_ranks(count, Path(tempfile.mkdtemp(dir=folder)), work, folder)
+def ranks(work: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2) -> list[Any]:
+    """Return what `work` returns on several ranks, which get a folder of their own to meet in."""
+    return run_ranks(count, Path(tempfile.mkdtemp(dir=folder)), work, folder, *arguments)
 
 
-def with_poison_on_one(_: Path, folder: Path) -> dict[str, Any]:
-    trainer = train(folder / "run", is_bad=lambda number, rank: number == 4 and rank == 1)
-    finite = all(bool(torch.isfinite(t).all()) for t in trainer.method.state_dict().values())
-    return {"step": trainer.step, "finite": finite, "weights": sum(float(p.double().sum()) for p in trainer.trained())}
+def with_poison_on_one(_: Path, folder: Path, way: Any) -> dict[str, Any]:
+    trainer = train(folder / "run", build(parallel=way), is_bad=lambda number, rank: number == 4 and rank == 1)
+    finite = all(bool(torch.isfinite(whole(t)).all()) for t in trainer.method.state_dict().values())
+    weights = sum(float(whole(p.detach()).double().sum()) for p in trainer.trained())
+    return {"step": trainer.step, "finite": finite, "weights": weights}
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_both(tmp_path: Path) -> None:
-    first, second = ranks(with_poison_on_one, tmp_path)
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_both(tmp_path: Path, way: str) -> None:
+    first, second = ranks(with_poison_on_one, tmp_path, way)
     assert first == second
     assert first["step"] == 12
     assert first["finite"]
@@ -66,37 +69,40 @@ def test_the_verdict_is_the_same_on_all_ranks(tmp_path: Path) -> None:
     assert ranks(one_bad_rank, tmp_path) == [(1.0, False, own, [0.0, 0.0]) for own in (True, False)]
 
 
-def with_a_signal_to_one(_: Path, folder: Path) -> str:
+def with_a_signal_to_one(_: Path, folder: Path, way: Any) -> str:
     def before(number: int) -> None:
         if number == 5 and dist.rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     with pytest.raises(Interrupted, match="continue with aclip train --resume") as caught:
-        train(folder / "run", before=before)
+        train(folder / "run", build(parallel=way), before=before)
     return str(caught.value)
 
 
-def to_the_end(_: Path, folder: Path) -> None:
-    train(folder / "run")
+def to_the_end(_: Path, folder: Path, way: Any) -> float:
+    trainer = train(folder / "run", build(parallel=way))
+    return float(trainer.ema.distance())
 
 
-def test_a_signal_to_one_rank_stops_both_and_any_number_goes_on(tmp_path: Path) -> None:
-    first, second = ranks(with_a_signal_to_one, tmp_path)
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_stops_both_and_any_number_goes_on(tmp_path: Path, way: str) -> None:
+    first, second = ranks(with_a_signal_to_one, tmp_path, way)
     assert first == second
     saved = load_latest(tmp_path / "run" / "checkpoints")
     assert saved.step in (5, 6)
     assert f"stopped after step {saved.step} of 12" in first
+    shutil.copytree(tmp_path / "run", tmp_path / "alone" / "run")
 
-    # two ranks go on, and one process: from the same checkpoint, to the same numbers
     (tmp_path / "whole").mkdir()
-    ranks(to_the_end, tmp_path / "whole")
-    whole = numbers(tmp_path / "whole" / "run")
-    shutil.copytree(tmp_path / "run", tmp_path / "alone")
-    ranks(to_the_end, tmp_path)
-    assert numbers(tmp_path / "run") == whole  # the same ranks: bit for bit
-    train(tmp_path / "alone")
-    for ours, theirs in zip(numbers(tmp_path / "alone"), whole, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
+    ranks(to_the_end, tmp_path / "whole", way)
+    undisturbed = numbers(tmp_path / "whole" / "run")
+    distances = ranks(to_the_end, tmp_path, way)
+    assert numbers(tmp_path / "run") == undisturbed  # the same ranks: bit for bit
+    assert distances == [undisturbed[-1]["ema_distance"]] * 2
+    to_the_end(tmp_path, tmp_path / "alone", "ddp")  # one process goes on with what two have saved
+    for ours, theirs in zip(numbers(tmp_path / "alone" / "run"), undisturbed, strict=True):
+        for key in ("loss", "ema_distance", "logit_scale"):
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-3), (ours["step"], key)
 
 
 def with_a_full_disk_on_one(_: Path, folder: Path) -> None:
@@ -150,8 +156,8 @@ def load_sharded(_: Path, folder: Path) -> None:
 
 
 def test_shards_are_read_by_any_number_of_ranks(tmp_path: Path) -> None:
-    ranks(save_sharded, tmp_path, 2)
-    ranks(load_sharded, tmp_path, 3)
+    ranks(save_sharded, tmp_path)
+    ranks(load_sharded, tmp_path, count=3)
     path = tmp_path / "checkpoints" / "step-00000001"
     stored = load(path).tensors
     assert stored.keys() == SHAPES.keys()

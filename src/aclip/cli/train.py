@@ -78,6 +78,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue a run exactly where it was "
                       "saved; without a folder: the one of --output, if it is there")
 
+    what.add_argument("--overfit-one-batch", nargs="?", type=int, const=100, metavar="STEPS",
+                      help="train on the first batch alone (100 steps), write nothing, and say whether the loss fell: "
+                      "the first thing to try when a run does not learn")
+
     how = parser.add_argument_group("how")
     length = how.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the data (default: 25)")
@@ -121,6 +125,9 @@ def add_settings(how: Any) -> list[argparse.Action]:
         how.add_argument("--evaluate-every", type=float, metavar="EPOCHS",
                          help="0 evaluates at the end alone (default: 1)"),
         how.add_argument("--save-every", type=float, metavar="EPOCHS", help="between checkpoints (default: 1)"),
+        how.add_argument("--keep-checkpoints", type=int, metavar="K", help="of the newest (default: 2)"),
+        how.add_argument("--keep-every", type=int, metavar="N",
+                         help="also keep every N-th checkpoint for good (default: 0, none)"),
         how.add_argument("--log-every", type=int, metavar="STEPS", help="between lines of metrics.jsonl (default: 10)"),
         how.add_argument("--tensorboard", action="store_true", default=None, help="also write TensorBoard events"),
         how.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
@@ -147,6 +154,9 @@ def resolution_phase(text: str) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Train, evaluate and write the report."""
+    if args.overfit_one_batch is not None:
+        _overfit(args)
+        return
     config, folder, resumed = _settle(args)
     from aclip import dist
     from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
@@ -157,6 +167,23 @@ def run(args: argparse.Namespace) -> None:
     with joined(config.device) as device:
         config, folder, resumed = dist.collect((config, folder, resumed))[0]
         train_run(config, RunFolder(folder), resumed=resumed, command=command, device_name=device)
+
+
+def _overfit(args: argparse.Namespace) -> None:
+    """Try one batch.
+
+    Raises:
+        ConfigError: fewer steps than one. TrainingError: the loss did not fall.
+    """
+    from aclip.errors import ConfigError, TrainingError
+
+    if args.overfit_one_batch < 1:
+        raise ConfigError(f"--overfit-one-batch takes at least one step, not {args.overfit_one_batch}")
+    config = _new_config(args)
+    from aclip.cli.overfit import overfit
+
+    if not overfit(config, args.overfit_one_batch):
+        raise TrainingError("one batch was not learned")
 
 
 def config_from(arguments: Sequence[str]) -> RunConfig:

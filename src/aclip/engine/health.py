@@ -157,14 +157,16 @@ class Watch:
         most_skipped: steps in a row that may be skipped.
         scaler: in fp16, gradients that are infinite under a finite loss are no incident while it can scale them down.
 
+        skipped: steps that were skipped before.
+
     Attributes:
         skipped: steps so far. in_a_row: up to the latest.
     """
 
-    def __init__(self, most_skipped: int, scaler: torch.amp.GradScaler) -> None:
+    def __init__(self, most_skipped: int, scaler: torch.amp.GradScaler, skipped: int = 0) -> None:
         self._most, self._scaler = most_skipped, scaler
         self._spikes = Spikes()
-        self.skipped = 0
+        self.skipped = skipped
         self.in_a_row = 0
 
     def incidents(self, readings: Iterable[Reading]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from aclip.errors import ConfigError
@@ -93,6 +93,7 @@ def fresh_store(place: Place) -> Store:
     is gone, and be refused, or wait for it. So the processes of one start first agree on a name that none had before:
     each calls rank 0 with a random word, rank 0 answers to the word, and goes on when all have heard it.
     """
+    store: Store
     store, rank, ranks = next(rendezvous("env://", place.rank, place.world_size, timeout=PATIENCE))
     word = os.urandom(8).hex()
     if rank > 0:

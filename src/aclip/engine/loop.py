@@ -137,7 +137,8 @@ class _Loop:
         self.saver = Saver(folder.checkpoints, config.keep_checkpoints, config.keep_every * table.save_every)
         self._vote = dist.Vote()
         self._bad_samples = BadSamples(folder)
-        self._watch, self._chance = Watch(config.most_skipped, trainer.scaler), ChanceLevel(table.warmup_steps)
+        self._watch = Watch(config.most_skipped, trainer.scaler, trainer.skipped_steps)
+        self._chance = ChanceLevel(table.warmup_steps)
         self._clock = Clock()
         self._save_is_due = False
         self._rollbacks: dict[int, int] = {}
@@ -199,6 +200,7 @@ class _Loop:
     def _look(self, *, all_of_them: bool) -> bool:
         """Act on what is known of the steps so far; return whether skipping has not helped."""
         incidents = self._watch.incidents(self.trainer.guard.readings(all_of_them=all_of_them))
+        self.trainer.skipped_steps = self._watch.skipped
         if dist.rank() == 0:
             for incident in incidents:
                 self.folder.append("incidents", incident)
@@ -243,7 +245,8 @@ class _Loop:
         self._incident("rolled_back", f"{self._watch.in_a_row} steps up to {trainer.step} had to be skipped: going "
                        f"back to step {step}, and on with other batches")
         trainer.restore(checkpoint.opened(newest))
-        trainer.skipped_batches, trainer.owes_evaluation = tried - trainer.step, False
+        trainer.skipped_batches, trainer.skipped_steps = tried - trainer.step, self._watch.skipped
+        trainer.owes_evaluation = False
         if dist.rank() == 0:
             self.folder.rewind(trainer.step)
         trainer.guard.readings(all_of_them=True)

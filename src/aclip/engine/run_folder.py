@@ -165,11 +165,7 @@ def _add_lines(file: BinaryIO, lines: list[bytes]) -> None:
     """Write lines and take them off the list one by one; of a line that could not be written whole, nothing stays."""
     while lines:
         end = file.seek(0, os.SEEK_END)
-        try:
-            written = file.write(lines[0])
-            if written < len(lines[0]):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
+        if file.write(lines[0]) < len(lines[0]):
             file.truncate(end)
-            raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         del lines[0]

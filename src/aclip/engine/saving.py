@@ -60,6 +60,11 @@ class Saver:
         self._writing = self._thread.submit(self._write, self._state, pieces)
         self.seconds = time.perf_counter() - begun
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written or named; the end of the writing is noticed by `advance`."""
+        return self._writing is not None or (self._naming is not None and not self._naming[1].done())
+
     def advance(self) -> None:
         """Take notice that another step is done; waits for nothing."""
         if self._writing is None:

@@ -46,6 +46,7 @@ class Trainer:
         self.grad_norm: Tensor | None = None  # of the latest step, before clipping
         self.measured = torch.empty(0)  # what `guard` measured of it
         self.skipped_batches = 0  # by how many batches the data are ahead of the steps, after rollbacks
+        self.skipped_steps = 0  # because they were not finite
         self.owes_evaluation = False  # whether this state was to be evaluated and is not yet
         self.cut_captions = 0  # since the last record; at rest too, for a checkpoint may lie between two records
         share = (config.batch_size or 0) // dist.world_size()
@@ -166,8 +167,8 @@ class Trainer:
         # over ranks the sum, for another number of ranks may go on
         cut_captions = int(dist.sum_over_ranks(torch.tensor(self.cut_captions, device=self.device)))
         values = {"samples_seen": self.samples_seen, "cut_captions": cut_captions,
-                  "skipped_batches": self.skipped_batches, "owes_evaluation": self.owes_evaluation,
-                  "scaler": self.scaler.state_dict()}
+                  "skipped_batches": self.skipped_batches, "skipped_steps": self.skipped_steps,
+                  "owes_evaluation": self.owes_evaluation, "scaler": self.scaler.state_dict()}
         return checkpoint.Checkpoint(self.step, tensors, values)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -191,6 +192,7 @@ class Trainer:
             self.step, self.samples_seen = saved.step, int(saved.values["samples_seen"])
             self.cut_captions = int(saved.values["cut_captions"]) if dist.rank() == 0 else 0
             self.skipped_batches = int(saved.values["skipped_batches"])
+            self.skipped_steps = int(saved.values["skipped_steps"])
             self.owes_evaluation = bool(saved.values["owes_evaluation"])
         except (CheckpointError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint of step {saved.step} is of another model or recipe: "
