@@ -180,6 +180,13 @@ def test_freezing_what_does_not_exist_is_an_error() -> None:
         freeze(towers.create_model("vit-tiny"), ("visual.conv9.",))
 
 
+def test_a_pattern_locks_a_tower() -> None:
+    method = build(replace(RECIPES["clip"], freeze=("visual.*",)))
+    method(random_batch(method.plan, batch_size=4)).loss.backward()
+    for name, parameter in method.model.named_parameters():
+        assert (parameter.grad is None) == name.startswith("visual."), name
+
+
 def test_small_heads_change_widths_alone() -> None:
     recipe = small(RECIPES["a-clip"])
     assert [o.name for o in recipe.objectives] == [o.name for o in RECIPES["a-clip"].objectives]

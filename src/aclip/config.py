@@ -114,6 +114,7 @@ class Optimization:
         warmup_epochs: linear warm-up, at most a tenth of a run shorter than ten epochs.
         weight_decay: on matrices only; vectors, norms, biases, positions and logit_scale have none.
         grad_clip: largest global gradient norm; 0 means none.
+        layer_decay: factor on the learning rate from a block of a tower to the one before it; 1 means none.
     """
 
     lr: float = 5e-4
@@ -124,8 +125,11 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     grad_clip: float = 0.0
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ConfigError(f"layer_decay lies above 0 and is at most 1, not {self.layer_decay}")
         for name in ("lr", "eps"):
             if not getattr(self, name) > 0.0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
@@ -148,7 +152,7 @@ class Recipe:
         passes: run in this order. objectives: summed with their weights.
         texts: the text passes; those that no objective reads are not run.
         ema_momentum: needed if a pass uses the EMA encoder.
-        freeze: parameter names, or prefixes ending in ".", that are not trained.
+        freeze: parameters of the model that are not trained: names, prefixes ending in ".", patterns with "*".
         optimization: the settings of its paper where the recipe says so, else A-CLIP's; `aclip compare --lr` gives all
             recipes the same choice of learning rates.
     """

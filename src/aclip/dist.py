@@ -119,12 +119,13 @@ class _Sum(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        rows = [torch.empty_like(x) for _ in range(world_size())]
-        torch_dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
+        rows = x.new_empty((world_size() * len(x), *x.shape[1:]))
+        torch_dist.all_gather_into_tensor(rows, x.contiguous())
+        return rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous().clone()
-        torch_dist.all_reduce(grad)
-        return grad.chunk(world_size())[rank()]
+        grad = grads[0].contiguous()
+        own = grad.new_empty((len(grad) // world_size(), *grad.shape[1:]))
+        torch_dist.reduce_scatter_tensor(own, grad)
+        return own

@@ -19,6 +19,7 @@ its attention ranks their patches, the better half of which the online encoder s
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
@@ -234,7 +235,7 @@ def resized(pixels: Float[Tensor, "B 3 h w"], size: tuple[int, int]) -> Float[Te
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Stop training the parameters whose names equal a pattern, or start with one ending in ".".
+    """Stop training the parameters whose names match a pattern ("visual.*"), or start with one ending in ".".
 
     Raises:
         ConfigError: a pattern that names nothing.
@@ -242,7 +243,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matched = [
             parameter for name, parameter in model.named_parameters()
-            if name == pattern or (pattern.endswith(".") and name.startswith(pattern))
+            if fnmatchcase(name, pattern) or (pattern.endswith(".") and name.startswith(pattern))
         ]
         if not matched:
             raise ConfigError(f"nothing to freeze: no parameter of the model is called '{pattern}'")

@@ -13,6 +13,7 @@ from aclip.engine.checkpoint import Checkpoint, load, save
 from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
 from aclip.engine.shards import StoredTensors
 from aclip.errors import CheckpointError
+from over_ranks import build
 
 SETTINGS = Optimization(lr=0.1, weight_decay=0.5)
 
@@ -52,6 +53,26 @@ def test_matrices_decay_and_nothing_else() -> None:
     }
     assert matrices.count == 48 + 16 + 20
     assert others.count == 4 * 3 + 4 + 20 + 4 + 1
+
+
+def test_lower_blocks_learn_more_slowly() -> None:
+    method = build("a-clip")  # two towers of two blocks
+    groups = parameter_groups(method, weight_decay=0.5, layer_decay=0.5)
+    factors = {name: group.lr_factor for group in groups for name in group.names}
+    assert {name: factors[name] for name in (
+        "model.visual.positional_embedding", "model.token_embedding.weight",
+        "model.visual.transformer.resblocks.0.ln_1.weight", "model.transformer.resblocks.0.mlp.c_fc.weight",
+        "model.transformer.resblocks.1.ln_2.bias", "model.visual.ln_post.bias", "model.visual.proj",
+        "model.text_projection", "model.logit_scale", "objectives.ntxent.head.0.weight",
+    )} == {
+        "model.visual.positional_embedding": 0.25, "model.token_embedding.weight": 0.25,
+        "model.visual.transformer.resblocks.0.ln_1.weight": 0.5, "model.transformer.resblocks.0.mlp.c_fc.weight": 0.5,
+        "model.transformer.resblocks.1.ln_2.bias": 1.0, "model.visual.ln_post.bias": 1.0, "model.visual.proj": 1.0,
+        "model.text_projection": 1.0, "model.logit_scale": 1.0, "objectives.ntxent.head.0.weight": 1.0,
+    }
+    assert set(factors) == {name for name, p in method.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(groups, SETTINGS)
+    assert {group["lr_factor"] for group in optimizer.param_groups} == {0.25, 0.5, 1.0}
 
 
 def test_an_open_clip_model_is_split_whole() -> None:

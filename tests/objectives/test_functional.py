@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from aclip.objectives import functional
 from aclip.objectives.functional import byol_loss, clip_loss, ntxent_loss, sigmoid_loss
 from golden_numbers import Golden
 
@@ -209,3 +212,44 @@ def test_the_scale_is_a_multiplier_not_its_logarithm() -> None:
 def test_shapes_are_checked_in_tests(image: tuple[int, ...], text: tuple[int, ...]) -> None:
     with pytest.raises(TypeCheckError):
         clip_loss(torch.ones(image), torch.ones(text), 1.0)
+
+
+@pytest.mark.parametrize("name", ["clip", "sigmoid", "ntxent"])
+def test_logits_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    a, b = randn(7, 5).requires_grad_(), randn(7, 5, seed=1).requires_grad_()
+    scale, ids = torch.tensor(3.0, requires_grad=True), torch.tensor([0, 0, 1, 2, 1, 3, 4])
+
+    def found() -> list[Tensor]:
+        one, other = F.normalize(a, dim=1), F.normalize(b, dim=1)
+        losses = {"clip": lambda: clip_loss(one, other, scale, ids), "ntxent": lambda: scale * ntxent_loss(a, b, 0.3),
+                  "sigmoid": lambda: sigmoid_loss(one, other, scale, -1.0, ids)}
+        loss = losses[name]()
+        return [loss.detach(), *torch.autograd.grad(loss, (a, b, scale))]
+
+    whole = found()
+    monkeypatch.setattr(functional, "LOGITS_AT_ONCE", 40)  # some rows at a time, the last time fewer
+    for one, other in zip(found(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the most numbers that any result of an operation has had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            self.numbers = max(self.numbers, tensor.numel() if isinstance(tensor, Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(2**24, 128 * 128), (2048, 2048)])
+def test_no_more_logits_are_held_than_allowed(monkeypatch: pytest.MonkeyPatch, at_once: int, most: int) -> None:
+    monkeypatch.setattr(functional, "LOGITS_AT_ONCE", at_once)
+    image, text = (F.normalize(randn(128, 4, seed=s), dim=1).requires_grad_() for s in (0, 1))
+    with _Largest() as largest:
+        clip_loss(image, text, 10.0, torch.arange(128)).backward()
+    assert largest.numbers == most

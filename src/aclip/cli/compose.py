@@ -297,12 +297,26 @@ def print_header(console: Console, config: RunConfig, trainer: Trainer, dataflow
     """Say what is about to happen."""
     table = trainer.timetable
     console.print(dataflow)
-    groups = ", ".join(f"{g.count / 1e6:.2f} M {g.title} (decay {g.weight_decay:g})" for g in trainer.groups)
-    console.print(f"trained: {groups}; {config.precision} on {trainer.device}", soft_wrap=True)
+    console.print(groups_table(trainer))
+    ranks = f", {dist.world_size()} processes ({config.parallel})" if dist.world_size() > 1 else ""
+    parts = f", {trainer.micro_batch} pairs at a time" if trainer.in_parts else ""
+    console.print(f"{config.precision} on {trainer.device}{ranks}{parts}; memory {trainer.estimate}", soft_wrap=True)
     console.print(f"{num_pairs:,} pairs, batch {config.batch_size}, {table.total_steps:,} steps "
                   f"({table.total_steps / table.steps_per_epoch:.1f} epochs), warm-up {table.warmup_steps}"
                   + (f", unmasked after step {table.masked_steps:,}" if table.masked_steps < table.total_steps else "")
                   + (f", from step {trainer.step:,}" if trainer.step else ""), soft_wrap=True)
+
+
+def groups_table(trainer: Trainer) -> Table:
+    """Return who is trained how, and what is not."""
+    table = Table("parameters", "tensors", "millions", "weight decay", "learning rate", box=None, pad_edge=False)
+    for group in trainer.groups:
+        table.add_row(group.title, str(len(group.names)), f"{group.count / 1e6:.2f}", f"{group.weight_decay:g}",
+                      f"x {group.lr_factor:.3g}")
+    frozen = [p for p in trainer.method.model.parameters() if not p.requires_grad]
+    if frozen:
+        table.add_row("frozen", str(len(frozen)), f"{sum(p.numel() for p in frozen) / 1e6:.2f}", "", "")
+    return table
 
 
 def plain_text(table: Table) -> str:

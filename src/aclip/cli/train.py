@@ -109,13 +109,17 @@ def add_settings(how: Any) -> list[argparse.Action]:
                          help="of the towers' arithmetic (default: bf16 where the device multiplies in it, else fp32)"),
         how.add_argument("--parallel", choices=["ddp", "fsdp"], help="over several processes (torchrun, srun): "
                          "everything on each, or a share of it on each (default: ddp)"),
-        how.add_argument("--micro-batch", type=int, metavar="PAIRS", help="pairs that a process holds at a time; the "
-                         "step stays that of the whole batch (default: all)"),
+        how.add_argument("--micro-batch", type=pairs_or_auto, metavar="PAIRS|auto", help="pairs that a process holds "
+                         "at a time; the step stays that of the whole batch; auto: as many as fit (default: all)"),
         how.add_argument("--recompute", action="store_true", default=None,
                          help="save memory: run the towers' blocks again in the backward pass"),
         how.add_argument("--compile", action="store_true", default=None, help="compile the towers' blocks"),
         how.add_argument("--grad-clip", type=float, metavar="NORM",
                          help="largest norm of the gradient; 0 clips nothing (default: the recipe's)"),
+        how.add_argument("--layer-decay", type=float, metavar="FACTOR", help="on the learning rate, from a block of a "
+                         "tower to the one before it (default: the recipe's)"),
+        how.add_argument("--freeze", nargs="+", type=str, action=Tuple, metavar="PATTERN", help="parameters that are "
+                         "not trained, besides the recipe's, e.g. 'visual.*' to lock the image tower"),
         how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (default: auto)"),
         how.add_argument("--workers", type=int, help="loader processes (default: 2)"),
         how.add_argument("--evaluate-every", type=float, metavar="EPOCHS",
@@ -129,6 +133,11 @@ def add_settings(how: Any) -> list[argparse.Action]:
         how.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
                          help="change any field of the run, e.g. recipe.objectives.byol.weight=1 (repeatable)"),
     ]
+
+
+def pairs_or_auto(text: str) -> int | str:
+    """Return a number of pairs, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def resolution_phase(text: str) -> Any:
@@ -246,8 +255,10 @@ def _with_options(config: RunConfig, args: argparse.Namespace) -> RunConfig:
         recipe = dataclasses.replace(recipe, passes=tuple(
             dataclasses.replace(p, mask_ratio=given["mask_ratio"]) if p.masking != "none" else p
             for p in recipe.passes))
-    settings = {name: given[name] for name in ("lr", "weight_decay", "grad_clip") if name in given}
-    recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, **settings))
+    settings = {name: given[name] for name in ("lr", "weight_decay", "grad_clip", "layer_decay") if name in given}
+    freeze = dict.fromkeys((*recipe.freeze, *given.get("freeze", ())))  # each once, for a resumed run has them already
+    recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, **settings),
+                                 freeze=tuple(freeze))
     fields = {f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given}
     config = dataclasses.replace(config, **fields | {"recipe": recipe})
     config = override(config, args.assignments)

@@ -1,5 +1,6 @@
 """AdamW with the groups that CLIP training wants."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,37 +15,68 @@ from aclip.errors import CheckpointError
 _NEVER_DECAYED = ("positional_embedding", "class_embedding", "logit_scale", "logit_bias")
 
 
+_BLOCK = re.compile(r"(.*?transformer)\.resblocks\.(\d+)\.")
+_AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "visual.proj", "logit_scale", "logit_bias")
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a weight decay."""
+    """Parameters that share a weight decay and a factor on the learning rate."""
 
     title: str
     weight_decay: float
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
+    lr_factor: float = 1.0
 
     @property
     def count(self) -> int:
-        """Number of scalars."""
+        """Number of scalars, over all ranks."""
         return sum(p.numel() for p in self.parameters)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[ParameterGroup]:
-    """Split the trainable parameters: matrices decay; vectors, norms, positions and logit_scale do not."""
-    matrices: list[tuple[str, nn.Parameter]] = []
-    others: list[tuple[str, nn.Parameter]] = []
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[ParameterGroup]:
+    """Split the trainable parameters: matrices decay; vectors, norms, positions and logit_scale do not.
+
+    Args:
+        module: a method, or any part of it.
+        weight_decay: of the matrices.
+        layer_decay: d, on the learning rate: block i of a tower of n blocks learns at d^(n - i) of it, i = 1 .. n, its
+            embeddings at d^n (BEiT, arXiv 2106.08254, appendix; what follows the blocks and heads at all of it).
+    """
+    members: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
+    heights = _heights(module)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and not name.endswith(_NEVER_DECAYED)
-            (matrices if decays else others).append((name, parameter))
-    return [
-        ParameterGroup(title, decay, *zip(*members, strict=True))
-        for title, decay, members in (
-            ("matrices", weight_decay, matrices),
-            ("vectors, norms, positions, logit_scale", 0.0, others),
-        )
-        if members
-    ]
+            factor = layer_decay ** _below_top(name, heights) if layer_decay != 1.0 else 1.0
+            members.setdefault((decays, factor), []).append((name, parameter))
+    titles = {True: ("matrices", weight_decay), False: ("vectors, norms, positions, logit_scale", 0.0)}
+    groups = []
+    for decays, factor in sorted(members, reverse=True):
+        names, parameters = zip(*members[decays, factor], strict=True)
+        groups.append(ParameterGroup(*titles[decays], names, parameters, factor))
+    return groups
+
+
+def _heights(module: nn.Module) -> dict[str, int]:
+    """Return how many blocks each tower has: of the image tower "visual", of the text tower ""."""
+    heights: dict[str, int] = {}
+    for name, _ in module.named_parameters():
+        block = _BLOCK.match(name)
+        if block is not None and name.startswith("model."):
+            tower = "visual" if "visual." in name else ""
+            heights[tower] = max(heights.get(tower, 0), int(block[2]) + 1)
+    return heights
+
+
+def _below_top(name: str, heights: dict[str, int]) -> int:
+    """Return how many blocks of its tower follow a parameter; 0 for heads and what is no tower's."""
+    tower = "visual" if "visual." in name else ""
+    if not name.startswith("model.") or any(part in name for part in _AFTER_BLOCKS):
+        return 0
+    block = _BLOCK.match(name)
+    return heights.get(tower, 0) - (int(block[2]) + 1 if block is not None else 0)
 
 
 def build_optimizer(groups: list[ParameterGroup], settings: Optimization) -> torch.optim.AdamW:
@@ -58,7 +90,7 @@ def build_optimizer(groups: list[ParameterGroup], settings: Optimization) -> tor
         for sharded in (False, True):
             members = [p for p in g.parameters if isinstance(p, DTensor) == sharded]
             if members:
-                split.append({"params": members, "weight_decay": g.weight_decay})
+                split.append({"params": members, "weight_decay": g.weight_decay, "lr_factor": g.lr_factor})
     return torch.optim.AdamW(
         split, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True,
     )

@@ -63,8 +63,9 @@ class RunConfig:
         precision: of the towers' arithmetic; weights, losses and optimizer are always fp32. None is bf16
             where the device multiplies in it (GPUs; CPUs with AMX or AVX512-BF16), else fp32.
         parallel: over several processes, "ddp" holds everything on each, "fsdp" a share of it on each.
-        micro_batch: pairs whose activations a process holds at a time; None: its whole share of the batch. The step is
-            the same but for rounding, and takes a second forward pass of the towers (`engine.accumulation`).
+        micro_batch: pairs whose activations a process holds at a time; None: its whole share of the batch, "auto": as
+            many as the memory is estimated to hold (`engine.memory`). The step is the same but for rounding, and takes
+            a second forward pass of the towers (`engine.accumulation`).
         recompute: hold the blocks' inputs alone for the backward pass, and run the blocks again in it.
         compile: compile the transformer blocks.
         log_every: optimizer steps between lines of metrics.jsonl.
@@ -93,7 +94,7 @@ class RunConfig:
     device: str = "auto"
     precision: Precision | None = None
     parallel: Parallel = "ddp"
-    micro_batch: int | None = None
+    micro_batch: int | Literal["auto"] | None = None
     recompute: bool = False
     compile: bool = False
     log_every: int = 10
@@ -108,7 +109,7 @@ class RunConfig:
         for name in ("log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.micro_batch is not None and self.micro_batch < 1:
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
             raise ConfigError(f"micro_batch must be at least 1, not {self.micro_batch}")
         if self.batch_size is not None and self.batch_size < 2:
             raise ConfigError("batch_size must be at least 2: a contrast needs another pair to differ from")

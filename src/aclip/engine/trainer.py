@@ -12,12 +12,13 @@ from aclip.engine import checkpoint
 from aclip.engine.accumulation import accumulate
 from aclip.engine.gradients import clip_to, total_norm
 from aclip.engine.health import Guard
+from aclip.engine.memory import available_memory, estimate, fitting_micro_batch
 from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
 from aclip.engine.run_config import RunConfig, Timetable
 from aclip.engine.schedule import momentum_cosine, warmup_cosine
 from aclip.engine.shards import StoredTensors
 from aclip.engine.wrap import wrap
-from aclip.errors import CheckpointError
+from aclip.errors import CheckpointError, ConfigError
 from aclip.method import Method
 from aclip.structs import Batch, StepOutput
 
@@ -49,10 +50,18 @@ class Trainer:
         self.owes_evaluation = False  # whether this state was to be evaluated and is not yet
         self.cut_captions = 0  # since the last record; at rest too, for a checkpoint may lie between two records
         share = (config.batch_size or 0) // dist.world_size()
-        self.micro_batch = config.micro_batch if config.micro_batch is not None and config.micro_batch < share else None
+        wanted = config.micro_batch or share
+        if wanted == "auto":
+            wanted = fitting_micro_batch(method, config, available_memory(device))
+        self.micro_batch = min(wanted, share) or 1  # pairs that are held at a time
+        self.in_parts = self.micro_batch < share
+        self.estimate = estimate(method, config, self.micro_batch)
         self.wrapped = wrap(method, device, parallel=config.parallel, recompute=config.recompute,
-                            compile_blocks=config.compile, in_parts=self.micro_batch is not None)
-        self.groups = parameter_groups(method, config.recipe.optimization.weight_decay)
+                            compile_blocks=config.compile, in_parts=self.in_parts)
+        settings = config.recipe.optimization
+        self.groups = parameter_groups(method, settings.weight_decay, settings.layer_decay)
+        if not self.groups:
+            raise ConfigError("nothing is left to train: freeze less")
         self.optimizer = build_optimizer(self.groups, config.recipe.optimization)
         self.ema = method.ema()
         self.guard = Guard(method)
@@ -78,12 +87,12 @@ class Trainer:
         A step whose loss or gradient is not finite on any rank changes nothing but the count of steps (`health.Guard`).
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.learning_rate() * group["lr_factor"]
         momentum, phase = self.ema_momentum(), self.timetable.phase(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.begin()
 
-        if self.micro_batch is None:
+        if not self.in_parts:
             with self.autocast():
                 output = self.wrapped.step(batch, masked=phase.masked, resolution=phase.resolution)
             self.scaler.scale(output.loss).backward()

@@ -3,15 +3,22 @@
 All are computed in float32 whatever the autocast state, since differences of logits near 100 do not
 survive 16-bit arithmetic. On several ranks the rows are gathered with gradient (`aclip.dist.gather`): each
 rank returns the loss of its own rows against everybody's, and the mean over ranks is the loss of the
-whole batch.
+whole batch. Of the (WB, WB) logits a rank computes (B, WB), some rows at a time where these are many
+(`sum_over_rows`).
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from aclip import dist
+
+LOGITS_AT_ONCE = 2**24
+"""Logits that are held at a time, 64 MiB; their softmax and masks take some three times as much besides."""
 
 _NOT_A_TOKEN = -1
 
@@ -35,16 +42,43 @@ def clip_loss(
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = image_features.float(), text_features.float()
-        all_image, all_text = dist.gather(image), dist.gather(text)
         labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
-        by_image = logit_scale * image @ all_text.T
-        by_text = logit_scale * text @ all_image.T
-        if caption_ids is not None:
-            same = caption_ids[:, None] == dist.gather(caption_ids)[None, :]
-            same[torch.arange(len(image), device=image.device), labels] = False
-            by_image = by_image.masked_fill(same, float("-inf"))
-            by_text = by_text.masked_fill(same, float("-inf"))
-        return (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
+        all_ids = None if caption_ids is None else dist.gather(caption_ids)
+
+        def contrast(rows: Tensor, everyone: Tensor) -> Tensor:
+            def loss(rows: Tensor, labels: Tensor) -> Tensor:
+                logits = logit_scale * rows @ everyone.T
+                if all_ids is not None:
+                    same = (all_ids[labels, None] == all_ids).scatter(1, labels[:, None], False)
+                    logits = logits.masked_fill(same, float("-inf"))
+                return F.cross_entropy(logits, labels, reduction="sum")
+
+            return sum_over_rows(loss, rows, labels, columns=len(everyone))
+
+        return (contrast(image, dist.gather(text)) + contrast(text, dist.gather(image))) / (2 * len(image))
+
+
+def sum_over_rows(
+    loss: Callable[[Tensor, Tensor], Tensor], rows: Float[Tensor, "B D"], labels: Int[Tensor, " B"], *, columns: int
+) -> Float[Tensor, ""]:
+    """Return `loss(rows, labels)`, a sum over rows, computed for so many rows at a time as `LOGITS_AT_ONCE` allows.
+
+    Where that takes several times, the logits of each are computed again in the backward pass, one more product of
+    B x WB x D, so that never more than one part of them is held. What `loss` reads besides gets its gradient, too.
+
+    Args:
+        loss: of some rows, with (rows, columns) logits within.
+        rows: (B, D) float32.
+        labels: (B,) int64, passed on with them.
+        columns: logits of a row.
+    """
+    most = max(1, LOGITS_AT_ONCE // columns)
+    if len(rows) <= most:
+        return loss(rows, labels)
+    parts: list[Tensor] = [
+        checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(rows.split(most), labels.split(most), strict=True)]
+    return torch.stack(parts).sum()
 
 
 def sigmoid_loss(
@@ -69,13 +103,17 @@ def sigmoid_loss(
     with torch.autocast(image_features.device.type, enabled=False):
         image, all_text = image_features.float(), dist.gather(text_features.float())
         labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
-        logits = logit_scale * image @ all_text.T + logit_bias
-        pairs = labels[:, None] == torch.arange(len(all_text), device=image.device)
-        losses = -F.logsigmoid(torch.where(pairs, logits, -logits))
-        if caption_ids is not None:
-            same = caption_ids[:, None] == dist.gather(caption_ids)[None, :]
-            losses = losses.masked_fill(same & ~pairs, 0.0)
-        return losses.sum(dim=1).mean()
+        all_ids = None if caption_ids is None else dist.gather(caption_ids)
+
+        def loss(rows: Tensor, labels: Tensor) -> Tensor:
+            logits = logit_scale * rows @ all_text.T + logit_bias
+            pairs = labels[:, None] == torch.arange(len(all_text), device=rows.device)
+            losses = -F.logsigmoid(torch.where(pairs, logits, -logits))
+            if all_ids is not None:
+                losses = losses.masked_fill((all_ids[labels, None] == all_ids) & ~pairs, 0.0)
+            return losses.sum(dim=1).sum()
+
+        return sum_over_rows(loss, image, labels, columns=len(all_text)) / len(image)
 
 
 def ntxent_loss(
@@ -91,12 +129,14 @@ def ntxent_loss(
         everyone = torch.cat([dist.gather(z1), dist.gather(z2)])
         rows = torch.arange(len(z1), device=z1.device) + dist.rank() * len(z1)
         half = len(everyone) // 2
-        losses = []
-        for z, own, other in ((z1, rows, rows + half), (z2, rows + half, rows)):
-            logits = z @ everyone.T / temperature
-            logits = logits.scatter(1, own[:, None], float("-inf"))
-            losses.append(F.cross_entropy(logits, other))
-        return (losses[0] + losses[1]) / 2
+
+        def loss(z: Tensor, own: Tensor) -> Tensor:
+            logits = (z @ everyone.T / temperature).scatter(1, own[:, None], float("-inf"))
+            return F.cross_entropy(logits, (own + half) % (2 * half), reduction="sum")
+
+        total = sum(sum_over_rows(loss, z, own, columns=2 * half) for z, own in ((z1, rows), (z2, rows + half)))
+        assert isinstance(total, Tensor)
+        return total / (2 * len(z1))
 
 
 def byol_loss(prediction: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
