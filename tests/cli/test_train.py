@@ -233,12 +233,46 @@ def test_options_that_a_resumed_run_cannot_take_are_refused(
     assert "other settings (recipe, epochs)" in capsys.readouterr().err
 
 
-def test_torchrun_is_refused_clearly(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(options(pictures, tmp_path / "run")) == 2
-    assert "start one process" in capsys.readouterr().err
+def under_torchrun(ranks: int, arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "aclip",
+         *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+
+
+def close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Adam amplifies rounding, so that losses are compared to 1e-3, and what is counted exactly."""
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-3)
+        for key in ("step", "samples_seen", "lr", "cut_captions", "skipped_samples", "ema_momentum"):
+            assert one[key] == other[key]
+
+
+def test_processes_under_torchrun_train_as_one_does(pictures: Path, tmp_path: Path) -> None:
+    """Two processes that share everything, in parts; then one goes on."""
+    arguments = options(pictures, tmp_path / "two", "--epochs", "1", "--workers", "0", "--device", "cpu",
+                        "--validation", f"held={pictures}", "--save-every", "0.3", "--set", "keep_checkpoints=9")
+    done = under_torchrun(2, [*arguments, "--parallel", "fsdp", "--micro-batch", "2"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done. model:") == 1
+    assert "2 processes (fsdp), 2 pairs at a time" in done.stdout
+    assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    two, one = (tmp_path / name for name in ("two", "one"))
+    close(journal(two), journal(one))
+    assert [r["metrics"].keys() for r in journal(two, "evaluations")] == [
+        r["metrics"].keys() for r in journal(one, "evaluations")]
+    for file in ("config.json", "report.html", "final/open_clip_model.safetensors"):
+        assert (two / file).exists()
+
+    shutil.rmtree(two / "checkpoints" / "step-00000003")
+    assert main(["train", "--resume", str(two)]) == 0
+    close(journal(two), journal(one))
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_all(pictures: Path, tmp_path: Path) -> None:
+    done = under_torchrun(2, options(pictures, tmp_path / "run", "--batch-size", "7", "--device", "cpu"))
+    assert done.returncode != 0
+    assert "not 7 for 2" in done.stderr
 
 
 def test_a_loss_that_is_no_number_stops_the_run(

@@ -1,0 +1,151 @@
+"""What a step sends between processes: the formulas of docs/scale.md beside what torch's profiler counts.
+
+    python benchmarks/communication.py
+
+On the CPU with gloo, in fp32. Of every collective operation of a step the profiler tells the shapes; counted is the
+whole of what is reduced, gathered or scattered, the largest tensor of the operation.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from rich.console import Console
+from rich.table import Table
+from torch import multiprocessing, nn
+
+from aclip import dist, plan, towers
+from aclip.engine.wrap import transformers_of, wrap
+from aclip.method import Method
+from aclip.recipes import RECIPES
+from aclip.structs import Batch, ViewBatch
+
+MODEL = "vit-micro"
+KINDS = {"c10d::allreduce_": "all-reduce", "c10d::_allgather_base_": "all-gather",
+         "c10d::_reduce_scatter_base_": "reduce-scatter"}
+BYTES = {"float": 4, "int": 4, "long int": 8, "double": 8}
+
+
+def noise(method: Method, rows: int) -> Batch:
+    """Return a batch of noise without augmentation."""
+    boxes = torch.tensor([0.0, 0.0, 32.0, 32.0]).expand(rows, 4)
+    views = {name: ViewBatch(torch.randint(0, 256, (rows, 3, *size), dtype=torch.uint8), boxes,
+                             torch.zeros(rows, dtype=torch.bool)) for name, size in method.plan.view_sizes.items()}
+    tokens = torch.randint(1, 1000, (rows, 12))
+    tokens[:, -1] = method.plan.shape.vocab_size - 1
+    return Batch(views, tokens, torch.arange(rows), torch.arange(rows))
+
+
+def build(recipe: str) -> Method:
+    """Return a recipe on the model."""
+    torch.manual_seed(0)
+    resolved = plan.resolve(RECIPES[recipe], towers.shape_of(towers.model_config(MODEL)))
+    return Method(towers.create_model(MODEL, with_text=resolved.uses_text), resolved, (0.5,) * 3, (0.25,) * 3).train()
+
+
+def formulas(method: Method, parallel: str, batch: int) -> Counter[str]:
+    """Return bytes of a step by kind of operation, as docs/scale.md has them; before the method is sharded."""
+    found: Counter[str] = Counter()
+    trained = [p for p in method.parameters() if p.requires_grad]
+    if parallel == "ddp":
+        found["all-reduce"] += 4 * sum(p.numel() for p in trained)
+    else:
+        blocks = [p for t in transformers_of(method) for b in t.resblocks for p in b.parameters()]
+        whole = sum(p.numel() for p in method.parameters() if p.ndim)
+        again = sum(p.numel() for p in blocks if p.requires_grad)  # gathered again for the backward pass
+        found["all-gather"] += 4 * (whole + again)
+        found["reduce-scatter"] += 4 * sum(p.numel() for p in trained if p.ndim)
+        found["all-reduce"] += 4 * sum(1 for p in trained if not p.ndim)
+    for objective in method.plan.recipe.objectives:
+        views = len(method.plan.passes[-1].spec.views)
+        if objective.name == "contrastive":
+            features = views * 2 * 4 * batch * method.plan.shape.joint_dim
+            found["all-gather"] += features + views * 8 * batch
+            found["reduce-scatter"] += features
+        if objective.name == "ntxent":
+            features = 2 * 4 * batch * int(objective.options.get("out", 256))
+            found["all-gather"] += features
+            found["reduce-scatter"] += features
+    for name, module in method.named_modules():
+        if isinstance(module, nn.BatchNorm1d):
+            times = 2 if "ema_" in name else 4  # sums of rows and of squares, and their gradients
+            found["all-reduce"] += 4 * (times * module.num_features + 1)
+    return found
+
+
+def counted(step: Any) -> Counter[str]:
+    """Return bytes of a step by kind of operation, as the profiler counts them."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        step()
+    found: Counter[str] = Counter()
+    for event in profile.events():
+        if event.name in KINDS:
+            found[KINDS[event.name]] += largest(event.input_shapes, event)
+    return found
+
+
+def largest(shapes: Any, event: Any) -> int:
+    """Return the bytes of the largest tensor among the arguments of an operation."""
+    found = [0]
+
+    def look(shape: Any) -> None:
+        if shape and all(isinstance(side, int) for side in shape):
+            found.append(math.prod(shape))
+        elif isinstance(shape, list | tuple):
+            for part in shape:
+                look(part)
+
+    look(shapes)
+    if found == [0]:
+        found.append(1)  # a scalar has no sides
+    return max(found) * 4
+
+
+def one_rank(rank: int, ranks: int, folder: str, cases: list[tuple[str, str]], batch: int) -> None:
+    """Take each case's step, and leave what was counted."""
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{ranks}", rank=rank, world_size=ranks)
+    found = {}
+    for recipe, parallel in cases:
+        method = build(recipe)
+        expected = formulas(method, parallel, batch)
+        wrapped = wrap(method, torch.device("cpu"), parallel=parallel)  # type: ignore[arg-type]
+        local = noise(method, batch // dist.world_size())
+
+        def step(wrapped: Any = wrapped, local: Batch = local) -> None:
+            wrapped.step(local).loss.backward()
+
+        step()  # DDP's first step arranges its runs of gradients
+        found[recipe, parallel] = expected, counted(step)
+    if rank == 0:
+        torch.save(found, f"{folder}/{ranks}.pt")
+    torch_dist.destroy_process_group()
+
+
+def main() -> None:
+    """Count and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=32, help="global (default: 32)")
+    asked = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    cases = [(recipe, parallel) for recipe in ("clip", "a-clip") for parallel in ("ddp", "fsdp")]
+    table = Table("W", "recipe", "parallel", "operation", "formula, bytes", "counted, bytes", "ratio")
+    for ranks in (2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            multiprocessing.spawn(one_rank, (ranks, folder, cases, asked.batch_size), nprocs=ranks)
+            found = torch.load(Path(folder) / f"{ranks}.pt", weights_only=False)
+        for (recipe, parallel), (expected, seen) in found.items():
+            for kind in sorted(expected | seen):
+                table.add_row(str(ranks), recipe, parallel, kind, f"{expected[kind]:,}", f"{seen[kind]:,}",
+                              f"{seen[kind] / max(1, expected[kind]):.4f}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
