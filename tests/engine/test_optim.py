@@ -77,7 +77,8 @@ def test_lower_blocks_learn_more_slowly() -> None:
 
 def test_layers_of_a_timm_tower_decay_too() -> None:
     names = ("model.visual.trunk.pos_embed", "model.visual.trunk.blocks.0.norm1.weight",
-             "model.visual.trunk.blocks.1.norm1.weight", "model.visual.trunk.norm.weight", "model.visual.head.proj.weight")
+             "model.visual.trunk.blocks.1.norm1.weight", "model.visual.trunk.norm.weight",
+             "model.visual.head.proj.weight")
     module = nn.Module()
     for name in names:  # named as open_clip names timm's
         place = module
