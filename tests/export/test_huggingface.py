@@ -101,7 +101,8 @@ def test_what_clipmodel_has_no_place_for_is_refused_by_name(config: dict[str, An
 @pytest.mark.parametrize(("options", "obstacle"), [
     ({"qk_norm": True, "block_type": "custom"}, "query-key norm"),
     ({"attentional_pool": True}, "pooling by attention"),
-    ({"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "image_size": 32}, "another kind (TimmModel)"),
+    ({"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "image_size": 32},
+     "not open_clip's own ViT (TimmModel)"),
 ])
 def test_image_towers_that_it_does_not_know_are_refused(options: dict[str, Any], obstacle: str) -> None:
     """Some of them cannot be loaded here either."""

@@ -28,7 +28,7 @@ def vision_obstacle(visual: Any) -> str | None:
     plain blocks.
     """
     if not isinstance(visual, VisionTransformer):
-        return f"an image tower of another kind ({type(visual).__name__})"
+        return f"an image tower that is not open_clip's own ViT ({type(visual).__name__})"
     obstacles = {
         "pooling by attention": visual.attn_pool is not None,
         f"pooling '{visual.pool_type}', not the class token": visual.pool_type != "tok",
