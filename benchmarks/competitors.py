@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import open_clip
 import torch
@@ -22,10 +23,11 @@ from aclip.data import augment
 from aclip.engine.memory import peak_memory
 from aclip.engine.optim import build_optimizer, parameter_groups
 from aclip.engine.trial import made_batch
+from aclip.engine.wrap import wrap
 from aclip.method import Method
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, TowerShape
-from aclip.towers.blocks import call_as_modules
+from aclip.towers import text
 
 WIDTHS = {f"ViT-B-16-of-width-{width}": width for width in (192, 384, 576)}
 """Models with ViT-B/16's tokens, depth, heads of 64 and ratio of text to image, and less width, which is 768 there."""
@@ -38,11 +40,11 @@ def register_sizes() -> None:
     """Tell open_clip of the models that are no presets."""
     with tempfile.TemporaryDirectory() as folder:
         for name, width in WIDTHS.items():
-            text = width * 2 // 3
+            narrower = width * 2 // 3
             Path(folder, f"{name}.json").write_text(json.dumps({
-                "embed_dim": text,
+                "embed_dim": narrower,
                 "vision_cfg": {"image_size": 224, "layers": 12, "width": width, "head_width": 64, "patch_size": 16},
-                "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": text, "heads": text // 64,
+                "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": narrower, "heads": narrower // 64,
                              "layers": 12},
             }))
         open_clip.add_model_config(folder)
@@ -147,7 +149,7 @@ def excluded(name: str, parameter: nn.Parameter) -> bool:
 
 
 class Ours:
-    """A recipe's training step, as `aclip train` takes it."""
+    """A recipe's training step, as `aclip train` takes it; without `cut_text`, text is padded to the full context."""
 
     def __init__(self, settings: Settings, recipe: Recipe, cut_text: bool) -> None:
         torch.manual_seed(0)
@@ -157,15 +159,16 @@ class Ours:
         pixels = towers.preprocess_config(model)
         self.method = Method(model, self.plan, pixels["mean"], pixels["std"]).to(settings.device).train()
         if settings.compiled:
-            compile_blocks(self.method)
+            wrap(self.method, settings.device, compile_blocks=True)
         self.optimizer = build_optimizer(parameter_groups(self.method, 0.2), recipe.optimization)
         self.ema = self.method.ema()
         self.batches = settings.batches(self.plan, cut_text)
+        self.packs = text.packs if cut_text else lambda tokens: False
 
     def propagate(self, batch: Batch) -> None:
         """Forward pass, losses and backward pass."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.settings.autocast():
+        with self.settings.autocast(), patch.object(text, "packs", self.packs):
             output = self.method(batch)
         output.loss.backward()
 
@@ -193,7 +196,7 @@ class Ours:
             return leaf
 
         def encode_text(*arguments: Any) -> EncodedText:
-            with watch.measure("text"):
+            with watch.measure("text"), patch.object(text, "packs", self.packs):
                 out = Method.encode_text(self.method, *arguments)
             return replace(out, features=cut("text", out.features), states=cut("text", out.states))
 
@@ -243,15 +246,6 @@ def timing_hooks(watch: Stopwatch, head: nn.Module) -> list[Any]:
     if any(p.requires_grad for p in head.parameters()):
         hooks += [head.register_full_backward_pre_hook(start), head.register_full_backward_hook(stop)]
     return hooks
-
-
-def compile_blocks(method: Method) -> None:
-    """Compile the transformer blocks, for texts of any length."""
-    for module in method.modules():
-        if isinstance(module, open_clip.transformer.Transformer):
-            call_as_modules(module)
-            for block in module.resblocks:
-                block.compile(dynamic=True)
 
 
 def peak_of(competitor: OpenClip | Ours, take: Callable[[], object]) -> int:
