@@ -120,4 +120,5 @@ def _heads(x: Float[Tensor, "B L parts_C"], parts: int, heads: int) -> tuple[Ten
 
 
 def _row(x: Float[Tensor, "B L C"], read: Int[Tensor, " B"]) -> Float[Tensor, "B 1 C"]:
-    return x.take_along_dim(read[:, None, None], dim=1)
+    # not take_along_dim, which compiled code would compile anew for every length
+    return x.gather(1, read[:, None, None].expand(-1, -1, x.shape[2]))
