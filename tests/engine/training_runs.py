@@ -7,7 +7,7 @@ from made_training import batches, build
 from torch import Tensor
 
 from aclip import dist
-from aclip.engine.wrap import whole_state
+from aclip.engine.wrap import whole
 
 Case = tuple[str, str, str]
 """Recipe, way, optimizer."""
@@ -35,7 +35,7 @@ def train(recipe: str, way: str, optimizer: str) -> dict[str, Tensor]:
         trainer.learning_rate = lambda: SGD_LR  # type: ignore[method-assign]
     losses = [trainer.train_step(batch).loss.detach() for batch in batches(trainer)()]
     mean = dist.sum_over_ranks(torch.stack(losses)) / dist.world_size()
-    return {"losses": mean, **{k: v for k, v in whole_state(trainer.method).items() if v.is_floating_point()}}
+    return {"losses": mean, **{name: whole(p.detach()) for name, p in trainer.method.named_parameters()}}
 
 
 def largest_errors(folder: Path, cases: list[Case]) -> dict[Case, tuple[float, float]]:
