@@ -131,7 +131,7 @@ def one_rank(rank: int, ranks: int, folder: str, cases: list[tuple[str, str]], b
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=32, help="global (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=16, help="global (default: 16)")
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     cases = [(recipe, parallel) for recipe in ("clip", "a-clip") for parallel in ("ddp", "fsdp")]

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from aclip import dist
 from aclip.engine import wrap
@@ -135,3 +137,22 @@ def test_four_ranks_equal_one_process(four: list[Any], name: str, way: str, prec
 def test_accumulated_equals_the_large_batch(folder: Path, name: str, parts: int, precision: str) -> None:
     """Three parts are uneven: 3, 3 and 2 samples."""
     check(compare(step(name, f"ddp in {parts}", precision), name, precision, folder), precision)
+
+
+def test_compiled_blocks_serve_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what traces and does not generate code: two lengths make all variants, and give what is given otherwise."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    plain, compiled = build("a-clip"), build("a-clip")
+    wrapped = wrap.wrap(compiled, torch.device("cpu"), compile_blocks=True)
+    graphs = []
+    for length in (9, 7, 12, 15, 8):
+        batch = a_batch(plain, ROWS)
+        words = batch.tokens[:, 1:2].expand(-1, length - 2)
+        batch = replace(batch, tokens=torch.cat([batch.tokens[:, :1], words, batch.tokens[:, -1:]], dim=1))
+        output = wrapped.step(batch)
+        output.loss.backward()
+        torch.testing.assert_close(output.loss, plain(batch).loss)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1:] == graphs[1:2] * 4

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +24,10 @@ from aclip.towers.blocks import blocks_of, call_as_modules, stacks_of
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are averaged in runs of this size where they are averaged after the backward pass."""
+
+
+MOST_VARIANTS = 64
+"""Of the compiled block; a recipe has about ten, where torch gives up after eight."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ def wrap(
         if compile_blocks or parallel == "fsdp":
             call_as_modules(transformer)
         if compile_blocks:
+            # all blocks share one function, of which there is a variant for each tower, mode and kind of last block
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
             for block in blocks_of(transformer):
                 block.compile(dynamic=True)
     if dist.world_size() == 1:
