@@ -17,9 +17,10 @@ It gives one view; for A-CLIP's three crops its transform is replaced by that of
 picture, with torchvision's operations as the A-CLIP release lists them. Ours augments in batch, on the CPU, in the
 main process, which is counted.
 
-"Per core" is pictures per second of processor time of all processes together: it hardly depends on what else the
-machine does. Memory is measured over ten epochs of a manifest of a million rows, of each of which the first 5,000
-samples are read (32 px pictures): what is the parent's and each worker's own, without files that lie in memory.
+"Per core" is pictures per second of processor time of all processes together: it depends less on what else the machine
+does, though work beside it empties the caches. Memory is measured over ten epochs of a manifest of a million rows, of
+each of which the first 5,000 samples are read (32 px pictures): what is the parent's and each worker's own, without
+files that lie in memory.
 """
 
 import argparse

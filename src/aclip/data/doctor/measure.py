@@ -36,7 +36,7 @@ CAPTION = np.dtype([("sample", np.int64), ("exact", np.uint64), ("loose", np.uin
 GOOD = -1
 
 _CHUNK = 64  # samples that a worker is asked for at a time
-_REMEMBERED = 100_000  # captions whose length a worker remembers
+_REMEMBERED = 50_000  # captions of which a worker remembers what it measured
 _SWAPPED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 _ORIENTATION_TAG = 0x0112
 
@@ -123,7 +123,8 @@ class MeasureChunk:
         self._source = source
         self._tokenizer = tokenizer
         self._padding = None if tokenizer is None else int(tokenizer([""])[0, -1])
-        self._lengths: dict[int, int] = {}  # of captions seen lately: templates and class names come again and again
+        # of captions seen lately, as templates and class names come again and again: "exact", "loose", "tokens"
+        self._known: dict[str, tuple[int, int, int]] = {}
 
     def __call__(self, indices: np.ndarray) -> Chunk:
         """Measure the samples `indices`."""
@@ -157,18 +158,18 @@ class MeasureChunk:
     def _measure_captions(self, owners: list[int], texts: list[str]) -> np.ndarray:
         captions = np.zeros(len(texts), CAPTION)
         captions["sample"] = owners
-        exact = [caption_id(text) for text in texts]
-        captions["exact"] = exact
-        captions["loose"] = [loose_caption(text) for text in texts]
-        if self._tokenizer is not None:
-            if len(self._lengths) > _REMEMBERED:
-                self._lengths.clear()
-            new = {number: text for number, text in zip(exact, texts, strict=True) if number not in self._lengths}
-            if new:
-                tokens = self._tokenizer(list(new.values())).numpy()
-                lengths = tokens.shape[1] - np.argmax(tokens[:, ::-1] != self._padding, axis=1)
-                self._lengths.update(zip(new, lengths.tolist(), strict=True))
-            captions["tokens"] = [self._lengths[number] for number in exact]
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        lengths = [0] * len(new)
+        if self._tokenizer is not None and new:
+            tokens = self._tokenizer(new).numpy()
+            lengths = (tokens.shape[1] - np.argmax(tokens[:, ::-1] != self._padding, axis=1)).tolist()
+        for text, length in zip(new, lengths, strict=True):
+            self._known[text] = caption_id(text), loose_caption(text), length
+        known = [self._known[text] for text in texts]
+        for name, values in zip(("exact", "loose", "tokens"), zip(*known, strict=True), strict=False):
+            captions[name] = values
         return captions
 
 
