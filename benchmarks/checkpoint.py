@@ -115,7 +115,8 @@ def compare_writers(folder: Path, rounds: int) -> None:
 
     def with_safetensors() -> None:
         save_file(state, folder / "a.safetensors")
-        os.sync()
+        with (folder / "a.safetensors").open("rb") as file:
+            os.fsync(file.fileno())
 
     ways: dict[str, Callable[[], object]] = {
         "this project's": lambda: write_shard(folder / "b.safetensors", own_pieces(state)),

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -49,6 +50,19 @@ def test_endless_requests_are_drawn_as_needed() -> None:
     assert list(itertools.islice(answers, 5)) == [0, 1, 2, 3, 4]
     assert len(drawn) == 8  # those five, and three ahead
     answers.close()  # type: ignore[attr-defined]
+
+
+def own_process(number: int) -> tuple[int, int]:
+    return number, os.getpid()
+
+
+def test_signals_to_the_whole_group_are_left_to_the_parent() -> None:
+    """torchrun sends SIGTERM to a process and its loader workers alike; the process saves first."""
+    answers = read_ahead(own_process, range(100), workers=1)
+    _, worker = next(iter(answers))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(worker, number)
+    assert [number for number, _ in answers] == list(range(1, 100))
 
 
 def test_more_workers_than_cores_is_noted(caplog: pytest.LogCaptureFixture) -> None:

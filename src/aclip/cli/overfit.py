@@ -39,7 +39,7 @@ def overfit(config: RunConfig, steps: int) -> bool:
     if trainer.method.frequencies is not None:
         trainer.method.frequencies.fill_(1.0 / len(trainer.method.frequencies))
     batch = next(iter(open_batches(trainer, dataset, 1, workers=0))).to(device)
-    console.print(f"{config.recipe.name} on {config.model}: {steps} steps on the first batch alone, {batch.size} pairs, "
+    console.print(f"{config.recipe.name} on {config.model}: {steps} steps on the first batch, {batch.size} pairs, "
                   f"lr {config.recipe.optimization.lr:g}", markup=False)
     losses: list[float] = []
     begun = time.monotonic()
@@ -48,8 +48,8 @@ def overfit(config: RunConfig, steps: int) -> bool:
         losses.append(output.parts.get("contrastive", output.loss).item())
         if step == 1 or step % max(1, steps // LINES) == 0:
             parts = ", ".join(f"{name} {part.item():.2f}" for name, part in output.parts.items())
-            console.print(f"step {step}/{steps} loss {output.loss.item():.3f} ({parts}), {time.monotonic() - begun:.0f} s",
-                          markup=False)
+            console.print(f"step {step}/{steps} loss {output.loss.item():.3f} ({parts}), "
+                          f"{time.monotonic() - begun:.0f} s", markup=False)
     sentence, fell = verdict(losses, math.log(batch.size) if "contrastive" in output.parts else None)
     console.print(sentence, markup=False)
     return fell

@@ -169,6 +169,7 @@ class _Loop:
             trainer.owes_evaluation = evaluates
             # steps may be skipped for weights that nothing should go back to
             if last or stops or (self._save_is_due and self._watch.in_a_row == 0):
+                self._bad_samples.counts()  # a resume from here does not meet them again
                 self.saver.save(trainer.at_rest())
                 self._save_is_due = False
             if stops:
