@@ -1,4 +1,4 @@
-"""Which process this is, from what torchrun and Slurm say; and meeting the others, after a restart too."""
+"""Which process this is, and meeting the others, after a restart too."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -9,38 +9,31 @@ from torch.distributed import TCPStore
 from aclip.engine.launch import Place, find_place, fresh_store
 from aclip.errors import ConfigError
 
-SRUN = {"SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "50007",
-        "SLURM_STEP_NODELIST": "node7"}
 
-
-def test_a_process_without_company() -> None:
+def test_nothing_in_the_environment_is_one_process() -> None:
     assert find_place({}) == Place()
+    assert find_place({"SLURM_NTASKS": "4"}) == Place()  # an allocation without a step
 
 
-def test_torchrun_names_the_place_itself() -> None:
-    assert find_place({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **SRUN}) == Place(3, 8, 1)
+def test_torchrun_and_slurm_say_who_this_is() -> None:
+    assert find_place({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Place(5, 8, 1)
+    slurm = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+             "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node1"}
+    assert find_place(slurm) == Place(2, 4, 0, ("node1", 20007))
+    with pytest.raises(ConfigError, match="RANK is 'x', not a number"):
+        find_place({"RANK": "x", "WORLD_SIZE": "8"})
 
 
-def test_a_task_of_srun_meets_the_others_at_the_first_host() -> None:
-    assert find_place(SRUN) == Place(9, 16, 1, ("node7", 30007))
-    asked = {**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "29500", "SLURM_STEP_NODELIST": "node[7-8]"}
+def test_a_name_and_a_port_that_are_given_come_first() -> None:
+    asked = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NODELIST": "node[7-8]",
+             "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
     assert find_place(asked).master == ("head", 29500)
-
-
-def test_an_allocation_is_no_step() -> None:
-    """In `salloc` Slurm's variables are there, and one process alone."""
-    assert find_place({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}) == Place()
 
 
 def test_hosts_that_cannot_be_listed_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"first host of Slurm's list 'node\[7-8\]': set MASTER_ADDR"):
-        find_place({**SRUN, "SLURM_STEP_NODELIST": "node[7-8]"})
-
-
-def test_what_is_no_number_is_named() -> None:
-    with pytest.raises(ConfigError, match="the environment variable RANK is 'x', not a number"):
-        find_place({"RANK": "x", "WORLD_SIZE": "2"})
+        find_place({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NODELIST": "node[7-8]"})
 
 
 def test_processes_that_start_anew_find_nothing_of_those_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,7 @@ def test_accumulated_equals_the_large_batch(folder: Path, name: str, parts: int,
     check(compare(step(name, f"ddp in {parts}", precision), name, precision, folder), precision)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
 def test_compiled_blocks_serve_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what traces and does not generate code: two lengths make all variants, and give what is given otherwise."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
