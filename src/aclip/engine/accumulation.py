@@ -70,7 +70,8 @@ def accumulate(
         with autocast():
             again = method.encode_batch(batch.rows(part), masked, resolution, seen=rows_of(whole, part))
         outputs, gradients = gradients_of(again, leaves, part)
-        torch.autograd.backward(outputs, gradients)
+        if outputs:  # none where both towers are frozen
+            torch.autograd.backward(outputs, gradients)
     return output
 
 
