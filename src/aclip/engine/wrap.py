@@ -146,7 +146,8 @@ def _shard(method: Method, device: torch.device) -> None:
     for transformer in transformers_of(method):
         for block in transformer.resblocks:
             fully_shard(block, mesh=mesh)
-    fully_shard(method, mesh=mesh, ignored_params=scalars)
+    # what is no block's is gathered once a step: in its default the halves of the step would each gather it
+    fully_shard(method, mesh=mesh, ignored_params=scalars, reshard_after_forward=False)
     # what comes out of the method are views of each other, and nobody writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for name in ("encode_batch", "judge"):
