@@ -46,7 +46,7 @@ def step(name: str, way: str, precision: str) -> dict[str, Tensor]:
     with in_double(method) if precision == "fp64" else nullcontext():
         parallel, _, parts = way.partition(" in ")
         wrapped = wrap.wrap(method, torch.device("cpu"), parallel="fsdp" if parallel.startswith("fsdp") else "ddp",
-                            recompute=way.endswith("recomputed"))
+                            recompute=way.endswith("recomputed"), in_parts=bool(parts))
         if parts:
             output = accumulate(method, batch, -(-batch.size // int(parts)), masked=True, resolution=1.0,
                                 autocast=nullcontext, scale=lambda loss: loss)

@@ -85,7 +85,7 @@ def wrap(
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if parallel == "fsdp":
-        _shard(method, device)
+        _shard(method, device, in_parts)
         return Wrapped(method, method, _nothing, shown, lambda: _fill(shown, whole_state(method)))
     trained = [p for p in method.parameters() if p.requires_grad]
     replicas = method if in_parts else _replicas(method, device)
@@ -129,7 +129,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
             bucket, size = [], 0
 
 
-def _shard(method: Method, device: torch.device) -> None:
+def _shard(method: Method, device: torch.device, in_parts: bool) -> None:
     """Leave a part of everything on every rank; blocks are gathered when they are needed."""
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     # FSDP2 cannot shard scalars (logit_scale): they stay whole, and their gradients are averaged as they come
@@ -140,11 +140,11 @@ def _shard(method: Method, device: torch.device) -> None:
     for transformer in stacks_of(method):
         for block in blocks_of(transformer):
             fully_shard(block, mesh=mesh)
-    # what is no block's is gathered once a step: in its default the halves of the step would each gather it
     fully_shard(method, mesh=mesh, ignored_params=scalars, reshard_after_forward=False)
     # what comes out of the method are views of each other, and nobody writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for name in ("encode_batch", "judge"):
+    # each would gather what is no block's, and give it back, once more: only where the step does begin in them
+    for name in ("encode_batch", "judge") if in_parts else ():
         register_fsdp_forward_method(method, name)
 
 
