@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from aclip.engine.shards import own_pieces, write_shard
+from aclip.tensor_files import own_pieces, write_shard
 from rich.console import Console
 from safetensors.torch import save_file
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from aclip.engine.shards import mark_of
+from aclip.tensor_files import mark_of
 from safetensors.torch import load_file
 from safetensors.torch import save_file as safetensors_save
 

@@ -46,13 +46,22 @@ def test_skipped_steps_in_a_row_are_too_many_at_some_point() -> None:
     for step in range(2):
         (incident,) = seen.incidents([reading(step, float("inf"), finite=False)])
         assert incident["loss"] == "inf"
-        assert not seen.too_many()
+        assert not seen.too_many(last=False)
     seen.incidents([reading(2)])
     seen.incidents([reading(step, float("nan"), finite=False) for step in range(3, 5)])
-    assert not seen.too_many()
+    assert not seen.too_many(last=False)
     seen.incidents([reading(5, float("nan"), finite=False)])
-    assert seen.too_many()
+    assert seen.too_many(last=False)
     assert seen.skipped == 5
+
+
+def test_a_run_may_not_end_in_a_row_of_skipped_steps_however_short() -> None:
+    seen = watch()  # two in a row are allowed
+    seen.incidents([reading(1, finite=False)])
+    assert not seen.too_many(last=True)  # one bad batch at the end
+    seen.incidents([reading(2, finite=False)])
+    assert seen.too_many(last=True)
+    assert not seen.too_many(last=False)
 
 
 def test_a_scaler_at_work_is_no_incident() -> None:
@@ -61,7 +70,7 @@ def test_a_scaler_at_work_is_no_incident() -> None:
     seen = watch(enabled=True, init_scale=1024.0)
     assert seen.incidents(overflowing) == []
     assert seen.skipped == 9
-    assert not seen.too_many()
+    assert not seen.too_many(last=False)
     assert len(seen.incidents([reading(9, float("nan"), finite=False)])) == 1
     assert len(watch(enabled=True, init_scale=1.0).incidents(overflowing)) == 9
 

@@ -191,11 +191,14 @@ def test_what_a_launcher_repeats_is_one_request() -> None:
 
 
 def test_a_second_request_is_not_waited_for() -> None:
+    # jobs that a shell has put into the background ignore SIGINT from the start
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

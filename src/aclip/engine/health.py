@@ -186,9 +186,9 @@ class Watch:
                 found.append(_incident("loss_spike", reading, median=median))
         return found
 
-    def too_many(self) -> bool:
-        """Return whether skipping has not helped."""
-        return self.in_a_row > self._most
+    def too_many(self, *, last: bool) -> bool:
+        """Return whether skipping has not helped; a run's `last` step may not end a row of such steps, however short."""
+        return self.in_a_row > (min(1, self._most) if last else self._most)
 
 
 def _incident(kind: str, reading: Reading, **more: Any) -> dict[str, Any]:

@@ -208,7 +208,7 @@ class _Loop:
             say(incidents, f"{self.folder.path}/incidents.jsonl")
         self.saver.advance()
         self._report_failures()
-        return self._watch.too_many()
+        return self._watch.too_many(last=self.trainer.step == self.trainer.timetable.total_steps)
 
     def _log(self, output: StepOutput, lr: float, momentum: float | None) -> None:
         """Write and show a line of metrics.jsonl."""
