@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from aclip.tensor_files import own_pieces, write_shard
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -37,6 +36,7 @@ from aclip.method import Method
 from aclip.recipes import RECIPES
 from aclip.rng import generator
 from aclip.structs import Batch, ViewBatch
+from aclip.tensor_files import own_pieces, write_shard
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
 

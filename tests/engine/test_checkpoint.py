@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from aclip.tensor_files import mark_of
 from safetensors.torch import load_file
 from safetensors.torch import save_file as safetensors_save
 
 from aclip.engine import checkpoint
 from aclip.engine.checkpoint import Checkpoint, list_checkpoints, load, load_latest, save
 from aclip.errors import CheckpointError
+from aclip.tensor_files import mark_of
 
 
 def made(step: int) -> Checkpoint:

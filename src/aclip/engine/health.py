@@ -187,7 +187,7 @@ class Watch:
         return found
 
     def too_many(self, *, last: bool) -> bool:
-        """Return whether skipping has not helped; a run's `last` step may not end a row of such steps, however short."""
+        """Return whether skipping has not helped; at a run's `last` step two are too many."""
         return self.in_a_row > (min(1, self._most) if last else self._most)
 
 
