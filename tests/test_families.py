@@ -15,6 +15,7 @@ from torch import nn
 from aclip import plan, towers
 from aclip.config import Recipe
 from aclip.engine.optim import parameter_groups
+from aclip.engine.wrap import wrap
 from aclip.errors import UnsupportedModelError
 from aclip.export import open_clip as exported
 from aclip.method import Method
@@ -85,6 +86,16 @@ def test_every_trainable_parameter_gets_a_gradient(recipe: str, family: str) -> 
     undecayed = {name for group in parameter_groups(method, 0.1) if group.weight_decay == 0 for name in group.names}
     assert not [name for name in trainable
                 if name.endswith(("cls_token", "pos_embed", "reg_token", "latent")) and name not in undecayed]
+
+
+@pytest.mark.parametrize("way", [{"parallel": "fsdp"}, {"compile_blocks": True}], ids=["sharded", "compiled"])
+def test_text_that_open_clip_runs_itself_is_wrapped_too(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """SigLIP's text cannot be cut: its blocks are called as open_clip calls them."""
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: None)
+    plain, wrapped = build("clip", "family-siglip"), build("clip", "family-siglip")
+    batch = random_batch(plain.plan, batch_size=4)
+    output = wrap(wrapped, torch.device("cpu"), **way).step(batch)
+    torch.testing.assert_close(output.loss, plain(batch).loss)
 
 
 def test_scores_need_somebody_who_asks() -> None:

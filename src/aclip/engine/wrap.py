@@ -21,6 +21,7 @@ from aclip.engine.run_config import Parallel
 from aclip.method import Method
 from aclip.structs import StepOutput
 from aclip.towers.blocks import blocks_of, call_as_modules, stacks_of
+from aclip.towers.text import stack_of_open_clip
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are averaged in runs of this size where they are averaged after the backward pass."""
@@ -69,9 +70,10 @@ def wrap(
     """
     copy_of_all = parallel == "fsdp" and dist.world_size() > 1 and dist.rank() == 0
     shown = copy.deepcopy(method) if copy_of_all else method
+    foreign = stack_of_open_clip(method.model)
     for transformer in stacks_of(method):
         transformer.grad_checkpointing = recompute
-        if compile_blocks or parallel == "fsdp":
+        if (compile_blocks or parallel == "fsdp") and transformer is not foreign:
             call_as_modules(transformer)
         if compile_blocks:
             # all blocks share one function, of which there is a variant for each tower, mode and kind of last block

@@ -153,6 +153,15 @@ def text_tower_of(model: nn.Module) -> Any:
     return tower
 
 
+def stack_of_open_clip(model: nn.Module) -> nn.Module | None:
+    """Return the blocks that open_clip runs itself, as their own modules: those of text that cannot be cut, if any."""
+    tower = getattr(model, "text", model)
+    if not hasattr(tower, "context_length") or can_cut(model):
+        return None
+    stack: nn.Module | None = getattr(tower, "transformer", None)
+    return stack
+
+
 def logit_scale_of(model: nn.Module) -> nn.Parameter:
     """Return `model.logit_scale`, the logarithm of the multiplier, as in open_clip.
 
