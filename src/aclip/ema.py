@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 class Ema:
     """Averages pairs of modules in place: theta_ema <- m theta_ema + (1 - m) theta.
 
-    Parameters and floating-point buffers are averaged, integer buffers (batch counters) copied. One fused
+    Parameters and floating-point buffers are averaged, integer buffers (batch counters) copied. One
     `foreach` call for all of them, without host synchronisation. Over ranks, tensors sharded by FSDP are averaged where
     they lie; build it after sharding.
 
@@ -40,10 +41,21 @@ class Ema:
                     self._copied.append((source, target))
 
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """Move the averages; call once per optimizer step, after it."""
-        if self._average:
-            torch._foreach_lerp_([*map(_own_part, self._average)], [*map(_own_part, self._online)], 1.0 - momentum)
+    def update(self, momentum: float, skipped: Float[Tensor, ""] | None = None) -> None:
+        """Move the averages; call once per optimizer step, after it.
+
+        Args:
+            momentum: m.
+            skipped: on the device, 1 where the step was not taken, so that the averages stay as they are; else 0.
+        """
+        averages, online = [*map(_own_part, self._average)], [*map(_own_part, self._online)]
+        if skipped is None:
+            weights: Any = 1.0 - momentum
+        else:
+            weight = (1.0 - momentum) * (1.0 - skipped)
+            weights = [weight.to(average.dtype) for average in averages]
+        if averages:
+            torch._foreach_lerp_(averages, online, weights)
         for source, target in self._copied:
             target.copy_(source)
 

@@ -48,8 +48,8 @@ class Reading:
 class Guard:
     """Keeps steps with a loss or gradient that is not finite from changing anything.
 
-    The optimizer leaves weights and moments as they are where its `found_inf` says so (torch's fused optimizers), and
-    running statistics are put back. Averages of weights move on towards the unchanged weights.
+    The optimizer leaves weights and moments as they are where its `found_inf` says so (torch's fused optimizers),
+    averages of weights where `Ema.update` is told so, and running statistics are put back.
 
     Args:
         module: whose batch norms have running statistics.

@@ -116,7 +116,7 @@ class Trainer:
             with torch.no_grad():
                 towers.logit_scale_of(self.method.model).clamp_(0.0, MAX_LOG_SCALE)
         if momentum is not None:
-            self.ema.update(momentum)
+            self.ema.update(momentum, skipped=found)
 
         self.step += 1
         self.samples_seen += batch.size * dist.world_size()
