@@ -78,7 +78,8 @@ def test_one_batch_is_learned(pictures: Path, tmp_path: Path, capsys: pytest.Cap
     assert "the contrastive loss fell from" in said
     assert "ln(batch) = 2.08" in said
     assert not list(tmp_path.iterdir())
-    assert main([*options, "--lr", "1e-9", "--overfit-one-batch", "5"]) == 1
+    phases = ["--unmasked-tuning", "0.1", "--unmasked-lr", "0.1", "--resolution-schedule", "0.5:0.5"]  # a run's alone
+    assert main([*options, *phases, "--lr", "1e-9", "--overfit-one-batch", "5"]) == 1
     assert "does not learn what it could learn by heart" in capsys.readouterr().out
     assert main([*options, "--overfit-one-batch", "0"]) == 2
 

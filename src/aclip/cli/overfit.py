@@ -32,7 +32,8 @@ def overfit(config: RunConfig, steps: int) -> bool:
     config = settled(config, len(source), device)
     assert config.batch_size is not None
     # a schedule so long that the learning rate stays at its peak
-    config = replace(config, samples=config.batch_size * steps * 10, unmasked_tuning=0.0, resolution_schedule=())
+    config = replace(config, samples=config.batch_size * steps * 10, unmasked_tuning=0.0, unmasked_lr=1.0,
+                     resolution_schedule=())
     trainer = build_trainer(config, len(source), device)
     trainer.timetable = replace(trainer.timetable, warmup_steps=math.ceil(steps / 10))
     dataset = open_dataset(trainer, source, data.CaptionTokenizer(towers.tokenizer_of(config.model)))
