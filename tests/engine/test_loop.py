@@ -1,5 +1,6 @@
 """What happens around the steps of a run: trouble with numbers, with the disk, with requests to stop."""
 
+import math
 import os
 import shutil
 import signal
@@ -67,6 +68,17 @@ def test_bad_steps_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.
     assert incidents[0]["loss"] == "nan"
     assert numbers(run)[-1]["skipped_steps"] == 3
     assert "step 9 was skipped" in caplog.text
+
+
+def test_steps_that_the_scaler_skips_are_counted_and_not_logged(tmp_path: Path) -> None:
+    """It starts so high that the first gradients overflow in fp16."""
+    run = tmp_path / "run"
+    trainer = train(run, build(precision="fp16"))
+    logged = numbers(run)
+    assert trainer.skipped_steps > 0
+    assert len(logged) == 12 - trainer.skipped_steps
+    assert all(math.isfinite(record["grad_norm"]) for record in logged)
+    assert not numbers(run, "incidents")
 
 
 def test_after_too_many_the_run_goes_back_and_on_with_other_batches(tmp_path: Path) -> None:

@@ -160,7 +160,8 @@ class Watch:
         skipped: steps that were skipped before.
 
     Attributes:
-        skipped: steps so far. in_a_row: up to the latest.
+        skipped: steps so far. in_a_row: up to the latest; those that the scaler will mend do not count.
+        taken: whether the latest step was.
     """
 
     def __init__(self, most_skipped: int, scaler: torch.amp.GradScaler, skipped: int = 0) -> None:
@@ -168,11 +169,13 @@ class Watch:
         self._spikes = Spikes()
         self.skipped = skipped
         self.in_a_row = 0
+        self.taken = True
 
     def incidents(self, readings: Iterable[Reading]) -> list[dict[str, Any]]:
         """Take readings; return what is worth a line of the journal, with the keys of all ranks' samples."""
         found = []
         for reading in readings:
+            self.taken = reading.finite
             if not reading.finite:
                 self.skipped += 1
                 if math.isfinite(reading.loss) and self._scaler.is_enabled() and self._scaler.get_scale() > 1.0:

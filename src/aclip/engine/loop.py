@@ -164,7 +164,7 @@ class _Loop:
             if self._look(all_of_them=logs or stops or self._save_is_due):
                 self._roll_back(output)
                 return
-            if logs and self._watch.in_a_row == 0:
+            if logs and self._watch.taken:
                 self._log(output, lr, momentum)
             trainer.owes_evaluation = evaluates
             # steps may be skipped for weights that nothing should go back to
