@@ -148,11 +148,11 @@ class StoredTensors(Mapping[str, Tensor]):
         self._dtypes: dict[str, torch.dtype] = {}
         for path in paths:
             file: Any = safe_open(path, framework="pt")
-            starts = json.loads((file.metadata() or {}).get(_SHARDING, "{}"))
+            starts = _starts((file.metadata() or {}).get(_SHARDING, "{}"))
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 block = file.get_slice(name)
                 shape = tuple(block.get_shape())
-                start = tuple(map(int, starts[name][_OFFSETS])) if name in starts else (0,) * len(shape)
+                start = starts.get(name, (0,) * len(shape))
                 if len(start) != len(shape) or any(begin < 0 for begin in start):
                     raise ValueError(f"the place of {name} makes no sense")
                 self._pieces.setdefault(name, []).append((file, start, shape))
@@ -232,6 +232,18 @@ class StoredTensors(Mapping[str, Tensor]):
                 whole.copy_(self[name])
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"'{name}' cannot be read: {error}") from error
+
+
+def _starts(text: str) -> dict[str, tuple[int, ...]]:
+    """Return where in its tensor each piece of a file begins.
+
+    Raises:
+        ValueError: whatever else stands there.
+    """
+    try:
+        return {name: tuple(map(int, place[_OFFSETS])) for name, place in json.loads(text).items()}
+    except (TypeError, AttributeError, KeyError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"the places of its tensors make no sense: {error}") from error
 
 
 def _bytes(tensor: Tensor) -> memoryview:

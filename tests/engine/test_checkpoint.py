@@ -19,7 +19,7 @@ from safetensors.torch import save_file as safetensors_save
 from aclip.engine import checkpoint
 from aclip.engine.checkpoint import Checkpoint, list_checkpoints, load, load_latest, save
 from aclip.errors import CheckpointError
-from aclip.tensor_files import mark_of
+from aclip.tensor_files import StoredTensors, mark_of
 
 
 def made(step: int) -> Checkpoint:
@@ -266,3 +266,11 @@ def commit_again(path: Path, name: str) -> None:
     mark = mark_of(path / name)
     shutil.move(path, path.with_name("attack"))
     checkpoint.commit(path.parent, path.with_name("attack"), 3, {}, [replace(mark, name=name)], keep=1)
+
+
+@pytest.mark.parametrize("places", ["5", "[1]", '{"a": 5}', '{"a": {}}', '{"a": {"saved_offsets": [Infinity]}}',
+                                    "[" * 99999], ids=range(6))
+def test_places_that_make_no_sense_are_damage(tmp_path: Path, places: str) -> None:
+    safetensors_save({"a": torch.zeros(1)}, tmp_path / "state.safetensors", metadata={"DCP_SHARDING_INFO": places})
+    with pytest.raises(ValueError, match="make no sense"):
+        StoredTensors.of_folder(tmp_path)
