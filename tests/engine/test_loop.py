@@ -6,22 +6,24 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from made_training import build, numbers, poisoned, train
+from made_training import batches, build, numbers, poisoned, train
 
 from aclip.engine import checkpoint, saving
 from aclip.engine.checkpoint import list_checkpoints
 from aclip.engine.health import MOST_ROLLBACKS
-from aclip.engine.loop import resume
+from aclip.engine.loop import fit, resume
 from aclip.engine.run_folder import RunFolder
 from aclip.engine.stop import Interrupted, StopRequest
 from aclip.engine.trainer import Trainer
 from aclip.errors import CheckpointError, TrainingError
+from aclip.structs import Batch
 from over_ranks import a_batch
 
 
@@ -98,6 +100,20 @@ def test_after_too_many_the_run_goes_back_and_on_with_other_batches(tmp_path: Pa
     assert steps_saved(again) == [8]
     train(again, build(most_skipped=2))
     assert numbers(again)[7:] == numbers(run)[7:]
+
+
+def test_a_bad_sample_of_steps_taken_back_is_journalled_when_it_is_met_again(tmp_path: Path) -> None:
+    trainer = build(most_skipped=2)
+    opened = batches(trainer, is_bad=lambda number, rank: 6 <= number <= 8)
+
+    def open_batches() -> Iterator[Batch]:
+        for batch in opened():
+            number = batch.keys[0].partition("/")[0]
+            yield replace(batch, skipped=(("torn.jpg", "cut off"),)) if number in ("5", "10") else batch
+
+    tmp_path.joinpath("run").mkdir()
+    fit(trainer, open_batches, RunFolder(tmp_path / "run"), (), lambda step: None)
+    assert [(r["step"], r["key"]) for r in numbers(tmp_path / "run", "skipped")] == [(6, "torn.jpg")]
 
 
 def test_trouble_that_stays_stops_the_run_with_a_state(tmp_path: Path) -> None:

@@ -252,6 +252,8 @@ class _Loop:
         trainer.owes_evaluation = False
         if dist.rank() == 0:
             self.folder.rewind(trainer.step)
+        dist.wait_for_all()
+        self._bad_samples = BadSamples(self.folder)  # those of the steps taken back are to be journalled anew
         trainer.guard.readings(all_of_them=True)
         self._watch.in_a_row, self._save_is_due, self._clock = 0, False, Clock()
 
