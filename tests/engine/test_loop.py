@@ -60,6 +60,17 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count() -> None:
     assert not torch.equal(state(trainer)["method/model.logit_scale"], after["method/model.logit_scale"])
 
 
+def test_a_frozen_scale_stays_where_it_came_from() -> None:
+    """SigLIP's released weights hold one above the largest that training allows."""
+    trainer = build("clip")
+    scale = trainer.method.model.logit_scale
+    with torch.no_grad():
+        scale.fill_(5.0)
+    scale.requires_grad_(False)
+    trainer.train_step(a_batch(trainer.method, 8))
+    assert scale == 5.0
+
+
 def test_bad_steps_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run"
     train(run, is_bad=lambda number, rank: number in (3, 4, 9))

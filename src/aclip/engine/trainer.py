@@ -112,7 +112,7 @@ class Trainer:
             own.copy_(found)  # the scaler has looked at this rank's part alone
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.method.plan.uses_text:
+        if self.method.plan.uses_text and towers.logit_scale_of(self.method.model).requires_grad:
             with torch.no_grad():
                 towers.logit_scale_of(self.method.model).clamp_(0.0, MAX_LOG_SCALE)
         if momentum is not None:
