@@ -20,6 +20,7 @@ from PIL import Image
 
 import aclip
 from aclip.cli import main
+from aclip.engine import launch
 from bad_samples import USED, check_skipped, make_mixed_folder
 
 SMALL = ("--model", "vit-tiny", "--precision", "fp32", "--log-every", "1",
@@ -190,8 +191,10 @@ def test_wrong_usage_is_one_sentence(
 
 
 def test_a_second_run_does_not_overwrite_the_first(
-    finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Every rank says so before they meet, where the others would wait for one that has failed alone."""
+    monkeypatch.setattr(launch, "joined", lambda device: pytest.fail("the ranks have met"))
     assert main(options(pictures, finished)) == 2
     assert "holds a run already" in capsys.readouterr().err
 

@@ -214,7 +214,9 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
         args.resume = ""  # torchrun has started this run anew after one of its processes ended
     if args.resume is None:
         config = _new_config(args)
-        return config, Path(config.output), False
+        folder = Path(config.output)
+        RunFolder(folder).check_free()  # before the ranks meet: of an error of rank 0 alone the others do not hear
+        return config, folder, False
     folder = Path(args.resume or _output(args))
     if not (folder / "config.json").exists():
         if args.resume:

@@ -47,14 +47,22 @@ class RunFolder:
         """Folder of what the model looked at over training."""
         return self.path / "snapshots"
 
+    def check_free(self) -> None:
+        """Refuse a folder that is taken.
+
+        Raises:
+            ConfigError: it holds a run already.
+        """
+        if (self.path / "config.json").exists():
+            raise ConfigError(f"{self.path} holds a run already: continue it with --resume, or choose another --output")
+
     def create(self) -> None:
         """Make the folder.
 
         Raises:
             ConfigError: it holds a run already, or cannot be written.
         """
-        if (self.path / "config.json").exists():
-            raise ConfigError(f"{self.path} holds a run already: continue it with --resume, or choose another --output")
+        self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
