@@ -67,8 +67,8 @@ def build(recipe: str, model_name: str, image_size: int | None = None) -> Method
 
 @pytest.mark.parametrize(("recipe", "family"), [
     ("a-clip", "family-token"), ("a-clip", "family-siglip"), ("a-clip-eff", "family-siglip"),
-    ("flip", "family-mean"), ("simmim", "family-token"), ("mae", "family-siglip"), ("maskclip", "family-token"),
-    ("siglip", "family-siglip"),
+    ("flip", "family-mean"), ("simmim", "family-token"), ("simmim", "family-siglip"),
+    ("mae", "family-siglip"), ("maskclip", "family-token"), ("siglip", "family-siglip"),
 ])
 def test_every_trainable_parameter_gets_a_gradient(recipe: str, family: str) -> None:
     method = build(recipe, family)

@@ -72,6 +72,9 @@ class Method(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(shape.width) * 0.02) if fills else None
         self.text_mask_token = nn.Parameter(torch.randn(shape.text_width) * 0.02) if hides else None
         self.objectives = nn.ModuleDict({o.name: build_objective(o, plan) for o in plan.recipe.objectives})
+        pool = towers.attention_pool_of(towers.visual_of(model))
+        if pool is not None and not any(o.needs_pooled for o in self.objectives.values()):
+            pool.requires_grad_(False)  # without a gradient it has no place in DDP, nor in a checkpoint's optimizer
         counts = any(text.reduction is not None and text.reduction.needs_frequencies for text in plan.texts)
         self.register_buffer("frequencies", torch.zeros(shape.vocab_size) if counts else None)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)

@@ -43,6 +43,7 @@ class BagOfWords(Objective):
 
     takes = (Pass, TextPass)
     needs_patches = True
+    needs_pooled = False
 
     captions_seen: Tensor
     captions_with: Tensor

@@ -68,6 +68,7 @@ class Reconstruction(Objective):
             raise ConfigError(f"objective 'reconstruction' without a decoder reads mask tokens, but pass "
                               f"'{reads[0].name}' does not fill: set fill to true, or decoder_layers to 8 (MAE)")
         self.normalize, self.loss = normalize, loss
+        self.needs_pooled = decoder_layers > 0
         width = decoder_width or fitting_width(shape.width)
         self.decoder = PatchDecoder(shape.width, width, decoder_layers) if decoder_layers else None
         self.head = nn.Linear(width if decoder_layers else shape.width, 3 * shape.patch_size[0] * shape.patch_size[1])

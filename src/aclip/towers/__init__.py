@@ -9,12 +9,13 @@ from aclip.towers.models import ImageTower, create_model, preprocess_config, vis
 from aclip.towers.shapes import shape_of
 from aclip.towers.sources import Tokenizer, list_models, model_config, tokenizer_of
 from aclip.towers.text import can_cut, cut_after_eot, encode_hidden_text, encode_text, logit_scale_of
-from aclip.towers.vision import encode_image, patch_embedding_of
+from aclip.towers.vision import attention_pool_of, encode_image, patch_embedding_of
 
 __all__ = [
     "ImageTower",
     "LoadedModel",
     "Tokenizer",
+    "attention_pool_of",
     "can_cut",
     "create_model",
     "cut_after_eot",

@@ -45,6 +45,11 @@ class TimmVit(Vit):
         conv: nn.Conv2d = self.trunk.patch_embed.proj
         return conv
 
+    @property
+    def attention_pool(self) -> nn.Module | None:
+        pool: nn.Module | None = self.trunk.attn_pool
+        return pool
+
     def patch_positions(self) -> Float[Tensor, "N C"]:
         positions: Tensor = self.trunk.pos_embed[0]
         return positions if self.trunk.no_embed_class else positions[self.num_prefix_tokens:]

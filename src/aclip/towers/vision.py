@@ -183,6 +183,15 @@ def vit_of(visual: nn.Module) -> Vit:
     raise UnsupportedModelError(f"{what}, which cannot be scored and masked: {SUPPORTED}")
 
 
+def attention_pool_of(visual: nn.Module) -> nn.Module | None:
+    """Return what pools the patches of a tower by attention (SigLIP's), or None.
+
+    Raises:
+        UnsupportedModelError: as `vit_of`.
+    """
+    return vit_of(visual).attention_pool
+
+
 def patch_embedding_of(visual: nn.Module) -> nn.Conv2d:
     """Return the convolution that embeds patches, of any supported tower; `Recipe.freeze` names it `patch_embedding`.
 

@@ -36,6 +36,11 @@ class Vit(ABC):
         """The convolution that embeds patches; its stride is its kernel size."""
 
     @property
+    def attention_pool(self) -> nn.Module | None:
+        """The module that pools the patches by attention, if one does."""
+        return None
+
+    @property
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
         height, width = self.patch_embedding.kernel_size
