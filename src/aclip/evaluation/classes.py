@@ -54,6 +54,8 @@ class ClassList:
         if self.labels is not None:
             called |= {_key(label): i for i, label in enumerate(self.labels)}
         kinds = sorted(set(labels))
+        if all(label.isdecimal() for label in kinds):
+            kinds.sort(key=int)  # folders 1, 2, ..., 10 are in the order of their numbers, not 1, 10, 2
         known = [label for label in kinds if _key(label) in called]
         if known and (len(known) == len(kinds) or not self.in_order):
             return [called.get(_key(label)) for label in labels]
