@@ -185,11 +185,17 @@ def test_protocols_stand_beside_each_other(run: Path, held_out: Path) -> None:
     assert [r["counts"]["captions"] for r in records(run)] == [4, 24]
 
 
-def test_a_model_that_is_no_run_can_have_a_folder_for_its_numbers(run: Path, held_out: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_no_run_can_have_a_folder_for_its_numbers(
+    run: Path, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "measured"
     assert evaluate(run / "final", held_out, "--output", str(folder)) == 0
     assert [r["evaluator"] for r in records(folder)] == ["retrieval"]
     assert "Retrieval" in (folder / "report.html").read_text()
+    before = (folder / "evaluations.jsonl").read_text()
+    assert evaluate(run / "checkpoints" / "step-00000002", held_out, "--output", str(folder)) == 2
+    assert f"--output {folder} has a config.json of something else" in capsys.readouterr().err
+    assert (folder / "evaluations.jsonl").read_text() == before
     assert evaluate(run, held_out, "--output", str(folder)) == 2
 
 
