@@ -48,13 +48,13 @@ def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "evaluate", help="measure a model on held-out pictures", epilog=EXAMPLES,
-        description="Measure a model on held-out pictures with captions (retrieval), with class names (zero-shot "
-                    "classification), or with labels and labelled pictures to learn from (linear probe, nearest "
+        description="Measure a model on held-out pictures with captions (retrieval), with class names (zero-shot\n"
+                    "classification), or with labels and labelled pictures to learn from (linear probe, nearest\n"
                     "neighbours).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder, a folder with open_clip_config.json, or an "
-                        "open_clip name with pretrained weights (NAME:TAG)")
+    parser.add_argument("model", metavar="MODEL", help="a run's folder, or any model that `aclip train --model` "
+                        "starts from: a model's folder, NAME:TAG, NAME:FILE")
     parser.add_argument("--data", nargs="+", required=True, metavar="[NAME=]SOURCE",
                         help="held-out sources, of every kind that `aclip train --data` takes")
     parser.add_argument("--train", metavar="[NAME=]SOURCE",

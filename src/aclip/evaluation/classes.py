@@ -78,7 +78,8 @@ class ClassList:
                               f"{self.title} classes can be matched by their names, or by order where there are as "
                               "many: else give a file with lines of the set's label, a tab, and the class name")
         raise ConfigError(f"no picture of the set is of one of the {len(self.names)} {self.title} classes; "
-                          f"the set has, for example: {some}")
+                          f"the set has, for example: {some}; a file with lines of the set's label, a tab, and the "
+                          "class name joins them")
 
 
 def classes_of(labels: Sequence[str]) -> ClassList:
