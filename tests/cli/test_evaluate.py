@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from aclip import export, towers
-from aclip.cli import main
+from aclip.cli import compose_evaluation, main
+from aclip.evaluation import MaskedEncoder, together
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
 
@@ -176,6 +178,14 @@ def test_masked_pictures_are_measured_apart(run: Path, held_out: Path) -> None:
     assert masked[0]["metrics"] == whole["metrics"]  # everything kept is the ordinary evaluation
     assert [r["num_keep"] for r in masked] == [r["num_patches"] // (1 + (r["keep"] < 1)) for r in masked]
     assert "With fewer patches" in (run / "report.html").read_text()
+
+
+def test_of_masked_pictures_all_processes_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process may have had no picture of a small set, and then knows neither its patches nor a speed."""
+    monkeypatch.setattr(together, "collect", lambda own: [own, (32, 64, 100, 0.5), (32, 64, 50, 0.5)])
+    idle = MaskedEncoder(Mock(towers.LoadedModel), 0.5, "uniform")
+    told = compose_evaluation._masking(idle)
+    assert (told["num_keep"], told["num_patches"], told["pictures_per_second"]) == (32, 64, 300.0)
 
 
 def test_protocols_stand_beside_each_other(run: Path, held_out: Path) -> None:
