@@ -183,6 +183,20 @@ def test_an_evaluation_is_given_up_for_a_request_to_stop_and_made_up_for(
     assert numbers(run) == numbers(whole[0])
 
 
+def test_the_last_evaluation_of_a_finished_run_outlives_a_resume(tmp_path: Path) -> None:
+    run, evaluated = tmp_path / "run", []
+
+    def evaluate(step: int) -> None:
+        evaluated.append(step)
+        RunFolder(run).append("evaluations", {"step": step})
+
+    train(run, evaluate=evaluate)
+    RunFolder(run).final.mkdir()  # what comes after the training
+    train(run, evaluate=evaluate)
+    assert evaluated == [12]
+    assert [record["step"] for record in numbers(run, "evaluations")] == [12]
+
+
 def test_what_a_launcher_repeats_is_one_request() -> None:
     with StopRequest(below_launcher=True) as stop:
         for _ in range(3):

@@ -107,7 +107,7 @@ def train_run(
     batches = partial(open_batches, trainer, dataset, timetable.total_steps, workers=config.workers)
     if trainer.step == 0:
         examiner.look(0)
-    if trainer.step < timetable.total_steps or (trainer.owes_evaluation and not folder.final.exists()):
+    if trainer.step < timetable.total_steps or trainer.owes_evaluation:
         with ExitStack() as open_sinks:
             open_sinks.callback(note_peak_memory, folder, device)
             sinks: list[Sink] = [

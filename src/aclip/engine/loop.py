@@ -122,6 +122,8 @@ def resume(trainer: Trainer, folder: RunFolder) -> None:
                                             "reason": reason})
                 _log.warning("the checkpoint %s is damaged (%s): going on from the one before, of step %d", path.name,
                              reason, saved.step)
+    if dist.collect(folder.final.exists())[0]:
+        trainer.owes_evaluation = False  # a finished run's last checkpoint is from before its last evaluation
     if dist.rank() == 0:
         folder.rewind(trainer.step, evaluated=not trainer.owes_evaluation)
     dist.wait_for_all()
