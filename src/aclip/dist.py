@@ -1,5 +1,6 @@
 """Distribution as a leaf: every function is the identity on one process."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,12 +121,18 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         rows = x.new_empty((world_size() * len(x), *x.shape[1:]))
-        torch_dist.all_gather_into_tensor(rows, x.contiguous())
+        _named("all_gather_single", "all_gather_into_tensor")(rows, x.contiguous())
         return rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].contiguous()
         own = grad.new_empty((len(grad) // world_size(), *grad.shape[1:]))
-        torch_dist.reduce_scatter_tensor(own, grad)
+        _named("reduce_scatter_single", "reduce_scatter_tensor")(own, grad)
         return own
+
+
+def _named(name: str, before: str) -> Callable[[Tensor, Tensor], Any]:
+    """Return a collective by its name from torch 2.14 on, where the one that it had before warns in every process."""
+    found: Callable[[Tensor, Tensor], Any] = getattr(torch_dist, name, None) or getattr(torch_dist, before)
+    return found

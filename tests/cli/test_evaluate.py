@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from aclip import export, towers
-from aclip.cli import main
+from aclip.cli import compose_evaluation, main
+from aclip.evaluation import MaskedEncoder, together
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
 
@@ -178,6 +180,14 @@ def test_masked_pictures_are_measured_apart(run: Path, held_out: Path) -> None:
     assert "With fewer patches" in (run / "report.html").read_text()
 
 
+def test_of_masked_pictures_all_processes_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process may have had no picture of a small set, and then knows neither its patches nor a speed."""
+    monkeypatch.setattr(together, "collect", lambda own: [own, (32, 64, 100, 0.5), (32, 64, 50, 0.5)])
+    idle = MaskedEncoder(Mock(towers.LoadedModel), 0.5, "uniform")
+    told = compose_evaluation._masking(idle)
+    assert (told["num_keep"], told["num_patches"], told["pictures_per_second"]) == (32, 64, 300.0)
+
+
 def test_protocols_stand_beside_each_other(run: Path, held_out: Path) -> None:
     assert evaluate(run, held_out) == 0
     assert evaluate(run, held_out, "--protocol", "karpathy") == 0
@@ -185,11 +195,17 @@ def test_protocols_stand_beside_each_other(run: Path, held_out: Path) -> None:
     assert [r["counts"]["captions"] for r in records(run)] == [4, 24]
 
 
-def test_a_model_that_is_no_run_can_have_a_folder_for_its_numbers(run: Path, held_out: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_no_run_can_have_a_folder_for_its_numbers(
+    run: Path, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "measured"
     assert evaluate(run / "final", held_out, "--output", str(folder)) == 0
     assert [r["evaluator"] for r in records(folder)] == ["retrieval"]
     assert "Retrieval" in (folder / "report.html").read_text()
+    before = (folder / "evaluations.jsonl").read_text()
+    assert evaluate(run / "checkpoints" / "step-00000002", held_out, "--output", str(folder)) == 2
+    assert f"--output {folder} has a config.json of something else" in capsys.readouterr().err
+    assert (folder / "evaluations.jsonl").read_text() == before
     assert evaluate(run, held_out, "--output", str(folder)) == 2
 
 

@@ -66,6 +66,12 @@ def test_published_lists_and_templates_come_from_the_package(clip_benchmark, cap
         find_classes("gtsrb")
 
 
+def test_folders_that_are_numbers_from_one_are_taken_in_the_order_of_the_numbers():
+    names = tuple("abcdefghijkl")
+    labels = [str(number) for number in range(1, 13)]  # sorted as words: 1, 10, 11, 12, 2, ...
+    assert ClassList(names, in_order=True).numbers(labels) == list(range(12))
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(class_names, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="'eurosat' are held by the package clip-benchmark: pip install"):

@@ -1,5 +1,6 @@
 """Two processes that evaluate together find what one finds; an error of one is an error of both."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def measure(count: int, bad: frozenset[int] = frozenset()) -> dict[str, object]:
 
 def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # torch's, of names that it gives up: every process would print them
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     results: dict[str, object] = {}
     alone = measure(21)

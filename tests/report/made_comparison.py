@@ -42,7 +42,8 @@ def make_comparison(folder: Path, evil: str = "") -> Path:
     runs.append({"name": "mae-lr0.0005-s1", "recipe": "mae", "lr": 5e-4, "seed": 1, "counts": True, "finished": False,
                  "error": f"it broke {evil}"})
     comparison = {
-        "command": f"aclip compare {evil}", "baseline": "clip", "model": "vit-tiny", "data": f"pairs.csv {evil}",
+        "command": f"aclip compare {evil}", "baseline": "clip", "model": "vit-tiny",
+        "data": [f"pairs.csv {evil}", "b.tar=1"],
         "settings": {"epochs": 2.0, "samples": None, "minutes": None, "seeds": [0, 1], "lr": [5e-4, 1e-3]},
         "num_pairs": 32, "sets": ["val"], "batch_size": 8, "precision": "fp32", "device": "cpu", "threads": 1,
         "text_tokens": 12.5,

@@ -40,7 +40,7 @@ def test_reliability_is_drawn(run_folder: Path) -> None:
     bins = [{"from": 0.4, "to": 0.6, "pictures": 4, "confidence": 0.5, "accuracy": 0.25}]
     write(run_folder, "val-calibration", evaluator="calibration", reliability=bins, logit_scale=100.0)
     page = write_report(run_folder).read_text()
-    assert "as sure as right" in page
+    assert "as sure as right</li>" in page  # without the value at which the line ends
     assert "logit_scale 100" in page
 
 

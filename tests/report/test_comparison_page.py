@@ -132,6 +132,11 @@ def test_everything_is_on_the_page(folder: Path) -> None:
     assert not re.search(r"\$\{?[a-z]", page.split("<script>")[0].split("</style>")[1])
 
 
+def test_sources_are_listed_as_they_were_given(folder: Path) -> None:
+    page, _ = page_of(folder)
+    assert re.search(r"vit-tiny on pairs\.csv .*, b\.tar=1<", page)
+
+
 def test_differences_are_bold_where_they_exceed_twice_the_spread(folder: Path) -> None:
     page = page_of(folder)[0].split('id="differences"')[1].split("</section>")[0]
     # R@1: 52 - 25 = 27 points, s = sqrt((50 + 8) / 2) = 5.4 points; kNN: 13.5 against 2 x 2.7

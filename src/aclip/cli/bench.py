@@ -19,7 +19,7 @@ def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "bench", help="measure the speed of this machine", epilog=EXAMPLES,
-        description="Measure the speed of this machine. What is compared is timed in turns (A B C, A B C, ...), so "
+        description="Measure the speed of this machine. What is compared is timed in turns (A B C, A B C, ...), so\n"
                     "that whatever else the machine does meets all of it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

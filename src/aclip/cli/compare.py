@@ -23,8 +23,8 @@ def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "compare", help="train several recipes on equal terms", epilog=EXAMPLES,
-        description="Train several recipes on the same data with the same budget and the same seeds, measure their "
-                    "steps in turns on this machine, and write one table and one page: mean and spread of every "
+        description="Train several recipes on the same data with the same budget and the same seeds, measure their\n"
+                    "steps in turns on this machine, and write one table and one page: mean and spread of every\n"
                     "metric, time, arithmetic and memory.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

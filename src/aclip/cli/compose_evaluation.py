@@ -66,7 +66,7 @@ class Journal:
     weights: str = "online"
     training_set: str | None = None
 
-    def note(self, held: HeldOut, evaluator: Evaluator, result: Evaluation, masked: MaskedEncoder | None) -> None:
+    def note(self, held: HeldOut, evaluator: Evaluator, result: Evaluation, masking: dict[str, Any] | None) -> None:
         """Add a result; one on masked pictures goes to `robustness.jsonl`, apart from all others."""
         if self.folder is None or together.rank() != 0:
             return
@@ -74,8 +74,8 @@ class Journal:
         record = result.to_record(
             set_name=name, weights=self.weights, step=self.step, samples_seen=self.samples_seen,
             training_set=self.training_set if isinstance(evaluator, Probe) else None)
-        if masked is not None:
-            self.folder.append("robustness", record | _masking(masked))
+        if masking is not None:
+            self.folder.append("robustness", record | masking)
             return
         self.folder.append("evaluations", record)
         write_examples(self.folder.path, name, result.examples)
@@ -106,9 +106,9 @@ def evaluate_sets(
                 if evaluator.space not in encoded:
                     encoded[evaluator.space] = encode(model, held, evaluator.space, target[evaluator.space])
                 result = evaluator.measure(model, encoded[evaluator.space], device)
-                part = model if isinstance(model, MaskedEncoder) else None
-                console.print(_sentence(held, evaluator, result, part), markup=False, soft_wrap=True)
-                journal.note(held, evaluator, result, part)
+                masking = _masking(model) if isinstance(model, MaskedEncoder) else None
+                console.print(_sentence(held, evaluator, result, masking), markup=False, soft_wrap=True)
+                journal.note(held, evaluator, result, masking)
 
 
 def encode_set(
@@ -144,17 +144,20 @@ def name_skipped(bad: Sequence[tuple[str, str]], most: int = 5) -> str:
     return f"skipped {len(bad)} bad samples: {shown}" + (f" and {len(bad) - most} more" if len(bad) > most else "")
 
 
-def _sentence(held: HeldOut, evaluator: Evaluator, result: Evaluation, masked: MaskedEncoder | None) -> str:
+def _sentence(held: HeldOut, evaluator: Evaluator, result: Evaluation, masking: dict[str, Any] | None) -> str:
     numbers = "  ".join(f"{key} {value:g}" if "rank" in key or key == "nll" else f"{key} {value:.1%}"
                         for key, value in result.metrics.items())
     counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in result.counts.items() if value)
     settings = "".join(f"; {key} {value:g}" for key, value in result.settings.items())
-    part = f", {masked.num_keep} of {masked.num_patches} patches, {masked.kept_by}" if masked is not None else ""
+    part = ", {num_keep} of {num_patches} patches, {kept_by}".format_map(masking) if masking is not None else ""
     name = f"{evaluator.name} {evaluator.variant}".strip()
     return f"{held.name} {name}{part} ({counts}{settings}): {numbers}"
 
 
 def _masking(masked: MaskedEncoder) -> dict[str, Any]:
-    return {"keep": masked.keep, "kept_by": masked.kept_by, "num_keep": masked.num_keep,
-            "num_patches": masked.num_patches, "block_size": masked.block_size,
-            "pictures_per_second": masked.pictures / masked.seconds if masked.seconds else None}
+    """Return what was masked, and the rate of all processes together; one that had no picture knows neither."""
+    parts = together.collect((masked.num_keep, masked.num_patches, masked.pictures, masked.seconds))
+    num_keep, num_patches = (max(part[i] for part in parts) for i in range(2))
+    rate = sum(pictures / seconds for *_, pictures, seconds in parts if seconds)
+    return {"keep": masked.keep, "kept_by": masked.kept_by, "num_keep": num_keep, "num_patches": num_patches,
+            "block_size": masked.block_size, "pictures_per_second": rate or None}

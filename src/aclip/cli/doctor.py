@@ -51,7 +51,7 @@ def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "doctor", help="examine this machine and installation", epilog=EXAMPLES,
-        description="Print versions, devices, optional packages, places on disk, what there is for several processes, "
+        description="Print versions, devices, optional packages, places on disk, what there is for several processes,\n"
                     "and try one training step.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

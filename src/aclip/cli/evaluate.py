@@ -48,13 +48,13 @@ def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "evaluate", help="measure a model on held-out pictures", epilog=EXAMPLES,
-        description="Measure a model on held-out pictures with captions (retrieval), with class names (zero-shot "
-                    "classification), or with labels and labelled pictures to learn from (linear probe, nearest "
+        description="Measure a model on held-out pictures with captions (retrieval), with class names (zero-shot\n"
+                    "classification), or with labels and labelled pictures to learn from (linear probe, nearest\n"
                     "neighbours).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder, a folder with open_clip_config.json, or an "
-                        "open_clip name with pretrained weights (NAME:TAG)")
+    parser.add_argument("model", metavar="MODEL", help="a run's folder, or any model that `aclip train --model` "
+                        "starts from: a model's folder, NAME:TAG, NAME:FILE")
     parser.add_argument("--data", nargs="+", required=True, metavar="[NAME=]SOURCE",
                         help="held-out sources, of every kind that `aclip train --data` takes")
     parser.add_argument("--train", metavar="[NAME=]SOURCE",
@@ -191,10 +191,11 @@ def journal_folder(args: argparse.Namespace) -> tuple[RunFolder | None, bool]:
     """Return where the numbers go, if anywhere, and whether that is the run that is measured.
 
     Raises:
-        ConfigError: --output for a run, which has a folder, or one that is a run.
+        ConfigError: --output for a run, which has a folder; one that is a run, or of another model.
     """
     from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError
+    from aclip.evaluation import together
     from aclip.towers.hugging_face import read_config
     from aclip.towers.sources import CONFIG_NAME
 
@@ -209,8 +210,14 @@ def journal_folder(args: argparse.Namespace) -> tuple[RunFolder | None, bool]:
     folder = RunFolder(args.output)
     if (folder.path / "checkpoints").exists():
         raise ConfigError(f"--output {folder.path} is the folder of a run: choose another")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_json("config.json", {"recipe": {"name": args.model}, "command": " ".join(["aclip", *sys.argv[1:]])})
+    config = {"recipe": {"name": args.model}, "command": " ".join(["aclip", *sys.argv[1:]])}
+    if (folder.path / "config.json").exists():
+        there = folder.read_json("config.json")  # of an earlier evaluation, or of a model that lies there
+        if not isinstance(there, dict) or there.get("recipe") != config["recipe"]:
+            raise ConfigError(f"--output {folder.path} has a config.json of something else than numbers of "
+                              f"{args.model}: choose another folder")
+    if together.rank() == 0:
+        folder.write_json("config.json", config)
     return folder, False
 
 

@@ -35,7 +35,7 @@ def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "export", help="write a model for other tools", epilog=EXAMPLES,
-        description="Write a model for open_clip, transformers, ONNX Runtime or torch alone, and check that it gives "
+        description="Write a model for open_clip, transformers, ONNX Runtime or torch alone, and check that it gives\n"
                     "the same features there.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

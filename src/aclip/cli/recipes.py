@@ -27,7 +27,7 @@ def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "recipes", help="list the methods, show one's dataflow and cost", epilog=EXAMPLES,
-        description="List the training methods, or show the resolved dataflow of one: views -> passes -> "
+        description="List the training methods, or show the resolved dataflow of one: views -> passes ->\n"
                     "patches kept -> objectives -> weights -> cost relative to CLIP.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,7 +43,7 @@ def register(verbs: Any) -> None:
     show.set_defaults(run=run_show)
     cost = actions.add_parser(
         "cost", help="tokens and arithmetic of several recipes", epilog=EXAMPLES,
-        description="Show what a training step of each recipe costs: multiply-accumulates a pair, and how many times "
+        description="Show what a training step of each recipe costs: multiply-accumulates a pair, and how many times\n"
                     "those of CLIP, by arithmetic. `aclip compare` measures it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

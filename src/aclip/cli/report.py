@@ -14,7 +14,7 @@ def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "report", help="write the page of a run", epilog=EXAMPLES,
-        description="Write report.html in a run's folder: curves, what the model looks at, retrievals, the "
+        description="Write report.html in a run's folder: curves, what the model looks at, retrievals, the\n"
                     "recipe. `aclip train` does this at its end; the page can be written at any time.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

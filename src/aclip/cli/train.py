@@ -54,7 +54,7 @@ def register(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "train", help="train a model on image-text pairs", epilog=EXAMPLES,
-        description="Train any recipe on any open_clip ViT with your own image-text pairs. Everything about the "
+        description="Train any recipe on any open_clip ViT with your own image-text pairs. Everything about the\n"
                     "run goes to its folder; its last lines say where the results are.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,9 +66,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add all options of the verb."""
     what = parser.add_argument_group("what to train")
     what.add_argument("--recipe", help=f"the method, see `aclip recipes` (default: {DEFAULT_RECIPE})")
-    what.add_argument("--model", help="open_clip name, NAME:PRETRAINED, NAME:WEIGHT_FILE, a preset (vit-tiny, "
-                      "vit-small), a run, a folder of open_clip's or Hugging Face's CLIP, or the A-CLIP release's "
-                      f"checkpoint (default: {DEFAULT_MODEL})")
+    what.add_argument("--model", help="open_clip name, NAME:PRETRAINED, NAME:WEIGHT_FILE, a preset (vit-micro, "
+                      "vit-tiny, vit-small), a run, a folder of open_clip's or Hugging Face's CLIP, or the A-CLIP "
+                      f"release's checkpoint (default: {DEFAULT_MODEL})")
     what.add_argument("--image-size", type=image_size, metavar="PIXELS", help="side of the input, or HEIGHTxWIDTH; "
                       "positions are interpolated (default: the model's own)")
     what.add_argument("--data", nargs="+", type=str, action=Tuple, metavar="SOURCE[=WEIGHT]",

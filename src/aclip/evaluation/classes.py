@@ -54,6 +54,8 @@ class ClassList:
         if self.labels is not None:
             called |= {_key(label): i for i, label in enumerate(self.labels)}
         kinds = sorted(set(labels))
+        if all(label.isdecimal() for label in kinds):
+            kinds.sort(key=int)  # folders 1, 2, ..., 10 are in the order of their numbers, not 1, 10, 2
         known = [label for label in kinds if _key(label) in called]
         if known and (len(known) == len(kinds) or not self.in_order):
             return [called.get(_key(label)) for label in labels]
@@ -76,7 +78,8 @@ class ClassList:
                               f"{self.title} classes can be matched by their names, or by order where there are as "
                               "many: else give a file with lines of the set's label, a tab, and the class name")
         raise ConfigError(f"no picture of the set is of one of the {len(self.names)} {self.title} classes; "
-                          f"the set has, for example: {some}")
+                          f"the set has, for example: {some}; a file with lines of the set's label, a tab, and the "
+                          "class name joins them")
 
 
 def classes_of(labels: Sequence[str]) -> ClassList:

@@ -124,6 +124,7 @@ def line_chart(
     digits: int = 3,
     note: str = "",
     x_label: str = "samples seen",
+    last_values: bool = True,
 ) -> Html:
     """Return a chart as a `<figure>`; series without a finite point are left out, and none gives nothing.
 
@@ -135,6 +136,7 @@ def line_chart(
         digits: significant digits of values in legend and cursor.
         note: small print beside the title.
         x_label: what the horizontal axis counts.
+        last_values: whether the legend says where each line ends.
     """
     drawn = [(s, thin(s.points)) for s in series]
     drawn = [(s, points) for s, points in drawn if any(math.isfinite(y) for _, y in points)]
@@ -148,7 +150,7 @@ def line_chart(
     return tag(
         "figure",
         tag("figcaption", title, tag("small", note) if note else None),
-        _legend([(s, p) for s, p in drawn if s.style != "faint"], write),
+        _legend([(s, p) for s, p in drawn if s.style != "faint"], write if last_values else None),
         tag("div",
             tag("div", *_ticks(y_axis, "bottom", unit), class_="y", aria_hidden="true"),
             tag("div", _drawing(title, drawn, x_axis, y_axis, write), class_="canvas", tabindex="0"),
@@ -215,8 +217,9 @@ def _decimals(step: float) -> int:
     return next((d for d in range(6) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * step * 10**d), 6)
 
 
-def _legend(drawn: Drawn, write: Callable[[float], str]) -> Html:
-    items = [tag("li", tag("i", class_=f"{s.style} c{s.colour}"), s.name, " ", tag("b", write(points[-1][1])))
+def _legend(drawn: Drawn, write: Callable[[float], str] | None) -> Html:
+    items = [tag("li", tag("i", class_=f"{s.style} c{s.colour}"), s.name,
+                 *((" ", tag("b", write(points[-1][1]))) if write is not None else ()))
              for s, points in drawn if math.isfinite(points[-1][1])]
     return tag("ul", *items, class_="legend")
 

@@ -81,7 +81,8 @@ def _reliability(details: Record) -> Html | None:
     return line_chart(
         str(details.get("set", "?")),
         [Series("accuracy", points), Series("as sure as right", [(0.0, 0.0), (100.0, 1.0)], 0, "dashed")],
-        unit="%", from_zero=True, note=f"logit_scale {scale}", x_label="confidence, %")
+        unit="%", from_zero=True, note=f"logit_scale {scale}", x_label="confidence, %",
+        last_values=False)
 
 
 def _list(record: Record, name: str) -> list[object]:

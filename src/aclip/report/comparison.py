@@ -65,6 +65,8 @@ def headline(comparison: ComparisonFiles) -> Html:
     """Return the header: what was compared on what, and the main number of every recipe."""
     raw, metric = comparison.raw, comparison.primary()
     names = [one.name for one in comparison.results]
+    data = raw.get("data")
+    sources = ", ".join(map(str, data)) if isinstance(data, list) else str(data)
     facts = [
         ("budget", comparison.budget()),
         ("seeds", ", ".join(map(str, comparison.seeds()))),
@@ -77,7 +79,7 @@ def headline(comparison: ComparisonFiles) -> Html:
         "header",
         tag("p", "attentive-clip · comparison", class_="kicker"),
         tag("h1", f"{len(names)} recipes" if len(names) > 3 else " · ".join(names)),
-        tag("p", f"{raw.get('model')} on {raw.get('data')}", class_="lead"),
+        tag("p", f"{raw.get('model')} on {sources}", class_="lead"),
         tag("p", f"{full_words(metric)}, mean and sample standard deviation over the seeds; time and arithmetic of a "
                  f"step relative to {comparison.baseline}", class_="sub") if metric else None,
         tag("div", *(_tile(one, metric) for one in comparison.results), class_="tiles") if metric else None,

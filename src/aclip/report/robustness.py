@@ -24,7 +24,8 @@ def robustness(run: RunFiles) -> Html:
         series = [Series(way, _points(records | whole, metric), colour)
                   for colour, (way, records) in enumerate(ways.items(), start=1)]
         charts.append(line_chart(name, series, unit="%", from_zero=True, x_label="% of the patches kept",
-                                 note=f"{evaluator.replace('_', ' ')}, {_words(metric)}, {weights} weights"))
+                                 note=f"{evaluator.replace('_', ' ')}, {_words(metric)}, {weights} weights",
+                                 last_values=False))  # at 100 % all are the same
         rows += [_row(name, evaluator, metric, record) for records in ways.values() for record in records.values()]
     if not charts:
         return tag("p", "Not measured: aclip evaluate --keep 1 0.75 0.5 0.25 does.", class_="missing")

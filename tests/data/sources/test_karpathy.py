@@ -43,6 +43,13 @@ def test_flickr_has_no_filepath(tmp_path: Path) -> None:
     assert open_source(f"{tmp_path / 'dataset_flickr30k.json'}?split=test").read(0).image == b"7"
 
 
+def test_entries_whose_names_are_no_text_are_left_out(coco: Path) -> None:
+    content = json.loads(coco.read_text())
+    content["images"] += [entry(5, "test") | {"filepath": 5}, entry(6, "test") | {"filename": None}]
+    coco.write_text(json.dumps(content))
+    assert len(open_source(f"{coco}?split=test")) == 2
+
+
 def test_the_split_must_be_named_and_exist(coco: Path) -> None:
     there = r"train \(1\), restval \(1\), test \(2\), val \(1\)"
     with pytest.raises(ConfigError, match=rf"holds the splits {there}: say which, .* 'dataset_coco.json\?split=test'"):

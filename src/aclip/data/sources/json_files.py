@@ -120,8 +120,8 @@ class KarpathySource(ManifestSource):
         for name in wanted:
             if name not in sizes:
                 raise ConfigError(f"{path} has no split '{name}': it holds {there}")
-        rows = [Row("/".join(filter(None, (one.get("filepath"), one["filename"]))), _sentences(one)) for one in pictures
-                if one.get("split") in wanted and isinstance(one.get("filename"), str)]
+        rows = [Row(place, _sentences(one)) for one in pictures
+                if one.get("split") in wanted and (place := _place(one))]
         if not rows:
             raise DataError(f"{path} lists no pictures: its 'images' have no 'filename'")
         self.split = "+".join(wanted)
@@ -285,6 +285,12 @@ def _row(one: _Object, columns: Columns) -> Row:
 def _objects(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
     values = content.get(name)
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+
+
+def _place(picture: dict[str, Any]) -> str:
+    """Return where a picture of Karpathy's lies in the folder of pictures; nothing if it has no name."""
+    folder, name = picture.get("filepath") or "", picture.get("filename")
+    return str(Path(folder, name)) if isinstance(folder, str) and isinstance(name, str) and name else ""
 
 
 def _sentences(picture: dict[str, Any]) -> tuple[str, ...]:
