@@ -178,6 +178,22 @@ def test_a_release_of_an_unknown_size_is_named(released, tmp_path):
         towers.create_model(tmp_path / "broken.pt")
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_code_beside_a_tokenizer_is_not_run_even_if_the_config_asks_for_it(tmp_path, asked):
+    folder, trace = tmp_path / "model", tmp_path / "ran"
+    folder.mkdir()
+    config = towers.model_config("vit-micro")
+    config["text_cfg"] |= {"hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"trust_remote_code": asked}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(towers.create_model("vit-micro").state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(trace)!r}).touch()\nclass Own: ...\n")
+    with pytest.raises(CheckpointError, match=r"the tokenizer .* of this model cannot be fetched: .*custom code"):
+        towers.load(folder)
+    assert not trace.exists()
+
+
 def write_run(folder: Path, model: torch.nn.Module, steps: dict[int, float], **settings) -> None:
     """Write the checkpoints of an unfinished run, each with another logit scale."""
     folder.mkdir()

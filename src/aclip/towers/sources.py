@@ -168,7 +168,7 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
         Texts -> (B, context_length) int64; picklable.
 
     Raises:
-        CheckpointError: the tokenizer needs the network, which is not there.
+        CheckpointError: the tokenizer needs the network, which is not there, or code of its own, which is never run.
     """
     folder = None
     tokenizer: Tokenizer
@@ -178,6 +178,7 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
     text = model["text_cfg"]
     context = text.get("context_length", 77)
     options = dict(text.get("tokenizer_kwargs") or {})
+    options.pop("trust_remote_code", None)  # a config from elsewhere does not decide whether its folder's code runs
     where = text.get("hf_tokenizer_name")
     if where:
         if folder is not None and any(folder.glob("tokenizer*")):
@@ -187,7 +188,8 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
             check_hub(what, where, ("tokenizer_config.json", "tokenizer.json"))
         with fetching(what):
             tokenizer = HFTokenizer(
-                where, context_length=context, tokenizer_mode=text.get("tokenizer_mode"), **options)
+                where, context_length=context, tokenizer_mode=text.get("tokenizer_mode"), trust_remote_code=False,
+                **options)
     else:
         tokenizer = RememberingTokenizer(context_length=context, **options)
     return tokenizer
