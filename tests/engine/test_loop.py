@@ -1,5 +1,6 @@
 """What happens around the steps of a run: trouble with numbers, with the disk, with requests to stop."""
 
+import math
 import os
 import shutil
 import signal
@@ -55,6 +56,15 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count() -> None:
     assert all(torch.isfinite(tensor).all() for tensor in after.values() if tensor.is_floating_point())
     trainer.train_step(batch)
     assert not torch.equal(state(trainer)["method/model.logit_scale"], after["method/model.logit_scale"])
+
+
+@pytest.mark.parametrize(("recipe", "highest"), [("clip", 100.0), ("a-clip", 100.0), ("siglip", 118.0)])
+def test_only_the_softmax_limits_the_multiplier(recipe: str, highest: float) -> None:
+    trainer = build(recipe)
+    scale = trainer.method.model.logit_scale
+    scale.data.fill_(math.log(118.0))
+    trainer.train_step(a_batch(trainer.method, 8))
+    assert scale.exp().item() == pytest.approx(highest, rel=1e-3)
 
 
 def test_bad_steps_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
