@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
@@ -16,7 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig
 
 from aclip import towers
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError
-from aclip.towers import network
+from aclip.towers import network, sources
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 16, "vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
@@ -29,6 +30,7 @@ HF_VARIANTS = {
     "old end of text": ({"eos_token_id": 2}, {}),
     "other end of text": ({"eos_token_id": 40000}, {}),
 }
+SIGLIP_SEES = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 CAPTIONS = ["a cat", "two dogs on a red sofa"]
 
 
@@ -194,10 +196,11 @@ def test_code_beside_a_tokenizer_is_not_run_even_if_the_config_asks_for_it(tmp_p
     assert not trace.exists()
 
 
-def write_run(folder: Path, model: torch.nn.Module, steps: dict[int, float], **settings) -> None:
+def write_run(folder: Path, model: torch.nn.Module, steps: dict[int, float], architecture: str = "vit-micro",
+              **settings) -> None:
     """Write the checkpoints of an unfinished run, each with another logit scale."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model": "vit-micro", "recipe": {}, **settings}))
+    (folder / "config.json").write_text(json.dumps({"model": architecture, "recipe": {}, **settings}))
     for step, scale in steps.items():
         place = folder / "checkpoints" / f"step-{step:08d}"
         place.mkdir(parents=True)
@@ -213,11 +216,23 @@ def test_unfinished_runs_and_their_checkpoints_are_models(tmp_path):
     write_run(tmp_path / "run", model, {9: 1.0, 10: 2.0}, image_size=[32, 48])
     newest = towers.load(tmp_path / "run")
     assert newest.model.logit_scale == 2.0
+    assert towers.preprocess_config(newest.model) == towers.preprocess_config(model)  # of a fresh model, not CLIP's
     assert torch.equal(newest.model.visual.positional_embedding, model.visual.positional_embedding)
     assert towers.create_model(tmp_path / "run" / "checkpoints" / "step-00000009").logit_scale == 1.0
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"the run of .* is not known: .*config\.json' is missing"):
         towers.create_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP:webli", "hf-hub:someone/siglip"])
+def test_unfinished_fine_tuning_sees_pictures_as_what_it_started_from(name, tmp_path, monkeypatch):
+    config = open_clip.get_model_config("ViT-B-16-SigLIP")
+    (tmp_path / "config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": SIGLIP_SEES}))
+    monkeypatch.setattr(sources, "check_hub", lambda *_: None)
+    monkeypatch.setattr(sources, "download_pretrained_from_hf", lambda *_, **__: str(tmp_path / "config.json"))
+    write_run(tmp_path / "run", torch.nn.Identity(), {1: 0.0}, architecture=name)
+    found = sources.resolve_source(tmp_path / "run").preprocess
+    assert {key: list(value) if key in ("mean", "std") else value for key, value in found.items()} == SIGLIP_SEES
 
 
 def test_unfinished_runs_without_text_are_image_towers(tmp_path):

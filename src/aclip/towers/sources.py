@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from aclip.towers.weights import load_numpy, load_state, read_state
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 LOCAL, HUB = "local-dir:", "hf-hub:"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FRESH_PREPROCESS: Mapping[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+"""What is trained from the start sees; the release's checkpoints do, too."""
 
 _HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _WEIGHT_NAMES = (*_HUB_WEIGHTS, "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -212,7 +216,7 @@ def _named_source(base: str, rest: str) -> Source:
         if pretrained.get("quick_gelu", False):
             # these weights were trained with the approximate GELU, whatever the plain name says
             config = {**config, "quick_gelu": True}
-        return Source(base, config, tag=rest)
+        return Source(base, config, tag=rest, preprocess=_preprocessing(pretrained))
     file = Path(rest)
     if file.is_file():
         return Source(f"{base}:{rest}", config, weights=file)
@@ -244,8 +248,15 @@ def _hub_source(name: str) -> Source:
     what = f"'{name}'"
     check_hub(what, name.removeprefix(HUB), (CONFIG_NAME,))
     with fetching(what):
-        config = open_clip.get_model_config(name)
-    return Source(name, _checked(config, name))
+        file = Path(download_pretrained_from_hf(name.removeprefix(HUB), filename=CONFIG_NAME))
+        whole = json.loads(file.read_text(encoding="utf-8"))
+        config, preprocess = whole["model_cfg"], _preprocessing(whole.get("preprocess_cfg") or {})
+    return Source(name, _checked(config, name), preprocess=preprocess)
+
+
+def _preprocessing(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what open_clip's table of weights, or a config, says of how pictures are prepared."""
+    return {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode", "fill_color") if key in known}
 
 
 def _folder_source(folder: Path) -> Source:
@@ -298,7 +309,7 @@ def _checkpoint_source(step: Path) -> Source:
     base = resolve_source(model)
     config = model_config(model, image_size=tuple(size) if isinstance(size, list) else size)
     return Source(str(step), config, folder=base.folder, weights=step,
-                  preprocess=base.preprocess)
+                  preprocess=base.preprocess if base.has_weights else FRESH_PREPROCESS)
 
 
 def _file_source(file: Path) -> Source:
@@ -309,7 +320,7 @@ def _file_source(file: Path) -> Source:
                           f"ViT-B-16:{file}")
     config = released.released_config(state, file)
     return Source(str(file), _checked(config, str(file)), weights=file, layout="released",
-                  preprocess=released.PREPROCESS)
+                  preprocess=FRESH_PREPROCESS)
 
 
 def _checked(config: Any, name: str) -> Mapping[str, Any]:
