@@ -196,6 +196,32 @@ def test_code_beside_a_tokenizer_is_not_run_even_if_the_config_asks_for_it(tmp_p
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("change", [
+    {"text_config": None}, {"vision_config": {"num_attention_heads": 0}}, {"vision_config": {"hidden_size": "768"}},
+    {"text_config": {"hidden_act": ["gelu"]}}, {"text_config": {"hidden_size": 0}}])
+def test_hugging_face_configs_that_describe_no_model_are_damage(change, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"model_type": "clip", "text_config": {}, "vision_config": {}} | change))
+    with pytest.raises(CheckpointError, match=r"config\.json' describes no model"):
+        towers.model_config(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"nonsense": 1}, [1], {"clean": "nonsense"}])
+def test_options_that_the_tokenizer_does_not_take_are_damage(options):
+    config = towers.model_config("vit-micro")
+    config["text_cfg"]["tokenizer_kwargs"] = options
+    with pytest.raises(CheckpointError, match="the config of this model gives its tokenizer "):
+        towers.tokenizer_of(config)
+
+
+@pytest.mark.parametrize("config", [[1], {"embed_dim": 8, "text_cfg": {}, "vision_cfg": {"timm_model_name": 3}}])
+def test_configs_of_another_kind_are_named(config, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    (tmp_path / "model.pth").touch()
+    with pytest.raises((ConfigError, UnsupportedModelError), match=f"^model '{tmp_path}': this "):
+        towers.create_model(tmp_path)
+
+
 def write_run(folder: Path, model: torch.nn.Module, steps: dict[int, float], architecture: str = "vit-micro",
               **settings) -> None:
     """Write the checkpoints of an unfinished run, each with another logit scale."""

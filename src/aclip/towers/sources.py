@@ -181,7 +181,10 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
         model, folder = source.config, source.folder
     text = model["text_cfg"]
     context = text.get("context_length", 77)
-    options = dict(text.get("tokenizer_kwargs") or {})
+    options = text.get("tokenizer_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise CheckpointError(f"the config of this model gives its tokenizer no options by name, but {options!r}")
+    options = dict(options)
     options.pop("trust_remote_code", None)  # a config from elsewhere does not decide whether its folder's code runs
     where = text.get("hf_tokenizer_name")
     if where:
@@ -195,7 +198,11 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
                 where, context_length=context, tokenizer_mode=text.get("tokenizer_mode"), trust_remote_code=False,
                 **options)
     else:
-        tokenizer = RememberingTokenizer(context_length=context, **options)
+        try:
+            tokenizer = RememberingTokenizer(context_length=context, **options)
+        except (TypeError, AssertionError, OSError) as error:
+            raise CheckpointError(f"the config of this model gives its tokenizer options that open_clip's does not "
+                                  f"take: {error}") from error
     return tokenizer
 
 
@@ -268,7 +275,10 @@ def _folder_source(folder: Path) -> Source:
             return _open_clip_folder(place)
     theirs = hugging_face.read_config(folder)
     if theirs is not None:
-        config = hugging_face.open_clip_config(theirs, folder)
+        try:
+            config = hugging_face.open_clip_config(theirs, folder)
+        except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(f"'{folder / hugging_face.CONFIG_NAME}' describes no model: {error!r}") from error
         return Source(str(folder), _checked(config, str(folder)), folder=folder, layout="hugging_face",
                       weights=hugging_face.weight_files(folder)[0], preprocess=hugging_face.preprocess(folder))
     steps = [folder] if (folder / "state.json").is_file() else sorted((folder / "checkpoints").glob("step-*[0-9]"))
