@@ -261,6 +261,12 @@ def test_unfinished_fine_tuning_sees_pictures_as_what_it_started_from(name, tmp_
     assert {key: list(value) if key in ("mean", "std") else value for key, value in found.items()} == SIGLIP_SEES
 
 
+def test_weights_of_big_vision_see_pictures_as_the_same_weights_by_their_tag(tmp_path):
+    (tmp_path / "webli.npz").touch()
+    found = sources.resolve_source(f"ViT-B-16-SigLIP:{tmp_path / 'webli.npz'}").preprocess
+    assert found == sources.resolve_source("ViT-B-16-SigLIP:webli").preprocess
+
+
 def test_unfinished_runs_without_text_are_image_towers(tmp_path):
     model = towers.create_model("vit-micro", with_text=False)
     write_run(tmp_path / "run", model, {1: 0.0})

@@ -28,6 +28,7 @@ LOCAL, HUB = "local-dir:", "hf-hub:"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FRESH_PREPROCESS: Mapping[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 """What is trained from the start sees; the release's checkpoints do, too."""
+_BIG_VISION = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 
 _HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _WEIGHT_NAMES = (*_HUB_WEIGHTS, "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -226,7 +227,8 @@ def _named_source(base: str, rest: str) -> Source:
         return Source(base, config, tag=rest, preprocess=_preprocessing(pretrained))
     file = Path(rest)
     if file.is_file():
-        return Source(f"{base}:{rest}", config, weights=file)
+        return Source(f"{base}:{rest}", config, weights=file,
+                      preprocess=_BIG_VISION if file.suffix == ".npz" else None)
     if "/" in rest or file.suffix in _WEIGHT_SUFFIXES:
         raise CheckpointError(f"there is no weight file {rest}: '{base}:...' takes a file, or one of the pretrained "
                               f"weights {', '.join(sorted(tags)) or '(there are none)'}")
