@@ -119,7 +119,7 @@ class OpenClip:
             lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
         self.batches = settings.batches(self.plan, cut_text=False)
         self.mean, self.std = (torch.tensor(value, device=settings.device) for value in
-                               (towers.models.IMAGENET_MEAN, towers.models.IMAGENET_STD))
+                               (towers.sources.IMAGENET_MEAN, towers.sources.IMAGENET_STD))
 
     def propagate(self, batch: Batch) -> None:
         """Forward pass, loss and backward pass."""

@@ -71,6 +71,15 @@ def test_a_frozen_scale_stays_where_it_came_from() -> None:
     assert scale == 5.0
 
 
+@pytest.mark.parametrize(("recipe", "highest"), [("clip", 100.0), ("a-clip", 100.0), ("siglip", 118.0)])
+def test_only_the_softmax_limits_the_multiplier(recipe: str, highest: float) -> None:
+    trainer = build(recipe)
+    scale = trainer.method.model.logit_scale
+    scale.data.fill_(math.log(118.0))
+    trainer.train_step(a_batch(trainer.method, 8))
+    assert scale.exp().item() == pytest.approx(highest, rel=1e-3)
+
+
 def test_bad_steps_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run"
     train(run, is_bad=lambda number, rank: number in (3, 4, 9))

@@ -4,15 +4,17 @@ import errno
 from dataclasses import replace
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
-from exported_models import files_below, make_subject
+from exported_models import TINY, files_below, make_subject
 from torch import Tensor
 
 from aclip.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedModelError
 from aclip.export import EXPORTS, Readback, Subject, made_examples, write_checked
 from aclip.export import safetensors as safetensors_format
 from aclip.export.check import compare, refuse_difference
+from aclip.towers.models import resize_images
 
 SUBJECT = make_subject()
 EXAMPLES = made_examples((24, 24))
@@ -133,3 +135,24 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 def test_open_clip_cannot_hold_an_image_tower_alone(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"image tower only.*--to huggingface, onnx"):
         write(tmp_path / "out", subject=make_subject(with_text=False), to="open_clip")
+
+
+def test_open_clip_builds_towers_of_timm_at_one_size(tmp_path: Path) -> None:
+    vision = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160}
+    subject = make_subject(TINY | {"vision_cfg": vision})
+    write(tmp_path / "own", subject=subject, to="open_clip")
+    resize_images(subject.model.model.visual, (96, 96))
+    with pytest.raises(UnsupportedModelError, match=r"of 96 x 96 pixels, and open_clip builds it for 160 x 160 only"):
+        write(tmp_path / "other", subject=subject, to="open_clip")
+
+
+def test_what_the_library_says_against_an_export_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("size mismatch\n\tfor visual")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", refuse)
+    with pytest.raises(ExportError, match=r"^open_clip cannot load what was written of tiny, .*: size mismatch for"):
+        write(tmp_path / "out", to="open_clip")
+    assert files_below(tmp_path) == []

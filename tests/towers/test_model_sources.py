@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
@@ -16,7 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig
 
 from aclip import towers
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError
-from aclip.towers import network
+from aclip.towers import network, sources
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 16, "vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
@@ -29,6 +30,7 @@ HF_VARIANTS = {
     "old end of text": ({"eos_token_id": 2}, {}),
     "other end of text": ({"eos_token_id": 40000}, {}),
 }
+SIGLIP_SEES = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 CAPTIONS = ["a cat", "two dogs on a red sofa"]
 
 
@@ -178,10 +180,53 @@ def test_a_release_of_an_unknown_size_is_named(released, tmp_path):
         towers.create_model(tmp_path / "broken.pt")
 
 
-def write_run(folder: Path, model: torch.nn.Module, steps: dict[int, float], **settings) -> None:
+@pytest.mark.parametrize("asked", [True, False])
+def test_code_beside_a_tokenizer_is_not_run_even_if_the_config_asks_for_it(tmp_path, asked):
+    folder, trace = tmp_path / "model", tmp_path / "ran"
+    folder.mkdir()
+    config = towers.model_config("vit-micro")
+    config["text_cfg"] |= {"hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"trust_remote_code": asked}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(towers.create_model("vit-micro").state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(trace)!r}).touch()\nclass Own: ...\n")
+    with pytest.raises(CheckpointError, match=r"the tokenizer .* of this model cannot be fetched: .*custom code"):
+        towers.load(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"text_config": None}, {"vision_config": {"num_attention_heads": 0}}, {"vision_config": {"hidden_size": "768"}},
+    {"text_config": {"hidden_act": ["gelu"]}}, {"text_config": {"hidden_size": 0}}])
+def test_hugging_face_configs_that_describe_no_model_are_damage(change, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"model_type": "clip", "text_config": {}, "vision_config": {}} | change))
+    with pytest.raises(CheckpointError, match=r"config\.json' describes no model"):
+        towers.model_config(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"nonsense": 1}, [1], {"clean": "nonsense"}])
+def test_options_that_the_tokenizer_does_not_take_are_damage(options):
+    config = towers.model_config("vit-micro")
+    config["text_cfg"]["tokenizer_kwargs"] = options
+    with pytest.raises(CheckpointError, match="the config of this model gives its tokenizer "):
+        towers.tokenizer_of(config)
+
+
+@pytest.mark.parametrize("config", [[1], {"embed_dim": 8, "text_cfg": {}, "vision_cfg": {"timm_model_name": 3}}])
+def test_configs_of_another_kind_are_named(config, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    (tmp_path / "model.pth").touch()
+    with pytest.raises((ConfigError, UnsupportedModelError), match=f"^model '{tmp_path}': this "):
+        towers.create_model(tmp_path)
+
+
+def write_run(folder: Path, model: torch.nn.Module, steps: dict[int, float], architecture: str = "vit-micro",
+              **settings) -> None:
     """Write the checkpoints of an unfinished run, each with another logit scale."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model": "vit-micro", "recipe": {}, **settings}))
+    (folder / "config.json").write_text(json.dumps({"model": architecture, "recipe": {}, **settings}))
     for step, scale in steps.items():
         place = folder / "checkpoints" / f"step-{step:08d}"
         place.mkdir(parents=True)
@@ -197,11 +242,29 @@ def test_unfinished_runs_and_their_checkpoints_are_models(tmp_path):
     write_run(tmp_path / "run", model, {9: 1.0, 10: 2.0}, image_size=[32, 48])
     newest = towers.load(tmp_path / "run")
     assert newest.model.logit_scale == 2.0
+    assert towers.preprocess_config(newest.model) == towers.preprocess_config(model)  # of a fresh model, not CLIP's
     assert torch.equal(newest.model.visual.positional_embedding, model.visual.positional_embedding)
     assert towers.create_model(tmp_path / "run" / "checkpoints" / "step-00000009").logit_scale == 1.0
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"the run of .* is not known: .*config\.json' is missing"):
         towers.create_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP:webli", "hf-hub:someone/siglip"])
+def test_unfinished_fine_tuning_sees_pictures_as_what_it_started_from(name, tmp_path, monkeypatch):
+    config = open_clip.get_model_config("ViT-B-16-SigLIP")
+    (tmp_path / "config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": SIGLIP_SEES}))
+    monkeypatch.setattr(sources, "check_hub", lambda *_: None)
+    monkeypatch.setattr(sources, "download_pretrained_from_hf", lambda *_, **__: str(tmp_path / "config.json"))
+    write_run(tmp_path / "run", torch.nn.Identity(), {1: 0.0}, architecture=name)
+    found = sources.resolve_source(tmp_path / "run").preprocess
+    assert {key: list(value) if key in ("mean", "std") else value for key, value in found.items()} == SIGLIP_SEES
+
+
+def test_weights_of_big_vision_see_pictures_as_the_same_weights_by_their_tag(tmp_path):
+    (tmp_path / "webli.npz").touch()
+    found = sources.resolve_source(f"ViT-B-16-SigLIP:{tmp_path / 'webli.npz'}").preprocess
+    assert found == sources.resolve_source("ViT-B-16-SigLIP:webli").preprocess
 
 
 def test_unfinished_runs_without_text_are_image_towers(tmp_path):

@@ -13,8 +13,8 @@ from tower_oracles import fresh_model, images, open_clip_alone, shake, write_mod
 
 from aclip import towers
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError
-from aclip.towers import models, network
-from aclip.towers.models import IMAGENET_MEAN, IMAGENET_STD
+from aclip.towers import models, network, sources
+from aclip.towers.sources import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +125,10 @@ def test_names_that_mean_nothing(name, error, match):
 
 
 def test_hub_models_that_cannot_be_fetched_are_named(monkeypatch):
-    def unreachable(name):
+    def unreachable(*_, **__):
         raise OSError("no route")
 
-    monkeypatch.setattr(open_clip, "get_model_config", unreachable)
+    monkeypatch.setattr(sources, "download_pretrained_from_hf", unreachable)
     monkeypatch.setattr(network.urllib.request, "urlopen", lambda *_, **__: io.BytesIO())
     with pytest.raises(CheckpointError, match="'hf-hub:someone/model' cannot be fetched: no route"):
         towers.create_model("hf-hub:someone/model")

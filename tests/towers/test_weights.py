@@ -126,7 +126,8 @@ def test_files_of_another_kind(content, match, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {"a": 1}}, [torch.zeros(1)], {"epoch": 1}, torch.zeros(2)])
+@pytest.mark.parametrize("content", [{"state_dict": {"a": 1}}, [torch.zeros(1)], {"epoch": 1}, torch.zeros(2),
+                                     {"a": torch.zeros(2, device="meta")}])
 def test_torch_files_without_a_state_dict(content, tmp_path):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="hold no state dict"):

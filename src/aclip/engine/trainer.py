@@ -19,10 +19,10 @@ from aclip.engine.schedule import momentum_cosine, warmup_cosine
 from aclip.engine.wrap import wrap
 from aclip.errors import CheckpointError, ConfigError
 from aclip.method import Method
+from aclip.objectives import OBJECTIVES
 from aclip.structs import Batch, StepOutput
 from aclip.tensor_files import StoredTensors
 
-MAX_LOG_SCALE = math.log(100.0)  # CLIP's clamp on logit_scale
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -64,6 +64,8 @@ class Trainer:
             raise ConfigError("nothing is left to train: freeze less")
         self.optimizer = build_optimizer(self.groups, config.recipe.optimization)
         self.ema = method.ema()
+        limits = [OBJECTIVES[objective.name].max_logit_scale for objective in config.recipe.objectives]
+        self.max_log_scale = math.log(min((limit for limit in limits if limit is not None), default=math.inf))
         self.guard = Guard(method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
@@ -114,7 +116,7 @@ class Trainer:
         self.scaler.update()
         if self.method.plan.uses_text and towers.logit_scale_of(self.method.model).requires_grad:
             with torch.no_grad():
-                towers.logit_scale_of(self.method.model).clamp_(0.0, MAX_LOG_SCALE)
+                towers.logit_scale_of(self.method.model).clamp_(0.0, self.max_log_scale)
         if momentum is not None:
             self.ema.update(momentum, skipped=found)
 

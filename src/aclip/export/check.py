@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from aclip.errors import ConfigError, ExportError
+from aclip.errors import AclipError, ConfigError, ExportError
 from aclip.export.base import ExportFormat, Readback, Subject
 from aclip.export.examples import Examples, made_examples
 
@@ -71,14 +71,14 @@ def write_checked(
         UnsupportedModelError: a model that the format cannot represent.
         MissingDependencyError: the format needs a package that is not installed.
         ConfigError: something is in the way.
-        ExportError: the features differ, or the folder cannot be written.
+        ExportError: the features differ, the library cannot load the export, or the folder cannot be written.
     """
     check_place(folder, overwrite=overwrite)
     export_format.check_can_represent(subject)
     with _beside(folder) as temporary:
         export_format.write(subject, temporary)
         with torch.inference_mode():
-            parity = compare(export_format.read(temporary, subject), subject, examples)
+            parity = compare(_read(export_format, temporary, subject), subject, examples)
         refuse_difference(parity, tolerance, export_format.library)
         (temporary / CARD).write_text(card(parity), encoding="utf-8")
         (temporary / RECORD).write_text(json.dumps(
@@ -137,6 +137,17 @@ def refuse_difference(parity: Parity, tolerance: float, library: str) -> None:
     if parity.pixels is not None and not parity.pixels <= GREY_LEVELS:
         raise ExportError(f"the preprocessing by {library} differs from the model's by {parity.pixels:.1f} of 255 grey "
                           f"levels, more than {GREY_LEVELS:g}: nothing was written")
+
+
+def _read(export_format: ExportFormat, folder: Path, subject: Subject) -> Readback:
+    """Load an export with its own library; whatever that raises is one sentence."""
+    try:
+        return export_format.read(folder, subject)
+    except (AclipError, OSError, SafetensorError):
+        raise
+    except Exception as error:  # each library has its own kinds
+        raise ExportError(f"{export_format.library} cannot load what was written of {subject.name}, and nothing of it "
+                          f"was kept: {' '.join(str(error).split()) or repr(error)}") from error
 
 
 def _difference(theirs: Tensor, ours: Float[Tensor, "B D"]) -> float:

@@ -13,7 +13,9 @@ from torch import nn
 from aclip.errors import UnsupportedModelError
 from aclip.export.base import ExportFormat, Readback, Subject, fp32_tensors, multiplier
 from aclip.export.tokenizer_files import is_bundled
+from aclip.towers.shapes import timm_outline
 from aclip.towers.sources import CONFIG_NAME, WEIGHTS_NAME
+from aclip.towers.timm_vit import TimmVit
 
 
 class OpenClipFormat(ExportFormat):
@@ -23,10 +25,17 @@ class OpenClipFormat(ExportFormat):
     library: ClassVar[str] = "open_clip"
 
     def check_can_represent(self, subject: Subject) -> None:
-        """Everything is an open_clip model, save an image tower alone."""
+        """Everything is an open_clip model, save an image tower alone; but one of timm's it builds at one size only."""
         if not subject.model.has_text:
             raise UnsupportedModelError(f"{subject.name} has an image tower only, and open_clip loads models with both "
                                         "towers: use --to huggingface, onnx, torch-export or safetensors")
+        if subject.config["vision_cfg"].get("timm_model_name"):
+            built, own = TimmVit(timm_outline(subject.config)), subject.image_size
+            size = (built.grid_size[0] * built.patch_size[0], built.grid_size[1] * built.patch_size[1])
+            if size != own:
+                raise UnsupportedModelError(
+                    f"{subject.name} has timm's image tower for pictures of {own[0]} x {own[1]} pixels, and open_clip "
+                    f"builds it for {size[0]} x {size[1]} only: use --to onnx, torch-export or safetensors")
 
     def write(self, subject: Subject, folder: Path) -> None:
         """Write config and weights."""

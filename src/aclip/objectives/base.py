@@ -23,6 +23,7 @@ class Objective(nn.Module, ABC):
         needs_pixels: whether it reads their pixels.
         needs_masking: whether it has nothing to ask where nothing is masked.
         needs_pooled: whether it reads the pooled token of its image passes, or their features.
+        max_logit_scale: to which the model's multiplier is kept after every step, None where it is free.
     """
 
     takes: ClassVar[tuple[type[Pass | TextPass], ...]] = (Pass,)
@@ -31,6 +32,7 @@ class Objective(nn.Module, ABC):
     needs_pixels: ClassVar[bool] = False
     needs_masking: ClassVar[bool] = False
     needs_pooled: bool = True
+    max_logit_scale: ClassVar[float | None] = None
 
     def __init__(self, reads: Sequence[Pass | TextPass], shape: TowerShape) -> None:
         """Take the passes to read, in the order that the class documents, and the sizes for its heads.

@@ -16,11 +16,12 @@ class Contrastive(Objective):
     """Mean over the V views of a pass of the symmetric InfoNCE with the captions.
 
     A-CLIP, equation 2: 1/2 NCE(v1, t) + 1/2 NCE(v2, t); one view makes it CLIP's loss. Pairs that share a
-    caption are not each other's negatives.
+    caption are not each other's negatives. The multiplier is kept at 100 or less (CLIP, arXiv 2103.00020, section 2.5).
     """
 
     takes = (Pass, TextPass)
     needs_text = True
+    max_logit_scale = 100.0
 
     def __init__(self, reads: Sequence[Pass | TextPass], shape: TowerShape) -> None:
         super().__init__(reads, shape)

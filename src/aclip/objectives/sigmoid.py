@@ -17,8 +17,9 @@ class Sigmoid(Objective):
 
     Every image-caption pair is a yes-or-no question of its own, see `functional.sigmoid_loss`. Two different pairs that
     share a caption are left out. The multiplier is the model's `logit_scale`, which starts where the model has it (at
-    1/0.07 in a fresh one; the paper starts at 10). The bias belongs to this objective and is not part of the saved
-    model: it moves all similarities alike and changes no ranking.
+    1/0.07 in a fresh one; the paper starts at 10) and has no upper limit: a pretrained SigLIP has one of about 117. The
+    bias belongs to this objective and is not part of the saved model: it moves all similarities alike and changes no
+    ranking.
 
     Reads the image pass, then the text pass.
 

@@ -18,12 +18,9 @@ from torch.nn import functional as F
 from aclip.errors import CheckpointError
 from aclip.towers.network import fetching
 from aclip.towers.shapes import pair, patch_size_of
-from aclip.towers.sources import Source, check_fetchable, frees_positions, resolve_source
+from aclip.towers.sources import FRESH_PREPROCESS, Source, check_fetchable, frees_positions, resolve_source
 from aclip.towers.vision import grid_of, positions_at, vit_of
 from aclip.towers.weights import tensor_names
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +152,7 @@ def _build(source: Source, image_size: tuple[int, int] | None) -> nn.Module:
     visual, wanted = visual_of(model), pair(vision.get("image_size", 224))
     if by_timm and vit_of(visual).grid_size != grid_of(wanted, patch_size_of(source.config)):
         resize_images(visual, wanted)  # timm builds at a size of its own
-    fresh = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if not source.has_weights else {}
+    fresh = {} if source.has_weights else FRESH_PREPROCESS
     preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), {**(source.preprocess or fresh)})
     set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual.image_size)})
     return model

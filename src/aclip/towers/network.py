@@ -50,7 +50,7 @@ def fetching(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # no network, no such repository, no such file in it: the clients' own errors
-        raise CheckpointError(f"{what} cannot be fetched: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{what} cannot be fetched: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 def _check_answer(what: str, url: str) -> None:

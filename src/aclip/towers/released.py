@@ -13,8 +13,6 @@ _SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): 
 
 _TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale")
 
-PREPROCESS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
 
 def is_released(state: Mapping[str, Tensor]) -> bool:
     """Whether a state has the release's names: timm's in `visual.*`, and a separate `image_projection`."""

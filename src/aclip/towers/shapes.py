@@ -58,7 +58,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[CLIPVisionCfg, CLIPTextCfg]
     """
     halves = []
     for key, cls in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        values = config.get(key)
+        values = config.get(key) if isinstance(config, Mapping) else None
         if not isinstance(values, Mapping) or "embed_dim" not in config:
             raise ConfigError(f"this is not an open_clip model config: {key} or embed_dim is missing")
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}

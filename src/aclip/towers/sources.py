@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
@@ -24,6 +25,10 @@ from aclip.towers.weights import load_numpy, load_state, read_state
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 LOCAL, HUB = "local-dir:", "hf-hub:"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FRESH_PREPROCESS: Mapping[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+"""What is trained from the start sees; the release's checkpoints do, too."""
+_BIG_VISION = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 
 _HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _WEIGHT_NAMES = (*_HUB_WEIGHTS, "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -168,7 +173,7 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
         Texts -> (B, context_length) int64; picklable.
 
     Raises:
-        CheckpointError: the tokenizer needs the network, which is not there.
+        CheckpointError: the tokenizer needs the network, which is not there, or code of its own, which is never run.
     """
     folder = None
     tokenizer: Tokenizer
@@ -177,7 +182,11 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
         model, folder = source.config, source.folder
     text = model["text_cfg"]
     context = text.get("context_length", 77)
-    options = dict(text.get("tokenizer_kwargs") or {})
+    options = text.get("tokenizer_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise CheckpointError(f"the config of this model gives its tokenizer no options by name, but {options!r}")
+    options = dict(options)
+    options.pop("trust_remote_code", None)  # a config from elsewhere does not decide whether its folder's code runs
     where = text.get("hf_tokenizer_name")
     if where:
         if folder is not None and any(folder.glob("tokenizer*")):
@@ -187,9 +196,14 @@ def tokenizer_of(model: str | Path | Mapping[str, Any]) -> Tokenizer:
             check_hub(what, where, ("tokenizer_config.json", "tokenizer.json"))
         with fetching(what):
             tokenizer = HFTokenizer(
-                where, context_length=context, tokenizer_mode=text.get("tokenizer_mode"), **options)
+                where, context_length=context, tokenizer_mode=text.get("tokenizer_mode"), trust_remote_code=False,
+                **options)
     else:
-        tokenizer = RememberingTokenizer(context_length=context, **options)
+        try:
+            tokenizer = RememberingTokenizer(context_length=context, **options)
+        except (TypeError, AssertionError, OSError) as error:
+            raise CheckpointError(f"the config of this model gives its tokenizer options that open_clip's does not "
+                                  f"take: {error}") from error
     return tokenizer
 
 
@@ -210,10 +224,11 @@ def _named_source(base: str, rest: str) -> Source:
         if pretrained.get("quick_gelu", False):
             # these weights were trained with the approximate GELU, whatever the plain name says
             config = {**config, "quick_gelu": True}
-        return Source(base, config, tag=rest)
+        return Source(base, config, tag=rest, preprocess=_preprocessing(pretrained))
     file = Path(rest)
     if file.is_file():
-        return Source(f"{base}:{rest}", config, weights=file)
+        return Source(f"{base}:{rest}", config, weights=file,
+                      preprocess=_BIG_VISION if file.suffix == ".npz" else None)
     if "/" in rest or file.suffix in _WEIGHT_SUFFIXES:
         raise CheckpointError(f"there is no weight file {rest}: '{base}:...' takes a file, or one of the pretrained "
                               f"weights {', '.join(sorted(tags)) or '(there are none)'}")
@@ -242,8 +257,15 @@ def _hub_source(name: str) -> Source:
     what = f"'{name}'"
     check_hub(what, name.removeprefix(HUB), (CONFIG_NAME,))
     with fetching(what):
-        config = open_clip.get_model_config(name)
-    return Source(name, _checked(config, name))
+        file = Path(download_pretrained_from_hf(name.removeprefix(HUB), filename=CONFIG_NAME))
+        whole = json.loads(file.read_text(encoding="utf-8"))
+        config, preprocess = whole["model_cfg"], _preprocessing(whole.get("preprocess_cfg") or {})
+    return Source(name, _checked(config, name), preprocess=preprocess)
+
+
+def _preprocessing(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what open_clip's table of weights, or a config, says of how pictures are prepared."""
+    return {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode", "fill_color") if key in known}
 
 
 def _folder_source(folder: Path) -> Source:
@@ -255,7 +277,10 @@ def _folder_source(folder: Path) -> Source:
             return _open_clip_folder(place)
     theirs = hugging_face.read_config(folder)
     if theirs is not None:
-        config = hugging_face.open_clip_config(theirs, folder)
+        try:
+            config = hugging_face.open_clip_config(theirs, folder)
+        except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(f"'{folder / hugging_face.CONFIG_NAME}' describes no model: {error!r}") from error
         return Source(str(folder), _checked(config, str(folder)), folder=folder, layout="hugging_face",
                       weights=hugging_face.weight_files(folder)[0], preprocess=hugging_face.preprocess(folder))
     steps = [folder] if (folder / "state.json").is_file() else sorted((folder / "checkpoints").glob("step-*[0-9]"))
@@ -296,7 +321,7 @@ def _checkpoint_source(step: Path) -> Source:
     base = resolve_source(model)
     config = model_config(model, image_size=tuple(size) if isinstance(size, list) else size)
     return Source(str(step), config, folder=base.folder, weights=step,
-                  preprocess=base.preprocess)
+                  preprocess=base.preprocess if base.has_weights else FRESH_PREPROCESS)
 
 
 def _file_source(file: Path) -> Source:
@@ -307,7 +332,7 @@ def _file_source(file: Path) -> Source:
                           f"ViT-B-16:{file}")
     config = released.released_config(state, file)
     return Source(str(file), _checked(config, str(file)), weights=file, layout="released",
-                  preprocess=released.PREPROCESS)
+                  preprocess=FRESH_PREPROCESS)
 
 
 def _checked(config: Any, name: str) -> Mapping[str, Any]:

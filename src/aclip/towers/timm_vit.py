@@ -126,7 +126,7 @@ def obstacle(visual: TimmModel) -> str | None:
 
 def obstacle_by_name(name: str) -> str | None:
     """Return what is known to be in the way from timm's name of a model alone, without building it."""
-    if not is_model(name):
+    if not isinstance(name, str) or not is_model(name):
         return f"timm's image tower {name}, which the installed timm {timm.__version__} does not have"
     module = model_entrypoint(name).__module__.rpartition(".")[2]
     if module == _PLAIN:

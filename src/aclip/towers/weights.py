@@ -165,10 +165,11 @@ def _read_torch(path: Path, head: bytes) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) and isinstance(k, str)
-                                                 for k, v in found.items()):
-        raise CheckpointError(f"the weights {path} hold no state dict: expected names with a tensor each, or such a "
-                              "table under 'state_dict'")
+    if not isinstance(found, Mapping) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) and v.layout is torch.strided and not v.is_meta
+            for k, v in found.items()):
+        raise CheckpointError(f"the weights {path} hold no state dict: expected names with a dense tensor each, or "
+                              "such a table under 'state_dict'")
     return dict(found)
 
 
@@ -192,7 +193,7 @@ def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
     state.pop("text.transformer.embeddings.position_ids", None)
     for name in ("positional_embedding", "text.positional_embedding"):
-        if name in state and name in own and state[name].shape[1:] == own[name].shape[1:]:
+        if name in state and name in own and len(state[name]) and state[name].shape[1:] == own[name].shape[1:]:
             resize_text_pos_embed(state, model)  # another context length
     _resize_positions(model, state)
     return state
