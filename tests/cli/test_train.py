@@ -255,8 +255,9 @@ def test_processes_under_torchrun_train_as_one_does(pictures: Path, tmp_path: Pa
     """Two processes that share everything, in parts; then one goes on."""
     arguments = options(pictures, tmp_path / "two", "--epochs", "1", "--workers", "0", "--device", "cpu",
                         "--validation", f"held={pictures}", "--save-every", "0.3", "--set", "keep_checkpoints=9")
-    done = under_torchrun(2, [*arguments, "--parallel", "fsdp", "--micro-batch", "2"])
+    done = under_torchrun(2, [*arguments, "--parallel", "fsdp", "--micro-batch", "2", "--tensorboard"])
     assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # one process writes
     assert done.stdout.count("done. model:") == 1
     assert "2 processes (fsdp), 2 pairs at a time" in done.stdout
     assert main([*arguments, "--output", str(tmp_path / "one")]) == 0

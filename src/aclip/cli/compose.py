@@ -109,10 +109,11 @@ def train_run(
         examiner.look(0)
     if trainer.step < timetable.total_steps or trainer.owes_evaluation:
         with ExitStack() as open_sinks:
-            open_sinks.callback(note_peak_memory, folder, device)
+            if dist.rank() == 0:
+                open_sinks.callback(note_peak_memory, folder, device)
             sinks: list[Sink] = [
                 open_sinks.enter_context(ProgressSink(console, timetable.total_steps, trainer.step))]
-            if config.tensorboard:
+            if config.tensorboard and dist.rank() == 0:
                 writer = open_sinks.enter_context(tensorboard_writer(folder, trainer.step))
                 sinks.append(TensorBoardSink(writer))
             fit(trainer, batches, folder, sinks, examiner.examine)
