@@ -28,8 +28,9 @@ from torch import Tensor
 
 from aclip import data, towers
 from aclip.data.fetch import resolve_spec
-from aclip.engine.checkpoint import ema_weights, list_checkpoints, load
+from aclip.engine.checkpoint import list_checkpoints, step_of
 from aclip.masking import MASKING, MaskingContext, num_keep
+from aclip.towers.averaged import load_average_at
 
 
 def main() -> None:
@@ -74,9 +75,8 @@ def main() -> None:
 
     table.add_row("attention of the trained encoder, at the end", *attentive())
     for checkpoint in list_checkpoints(args.run / "checkpoints"):
-        saved = load(checkpoint)
-        visual.load_state_dict(ema_weights(saved))
-        table.add_row(f"attention of the EMA encoder, step {saved.step:,}", *attentive())
+        load_average_at(visual, checkpoint)
+        table.add_row(f"attention of the EMA encoder, step {step_of(checkpoint):,}", *attentive())
     table.add_row("the outline itself (best possible)", *(f"{share:.1%}" for share in row("attentive", covered)))
     console = Console()
     console.print(f"{len(images)} pictures, {grid[0]} x {grid[1]} patches, {kept:.1%} kept")

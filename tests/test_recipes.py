@@ -12,7 +12,7 @@ from aclip.engine.optim import parameter_groups
 from aclip.method import Method
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, StepOutput
-from tests_support import random_batch, rows_of
+from tests_support import random_batch
 
 SMALL_HEADS = {"ntxent": {"hidden": 32, "out": 16}, "byol": {"hidden": 32, "out": 16}}
 
@@ -141,7 +141,7 @@ def test_masks_do_not_depend_on_the_rest_of_the_batch(name: str) -> None:
     whole = random_batch(method.plan, batch_size=6, seed=1)
     with torch.no_grad():
         together = method.run_passes(whole)
-        alone = method.run_passes(rows_of(whole, slice(2, 5)))
+        alone = method.run_passes(whole.rows(slice(2, 5)))
     for key, encoded in together.items():
         if encoded.keep_indices is not None:
             assert torch.equal(encoded.keep_indices[:, 2:5], alone[key].keep_indices)

@@ -55,15 +55,3 @@ def random_batch(plan: Plan, batch_size: int, seed: int = 0, text_length: int = 
         views=views, tokens=tokens, caption_ids=torch.arange(batch_size),
         seeds=torch.randint(0, 2**62, (batch_size,), generator=noise),
     )
-
-
-def rows_of(batch: Batch, rows: slice) -> Batch:
-    """Return some samples of a batch."""
-    views = {
-        name: ViewBatch(
-            view.pixels[rows], view.boxes[rows], view.flipped[rows],
-            None if view.augmentation is None else view.augmentation[rows],
-        )
-        for name, view in batch.views.items()
-    }
-    return Batch(views, batch.tokens[rows], batch.caption_ids[rows], batch.seeds[rows])

@@ -213,12 +213,6 @@ def put_away(path: Path) -> Path:
     return place
 
 
-def ema_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the state of the EMA image tower that a checkpoint holds; empty where the recipe keeps none."""
-    start = "method/ema_visual."
-    return {name.removeprefix(start): checkpoint.tensors[name] for name in checkpoint.tensors if name.startswith(start)}
-
-
 def _values(path: Path) -> tuple[dict[str, Any], list[FileMark]]:
     """Return what `state.json` holds.
 
