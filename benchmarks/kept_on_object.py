@@ -17,6 +17,7 @@ and both for uniform masking, whose expectations are exact, and for the best tha
 
 import argparse
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -38,24 +39,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", default="tuxpaint:all")
+    add_options(parser)
+    args = parser.parse_args()
+    source = data.open_source(resolve_spec(args.data))
+    measure(args, (cut_out(source.read(index).image) for index in range(len(source))))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `measure` reads, besides `run`."""
     parser.add_argument("--mask-ratio", type=float, default=0.5)
     parser.add_argument("--block-size", type=int, default=2)
-    args = parser.parse_args()
 
+
+def measure(args: argparse.Namespace, pictures: Iterable[tuple[Image.Image, Image.Image]]) -> None:
+    """Print what masks keep of pictures, each with its object's outline as a white area on black."""
     model = towers.load(args.run)
     visual = towers.visual_of(model.model)
     height, width = visual.image_size
     grid = height // visual.conv1.kernel_size[0], width // visual.conv1.kernel_size[1]
     mean, std = (torch.tensor(visual.preprocess_cfg[key])[:, None, None] for key in ("mean", "std"))
-    source = data.open_source(resolve_spec(args.data))
-    pictures, coverage = [], []
-    for index in range(len(source)):
-        colours, outline = cut_out(source.read(index).image)
+    preprocessed, coverage = [], []
+    for colours, outline in pictures:
         alpha = model.preprocess(outline)[:1] * std[:1] + mean[:1]
         if alpha.max() > 0.5:  # a few stamps are shadows, all but transparent
-            pictures.append(model.preprocess(colours))
+            preprocessed.append(model.preprocess(colours))
             coverage.append(F.adaptive_avg_pool2d(alpha.clamp(0, 1), grid).flatten())
-    images, covered = torch.stack(pictures), torch.stack(coverage)
+    images, covered = torch.stack(preprocessed), torch.stack(coverage)
 
     def row(strategy: str, scores: Tensor | None = None) -> tuple[float, float]:
         chosen = MASKING[strategy](args.mask_ratio, block_size=args.block_size)(MaskingContext(

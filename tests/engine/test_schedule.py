@@ -43,3 +43,13 @@ def test_past_the_end_and_runs_of_nothing_but_warm_up() -> None:
 
 def test_equal_ends_are_a_constant() -> None:
     assert {momentum_cosine(step, 50, 0.996, 0.996) for step in range(50)} == {0.996}
+
+
+def test_the_average_warms_up_until_the_momentum_is_that_of_the_cosine() -> None:
+    total = 10_000
+    plain = [momentum_cosine(step, total, 0.996, 1.0) for step in range(total)]
+    warmed = [momentum_cosine(step, total, 0.996, 1.0, warmup=10.0) for step in range(total)]
+    assert warmed[:3] == [1 / 10, 2 / 11, 3 / 12]
+    assert warmed[1_000] == 1_001 / 1_010 < plain[1_000]
+    assert warmed[2_239] < 0.996
+    assert warmed[2_240:] == plain[2_240:]

@@ -160,8 +160,9 @@ def dataflow_table(resolved: Plan, model: str, text_tokens: float) -> Table:
         settings = "".join(f", {k} {v}" for k, v in o.options.items())
         table.add_row(f"objective '{o.name}'", f"weight {o.weight:g}, reads {' -> '.join(o.reads)}{settings}")
     if recipe.ema_momentum:
-        table.add_row("EMA", f"momentum {recipe.ema_momentum.start} -> {recipe.ema_momentum.end}, "
-                             "after each optimizer step")
+        momentum = recipe.ema_momentum
+        warmup = f", before that (1 + t) / ({momentum.warmup:g} + t) in step t" if momentum.warmup else ""
+        table.add_row("EMA", f"momentum {momentum.start} -> {momentum.end}{warmup}, after each optimizer step")
     if recipe.freeze:
         table.add_row("frozen", ", ".join(recipe.freeze))
     table.add_row(

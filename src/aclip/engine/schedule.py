@@ -19,6 +19,12 @@ def warmup_cosine(
     return end + (base - end) * (1.0 + math.cos(math.pi * min(1.0, progress))) / 2.0
 
 
-def momentum_cosine(step: int, total: int, start: float, end: float) -> float:
-    """Return the EMA momentum: end - (end - start) (1 + cos(pi step / total)) / 2."""
+def momentum_cosine(step: int, total: int, start: float, end: float, warmup: float = 0.0) -> float:
+    """Return the EMA momentum: end - (end - start) (1 + cos(pi step / total)) / 2.
+
+    With `warmup` w > 0 it is (1 + step) / (w + step) until that reaches `start`.
+    """
+    rising = (1 + step) / (warmup + step) if warmup > 0 else 1.0
+    if rising < start:
+        return rising
     return end - (end - start) * (1.0 + math.cos(math.pi * min(1.0, step / total))) / 2.0

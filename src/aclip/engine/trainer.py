@@ -81,7 +81,7 @@ class Trainer:
         momentum = self.config.recipe.ema_momentum
         if momentum is None:
             return None
-        return momentum_cosine(self.step, self.timetable.total_steps, momentum.start, momentum.end)
+        return momentum_cosine(self.step, self.timetable.total_steps, momentum.start, momentum.end, momentum.warmup)
 
     def train_step(self, batch: Batch) -> StepOutput:
         """Take one optimizer step; afterwards the gradients are still there to be looked at.
