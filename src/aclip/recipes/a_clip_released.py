@@ -10,6 +10,7 @@ moves the EMA inside the forward pass; neither is reproduced.)
 
 from dataclasses import replace
 
+from aclip.config import EmaMomentum
 from aclip.recipes.a_clip import A_CLIP
 
 A_CLIP_RELEASED = replace(
@@ -23,6 +24,7 @@ A_CLIP_RELEASED = replace(
         if p.masking == "attentive" else p
         for p in A_CLIP.passes
     ),
+    ema_momentum=EmaMomentum(0.996, 1.0),
     objectives=tuple(
         replace(o, options={**o.options, "views": (0, 0)}) if o.name == "ntxent" else o
         for o in A_CLIP.objectives
