@@ -42,10 +42,12 @@ ASKED = {
     "maskclip": ("maskclip",),
     "attentive-1x50": ("attentive-1x50",),
     "attentive-1x50, EMA at 1/2": ("attentive-1x50", "passes.context.resolution=0.5"),
+    "attentive-1x50, scores known": ("attentive-1x50", "passes.context.refresh=1000000"),
     "a-clip": ("a-clip",),
     "a-clip-eff": ("a-clip-eff",),
 }
-"""Title in the table -> recipe, and changes to it."""
+"""Title in the table -> recipe, and changes to it. Where scores serve for several epochs, steps are those that know
+them, and for so many epochs that the arithmetic is theirs, too."""
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 PARTS = ("text", "EMA pass", "online pass", "heads", "losses", "optimizer", "EMA update", "host")
