@@ -95,7 +95,7 @@ class Row:
         resolved, batches = self.competitor.plan, self.competitor.batches
         lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in batches]).float()
         text = resolved.shape.context_length if self.text == "padded" else float(lengths.mean())
-        return text + sum(len(p.spec.views) * p.num_tokens for p in resolved.passes)
+        return text + sum(len(p.spec.views) * p.num_tokens / p.spec.refresh for p in resolved.passes)
 
 
 def peak_rate(settings: Settings, shape: Any, clock: Callable[[], float]) -> float:
