@@ -22,7 +22,7 @@ from aclip.config import Recipe
 from aclip.data import augment
 from aclip.engine.memory import peak_memory
 from aclip.engine.optim import build_optimizer, parameter_groups
-from aclip.engine.trial import made_batch
+from aclip.engine.trial import made_batch, with_known_scores
 from aclip.engine.wrap import wrap
 from aclip.method import Method
 from aclip.recipes import RECIPES
@@ -162,7 +162,7 @@ class Ours:
             wrap(self.method, settings.device, compile_blocks=True)
         self.optimizer = build_optimizer(parameter_groups(self.method, 0.2), recipe.optimization)
         self.ema = self.method.ema()
-        self.batches = settings.batches(self.plan, cut_text)
+        self.batches = [with_known_scores(batch, self.plan) for batch in settings.batches(self.plan, cut_text)]
         self.packs = text.packs if cut_text else lambda tokens: False
 
     def propagate(self, batch: Batch) -> None:
@@ -180,7 +180,7 @@ class Ours:
 
     def average(self) -> None:
         """Update the EMA."""
-        if self.plan.recipe.ema_momentum is not None:
+        if self.plan.recipe.uses_ema:
             self.ema.update(0.996)
 
     def stages(self, watch: Stopwatch, batch: Batch) -> None:

@@ -42,10 +42,12 @@ ASKED = {
     "maskclip": ("maskclip",),
     "attentive-1x50": ("attentive-1x50",),
     "attentive-1x50, EMA at 1/2": ("attentive-1x50", "passes.context.resolution=0.5"),
+    "attentive-1x50, scores known": ("attentive-1x50", "passes.context.refresh=1000000"),
     "a-clip": ("a-clip",),
     "a-clip-eff": ("a-clip-eff",),
 }
-"""Title in the table -> recipe, and changes to it."""
+"""Title in the table -> recipe, and changes to it. Where scores serve for several epochs, steps are those that know
+them, and for so many epochs that the arithmetic is theirs, too."""
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 PARTS = ("text", "EMA pass", "online pass", "heads", "losses", "optimizer", "EMA update", "host")
@@ -93,7 +95,7 @@ class Row:
         resolved, batches = self.competitor.plan, self.competitor.batches
         lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in batches]).float()
         text = resolved.shape.context_length if self.text == "padded" else float(lengths.mean())
-        return text + sum(len(p.spec.views) * p.num_tokens for p in resolved.passes)
+        return text + sum(len(p.spec.views) * p.num_tokens / p.spec.refresh for p in resolved.passes)
 
 
 def peak_rate(settings: Settings, shape: Any, clock: Callable[[], float]) -> float:

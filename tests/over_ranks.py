@@ -15,6 +15,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, multiprocessing
 
 from aclip import plan, towers
+from aclip.config import Recipe, override
 from aclip.data import augment
 from aclip.method import Method
 from aclip.recipes import RECIPES
@@ -31,11 +32,18 @@ def register_nano() -> None:
     open_clip.add_model_config(Path(__file__).parent / "models")
 
 
-def build(name: str) -> Method:
-    """Return a recipe on `vit-nano`."""
+def recipe_of(words: str) -> Recipe:
+    """Return a recipe with narrow heads from its name and changes to it: `a-clip passes.context.resolution=0.5`."""
+    name, *changes = words.split()
+    recipe: Recipe = override(small(RECIPES[name]), changes)
+    return recipe
+
+
+def build(words: str) -> Method:
+    """Return a recipe (`recipe_of`) on `vit-nano`."""
     register_nano()
     torch.manual_seed(0)
-    resolved = plan.resolve(small(RECIPES[name]), towers.shape_of(towers.model_config("vit-nano")))
+    resolved = plan.resolve(recipe_of(words), towers.shape_of(towers.model_config("vit-nano")))
     model = towers.create_model("vit-nano", with_text=resolved.uses_text)
     return Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
 

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aclip import plan, towers
-from aclip.config import EmaMomentum, ObjectiveConfig, Pass, TextPass
+from aclip.config import EmaMomentum, ObjectiveConfig, Pass, TextPass, override
 from aclip.errors import ConfigError
+from aclip.masking import to_bytes
 from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReductionContext
 from aclip.method import Method, freeze
 from aclip.recipes import RECIPES
-from aclip.structs import Batch, ViewBatch
+from aclip.structs import Batch, KnownScores, ViewBatch
 from test_recipes import build, small
 from tests_support import random_batch
 
@@ -223,3 +224,39 @@ def test_reduced_captions_are_what_is_encoded(reduction: str) -> None:
     features = F.normalize(towers.encode_text(method.model, seen.tokens), dim=-1)
     torch.testing.assert_close(seen.features, features, rtol=0, atol=0)
     assert torch.equal(method.encode_text(method.plan.texts[0], batch, masked=False).tokens, batch.tokens)
+
+
+def test_an_online_encoder_that_only_scores_leaves_no_graph_and_every_gradient() -> None:
+    """In bf16, too: autocast must not hand weights that were cast without gradient to the masked pass."""
+    recipe = override(RECIPES["attentive-2x50"], ["passes.context.encoder=online"])
+    method, twin = build(recipe), build(RECIPES["attentive-2x50"])  # whose average still equals the online encoder
+    assert method.ema_visual is None
+    batch = plain(random_batch(method.plan, batch_size=3))
+    for one in (method, twin):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = one(batch)
+        context = output.passes["context"]
+        assert not any(tensor.requires_grad for tensor in (context.features, context.cls, context.scores))
+        assert context.features.shape == (1, 3, 0)
+        output.loss.backward()
+    for (name, ours), (_, theirs) in zip(method.model.named_parameters(), twin.model.named_parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+
+
+def test_only_rows_without_scores_are_scored() -> None:
+    method = build(override(RECIPES["attentive-2x50"], ["passes.context.refresh=2"]))
+    batch = random_batch(method.plan, batch_size=5)
+    p, scored = method.plan.passes[0], []
+    encode = method.encode
+    method.encode = lambda p, views, keep: scored.append(len(views[0])) or encode(p, views, keep)
+    fresh = to_bytes(method.score(p, batch).scores[0])
+    other = fresh.flip(1)
+    known = replace(batch, known={"context": KnownScores(other, (1, 4))})
+    maps = to_bytes(method.score(p, known).scores[0])
+    assert torch.equal(maps[[0, 2, 3]], other[[0, 2, 3]])
+    assert int((maps[[1, 4]].int() - fresh[[1, 4]].int()).abs().max()) <= 1
+    assert torch.equal(to_bytes(method.score(p, known.rows(slice(2, 4))).scores[0]), other[2:4])
+    assert scored == [5, 2]
+    assert known.rows(slice(1, 5)).known["context"].missing == (0, 3)

@@ -303,3 +303,47 @@ def test_score_layers_have_to_be_there_and_asked_for() -> None:
         resolved(override(RECIPES["clip"], ["passes.full.score_layers=1"]))
     with pytest.raises(ConfigError, match="at least 1, not 0"):
         with_score_layers("a-clip", 0)
+
+
+def with_refresh(name: str, epochs: int, *changes: str) -> Recipe:
+    return override(RECIPES[name], [f"passes.context.refresh={epochs}", *changes])
+
+
+@pytest.mark.parametrize("encoder", ["ema", "online"])
+def test_a_pass_that_only_scores_costs_its_forward_pass_over_the_epochs_that_it_serves(encoder: str) -> None:
+    change = f"passes.context.encoder={encoder}"
+    rest = resolved("attentive-1x50").macs() - image_macs(VIT_B_16, 196, 197)
+    for epochs in (1, 4):
+        plan = resolved(with_refresh("attentive-1x50", epochs, change))
+        assert plan.macs() - rest == pytest.approx(image_macs(VIT_B_16, 196, 197) / epochs)
+        assert [p.learns for p in plan.passes] == [False, True]
+        assert plan.recipe.uses_ema == (encoder == "ema")
+    unmasked = with_refresh("attentive-1x50", 4, change, "passes.masked.mask_ratio=0")
+    assert resolved(unmasked).macs() == pytest.approx(resolved("clip-augmented").macs())
+    assert not resolved(unmasked).runs(resolved(unmasked).passes[0])
+    assert resolved(override(RECIPES["a-clip"], ["passes.masked.mask_ratio=0"])).macs() > 2 * resolved("clip").macs()
+
+
+def test_scores_that_serve_for_epochs_are_those_of_whole_pictures_in_every_phase() -> None:
+    recipe = with_refresh("attentive-3x33", 3, "view_options.context=released")
+    for resolution in (1.0, 0.5):
+        plan = resolve(recipe, VIT_B_16, resolution)
+        assert [p.grid_size[0] for p in plan.passes] == [14, 14 * resolution]
+        assert plan.pipeline.boxes(300, 500, seed=0, epoch=1, sample=2)["context"] == (0, 0, 300, 500)
+        assert "scores serve for 3 epochs, so that view 'context' is the whole picture" in plan.notes[0]
+    assert resolved("attentive-3x33").pipeline.boxes(300, 500, seed=0, epoch=1, sample=2)["context"] != (0, 0, 300, 500)
+
+
+@pytest.mark.parametrize(("recipe", "message"), [
+    (with_refresh("a-clip", 4), "refresh would save nothing, for it is run in every step for objective 'byol'"),
+    (override(RECIPES["clip"], ["passes.full.refresh=2"]), "no pass takes scores from it"),
+    (override(two_scored_views(), ["passes.scored.refresh=2"]), "need a view of the whole picture, which is 'context'"),
+])
+def test_scores_that_cannot_be_kept_are_refused(recipe: Recipe, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved(recipe)
+
+
+def test_scores_serve_for_at_least_one_epoch() -> None:
+    with pytest.raises(ConfigError, match="refresh counts the epochs for which scores serve, at least 1, not 0"):
+        with_refresh("attentive-1x50", 0)

@@ -33,6 +33,8 @@ class Pass:
         fill: removed patches stay in the sequence as a learned mask token (SimMIM) instead of leaving it.
         score_layers: scores that others take from this pass are averaged over so many of its first layers; None is all
             of them, as in the paper. A pass of which nothing else is read stops there.
+        refresh: epochs for which a sample's scores serve before they are computed anew; 1 computes them in every step,
+            as in the paper. Only for a pass of which nothing else is read; it then sees whole pictures.
     """
 
     name: str
@@ -46,8 +48,12 @@ class Pass:
     resolution: float = 1.0
     fill: bool = False
     score_layers: int | None = None
+    refresh: int = 1
 
     def __post_init__(self) -> None:
+        if self.refresh < 1:
+            raise ConfigError(f"pass '{self.name}': refresh counts the epochs for which scores serve, at least 1, not "
+                              f"{self.refresh}")
         if self.score_layers is not None and self.score_layers < 1:
             raise ConfigError(f"pass '{self.name}': score_layers counts the first layers that scores come from, at "
                               f"least 1, not {self.score_layers}")

@@ -9,7 +9,7 @@ same four steps with parts switched off.
        a. scores:   resample an earlier pass's [CLS] attention onto each view's own patch grid
        b. masking:  keep_indices = strategy(scores): the K patches of each view that stay
        c. encoding: v = norm(encoder(kept patches of all views)), encoder = online, or its EMA without
-                    gradient
+                    gradient; of a pass that only scores, the scores alone, also those of an earlier epoch
     3. objectives:  L = sum of weight * objective(passes, t)
     4. EMA:         after the optimizer step, theta_ema <- m theta_ema + (1 - m) theta
 
@@ -24,14 +24,14 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from aclip import towers
 from aclip.data import augment
 from aclip.ema import Ema, frozen_copy
 from aclip.errors import ConfigError
-from aclip.masking import MaskingContext, crop_scores, hide_tokens
+from aclip.masking import MaskingContext, crop_scores, from_bytes, hide_tokens, to_bytes
 from aclip.masking.text_reduction import TextReductionContext
 from aclip.objectives import Objective
 from aclip.plan import PassPlan, Plan, TextPlan, build_objective, resolve
@@ -97,7 +97,7 @@ class Method(nn.Module):
         """Steps 1 and 2: what the towers make of a batch.
 
         Nothing depends on the other samples of the batch, so that it may be run in parts, and again: with `seen`, the
-        result for these samples with the same weights, its masks and its EMA passes are taken over.
+        result for these samples with the same weights, its masks and its passes without gradient are taken over.
         """
         # 1. text
         texts = {text.spec.name: self.encode_text(text, batch, masked) for text in self.plan.texts}
@@ -133,13 +133,17 @@ class Method(nn.Module):
         """Step 2: (score ->) mask -> encode, pass by pass."""
         plan = self.plan_at(resolution)
         passes: dict[str, Encoded] = {}
+        run = [p for p in plan.passes if plan.runs(p, masked)]
         if seen is not None:  # no gradient reaches them: they are what they were
-            passes |= {p.spec.name: seen.passes[p.spec.name] for p in plan.passes if p.spec.encoder == "ema"}
-        todo = [p for p in plan.passes if p.spec.name not in passes]
+            passes |= {p.spec.name: seen.passes[p.spec.name] for p in run if not p.learns}
+        todo = [p for p in run if p.spec.name not in passes]
         # what was drawn per sample in the loader is applied here, in batch, on the device
-        needed = {view for p in todo for view in p.spec.views}
+        needed = {view for p in todo if p.spec.refresh == 1 for view in p.spec.views}
         images = {name: augment.apply(batch.views[name], self.mean, self.std) for name in batch.views if name in needed}
         for p in todo:
+            if p.spec.refresh > 1:
+                passes[p.spec.name] = self.score(p, batch)
+                continue
             views = [resized(images[view], p.image_size) for view in p.spec.views]
             if not (masked and p.num_keep < p.num_patches):
                 keep = None
@@ -149,7 +153,7 @@ class Method(nn.Module):
             else:
                 keep = self.choose_patches(plan, p, batch, passes, views)
             passes[p.spec.name] = self.encode(p, views, keep)
-        return {p.spec.name: passes[p.spec.name] for p in plan.passes}
+        return {p.spec.name: passes[p.spec.name] for p in run}
 
     def ema(self) -> Ema:
         """Step 4: return what averages the image encoder and the heads that have an EMA copy.
@@ -198,6 +202,32 @@ class Method(nn.Module):
             flipped=wanted.flipped, padding=p.spec.score_padding,
         )
 
+    def score(self, p: PassPlan, batch: Batch) -> Encoded:
+        """Step 2c of a pass whose scores serve for several epochs: run it for the samples that have none yet.
+
+        Known or new, scores are rounded to a byte a patch, so that what is chosen by them is the same.
+        """
+        (name,) = p.spec.views
+        view, known = batch.views[name], batch.known.get(p.spec.name)
+
+        def run(view: ViewBatch) -> UInt8[Tensor, "B N"]:
+            scores = self.encode(p, [resized(augment.apply(view, self.mean, self.std), p.image_size)], None).scores
+            assert scores is not None
+            return to_bytes(scores[0])
+
+        if known is None or len(known.missing) == batch.size:
+            maps = run(view)
+        elif known.missing:
+            rows = torch.tensor(known.missing)
+            if known.maps.is_cuda:  # pageable memory would be waited for
+                rows = rows.pin_memory().to(known.maps.device, non_blocking=True)
+            maps = known.maps.index_copy(0, rows, run(view.rows(rows)))
+        else:
+            maps = known.maps
+        scores = from_bytes(maps)[None]
+        nothing = scores[:, :, :0]
+        return Encoded(nothing, nothing, scores, keep_indices=None, num_tokens=p.num_tokens, grid_size=p.grid_size)
+
     def encode(
         self, p: PassPlan, views: list[Tensor], keep: Int[Tensor, "VB K"] | None
     ) -> Encoded:
@@ -205,17 +235,20 @@ class Method(nn.Module):
         online = p.spec.encoder == "online"
         visual = towers.visual_of(self.model) if online else self.ema_visual
         assert visual is not None
-        with torch.set_grad_enabled(online and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(p.learns and torch.is_grad_enabled()):
             pixels = torch.cat(views)
             out = towers.encode_image(
                 visual, pixels, keep, mask_token=self.mask_token if p.spec.fill else None,
                 return_scores=p.gives_scores, return_patches=p.gives_patches, score_layers=p.spec.score_layers,
-                scores_only=p.scores_only,
+                scores_only=p.stops_early,
             )
+        if online and not p.learns:  # some versions of torch would hand on weights that were cast without gradient
+            torch.clear_autocast_cache()
+        width = 0 if p.scores_only else None  # of what nobody reads
         by_view = (len(views), -1)
         return Encoded(
-            features=F.normalize(out.features.float(), dim=-1).unflatten(0, by_view),
-            cls=out.cls.unflatten(0, by_view),
+            features=F.normalize(out.features[:, :width].float(), dim=-1).unflatten(0, by_view),
+            cls=out.cls[:, :width].unflatten(0, by_view),
             scores=out.scores.unflatten(0, by_view) if out.scores is not None else None,
             keep_indices=keep.unflatten(0, by_view) if keep is not None else None,
             num_tokens=out.num_tokens,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from aclip.config import ObjectiveConfig, Pass, Recipe, TextPass
-from aclip.data.views import VIEWS, ViewPipeline
+from aclip.data.views import VIEWS, TwoCropsInContext, ViewPipeline
 from aclip.errors import ConfigError, UnsupportedModelError, unknown_name
 from aclip.masking import MASKING, MaskingStrategy, fitting_block_size
 from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReduction
@@ -53,6 +53,16 @@ class PassPlan:
     def num_patches(self) -> int:
         """N, before anything is removed."""
         return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def learns(self) -> bool:
+        """Whether a gradient goes through it."""
+        return self.spec.encoder == "online" and not self.scores_only
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether its encoder stops where the scores are known."""
+        return self.scores_only and self.spec.score_layers is not None
 
 
 @dataclass(frozen=True)
@@ -99,11 +109,27 @@ class Plan:
     uses_text: bool
     notes: tuple[str, ...]
 
+    def runs(self, p: PassPlan, masked: bool = True) -> bool:
+        """Return whether steps run a pass: not where nothing but its scores is read, and nothing is chosen by them.
+
+        Args:
+            p: one of `passes`.
+            masked: whether anything is masked in these steps.
+        """
+        chooses = any(o.spec.scores_from == p.spec.name and o.num_keep < o.num_patches for o in self.passes)
+        return (masked and chooses) or not p.scores_only
+
+    @property
+    def scoring_share(self) -> float:
+        """Share of the steps in which scores are computed: an n-th where they serve for n epochs."""
+        return 1.0 / min((p.spec.refresh for p in self.passes if p.spec.refresh > 1 and self.runs(p)), default=1)
+
     def macs(self, text_tokens: float | None = None) -> float:
         """Return multiply-accumulates of the towers per pair and training step.
 
-        A trained module costs three times its forward pass, the EMA encoder once; decoders count, other heads and
-        losses are left out (under 1 % at ViT-B/16).
+        A trained module costs three times its forward pass, one without gradient once; a pass whose scores serve for
+        n epochs costs an n-th (what is scored later, because it was left out or replaced before, is not counted).
+        Decoders count, other heads and losses are left out (under 1 % at ViT-B/16).
 
         Args:
             text_tokens: length of the text as encoded; None is the full context.
@@ -113,9 +139,9 @@ class Plan:
         for text in self.texts:
             if text.encoded:
                 total += 3.0 * text_macs(shape, text.length(text_tokens))
-        for p in self.passes:
-            passes = 3.0 if p.spec.encoder == "online" else 1.0
-            layers = (p.spec.score_layers or shape.layers) - 1 if p.scores_only else None
+        for p in filter(self.runs, self.passes):
+            passes = (3.0 if p.learns else 1.0) / p.spec.refresh
+            layers = (p.spec.score_layers or shape.layers) - 1 if p.stops_early else None
             total += passes * len(p.spec.views) * image_macs(shape, p.num_keep, p.num_tokens, layers)
         for config in self.recipe.objectives:
             with torch.device("meta"):
@@ -141,7 +167,8 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
     Args:
         recipe: what to resolve.
         shape: of the model.
-        resolution: image side of all passes relative to the recipe's own, rounded to whole patches.
+        resolution: image side of all passes relative to the recipe's own, rounded to whole patches; a pass whose scores
+            serve for several epochs keeps its size, for other steps are to use them.
 
     Raises:
         ConfigError: an unknown masking, view, objective or option, each with what exists instead.
@@ -160,8 +187,9 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
         if strategy.needs_scores and p.scores_from is None:
             raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': masking '{p.masking}' ranks patches, "
                               "so the pass needs scores_from, the name of an earlier pass")
+        relative = p.resolution * (resolution if p.refresh == 1 else 1.0)
         image_size = tuple(
-            max(1, math.floor(side * p.resolution * resolution / patch + 0.5)) * patch
+            max(1, math.floor(side * relative / patch + 0.5)) * patch
             for side, patch in zip(shape.image_size, shape.patch_size, strict=True)
         )
         grid = image_size[0] // shape.patch_size[0], image_size[1] // shape.patch_size[1]
@@ -169,15 +197,19 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
             notes.append(f"pass '{p.name}': blocks of {strategy.block_size} x {strategy.block_size} do not tile "
                          f"the {grid[0]} x {grid[1]} grid, single patches are chosen")
         keep = strategy.num_keep(grid)
+        gives_scores = any(other.scores_from == p.name for other in recipe.passes)
         passes.append(PassPlan(
             spec=p, strategy=strategy, image_size=(image_size[0], image_size[1]), grid_size=grid,
             num_keep=keep, num_tokens=(math.prod(grid) if p.fill else keep) + shape.num_prefix_tokens,
-            gives_scores=any(other.scores_from == p.name for other in recipe.passes),
+            gives_scores=gives_scores,
             gives_patches=any(reader.needs_patches for reader in readers),
             gives_pixels=any(reader.needs_pixels for reader in readers),
-            scores_only=p.score_layers is not None and not readers,
+            scores_only=gives_scores and not readers,
         ))
         _check_score_layers(recipe, p, shape)
+        if p.refresh > 1:
+            notes.append(f"pass '{p.name}': scores serve for {p.refresh} epochs, so that view '{p.views[0]}' is the "
+                         "whole picture")
     _check_score_sources(recipe, passes, shape)
     texts = _text_plans(recipe, shape)
     uses_text = any(text.encoded for text in texts)
@@ -187,10 +219,14 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
 
 
 def build_pipeline(recipe: Recipe) -> ViewPipeline:
-    """Return the recipe's view pipeline."""
+    """Return the recipe's view pipeline, its context the whole picture where scores serve for several epochs."""
     if recipe.views not in VIEWS:
         raise ConfigError(f"recipe '{recipe.name}': {unknown_name('view pipeline', recipe.views, VIEWS)}")
-    pipeline: ViewPipeline = _build(VIEWS[recipe.views], {}, recipe.view_options, f"views '{recipe.views}'")
+    for p in recipe.passes:
+        _check_refresh(recipe, p)
+    whole = {"context": "whole"} if any(p.refresh > 1 for p in recipe.passes) else {}
+    pipeline: ViewPipeline = _build(VIEWS[recipe.views], {}, {**recipe.view_options, **whole},
+                                    f"views '{recipe.views}'")
     return pipeline
 
 
@@ -312,6 +348,22 @@ def _check_score_layers(recipe: Recipe, p: Pass, shape: TowerShape) -> None:
     if p.score_layers > shape.layers:
         raise ConfigError(f"recipe '{recipe.name}', pass '{p.name}': scores cannot come from {p.score_layers} layers "
                           f"of a tower that has {shape.layers}")
+
+
+def _check_refresh(recipe: Recipe, p: Pass) -> None:
+    """Refuse to keep scores that nobody takes, of a pass that is run for others as well, or of crops."""
+    if p.refresh == 1:
+        return
+    where = f"recipe '{recipe.name}', pass '{p.name}'"
+    readers = ", ".join(f"'{o.name}'" for o in recipe.objectives if p.name in o.reads)
+    if all(other.scores_from != p.name for other in recipe.passes):
+        raise ConfigError(f"{where}: refresh has nothing to act on, for no pass takes scores from it")
+    if readers:
+        raise ConfigError(f"{where}: refresh would save nothing, for it is run in every step for objective {readers}: "
+                          "leave it at 1")
+    if p.views != ("context",) or not issubclass(VIEWS[recipe.views], TwoCropsInContext):
+        raise ConfigError(f"{where}: scores that serve for {p.refresh} epochs need a view of the whole picture, which "
+                          "is 'context' alone, of two_crops_in_context and three_crops_in_context")
 
 
 def _check_score_sources(recipe: Recipe, passes: list[PassPlan], shape: TowerShape) -> None:

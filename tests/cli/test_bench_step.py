@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aclip.cli import bench_step, main
+from aclip.engine import timing
 
 BRIEFLY = ["bench", "step", "--model", "vit-micro", "--rounds", "2", "--device", "cpu"]
 
@@ -31,6 +32,16 @@ def test_the_table_says_what_was_measured(capsys: pytest.CaptureFixture[str]) ->
     assert "flip on vit-micro, fp32 on cpu" in out
     assert "most pairs a second: batch 2." in out
     assert "hours" not in out
+
+
+def test_steps_that_know_their_scores_count_for_the_epochs_in_which_they_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"2": [8.0, 8.0], "2, scores known": [4.0, 4.0]}
+    monkeypatch.setattr(timing, "time_in_turns", lambda steps, **_: {name: seconds[name] for name in steps})
+    reused = ["--recipe", "attentive-1x50", "--set", "passes.context.refresh=4", "--batch-sizes", "2", "--json"]
+    assert main([*BRIEFLY, *reused]) == 0
+    assert json.loads(capsys.readouterr().out)["speeds"][0]["seconds"] == 5.0
 
 
 def test_a_batch_that_does_not_fit_ends_the_search(

@@ -241,6 +241,15 @@ def test_steps_that_cost_differently_are_averaged(pictures: Path, tmp_path: Path
     assert flip.macs(9.0) == pytest.approx(0.5 * small + 0.3 * masked + 0.2 * whole)
 
 
+def test_steps_that_know_their_scores_are_averaged_with_those_that_do_not(pictures: Path, tmp_path: Path) -> None:
+    made = comparison(options(pictures, tmp_path / "made", "--recipes", "attentive-1x50", "--epochs", "2", "--set",
+                              "recipe.passes.context.refresh=4", "--unmasked-tuning", "0.2"))
+    masked, unmasked = made.contenders["attentive-1x50"].stages
+    assert masked.kinds("it") == [("it, scoring", 0.25, False), ("it, scores known", 0.75, True)]
+    assert unmasked.kinds("it") == [("it, unmasked", 1.0, False)]
+    assert unmasked.plan.macs(9.0) == pytest.approx(made.baseline.stages[0].plan.macs(9.0))
+
+
 def test_the_text_length_is_that_of_the_captions(pictures: Path, tmp_path: Path) -> None:
     made = comparison(options(pictures, tmp_path / "made", "--recipes", "clip", "--epochs", "1"))
     assert made.text_tokens == 6.0  # two digits are two tokens: noise number 1 7, start and end

@@ -52,6 +52,22 @@ def test_the_table_has_every_recipe_and_its_tokens(
     assert lines["clip"].split()[-3:] == ["1.00", "1.00", "0.88"]
 
 
+def test_the_table_says_for_how_many_epochs_scores_serve(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    changes = ["--set", "passes.context.refresh=4"]
+    assert main(["recipes", "cost", "attentive-1x50", *changes]) == 0
+    assert "197 EMA / 4, 101" in capsys.readouterr().out
+    changes += ["--set", "passes.context.encoder=online"]
+    assert main(["recipes", "cost", "attentive-1x50", *changes]) == 0
+    assert "197 scored / 4, 101" in capsys.readouterr().out
+    assert main(["recipes", "show", "attentive-1x50", *changes]) == 0
+    out = capsys.readouterr().out
+    assert "online encoder, without gradient, scores serve for 4 epochs" in out
+    assert "momentum" not in out
+
+
 def test_some_recipes_on_another_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     arguments = ["recipes", "cost", "flip", "--model", "vit-tiny", "--text-tokens", "9", "--set",

@@ -141,6 +141,17 @@ def test_an_interrupted_run_saves_itself(pictures: Path, tmp_path: Path) -> None
     assert saved == journal(run)[-1]["step"]
 
 
+def test_scores_of_the_online_encoder_serve_for_two_epochs(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--data", str(pictures), "--output", str(run), "--recipe", "attentive-1x50", "--model",
+                 "vit-micro", "--batch-size", "4", "--epochs", "4", "--workers", "0", "--log-every", "1",
+                 "--set", "recipe.passes.context.encoder=online", "--set", "recipe.passes.context.refresh=2"]) == 0
+    assert "scores serve for 2 epochs" in json.loads((run / "config.json").read_text())["dataflow"]
+    assert len(journal(run)) == 24
+    assert not any("ema_momentum" in record or "ema_distance" in record for record in journal(run))
+    assert not list(run.glob("scores-*"))  # no step is left that could read them
+
+
 def test_ema_weights_can_be_evaluated(finished: Path, pictures: Path) -> None:
     before = len(journal(finished, "evaluations"))
     assert main(["evaluate", str(finished), "--data", f"held={pictures}", "--weights", "ema", "--workers", "0"]) == 0

@@ -100,6 +100,7 @@ def test_a_replacement_is_seeded_and_does_not_repeat_its_own_appearance(mixed_fo
     assert regular.seed != item.seed
     again = pickle.loads(pickle.dumps(data))[Request(0, bad)]
     assert (again.key, again.seed, again.skipped) == (item.key, item.seed, item.skipped)
+    assert names[item.number] == item.key
     chosen = {data[Request(epoch, bad)].key for epoch in range(9)}
     assert len(chosen) > 5
     assert dataset(mixed_folder, seed=1)[Request(0, bad)].seed != item.seed

@@ -107,7 +107,8 @@ def test_rows_belong_together(pair_folder: Path) -> None:
         assert batch.views["a"].augmentation[row].tolist() == item.views["a"].augmentation.tolist()
         assert batch.tokens[row].tolist() == item.tokens.tolist()
         assert (batch.caption_ids[row], batch.seeds[row]) == (item.caption_id, item.seed)
-        assert batch.keys[row] == item.key
+        assert (batch.keys[row], batch.numbers[row]) == (item.key, item.number)
+    assert batch.numbers == (9, 0, 33)
 
 
 def test_text_is_cut_and_truncation_counted_before_the_cut(pair_folder: Path) -> None:

@@ -204,6 +204,13 @@ def test_released_context_misses_part_of_a_view_in_most_samples():
 # ------------------------------------------------------------------------------------------- draws
 
 
+def test_a_whole_context_is_the_image_and_changes_no_other_view():
+    for sample in range(9):
+        boxes = TwoCropsInContext(context="whole").boxes(123, 45, seed=0, epoch=sample, sample=sample)
+        others = TwoCropsInContext().boxes(123, 45, seed=0, epoch=sample, sample=sample)
+        assert boxes == {**others, "context": (0, 0, 123, 45)}
+
+
 def test_draws_are_a_function_of_seed_epoch_sample_and_view():
     pipeline = TwoCropsInContext(flip=0.5)
     image, sizes = noise(90, 120), {"a": (16, 16), "b": (16, 16), "context": (16, 16)}

@@ -13,21 +13,19 @@ from aclip.engine.loop import fit, resume
 from aclip.engine.run_config import RunConfig, Timetable
 from aclip.engine.run_folder import RunFolder
 from aclip.engine.trainer import Trainer
-from aclip.recipes import RECIPES
 from aclip.structs import Batch
-from test_recipes import small
 
 ROWS = 8
 
 
 def build(recipe: str = "a-clip", **changes: Any) -> Trainer:
     """Return a trainer of twelve steps that saves every second, evaluates at the end alone and logs all."""
-    config = RunConfig(recipe=small(RECIPES[recipe]), model="vit-nano", data="made", output="made", log_every=1,
+    config = RunConfig(recipe=over_ranks.recipe_of(recipe), model="vit-nano", data="made", output="made", log_every=1,
                        batch_size=ROWS, precision="fp32", keep_checkpoints=3)
-    table = {"total_steps": 12, "save_every": 2} | {key: changes.pop(key) for key in ("total_steps", "save_every")
-                                                    if key in changes}
+    table = {"total_steps": 12, "save_every": 2, "steps_per_epoch": 12, "masked_steps": 12}
+    table |= {key: changes.pop(key) for key in table if key in changes}
     method = over_ranks.build(recipe)
-    timetable = Timetable(steps_per_epoch=12, warmup_steps=1, masked_steps=12, evaluate_every=0, **table)
+    timetable = Timetable(warmup_steps=1, evaluate_every=0, **table)
     return Trainer(replace(config, **changes), method, timetable, torch.device("cpu"))
 
 

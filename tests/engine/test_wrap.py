@@ -23,8 +23,10 @@ from over_ranks import a_batch, build, in_double, run_ranks
 ROWS = 8
 PRECISIONS = ("fp64", "fp32")
 SOME = ("a-clip", "slip", "mae", "siglip")  # heads with batch statistics, an EMA, a decoder, another loss
-TWO_RANKS = [*((name, way) for name in RECIPES for way in ("ddp", "fsdp")),
-             *((name, way) for name in SOME for way in ("ddp in 2", "fsdp in 2", "fsdp recomputed"))]
+SCORED_ONLINE = "attentive-2x50 passes.context.encoder=online"  # the same encoder without gradient, and then with it
+NAMES = (*RECIPES, SCORED_ONLINE)
+TWO_RANKS = [*((name, way) for name in NAMES for way in ("ddp", "fsdp")),
+             *((name, way) for name in (*SOME, SCORED_ONLINE) for way in ("ddp in 2", "fsdp in 2", "fsdp recomputed"))]
 FOUR_RANKS = [(name, way) for name in ("a-clip", "simclr") for way in ("ddp", "fsdp", "fsdp in 2")]
 
 
@@ -86,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where one process's results lie, computed once."""
     path: Path = tmp_path_factory.mktemp("ranks")
     for precision in PRECISIONS:
-        for name in RECIPES:
+        for name in NAMES:
             torch.save(step(name, "ddp", precision), path / f"{name}-{precision}.pt")
     return path
 
@@ -133,18 +135,19 @@ def test_four_ranks_equal_one_process(four: list[Any], name: str, way: str, prec
 
 
 @pytest.mark.parametrize(("parts", "precision"), [(2, "fp32"), (3, "fp64"), (4, "fp32")])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_accumulated_equals_the_large_batch(folder: Path, name: str, parts: int, precision: str) -> None:
     """Three parts are uneven: 3, 3 and 2 samples."""
     check(compare(step(name, f"ddp in {parts}", precision), name, precision, folder), precision)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
-def test_compiled_blocks_serve_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["a-clip", SCORED_ONLINE])
+def test_compiled_blocks_serve_every_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what traces and does not generate code: two lengths make all variants, and give what is given otherwise."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
-    plain, compiled = build("a-clip"), build("a-clip")
+    plain, compiled = build(name), build(name)
     wrapped = wrap.wrap(compiled, torch.device("cpu"), compile_blocks=True)
     graphs = []
     for length in (9, 7, 12, 15, 8):

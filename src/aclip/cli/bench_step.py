@@ -112,7 +112,10 @@ def run(args: argparse.Namespace) -> None:
 def measure(
     config: RunConfig, sizes: Sequence[int], device: torch.device, args: argparse.Namespace
 ) -> tuple[list[Speed], int | None]:
-    """Time steps at every batch size that fits, in turns; also return the first that did not."""
+    """Time steps at every batch size that fits, in turns; also return the first that did not.
+
+    Where scores serve for several epochs, a step is the mean of those that compute them and those that know them.
+    """
     from functools import partial
 
     import torch
@@ -121,16 +124,18 @@ def measure(
     from aclip.cli.compose import build_trainer
     from aclip.engine.memory import peak_memory
     from aclip.engine.timing import summary, time_in_turns
-    from aclip.engine.trial import made_batch
+    from aclip.engine.trial import made_batch, with_known_scores
 
     trainer = build_trainer(config, sizes[0] * LENGTH, device)
     if trainer.method.frequencies is not None:
         trainer.method.frequencies.fill_(1.0 / trainer.method.plan.shape.vocab_size)
+    resolved = trainer.method.plan
+    share = resolved.scoring_share
     steps, memory, failed = {}, {}, None
     with counting_bar("steps") as bar:
-        task = bar.add_task("timing", total=len(sizes) * (WARMUP + args.rounds))
+        task = bar.add_task("timing", total=len(sizes) * (WARMUP + args.rounds) * (1 if share == 1.0 else 2))
         for size in sizes:  # ascending, so that the highest mark of a process is that of the step just taken
-            batch = made_batch(trainer.method.plan, size, text_tokens=args.text_tokens).to(device)
+            batch = made_batch(resolved, size, text_tokens=args.text_tokens).to(device)
             step = partial(_take, trainer, batch)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -140,12 +145,16 @@ def measure(
                 failed = size
                 break
             steps[str(size)], memory[size] = step, peak_memory(device)
+            if share < 1.0:
+                steps[f"{size}, scores known"] = partial(_take, trainer, with_known_scores(batch, resolved))
             bar.advance(task)
         times = time_in_turns(steps, warmup=WARMUP - 1, rounds=args.rounds, device=device,
                               advance=lambda: bar.advance(task))
     speeds = []
     for size in memory:
-        found = summary(times[str(size)])
+        scoring = times[str(size)]
+        knowing = times.get(f"{size}, scores known", scoring)
+        found = summary([share * one + (1 - share) * other for one, other in zip(scoring, knowing, strict=True)])
         pairs = size / found["median"]
         hours = args.pairs * args.epochs / pairs / 3600 if args.pairs else None
         speeds.append(Speed(size, found["median"], (found["first_quartile"], found["third_quartile"]), pairs, hours,

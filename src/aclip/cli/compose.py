@@ -25,6 +25,7 @@ from aclip.engine.loop import Sink, fit, resume
 from aclip.engine.memory import note_peak_memory
 from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
 from aclip.engine.run_folder import RunFolder
+from aclip.engine.score_cache import open_caches
 from aclip.engine.trainer import Trainer
 from aclip.errors import BadSampleError, ConfigError, MissingDependencyError
 from aclip.evaluation import Retrieval
@@ -95,6 +96,9 @@ def train_run(
         folder.write_json("config.json", to_dict(config) | {
             "num_pairs": len(source), "command": command, "dataflow": plain_text(dataflow),
             "versions": versions(device)})
+    if trainer.step < timetable.total_steps:
+        trainer.score_caches = open_caches(folder.path, resolved, samples=len(source),
+                                           steps_per_epoch=timetable.steps_per_epoch, fresh=not resumed)
     print_header(console, config, trainer, dataflow, len(source))
 
     tokenizer = data.CaptionTokenizer(towers.tokenizer_of(config.model))
@@ -117,6 +121,8 @@ def train_run(
                 writer = open_sinks.enter_context(tensorboard_writer(folder, trainer.step))
                 sinks.append(TensorBoardSink(writer))
             fit(trainer, batches, folder, sinks, examiner.examine)
+    for cache in trainer.score_caches.values():
+        cache.remove()
     trainer.wrapped.refresh()
     if dist.rank() > 0:
         return
@@ -149,7 +155,7 @@ def open_batches(trainer: Trainer, dataset: data.PairDataset, total_steps: int, 
     """Return the batches of a run's steps, from the trainer's next one to `total_steps`."""
     assert trainer.config.batch_size is not None
     return data.build_loader(
-        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step + trainer.skipped_batches,
+        dataset, batch_size=trainer.config.batch_size, start_step=trainer.batch_number,
         total_steps=total_steps + trainer.skipped_batches,
         workers=workers, device=trainer.device,
         cut_text=towers.cut_after_eot if trainer.method.plan.shape.text_cut else None,

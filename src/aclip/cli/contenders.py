@@ -44,6 +44,16 @@ class Stage:
                  *([f"at {self.resolution:g} of the size"] if self.resolution != 1.0 else [])]
         return ", ".join(words)
 
+    def kinds(self, name: str) -> list[tuple[str, float, bool]]:
+        """Return the kinds of its steps: label, share of the stage, and whether scores are known from earlier epochs.
+
+        One kind, but where scores serve for n epochs: an n-th of the steps computes them, as `Plan.macs` counts.
+        """
+        share = self.plan.scoring_share
+        if share == 1.0:
+            return [(self.label(name), 1.0, False)]
+        return [(f"{self.label(name)}, scoring", share, False), (f"{self.label(name)}, scores known", 1 - share, True)]
+
 
 @dataclass(frozen=True)
 class Contender:

@@ -106,8 +106,9 @@ def run_cost(args: argparse.Namespace) -> None:
     plans = [plan.resolve(config.override(RECIPES[name], args.assignments), shape) for name in args.names or RECIPES]
     console = Console(highlight=False)
     console.print(cost_table(plans, args.model, args.text_tokens))
-    console.print("A trained module counts three times its forward pass, the EMA encoder once. / clip: CLIP with one "
-                  "full view and the same text; \\[*] its text padded.")
+    console.print("A trained module counts three times its forward pass, one without gradient (EMA, scored) once, "
+                  "divided by the epochs for which scores serve. / clip: CLIP with one full view and the same text; "
+                  "\\[*] its text padded.")
 
 
 def cost_table(plans: Sequence[Plan], model: str, text_tokens: float) -> Table:
@@ -122,7 +123,8 @@ def cost_table(plans: Sequence[Plan], model: str, text_tokens: float) -> Table:
         table.add_column(title, justify="right")
     for one in plans:
         tokens = ", ".join(f"{f'{len(p.spec.views)}x' if len(p.spec.views) > 1 else ''}{p.num_tokens}"
-                           + (" EMA" if p.spec.encoder == "ema" else "") for p in one.passes)
+                           + ("" if p.learns else " EMA" if p.spec.encoder == "ema" else " scored")
+                           + (f" / {p.spec.refresh}" if p.spec.refresh > 1 else "") for p in one.passes)
         gmacs = (f"{macs / 1e9:.3g}" for macs in (one.macs(), one.macs(text_tokens)))
         ratios = one.relative_cost(), one.relative_cost(text_tokens), relative_to_padded(one, text_tokens)
         table.add_row(f"[bold]{one.recipe.name}", tokens, *gmacs, *(f"{ratio:.2f}" for ratio in ratios))
@@ -154,12 +156,14 @@ def dataflow_table(resolved: Plan, model: str, text_tokens: float) -> Table:
             f"pass '{spec.name}'",
             f"{' + '.join(spec.views)} at {p.image_size[0]} x {p.image_size[1]} -> {masking}"
             f"{p.num_keep} of {p.num_patches} patches {'seen, mask tokens for the others' if spec.fill else 'kept'}, "
-            f"{p.num_tokens} tokens -> {spec.encoder} encoder",
+            f"{p.num_tokens} tokens -> {spec.encoder} encoder"
+            + (", without gradient" if spec.encoder == "online" and not p.learns else "")
+            + (f", scores serve for {spec.refresh} epochs" if spec.refresh > 1 else ""),
         )
     for o in recipe.objectives:
         settings = "".join(f", {k} {v}" for k, v in o.options.items())
         table.add_row(f"objective '{o.name}'", f"weight {o.weight:g}, reads {' -> '.join(o.reads)}{settings}")
-    if recipe.ema_momentum:
+    if recipe.ema_momentum and recipe.uses_ema:
         momentum = recipe.ema_momentum
         warmup = f", before that (1 + t) / ({momentum.warmup:g} + t) in step t" if momentum.warmup else ""
         table.add_row("EMA", f"momentum {momentum.start} -> {momentum.end}{warmup}, after each optimizer step")

@@ -17,6 +17,7 @@ from aclip.engine.comparison import ComparisonFolder
 from aclip.engine.run_config import choose_device
 from aclip.engine.timing import summary, time_in_turns
 from aclip.engine.trainer import Trainer
+from aclip.engine.trial import with_known_scores
 from aclip.structs import Batch
 
 WARMUP_ROUNDS = 3
@@ -46,16 +47,19 @@ def write_step_times(path: Path, rounds: int) -> None:
     steps: dict[str, Callable[[], object]] = {}
     for name, one in contenders.items():
         trainer = build_trainer(replace(one.config, samples=asked["batch_size"] * LENGTH), len(source), device)
-        batches = itertools.cycle(read_batches(trainer, source))
-        steps |= {stage.label(name): taking_steps(trainer, stage, batches) for stage in one.stages}
+        batches = read_batches(trainer, source)
+        with_scores = [with_known_scores(batch, one.plan) for batch in batches]
+        steps |= {label: taking_steps(trainer, stage, itertools.cycle(with_scores if known else batches))
+                  for stage in one.stages for label, _, known in stage.kinds(name)}
     console = Console()
     with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("timing", total=len(steps) * (WARMUP_ROUNDS + rounds))
         times = time_in_turns(steps, warmup=WARMUP_ROUNDS, rounds=rounds, device=device,
                               advance=lambda: progress.advance(task))
     measured = {label: summary(seconds) for label, seconds in times.items()}
-    stages = {name: [{"share": stage.share, "seconds": measured[stage.label(name)]["median"]} for stage in one.stages]
-              for name, one in contenders.items()}
+    stages = {name: [{"share": stage.share, "seconds": sum(
+        share * measured[label]["median"] for label, share, _ in stage.kinds(name))} for stage in one.stages]
+        for name, one in contenders.items()}
     average = {name: sum(stage["share"] * stage["seconds"] for stage in stages[name]) for name in contenders}
     folder.write_json("timing.json", {
         "arguments": asked["arguments"], "threads": torch.get_num_threads(), "device": str(device),

@@ -39,6 +39,7 @@ class Item:
             the caption that was drawn.
         seed: from which the device draws for this sample in this epoch.
         key: the sample's name.
+        number: its number in the source, its own also where it takes another's place.
         skipped: (name, reason) of the bad samples whose place this one takes.
     """
 
@@ -47,6 +48,7 @@ class Item:
     caption_id: int
     seed: int
     key: str
+    number: int
     skipped: tuple[tuple[str, str], ...] = ()
 
 
@@ -158,18 +160,19 @@ class PairDataset(Dataset[Item]):
         captions = clean_captions(raw.captions)  # before the picture: cheaper to find wanting
         caption = draw_caption(captions, raw.tags, seed=self.seed, epoch=epoch, sample=sample)
         concept = caption.caption_id if raw.concept is None else caption_id(raw.concept)
-        return _Begun(raw, epoch, sample, caption.text, concept, rng.sample_seed(self.seed, epoch, sample))
+        return _Begun(raw, index, epoch, sample, caption.text, concept, rng.sample_seed(self.seed, epoch, sample))
 
     def _finish(self, one: "_Begun", tokens: Int[Tensor, " T"], skipped: tuple[tuple[str, str], ...] = ()) -> Item:
         image = decode_pixels(one.raw.image, min_side=self._min_side)
         views = self._views(image, seed=self.seed, epoch=one.epoch, sample=one.sample, sizes=self._sizes)
-        return Item(views, tokens, one.caption_id, one.seed, one.raw.key, skipped)
+        return Item(views, tokens, one.caption_id, one.seed, one.raw.key, one.number, skipped)
 
 
 class _Begun(NamedTuple):
     """A sample without its picture, see `Item`."""
 
     raw: RawSample
+    number: int
     epoch: int
     sample: int
     text: str

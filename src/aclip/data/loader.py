@@ -138,16 +138,16 @@ def collate(
     An item's pixels are taken over before the next item is asked for, while they are in the processor's cache.
     """
     views: dict[str, _Rows] = {}
-    rows: list[tuple[Tensor, int, int, str]] = []
+    rows: list[tuple[Tensor, int, int, str, int]] = []
     skipped: dict[tuple[str, str], None] = {}
     for row, item in enumerate(items):
         for name, crop in item.views.items():
             if row == 0:
                 views[name] = _Rows(count, crop)
             views[name].put(row, crop)
-        rows.append((item.tokens, item.caption_id, item.seed, item.key))
+        rows.append((item.tokens, item.caption_id, item.seed, item.key, item.number))
         skipped.update(dict.fromkeys(item.skipped))
-    all_tokens, caption_ids, seeds, keys = zip(*rows, strict=True)
+    all_tokens, caption_ids, seeds, keys, numbers = zip(*rows, strict=True)
     tokens = torch.stack(all_tokens)
     return Batch(
         views={name: crops.batch() for name, crops in views.items()},
@@ -155,6 +155,7 @@ def collate(
         caption_ids=torch.tensor(caption_ids, dtype=torch.int64),
         seeds=torch.tensor(seeds, dtype=torch.int64),
         keys=keys,
+        numbers=numbers,
         skipped=tuple(skipped),
         truncated=tokenizer.count_truncated(tokens),
     )

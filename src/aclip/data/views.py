@@ -173,13 +173,13 @@ class TwoCropsInContext(RandomCrops):
     Attributes:
         context: how its box is drawn. "paper" (arXiv 2212.08653): `enclosing_box`, which contains both views.
             "released": `released_context_box`, as the authors' public code draws it, which cuts off part of a
-            view in most samples.
+            view in most samples. "whole": the whole picture, whose scores hold for the crops of every epoch.
     """
 
     names: ClassVar[tuple[str, ...]] = ("a", "b", "context")
 
     augmentation: str = "a-clip"
-    context: Literal["paper", "released"] = "paper"
+    context: Literal["paper", "released", "whole"] = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -319,7 +319,12 @@ def released_context_box(generator: np.random.Generator, height: int, width: int
     return top, left, h, w
 
 
-_CONTEXT_BOXES = {"paper": enclosing_box, "released": released_context_box}
+def whole_box(generator: np.random.Generator, height: int, width: int, *views: Box) -> Box:
+    """Return the box of the whole image; draws nothing."""
+    return 0, 0, height, width
+
+
+_CONTEXT_BOXES = {"paper": enclosing_box, "released": released_context_box, "whole": whole_box}
 
 
 def cut(

@@ -230,7 +230,7 @@ class _Loop:
         Raises:
             TrainingError: there is none, or that has not helped before.
         """
-        trainer, tried = self.trainer, self.trainer.step + self.trainer.skipped_batches
+        trainer, tried = self.trainer, self.trainer.batch_number
         self.saver.finish()
         self._report_failures()
         newest, _ = checkpoint.newest_good(self.folder.checkpoints)

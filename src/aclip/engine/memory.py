@@ -79,7 +79,7 @@ def estimate(method: Method, config: RunConfig, micro_batch: int) -> Estimate:
     trains_image = any(p.requires_grad for name, p in method.model.named_parameters() if "visual." in name)
     a_pair, blocks = 0.0, [0.0]
     for p in method.plan.passes:
-        if p.spec.encoder == "online" and trains_image:
+        if p.learns and trains_image:
             a_pair += len(p.spec.views) * tower(p.num_tokens, shape.layers, shape.width, shape.mlp_width,
                                                    pooled=not p.gives_patches)
     for text in method.plan.texts:

@@ -1,6 +1,7 @@
 """One optimizer step, and the state between steps."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from aclip.engine.memory import available_memory, estimate, fitting_micro_batch
 from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
 from aclip.engine.run_config import RunConfig, Timetable
 from aclip.engine.schedule import momentum_cosine, warmup_cosine
+from aclip.engine.score_cache import ScoreCache, check_processes
 from aclip.engine.wrap import wrap
 from aclip.errors import CheckpointError, ConfigError
+from aclip.masking import to_bytes
 from aclip.method import Method
 from aclip.objectives import OBJECTIVES
 from aclip.structs import Batch, StepOutput
@@ -34,6 +37,9 @@ class Trainer:
         method: on its device already.
         timetable: the run's length in steps.
         device: where batches go.
+
+    Attributes:
+        score_caches: pass name -> where its scores are kept; without one, they are computed in every step.
     """
 
     def __init__(self, config: RunConfig, method: Method, timetable: Timetable, device: torch.device) -> None:
@@ -41,6 +47,8 @@ class Trainer:
         self.method = method
         self.timetable = timetable
         self.device = device
+        self.score_caches: Mapping[str, ScoreCache] = {}
+        check_processes(method.plan, config.parallel)
         self.step = 0
         self.samples_seen = 0
         self.grad_norm: Tensor | None = None  # of the latest step, before clipping
@@ -69,6 +77,11 @@ class Trainer:
         self.guard = Guard(method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
+    @property
+    def batch_number(self) -> int:
+        """Number of the next batch, counted from the start of the run; after rollbacks it is ahead of the steps."""
+        return self.step + self.skipped_batches
+
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
         settings, table = self.config.recipe.optimization, self.timetable
@@ -79,7 +92,7 @@ class Trainer:
     def ema_momentum(self) -> float | None:
         """Return the EMA momentum of the next step, or None without an EMA."""
         momentum = self.config.recipe.ema_momentum
-        if momentum is None:
+        if momentum is None or not self.config.recipe.uses_ema:
             return None
         return momentum_cosine(self.step, self.timetable.total_steps, momentum.start, momentum.end, momentum.warmup)
 
@@ -93,6 +106,8 @@ class Trainer:
         momentum, phase = self.ema_momentum(), self.timetable.phase(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.begin()
+        if phase.masked:
+            batch = self._with_known_scores(batch)
 
         if not self.in_parts:
             with self.autocast():
@@ -102,6 +117,8 @@ class Trainer:
             output = accumulate(self.method, batch, self.micro_batch, masked=phase.masked, resolution=phase.resolution,
                                 autocast=self.autocast, scale=self.scaler.scale)
             self.wrapped.average_gradients()
+        if phase.masked:
+            self._keep_scores(batch, output)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.trained() if p.grad is not None]
         self.grad_norm = total_norm(gradients)
@@ -124,6 +141,21 @@ class Trainer:
         self.samples_seen += batch.size * dist.world_size()
         self.cut_captions += batch.truncated
         return replace(output, passes={})  # nobody reads them after the step, and they hold its largest tensors
+
+    def _with_known_scores(self, batch: Batch) -> Batch:
+        """Return the batch with what is known of its scores from earlier steps."""
+        found = dict(batch.known)
+        for name, cache in self.score_caches.items():
+            known = cache.recall(batch.numbers, self.batch_number)
+            found[name] = known.pin_memory().to(self.device) if self.device.type == "cuda" else known
+        return replace(batch, known=found)
+
+    def _keep_scores(self, batch: Batch, output: StepOutput) -> None:
+        """Keep the scores that this step has computed for later ones."""
+        for name, cache in self.score_caches.items():
+            scores = output.passes[name].scores
+            assert scores is not None
+            cache.keep(batch.numbers, batch.known[name].missing, to_bytes(scores[0]), self.batch_number)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the towers compute."""
@@ -161,7 +193,12 @@ class Trainer:
         return record
 
     def at_rest(self) -> checkpoint.Checkpoint:
-        """Return everything that a resume needs; tensors as they are, whole or sharded, on their device."""
+        """Return everything that a resume needs; tensors as they are, whole or sharded, on their device.
+
+        Scores that are kept are not among them: what is known of them is on the disk when this returns.
+        """
+        for cache in self.score_caches.values():
+            cache.flush()
         tensors: dict[str, Tensor] = {f"method/{k}": v for k, v in self.method.state_dict().items()}
         optimizer = optimizer_tensors(self.optimizer, self.groups)
         tensors |= {f"optimizer/{k}": v for k, v in optimizer.items()}

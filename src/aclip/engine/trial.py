@@ -1,6 +1,7 @@
 """Batches made of noise: what a step costs does not depend on what the pictures show."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from aclip.data.views import Crop
 from aclip.plan import Plan
-from aclip.structs import Batch, ViewBatch
+from aclip.structs import Batch, KnownScores, ViewBatch
 
 SPREAD = 0.5
 """Standard deviation of the logarithm of a caption's length, see `caption_lengths`."""
@@ -70,6 +71,15 @@ def made_batch(
         caption_ids=torch.arange(batch_size),
         seeds=torch.randint(0, 2**62, (batch_size,), generator=generator),
     )
+
+
+def with_known_scores(batch: Batch, plan: Plan, seed: int = 0) -> Batch:
+    """Return a batch as in a step in which all scores that serve for several epochs are known: random ones."""
+    generator = torch.Generator().manual_seed(seed)
+    known = {p.spec.name: KnownScores(
+        torch.randint(0, 256, (batch.size, p.num_patches), dtype=torch.uint8, generator=generator), ())
+        for p in plan.passes if p.spec.refresh > 1}
+    return replace(batch, known={name: scores.to(batch.tokens.device) for name, scores in known.items()})
 
 
 def _stacked(crops: list[Crop], augmented: bool) -> ViewBatch:

@@ -19,6 +19,7 @@ from aclip.masking.edge import EdgeMasking
 from aclip.masking.gaussian import GaussianMasking
 from aclip.masking.hide_tokens import HiddenTokens, hide_tokens
 from aclip.masking.none import NoMasking
+from aclip.masking.score_bytes import from_bytes, to_bytes
 from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReduction, TextReductionContext
 from aclip.masking.uniform import UniformMasking
 
@@ -47,7 +48,9 @@ __all__ = [
     "UniformMasking",
     "crop_scores",
     "fitting_block_size",
+    "from_bytes",
     "hide_tokens",
     "kept_blocks_to_patches",
     "num_keep",
+    "to_bytes",
 ]
