@@ -110,6 +110,17 @@ def test_without_names_a_model_with_text_does_retrieval_and_with_training_pictur
     assert [r["evaluator"] for r in records(run)[1:]] == ["retrieval", "linear_probe", "knn"]
 
 
+def test_parts_of_a_set_are_sets_of_their_own(run: Path, held_out: Path) -> None:
+    assert main(["evaluate", str(run), "--data", str(held_out), f"{held_out}[:12]", f"{held_out}[12:]",
+                 f"{held_out}[2:][3:9]", f"few={held_out}[:6]", "--workers", "0"]) == 0
+    found = {r["set"]: r["counts"]["pictures"] for r in records(run)}
+    assert found == {"held": 24, "held[0:12]": 12, "held[12:]": 12, "held[2:][3:9]": 6, "few": 6}
+    assert sorted(path.stem for path in (run / "examples").iterdir()) == [
+        "few", "held", "held_0_12_", "held_12_", "held_2_3_9_"]
+    page = (run / "report.html").read_text()
+    assert all(f"<summary>{name}</summary>" in page for name in found)
+
+
 def test_one_fit_serves_several_sets(run: Path, held_out: Path, labelled: Path) -> None:
     assert main(["evaluate", str(run), "--data", f"a={held_out}", f"b={held_out}", "--workers", "0", "--train",
                  str(labelled), "--evaluators", "linear_probe", "retrieval"]) == 0

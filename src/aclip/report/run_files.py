@@ -20,7 +20,7 @@ class RunFiles:
         path: the folder.
         config: `config.json`, or empty.
         metrics, evaluations, skipped: the lines of the journals of these names, in order.
-        examples: set name -> the pictures of `examples/<set>.json`.
+        examples: name of a file of `examples/`, which is its set's (`as_file_name`) -> the pictures in it.
         robustness: the lines of `robustness.jsonl`, evaluations of masked pictures.
         details: the files of `details/`, what evaluations draw besides numbers.
         snapshots: of the first, the middle and the last step that has one.
