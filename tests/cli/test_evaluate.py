@@ -239,6 +239,7 @@ def test_a_model_that_is_no_run_can_have_a_folder_for_its_numbers(
     (["--classes", "names.txt", "--evaluators", "zero_shot"], "there is no file 'names.txt' with class names"),
     (["--templates", "a photo", "--evaluators", "zero_shot"], "'a photo' has no {} where the class name goes"),
     (["--templates", "my {}"], "add --evaluators zero_shot"),
+    (["--evaluators", "zero_shot", "--first-label", "1"], "counts the classes of --classes: name them"),
 ])
 def test_senseless_options_are_met_before_anything_is_loaded(
     more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
