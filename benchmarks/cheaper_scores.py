@@ -10,9 +10,7 @@ are kept by the scores of its first n layers (`score_layers` of a pass), and by 
 (`resolution`); chance is the share that is kept at all. Beside it, the multiply-accumulates of the scoring pass.
 """
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,27 +18,24 @@ from rich.console import Console
 from torch import Tensor
 
 from aclip import data, towers
-from aclip.data.fetch import resolve_spec
-from aclip.engine.checkpoint import load_ema
 from aclip.masking import AttentiveMasking, MaskingContext
 from aclip.plan import image_macs
+from aclip.towers.averaged import load_average
+from scored_run import opened, options
 from step import markdown
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--data", default="emoji:val_vendor")
+    parser = options(__doc__, "emoji:val_vendor")
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--mask-ratio", type=float, default=0.5)
     args = parser.parse_args()
 
-    model = towers.load(args.run)
+    model, source = opened(args)
     visual = towers.visual_of(model.model)
-    load_ema(visual, args.run / "checkpoints")
+    load_average(visual, args.run / "checkpoints")
     shape = towers.shape_of(towers.model_config(args.run))
-    source = data.open_source(resolve_spec(args.data))
     chosen = range(0, len(source), max(1, len(source) // args.pictures))[: args.pictures]
     pixels = torch.stack([model.preprocess(data.decode_image(source.read(i).image)) for i in chosen])
     mask = AttentiveMasking(args.mask_ratio)

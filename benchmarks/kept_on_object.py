@@ -18,7 +18,6 @@ and both for uniform masking, whose expectations are exact, and for the best tha
 import argparse
 import io
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +31,12 @@ from aclip.data.fetch import resolve_spec
 from aclip.engine.checkpoint import list_checkpoints, step_of
 from aclip.masking import MASKING, MaskingContext, num_keep
 from aclip.towers.averaged import load_average_at
+from scored_run import options
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--data", default="tuxpaint:all")
+    parser = options(__doc__, "tuxpaint:all")
     add_options(parser)
     args = parser.parse_args()
     source = data.open_source(resolve_spec(args.data))

@@ -6,37 +6,32 @@ Prints image-to-caption R@1 and R@5 of the trained image tower on all patches, o
 encoder attends to most, and on random ones. Not an evaluation to quote: nothing is masked in `aclip evaluate`.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from aclip import data, towers
-from aclip.data.fetch import resolve_spec
-from aclip.engine.checkpoint import load_ema
 from aclip.evaluation.features import encode_texts
 from aclip.evaluation.ranking import ranks, recall
 from aclip.evaluation.retrieval import distinct
 from aclip.masking import AttentiveMasking, MaskingContext, MaskingStrategy, UniformMasking
+from aclip.towers.averaged import load_average
+from scored_run import opened, options
 
 
 def main() -> None:
     """Evaluate and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--data", default="emoji:val_vendor")
+    parser = options(__doc__, "emoji:val_vendor")
     parser.add_argument("--mask-ratio", type=float, default=0.5)
     args = parser.parse_args()
 
-    model = towers.load(args.run)
+    model, source = opened(args)
     visual = towers.visual_of(model.model)
     scorer = towers.load(args.run)
-    load_ema(towers.visual_of(scorer.model), args.run / "checkpoints")
+    load_average(towers.visual_of(scorer.model), args.run / "checkpoints")
     height, width = (side // visual.conv1.kernel_size[0] for side in visual.image_size)
-    source = data.open_source(resolve_spec(args.data))
     batches = list(data.EvaluationSet(source, model.preprocess, batch_size=256, workers=2))
     captions, of_picture = distinct([caption for batch in batches for caption in batch.captions])
     texts = encode_texts(model, captions, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """Recipes on models of other families: timm's ViTs with a class token, attention pooling, registers and mean."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.loss import SigLipLoss
 from PIL import Image
 from torch import nn
 
@@ -86,6 +88,25 @@ def test_every_trainable_parameter_gets_a_gradient(recipe: str, family: str) -> 
     undecayed = {name for group in parameter_groups(method, 0.1) if group.weight_decay == 0 for name in group.names}
     assert not [name for name in trainable
                 if name.endswith(("cls_token", "pos_embed", "reg_token", "latent")) and name not in undecayed]
+
+
+def test_the_sigmoid_loss_begins_with_the_models_own_bias_and_trains_it(tmp_path: Path) -> None:
+    """As open_clip's does, and what is exported has the trained one."""
+    method = build("siglip", "family-siglip")
+    model: Any = method.model
+    nn.init.constant_(model.logit_bias, -12.9)
+    nn.init.constant_(model.logit_scale, math.log(117.0))
+    batch = random_batch(method.plan, batch_size=4)
+    output = method(batch)
+    text = F.normalize(towers.encode_text(model, batch.tokens), dim=-1)
+    theirs = SigLipLoss()(output.passes["full"].features[0], text, model.logit_scale.exp(), model.logit_bias)
+    torch.testing.assert_close(output.loss, theirs)
+    assert not [name for name, _ in method.objectives.named_parameters()]
+    output.loss.backward()
+    torch.optim.SGD([model.logit_bias], lr=0.01).step()
+    assert model.logit_bias != -12.9
+    exported.save(model, towers.model_config("family-siglip"), towers.preprocess_config(model), tmp_path / "final")
+    assert towers.create_model(tmp_path / "final").logit_bias == model.logit_bias
 
 
 @pytest.mark.parametrize("way", [{"parallel": "fsdp"}, {"compile_blocks": True}], ids=["sharded", "compiled"])

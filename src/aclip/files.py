@@ -1,7 +1,17 @@
-"""Writing files whole or not at all."""
+"""Files: written whole or not at all, under names that any system takes."""
 
 import os
+import re
 from pathlib import Path
+
+
+def as_file_name(name: str) -> str:
+    """Return a name with "_" for what does not belong in a file name.
+
+    >>> as_file_name("val[0:60], karpathy")
+    'val_0_60_karpathy'
+    """
+    return re.sub(r"[^\w-]+", "_", name)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -64,14 +64,16 @@ class Method(nn.Module):
         self.model = model
         self.ema_visual = frozen_copy(towers.visual_of(model)) if plan.recipe.uses_ema else None
         freeze(model, plan.recipe.freeze)
-        if getattr(model, "logit_bias", None) is not None:
-            model.logit_bias.requires_grad_(False)  # no objective reads it: the sigmoid loss has a bias of its own
         shape = plan.shape
         fills = any(p.spec.fill for p in plan.passes)
         hides = any(text.encoded and text.spec.mask_ratio > 0 for text in plan.texts)
         self.mask_token = nn.Parameter(torch.randn(shape.width) * 0.02) if fills else None
         self.text_mask_token = nn.Parameter(torch.randn(shape.text_width) * 0.02) if hides else None
         self.objectives = nn.ModuleDict({o.name: build_objective(o, plan) for o in plan.recipe.objectives})
+        bias = getattr(model, "logit_bias", None)
+        if bias is not None:
+            adopted = [o.adopt_bias(bias) for o in cast(Iterable[Objective], self.objectives.values())]
+            bias.requires_grad_(bias.requires_grad and any(adopted))
         pool = towers.attention_pool_of(towers.visual_of(model))
         if pool is not None and not any(o.needs_pooled for o in self.objectives.values()):
             pool.requires_grad_(False)  # without a gradient it has no place in DDP, nor in a checkpoint's optimizer
@@ -108,7 +110,8 @@ class Method(nn.Module):
     def judge(self, encoded: EncodedBatch, caption_ids: Int[Tensor, " B"]) -> StepOutput:
         """Step 3: objectives, over the whole batch."""
         logit_scale = towers.logit_scale_of(self.model).exp() if self.plan.uses_text else None
-        context = StepContext(encoded.passes, encoded.texts, caption_ids, logit_scale)
+        context = StepContext(encoded.passes, encoded.texts, caption_ids, logit_scale,
+                              getattr(self.model, "logit_bias", None))
         losses = {name: objective(context) for name, objective in self.objectives.items()}
         loss = torch.stack([o.weight * losses[o.name] for o in self.plan.recipe.objectives]).sum()
         return StepOutput(loss, {name: part.detach() for name, part in losses.items()}, encoded.passes)

@@ -210,12 +210,14 @@ class StepContext:
         texts: text pass name -> `EncodedText`.
         caption_ids: (B,) int64.
         logit_scale: scalar multiplier, already exponentiated, or None without text.
+        logit_bias: the model's own, which it adds to logits, or None if it has none.
     """
 
     passes: Mapping[str, Encoded]
     texts: Mapping[str, EncodedText]
     caption_ids: Int[Tensor, " B"]
     logit_scale: Float[Tensor, ""] | None
+    logit_bias: Float[Tensor, ""] | None = None
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,22 @@ def test_minutes_become_pairs_by_the_measured_step_and_stay_so(pictures: Path, t
     assert comparison([*arguments[:-1], "0.25"]).samples == {}
 
 
+def test_a_finished_run_that_lacks_an_evaluation_is_evaluated_and_not_trained(pictures: Path, tmp_path: Path) -> None:
+    part = f"{pictures}[:12]"
+    made = comparison([*options(pictures, tmp_path / "made", "--recipes", "clip", "--epochs", "1"),
+                       "--validation", part])
+    run = made.planned("clip", 5e-4, 0)
+    run.folder.final.mkdir(parents=True)
+    record = {"step": run.total_steps, "weights": "online", "evaluator": "retrieval"}
+    run.folder.append("evaluations", {**record, "set": pictures.stem})  # of the whole set
+    assert not run.is_trained()
+    assert list(made._commands(run)) == [("evaluate", run.config.output, "--data", part, "--evaluators", "retrieval",
+                                          "--device", run.config.device, "--workers", "0")]
+    run.folder.append("evaluations", {**record, "set": f"{pictures.stem}[0:12]"})
+    assert run.is_finished()
+    assert list(made._commands(run)) == []
+
+
 def test_a_dry_run_prints_runs_and_arithmetic_and_does_nothing(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,17 @@ def test_without_names_a_model_with_text_does_retrieval_and_with_training_pictur
     assert [r["evaluator"] for r in records(run)[1:]] == ["retrieval", "linear_probe", "knn"]
 
 
+def test_parts_of_a_set_are_sets_of_their_own(run: Path, held_out: Path) -> None:
+    assert main(["evaluate", str(run), "--data", str(held_out), f"{held_out}[:12]", f"{held_out}[12:]",
+                 f"{held_out}[2:][3:9]", f"few={held_out}[:6]", "--workers", "0"]) == 0
+    found = {r["set"]: r["counts"]["pictures"] for r in records(run)}
+    assert found == {"held": 24, "held[0:12]": 12, "held[12:]": 12, "held[2:][3:9]": 6, "few": 6}
+    assert sorted(path.stem for path in (run / "examples").iterdir()) == [
+        "few", "held", "held_0_12_", "held_12_", "held_2_3_9_"]
+    page = (run / "report.html").read_text()
+    assert all(f"<summary>{name}</summary>" in page for name in found)
+
+
 def test_one_fit_serves_several_sets(run: Path, held_out: Path, labelled: Path) -> None:
     assert main(["evaluate", str(run), "--data", f"a={held_out}", f"b={held_out}", "--workers", "0", "--train",
                  str(labelled), "--evaluators", "linear_probe", "retrieval"]) == 0
@@ -170,6 +181,17 @@ def test_classes_are_named_drawn_and_calibrated(run: Path, held_out: Path, tmp_p
     assert "as sure as right" in page
 
 
+def test_prompts_are_encoded_once_for_all_evaluators_sets_and_shares(
+    run: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, encode = [], towers.LoadedModel.encode_text
+    monkeypatch.setattr(towers.LoadedModel, "encode_text", lambda self, tokens, normalize=True: (
+        batches.append(len(tokens)), encode(self, tokens, normalize))[1])
+    assert main(["evaluate", str(run), "--data", f"a={held_out}", f"b={held_out}", "--workers", "0", "--evaluators",
+                 "zero_shot", "calibration", "--templates", "my {}", "a {}", "--keep", "1", "0.5"]) == 0
+    assert batches == [8]  # four classes, two templates
+
+
 def test_masked_pictures_are_measured_apart(run: Path, held_out: Path) -> None:
     assert evaluate(run, held_out, "--keep", "1", "0.5", "--keep-by", "attentive", "uniform") == 0
     (whole,) = records(run)
@@ -217,6 +239,7 @@ def test_a_model_that_is_no_run_can_have_a_folder_for_its_numbers(
     (["--classes", "names.txt", "--evaluators", "zero_shot"], "there is no file 'names.txt' with class names"),
     (["--templates", "a photo", "--evaluators", "zero_shot"], "'a photo' has no {} where the class name goes"),
     (["--templates", "my {}"], "add --evaluators zero_shot"),
+    (["--evaluators", "zero_shot", "--first-label", "1"], "counts the classes of --classes: name them"),
 ])
 def test_senseless_options_are_met_before_anything_is_loaded(
     more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as safetensors_save
 
 from aclip.engine import checkpoint
-from aclip.engine.checkpoint import Checkpoint, list_checkpoints, load, load_latest, save
+from aclip.engine.checkpoint import Checkpoint, list_checkpoints, load, load_newest, save
 from aclip.errors import CheckpointError
 from aclip.tensor_files import StoredTensors, mark_of
 
@@ -47,26 +47,19 @@ def test_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert loaded.tensors[name].dtype == tensor.dtype
 
 
-def test_parts_are_cut_by_prefix() -> None:
-    saved = made(1)
-    assert set(saved.part("method")) == {"model.a", "model.tied", "model.t"}
-    assert set(saved.part("optimizer")) == {"a/step"}
-    assert saved.part("meth") == {}
-
-
 def test_keeps_the_newest(tmp_path: Path) -> None:
     for step in (5, 100, 20, 99999999):
         save(tmp_path, made(step), keep=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000100", "step-99999999"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-99999999"]
-    assert load_latest(tmp_path).step == 99999999
+    assert load_newest(tmp_path)[0].step == 99999999
 
 
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:
     save(tmp_path, made(5), keep=1)
     changed = Checkpoint(5, {"a": torch.zeros(1)}, {"samples_seen": 0})
     save(tmp_path, changed, keep=1)
-    assert set(load_latest(tmp_path).tensors) == {"a"}
+    assert set(load_newest(tmp_path)[0].tensors) == {"a"}
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
 
 
@@ -94,7 +87,7 @@ def test_a_killed_write_leaves_the_older_checkpoint(
         with pytest.raises(Killed):
             save(tmp_path, made(20), keep=1)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000010"]
-    assert load_latest(tmp_path).step == 10
+    assert load_newest(tmp_path)[0].step == 10
     save(tmp_path, made(20), keep=1)  # what the killed write left is no obstacle
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000020"]
 
@@ -116,7 +109,7 @@ def test_removing_is_all_or_nothing_too(tmp_path: Path, monkeypatch: pytest.Monk
                 save(tmp_path, made(step), keep=1)
         assert [load(path).step for path in list_checkpoints(tmp_path)] == [step]
     save(tmp_path, made(30), keep=1)
-    assert load_latest(tmp_path).step == 30
+    assert load_newest(tmp_path)[0].step == 30
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +127,7 @@ def test_only_whole_names_count(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == []
     assert list_checkpoints(tmp_path / "missing") == []
     with pytest.raises(CheckpointError, match="there is no checkpoint in"):
-        load_latest(tmp_path)
+        load_newest(tmp_path)
 
 
 def cut_tensors(path: Path) -> None:
@@ -182,10 +175,10 @@ def test_damage_is_reported_and_the_one_before_found(tmp_path: Path, damage: Cal
     with pytest.raises(CheckpointError, match="step-00000010 cannot be read"):
         load(path)
     assert checkpoint.newest_good(tmp_path)[0] == before
-    assert load_latest(tmp_path).step == 9
+    assert load_newest(tmp_path)[0].step == 9
     damage(before)
     with pytest.raises(CheckpointError, match=r"there is no checkpoint in .* to start from"):
-        load_latest(tmp_path)
+        load_newest(tmp_path)
 
 
 def test_every_nth_is_kept_for_good(tmp_path: Path) -> None:
@@ -199,7 +192,7 @@ def test_a_later_damaged_one_does_not_push_out_good_ones(tmp_path: Path) -> None
         save(tmp_path, made(step), keep=2)
     cut_tensors(tmp_path / "step-00000020")
     save(tmp_path, made(15), keep=1)  # after a fall back to step 10
-    assert load_latest(tmp_path).step == 15
+    assert load_newest(tmp_path)[0].step == 15
     assert checkpoint.put_away(tmp_path / "step-00000020").name == "step-00000020.damaged"
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000015"]
 

@@ -231,6 +231,16 @@ def test_an_evaluation_is_given_up_for_a_request_to_stop_and_made_up_for(
     assert numbers(run) == numbers(whole[0])
 
 
+def test_a_request_to_stop_in_an_evaluation_of_skipped_steps_names_the_checkpoint_that_there_is(tmp_path: Path) -> None:
+    """A state of skipped steps is not saved before it is evaluated."""
+    trainer = build()
+    trainer.timetable = replace(trainer.timetable, evaluate_every=5)
+    with pytest.raises(Interrupted, match="after step 5 of 12 without a checkpoint of it, the newest is of step 4; "):
+        train(tmp_path / "run", trainer, is_bad=lambda number, rank: number == 5,
+              evaluate=lambda step: os.kill(os.getpid(), signal.SIGTERM))
+    assert steps_saved(tmp_path / "run") == [2, 4]
+
+
 def test_the_last_evaluation_of_a_finished_run_outlives_a_resume(tmp_path: Path) -> None:
     run, evaluated = tmp_path / "run", []
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from aclip import dist
 from aclip.engine import saving
-from aclip.engine.checkpoint import Checkpoint, list_checkpoints, load, load_latest
+from aclip.engine.checkpoint import Checkpoint, list_checkpoints, load, load_newest
 from aclip.engine.gradients import total_norm
 from aclip.engine.health import Guard
 from aclip.engine.saving import Saver
@@ -88,7 +88,7 @@ def to_the_end(_: Path, folder: Path, way: Any) -> float:
 def test_a_signal_to_one_rank_stops_both_and_any_number_goes_on(tmp_path: Path, way: str) -> None:
     first, second = ranks(with_a_signal_to_one, tmp_path, way)
     assert first == second
-    saved = load_latest(tmp_path / "run" / "checkpoints")
+    saved = load_newest(tmp_path / "run" / "checkpoints")[0]
     assert saved.step in (5, 6)
     assert f"stopped after step {saved.step} of 12" in first
     shutil.copytree(tmp_path / "run", tmp_path / "alone" / "run")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,19 @@ def test_folders_that_are_numbers_from_one_are_taken_in_the_order_of_the_numbers
     names = tuple("abcdefghijkl")
     labels = [str(number) for number in range(1, 13)]  # sorted as words: 1, 10, 11, 12, 2, ...
     assert ClassList(names, in_order=True).numbers(labels) == list(range(12))
+
+
+def test_numbers_that_may_count_from_0_or_from_1_are_not_guessed():
+    classes = ClassList(tuple("abcd"))
+    assert classes.numbers(["3", "0"]) == [3, 0]
+    assert classes.numbers(["04", "02"]) == [3, 1]  # from 1: there is no fifth class
+    with pytest.raises(ConfigError, match=r"numbers, 1 to 3, of 4 given classes, and as neither 0 nor 4 is there, .* "
+                       "from 0 or from 1: say so with --first-label"):
+        classes.numbers(["3", "1", "2"])
+    assert replace(classes, first_number=1).numbers(["3", "1", "2"]) == [2, 0, 1]
+    assert replace(classes, first_number=0).numbers(["3", "1", "4"]) == [3, 1, None]
+    with pytest.raises(ConfigError, match="no picture of the set is of one of the 4 given classes"):
+        classes.numbers(["1", "5"])
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -15,7 +15,7 @@ from aclip.objectives.functional import sigmoid_loss
 from tests_support import random_batch
 
 
-def build(p: Pass, **options: float) -> Sigmoid:
+def build(p: Pass, **options: float | None) -> Sigmoid:
     return Sigmoid([p, CAPTIONS], SHAPE, **options)
 
 
@@ -38,6 +38,13 @@ def test_the_bias_is_its_only_parameter() -> None:
     assert dict(objective.named_parameters()).keys() == {"logit_bias"}
     assert objective.logit_bias.item() == -3.0
     assert build(p).logit_bias.item() == -10.0
+
+    own = torch.nn.Parameter(torch.tensor(-13.0))
+    for option, first in ((None, -13.0), (-4.0, -4.0)):
+        adopting = build(p, init_bias=option)
+        assert adopting.adopt_bias(own)
+        assert not list(adopting.parameters())
+        assert own.item() == first
 
     context = step_context(p)
     objective(context).backward()

@@ -50,6 +50,11 @@ def run_folder(tmp_path):
         for s in (10, 20) for name in ("val_b", "val_a", EVIL)])
     skipped = {"step": 1, "key": f"bad {EVIL}", "reason": f"torn\u2028{EVIL}"}
     lines(folder / "skipped.jsonl", [skipped, skipped])
+    lines(folder / "incidents.jsonl", [
+        {"step": 3, "kind": "non_finite", "loss": "nan", "grad_norm": 0.25, "skipped_in_a_row": 1, "ranks": [0],
+         "keys": [["a"]]},
+        {"step": 4, "kind": "rolled_back", "reason": f"1 steps {EVIL}"},
+        {"step": 4, "kind": "damaged_checkpoint", "name": "step-00000006", "reason": "cut off"}])
     images, keep = torch.zeros(2, 3, 16, 32, dtype=torch.uint8), torch.arange(8).view(2, 4)
     for step in (10, 15, 20):
         write_snapshot(snapshot_path(folder / "snapshots", step), images, torch.rand(2, 8), keep, (2, 4),

@@ -115,6 +115,16 @@ def test_each_piece_may_be_missing(run_folder, name, section):
     assert '<p class="missing">' in page.split(f'<section id="{section}"')[1].split("</section>")[0]
 
 
+def test_incidents_are_listed_where_there_are_any(run_folder, evil):
+    _, reader = read(run_folder)
+    text = " ".join(reader.text)
+    for expected in ("step skipped (1), gone back to a checkpoint (1), checkpoint damaged (1).",
+                     "loss nan, gradient norm 0.25", f"1 steps {evil}", "step-00000006: cut off"):
+        assert expected in text, expected
+    (run_folder / "incidents.jsonl").unlink()
+    assert '<section id="incidents"' not in read(run_folder)[0]
+
+
 def test_torn_and_foreign_lines_are_left_out_and_named(run_folder):
     with (run_folder / "metrics.jsonl").open("ab") as file:
         file.write(b'[1, 2]\n"text"\n{"step": 21, "lo\xc3')
@@ -130,7 +140,7 @@ def test_torn_and_foreign_lines_are_left_out_and_named(run_folder):
 
 @pytest.mark.parametrize("value", [None, "word", [1], {"a": 1}, float("nan"), float("inf"), -1, True])
 def test_any_value_in_any_field_still_gives_a_page(run_folder, value):
-    for name in ("metrics.jsonl", "evaluations.jsonl", "skipped.jsonl"):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "skipped.jsonl", "incidents.jsonl"):
         path = run_folder / name
         first = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
         with path.open("a", encoding="utf-8") as file:

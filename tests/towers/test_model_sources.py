@@ -250,6 +250,15 @@ def test_unfinished_runs_and_their_checkpoints_are_models(tmp_path):
         towers.create_model(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("size", "what"), [
+    ("large", "not 'large'"), ([32, 32, 32], r"not \[32, 32, 32\]"), ([32, "48"], "not"), (-32, "images of -32 x -32"),
+])
+def test_runs_with_a_size_that_is_none_are_named(size, what, tmp_path):
+    write_run(tmp_path / "run", torch.nn.Identity(), {1: 0.0}, image_size=size)
+    with pytest.raises(CheckpointError, match=rf"^the image_size in '{tmp_path}/run/config\.json' is none .*{what}"):
+        towers.load(tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP:webli", "hf-hub:someone/siglip"])
 def test_unfinished_fine_tuning_sees_pictures_as_what_it_started_from(name, tmp_path, monkeypatch):
     config = open_clip.get_model_config("ViT-B-16-SigLIP")

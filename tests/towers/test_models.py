@@ -293,6 +293,22 @@ def test_damaged_folders_are_named(tiny, tmp_path, file, content, match):
         towers.create_model(folder)
 
 
+@pytest.mark.parametrize(("key", "value", "match"), [
+    ("interpolation", "cubic", "unknown interpolation 'cubic': did you mean 'bicubic'"),
+    ("interpolation", 3, "unknown interpolation '3'"),
+    ("resize_mode", ["squash"], "unknown resize_mode"),
+    ("mean", "grey", "mean of 'grey': it takes three numbers"),
+    ("std", [0.5], r"std of \[0\.5\]: it takes three numbers"),
+])
+def test_preparations_that_open_clip_does_not_know_are_named(tiny, tmp_path, key, value, match):
+    folder = write_model(tmp_path / "model", tiny, towers.model_config("vit-tiny"))
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"][key] = value
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"^the preprocess_cfg of model '{folder}' has an? {match}"):
+        towers.load(folder)
+
+
 def test_configs_that_are_none_are_named():
     with pytest.raises(ConfigError, match="not an open_clip model config"):
         towers.shape_of({"embed_dim": 1})

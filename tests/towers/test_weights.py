@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tower_oracles import fresh_model, images, open_clip_alone, write_model
 
 from aclip import towers
-from aclip.errors import CheckpointError, ConfigError
+from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError
 from aclip.towers.weights import read_state
 
 
@@ -132,6 +132,24 @@ def test_torch_files_without_a_state_dict(content, tmp_path):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="hold no state dict"):
         read_state(tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_of_an_image_tower_are_used_without_text_whatever_their_file(micro, suffix, prefix, tmp_path):
+    """A fresh text tower would give captions features that mean nothing."""
+    path = tmp_path / f"weights{suffix}"
+    state = {f"{prefix}visual.{name}": tensor for name, tensor in micro.visual.state_dict().items()}
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    loaded = towers.load("vit-micro", checkpoint=path)
+    assert not loaded.has_text
+    with pytest.raises(UnsupportedModelError, match="image tower only"):
+        loaded.encode_texts(["a cat"])
+    pixels = images(1, (32, 32))
+    assert torch.equal(loaded.encode_trunk(pixels), towers.encode_image(micro.visual, pixels).cls)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")

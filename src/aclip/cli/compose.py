@@ -37,7 +37,7 @@ SNAPSHOT_PICTURES = 8
 
 
 def open_held_out(specs: Sequence[str]) -> list[HeldOut]:
-    """Open `[NAME=]SOURCE` specifications; a name not given is the last word of the source.
+    """Open `[NAME=]SOURCE` specifications; a name not given is `set_name` of the source.
 
     Raises:
         ConfigError: two sets of one name, whose results could not be told apart.
@@ -46,12 +46,25 @@ def open_held_out(specs: Sequence[str]) -> list[HeldOut]:
     for spec in specs:
         name, separator, rest = spec.partition("=")
         if not (separator and name.replace("-", "_").isidentifier()):
-            name, rest = Path(data.split_slice(spec)[0].rpartition(":")[2]).stem, spec
+            name, rest = set_name(spec), spec
         found.append(HeldOut(name, open_by_spec(rest)))
     twice = [name for name, count in Counter(held.name for held in found).items() if count > 1]
     if twice:
         raise ConfigError(f"two held-out sets are called '{twice[0]}': name them apart, as in NAME=SOURCE")
     return found
+
+
+def set_name(spec: str) -> str:
+    """Return the last word of a source, with the slice where it is a part of one: parts are sets of their own.
+
+    >>> set_name("emoji:val"), set_name("emoji:val[:60]")
+    ('val', 'val[0:60]')
+    """
+    whole, part = data.split_slice(spec)
+    if part is None:
+        return Path(spec.rpartition(":")[2]).stem
+    first, last = part
+    return f"{set_name(whole)}[{first}:{'' if last is None else last}]"
 
 
 def open_by_spec(spec: str) -> data.Source:

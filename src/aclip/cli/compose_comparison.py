@@ -252,16 +252,20 @@ class Comparison:
 
     def _commands(self, run: PlannedRun) -> Iterator[tuple[str, ...]]:
         """Yield what is left to do for a run, as arguments of `aclip`."""
-        if not run.is_trained():
+        if not run.folder.final.is_dir():
             # what is there has been found to be this run; it keeps its own settings, its folder's name among them
             there = (run.folder.path / "config.json").exists()
             yield ("train", "--resume", run.config.output) if there else ("train", *run.arguments)
+        elif not run.is_trained():  # a finished run is not evaluated anew by a resume
+            yield self._evaluation(run, self.args.validation, run.missing(run.trained))
         missing = run.missing(run.added)
         if missing:
-            probe = ("--train", self.args.probe) if set(missing) & set(PROBES) else ()
-            held_out = self.args.evaluate_on or self.args.validation
-            yield ("evaluate", run.config.output, "--data", *held_out, "--evaluators", *missing, *probe,
-                   "--device", run.config.device, "--workers", str(run.config.workers))
+            yield self._evaluation(run, self.args.evaluate_on or self.args.validation, missing)
+
+    def _evaluation(self, run: PlannedRun, held_out: Sequence[str], evaluators: Sequence[str]) -> tuple[str, ...]:
+        probe = ("--train", self.args.probe) if set(evaluators) & set(PROBES) else ()
+        return ("evaluate", run.config.output, "--data", *held_out, "--evaluators", *evaluators, *probe,
+                "--device", run.config.device, "--workers", str(run.config.workers))
 
     def _work(self, jobs: Sequence[Job]) -> None:
         """Run `aclip` jobs to their end.

@@ -71,6 +71,9 @@ def register(verbs: Any) -> None:
                         help="class names of zero_shot: a file with one a line, or with the set's label, a tab and the "
                              "name; imagenet, imagenet-subset, or a published set's name such as eurosat (default: the "
                              "set's labels, else its captions)")
+    parser.add_argument("--first-label", type=int, choices=[0, 1],
+                        help="number of the first of --classes, where the set's labels are numbers (default: what the "
+                             "labels show)")
     parser.add_argument("--solver", default="lbfgs", metavar="NAME",
                         help="of linear_probe: lbfgs with a search of the penalty, or sgd with a sweep of learning "
                              "rates and decays (default: %(default)s)")
@@ -145,6 +148,8 @@ def evaluator_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: an option without its evaluator, or a value that does not exist.
     """
+    from dataclasses import replace
+
     from aclip.errors import ConfigError
     from aclip.evaluation import find_classes, find_templates
 
@@ -155,7 +160,9 @@ def evaluator_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if args.templates:
         prompts["templates"] = find_templates(args.templates)
     if args.classes is not None:
-        prompts["classes"] = find_classes(args.classes)
+        prompts["classes"] = replace(find_classes(args.classes), first_number=args.first_label)
+    elif args.first_label is not None:
+        raise ConfigError("--first-label counts the classes of --classes: name them")
     if args.solver != "lbfgs" and "linear_probe" not in (asked or ["linear_probe"] * (args.train is not None)):
         raise ConfigError("--solver is of the linear probe: add --evaluators linear_probe")
     if args.protocol != "distinct" and asked and "retrieval" not in asked:

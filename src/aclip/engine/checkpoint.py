@@ -40,11 +40,6 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
 
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors below `prefix/`, without it."""
-        start = f"{prefix}/"
-        return {name[len(start):]: self.tensors[name] for name in self.tensors if name.startswith(start)}
-
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int, keep_step: int = 0) -> Path:
     """Write a checkpoint of one process into `folder`, then delete older ones (`prune`); return its path.
@@ -194,15 +189,6 @@ def load_newest(folder: Path) -> tuple[Checkpoint, list[tuple[Path, str]]]:
         whole = f"no whole one among them: {damaged[0][0].name} ({damaged[0][1]})" if damaged else "none"
         raise CheckpointError(f"there is no checkpoint in {folder} to start from, {whole}")
     return opened(path), damaged
-
-
-def load_latest(folder: Path) -> Checkpoint:
-    """Open the newest checkpoint in `folder` that is whole.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    return load_newest(folder)[0]
 
 
 def put_away(path: Path) -> Path:

@@ -258,22 +258,24 @@ class _Loop:
         self._watch.in_a_row, self._save_is_due, self._clock = 0, False, Clock()
 
     def _leave(self, *, together: bool = True) -> NoReturn:
-        """Stop, once the state that was just saved is on the disk."""
+        """Stop, once the state that was just saved is on the disk; where it is not, say what is."""
         if together:
             self.saver.finish()
-        failed = self._report_failures()
-        table = self.trainer.timetable
-        raise Interrupted(f"stopped after step {self.trainer.step} of {table.total_steps}"
-                          + (" without a checkpoint of it" if failed else "")
-                          + f"; continue with aclip train --resume {self.folder.path}")
+        self._report_failures()
+        step = self.trainer.step
+        saved = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(self.folder.checkpoints)]
+        newest = max((other for other in saved if other <= step), default=None)
+        missing = "" if newest == step else " without a checkpoint of it"
+        if missing and newest is not None:
+            missing += f", the newest is of step {newest}"
+        raise Interrupted(f"stopped after step {step} of {self.trainer.timetable.total_steps}{missing}; continue with "
+                          f"aclip train --resume {self.folder.path}")
 
-    def _report_failures(self) -> bool:
-        """Tell of checkpoints that could not be written; return whether there were any."""
-        failures = self.saver.failures()
-        for step, reason in failures:
+    def _report_failures(self) -> None:
+        """Tell of checkpoints that could not be written."""
+        for step, reason in self.saver.failures():
             self._incident("save_failed", f"the checkpoint of step {step} could not be written, training goes on and "
                            "tries again at the next", reason)
-        return bool(failures)
 
     def _incident(self, kind: str, what: str, reason: object = "") -> None:
         """Journal and say that something went wrong."""

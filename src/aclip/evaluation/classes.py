@@ -15,8 +15,8 @@ class ClassList:
     """Classes that pictures are told apart by.
 
     A set may call them otherwise than prompts do: by an identifier (`labels`), by their number in the list (labels
-    that are all whole numbers), or, if `in_order`, by anything whose sorted order is that of the list, as the folders
-    of many published sets are.
+    that are all whole numbers, see `first_number`), or, if `in_order`, by anything whose sorted order is that of the
+    list, as the folders of many published sets are.
 
     Attributes:
         names: that go into prompts.
@@ -24,6 +24,8 @@ class ClassList:
         in_order: whether labels that are not all among the names stand for the classes in their sorted order.
         present_only: whether classes of which the set has no picture are left out.
         title: what to call them in messages.
+        first_number: of the first class, where labels are numbers; None is 0 if a label is 0, and 1 if none is and the
+            last class has a label then.
 
     Raises:
         ConfigError: fewer than two classes, or one that is there twice.
@@ -34,6 +36,7 @@ class ClassList:
     in_order: bool = False
     present_only: bool = False
     title: str = "given"
+    first_number: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.names) < 2:
@@ -48,7 +51,7 @@ class ClassList:
         """Return the number of the class that each label stands for, or None for one that is none of them.
 
         Raises:
-            ConfigError: no label is one, or their sorted order cannot be matched.
+            ConfigError: no label is one, their sorted order cannot be matched, or nothing tells where numbers begin.
         """
         called = {_key(name): i for i, name in reversed(list(enumerate(self.names)))}
         if self.labels is not None:
@@ -59,10 +62,12 @@ class ClassList:
         known = [label for label in kinds if _key(label) in called]
         if known and (len(known) == len(kinds) or not self.in_order):
             return [called.get(_key(label)) for label in labels]
-        if all(label.isdecimal() and label.isascii() and int(label) < len(self.names) for label in kinds):
-            logger.info("labels %s to %s are taken for numbers of the %d %s classes, from 0", kinds[0], kinds[-1],
-                        len(self.names), self.title)
-            return [int(label) for label in labels]
+        first = self._first_number(kinds)
+        if first is not None and any(0 <= int(label) - first < len(self.names) for label in kinds):
+            logger.info("labels %s to %s are taken for numbers of the %d %s classes, from %d", kinds[0], kinds[-1],
+                        len(self.names), self.title, first)
+            counted = (int(label) - first for label in labels)
+            return [number if 0 <= number < len(self.names) else None for number in counted]
         if self.in_order and len(kinds) == len(self.names) and 2 * len(known) < len(kinds):
             logger.warning("the set's %d classes are taken for the %s ones in sorted order: '%s' for '%s', '%s' for "
                            "'%s'", len(kinds), self.title, kinds[0], self.names[0], kinds[-1], self.names[-1])
@@ -80,6 +85,25 @@ class ClassList:
         raise ConfigError(f"no picture of the set is of one of the {len(self.names)} {self.title} classes; "
                           f"the set has, for example: {some}; a file with lines of the set's label, a tab, and the "
                           "class name joins them")
+
+    def _first_number(self, kinds: Sequence[str]) -> int | None:
+        """Return where labels, sorted, begin to count the classes; None if they are no numbers of classes.
+
+        Raises:
+            ConfigError: they are, and may begin at 0 or at 1: a wrong guess would shift every class.
+        """
+        if not all(label.isdecimal() and label.isascii() for label in kinds):
+            return None
+        if self.first_number is not None:
+            return self.first_number
+        lowest, highest, last = int(kinds[0]), int(kinds[-1]), len(self.names)
+        if lowest == 0:
+            return 0 if highest < last else None
+        if highest < last:
+            raise ConfigError(f"the set's labels are numbers, {kinds[0]} to {kinds[-1]}, of {last} {self.title} "
+                              f"classes, and as neither 0 nor {last} is there, nothing tells whether they count from "
+                              "0 or from 1: say so with --first-label")
+        return 1 if highest == last else None
 
 
 def classes_of(labels: Sequence[str]) -> ClassList:

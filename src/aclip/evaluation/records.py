@@ -1,13 +1,12 @@
 """What evaluations leave in a run folder, besides the line in `evaluations.jsonl`."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aclip.evaluation.base import Example
-from aclip.files import write_atomically
+from aclip.files import as_file_name, write_atomically
 
 
 def write_examples(run_folder: Path, set_name: str, examples: Sequence[Example]) -> Path | None:
@@ -25,7 +24,7 @@ def write_examples(run_folder: Path, set_name: str, examples: Sequence[Example])
     """
     if not examples:
         return None
-    path = run_folder / "examples" / f"{_file_name(set_name)}.json"
+    path = run_folder / "examples" / f"{as_file_name(set_name)}.json"
     write_atomically(path, json.dumps([example.to_dict() for example in examples], ensure_ascii=False, indent=1))
     return path
 
@@ -43,11 +42,7 @@ def write_details(run_folder: Path, record: Mapping[str, Any], details: Mapping[
     """
     if not details:
         return None
-    path = run_folder / "details" / f"{_file_name(record['set'])}-{record['evaluator']}.json"
+    path = run_folder / "details" / f"{as_file_name(record['set'])}-{record['evaluator']}.json"
     about = {key: record[key] for key in ("set", "evaluator", "weights", "step")}
     write_atomically(path, json.dumps(about | dict(details), ensure_ascii=False))
     return path
-
-
-def _file_name(set_name: str) -> str:
-    return re.sub(r"[^\w-]+", "_", set_name)

@@ -5,7 +5,9 @@ the filled-in prompts (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ DEFAULT_TEMPLATES = ("{}", "a picture of {}", "a photo of a {}", "an image of {}
 """Prompts for classes of any kind; `{}` stands for the class name."""
 
 _PROMPTS_AT_ONCE = 4096  # bounds the features held while templates are averaged
+_embedded: ContextVar[dict[tuple[Any, ...], Tensor] | None] = ContextVar("embedded", default=None)
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,19 @@ def _namesakes_behind(classes: Sequence[str]) -> Int[Tensor, " M"]:
     return torch.tensor(behind)
 
 
+@contextmanager
+def embedded_once() -> Iterator[None]:
+    """Embed every list of classes once inside, whichever evaluator asks, for whichever set and share of patches.
+
+    All that is evaluated inside must have the text tower of one model, with weights that stay as they are.
+    """
+    token = _embedded.set({})
+    try:
+        yield
+    finally:
+        _embedded.reset(token)
+
+
 def class_embeddings(
     model: Encoder,
     classes: Sequence[str],
@@ -167,11 +183,24 @@ def class_embeddings(
 
     e_c = normalise(mean over t of normalise(text(t filled with c)))
 
-    Classes of the same name get the same row.
+    Classes of the same name get the same row. See also `embedded_once`.
 
     Returns:
         (M, D) float32, L2-normalised, in the order of `classes`.
     """
+    known = _embedded.get()
+    if known is None:
+        return _embed(model, classes, templates, device, precision)
+    key = (tuple(classes), tuple(templates), device, precision)
+    if key not in known:
+        known[key] = _embed(model, classes, templates, device, precision)
+    return known[key]
+
+
+def _embed(
+    model: Encoder, classes: Sequence[str], templates: Sequence[str], device: torch.device,
+    precision: torch.dtype | None,
+) -> Float[Tensor, "M D"]:
     distinct_classes = list(dict.fromkeys(classes))
     embeddings = []
     at_once = max(1, _PROMPTS_AT_ONCE // len(templates))

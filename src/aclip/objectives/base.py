@@ -56,6 +56,10 @@ class Objective(nn.Module, ABC):
         """Return (online head, EMA head) pairs that must be averaged after each step."""
         return []
 
+    def adopt_bias(self, bias: nn.Parameter) -> bool:
+        """Take the model's bias, which `StepContext` will hold, in place of one's own; return whether it is read."""
+        return False
+
     def decoder_macs(self, images: Sequence[tuple[int, int, int]], text_tokens: float) -> float:
         """Return multiply-accumulates of a decoder's forward pass per pair; MLP heads are not counted.
 

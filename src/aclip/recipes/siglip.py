@@ -2,7 +2,8 @@
 
     aclip train --recipe siglip --model ViT-B-16 --data pairs.csv
 
-Cost 1.00 of CLIP. The scale starts where the model's does (1 / 0.07; the paper starts at 10), the bias at -10.
+Cost 1.00 of CLIP. The scale starts where the model's does (1 / 0.07; the paper starts at 10), so does the bias of a
+SigLIP model; of others it starts at -10.
 """
 
 from dataclasses import replace

@@ -7,6 +7,7 @@ from aclip.report.about import environment, recipe, skipped
 from aclip.report.classes import class_by_class
 from aclip.report.curves import curves
 from aclip.report.frame import frame
+from aclip.report.incidents import incidents
 from aclip.report.markup import tag
 from aclip.report.pictures import looks
 from aclip.report.results import headline, results
@@ -23,6 +24,7 @@ SECTIONS = (
     ("retrievals", "Best and worst retrievals", retrievals),
     ("recipe", "Recipe and command", recipe),
     ("skipped", "Skipped samples", skipped),
+    ("incidents", "Incidents", incidents),
     ("environment", "Environment", environment),
 )
 
@@ -52,7 +54,7 @@ def write_report(run_folder: Path) -> Path:
 def render(run: RunFiles) -> str:
     """Return the page for what was read from a run folder."""
     notes = tag("ul", *(tag("li", note) for note in run.notes), class_="notes") if run.notes else None
-    optional = {"classes": run.details, "robustness": run.robustness}
+    optional = {"classes": run.details, "robustness": run.robustness, "incidents": run.incidents}
     sections = [(anchor, title, build(run)) for anchor, title, build in SECTIONS if optional.get(anchor, True)]
     folder = run.path.resolve().name
     name = str(mapping(run.config, "recipe").get("name") or folder)

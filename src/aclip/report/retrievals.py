@@ -4,6 +4,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 
+from aclip.files import as_file_name
 from aclip.report.formats import count
 from aclip.report.markup import Html, join, tag
 from aclip.report.run_files import Record, RunFiles, number
@@ -14,10 +15,11 @@ KINDS = (("best", "Best", "Right, and by the widest margin over any other captio
 
 def retrievals(run: RunFiles) -> Html:
     """Return, for every set, cards of its best and worst pictures."""
-    evaluated = list(dict.fromkeys(str(record.get("set", "?")) for record in run.evaluations))
-    order = {name: i for i, name in enumerate(evaluated)}
-    sets = sorted(((name, examples) for name, examples in run.examples.items() if examples),
-                  key=lambda item: order.get(item[0], len(order)))
+    evaluated = {as_file_name(name): name for name in (str(record.get("set", "?")) for record in run.evaluations)}
+    order = list(evaluated)
+    files = sorted((file for file, examples in run.examples.items() if examples),
+                   key=lambda file: order.index(file) if file in evaluated else len(order))
+    sets = [(evaluated.get(file, file), run.examples[file]) for file in files]
     if not sets:
         return tag("p", "No examples were kept: retrieval on a held-out set writes them.", class_="missing")
     blocks = []

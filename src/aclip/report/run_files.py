@@ -20,8 +20,9 @@ class RunFiles:
         path: the folder.
         config: `config.json`, or empty.
         metrics, evaluations, skipped: the lines of the journals of these names, in order.
-        examples: set name -> the pictures of `examples/<set>.json`.
+        examples: name of a file of `examples/`, which is its set's (`as_file_name`) -> the pictures in it.
         robustness: the lines of `robustness.jsonl`, evaluations of masked pictures.
+        incidents: the lines of `incidents.jsonl`, what went wrong.
         details: the files of `details/`, what evaluations draw besides numbers.
         snapshots: of the first, the middle and the last step that has one.
         notes: sentences about what is missing or damaged.
@@ -36,6 +37,7 @@ class RunFiles:
     snapshots: list[Snapshot]
     notes: list[str] = field(default_factory=list)
     robustness: list[Record] = field(default_factory=list)
+    incidents: list[Record] = field(default_factory=list)
     details: list[Record] = field(default_factory=list)
 
     def training_seconds(self) -> float | None:
@@ -65,6 +67,7 @@ def read_run(folder: Path) -> RunFiles:
     if not run.evaluations:
         run.notes.append("Nothing has been evaluated yet.")
     return replace(run, robustness=_journal(folder / "robustness.jsonl", run.notes),
+                   incidents=_journal(folder / "incidents.jsonl", run.notes),
                    details=_details(folder / "details", run.notes),
                    examples=_examples(folder / "examples", run.notes),
                    snapshots=_snapshots(folder / "snapshots", run.notes))

@@ -17,7 +17,7 @@ from aclip.data.workers import read_ahead
 from aclip.errors import ConfigError
 from aclip.masking import AttentiveMasking, MaskingContext
 from aclip.towers.averaged import load_average
-from aclip.towers.models import ImageTower, create_model, is_image_only, preprocess_config, visual_of, weight_file
+from aclip.towers.models import ImageTower, create_model, preprocess_config, visual_of
 from aclip.towers.pictures import BadPictures, Picture, PreparePictures
 from aclip.towers.shapes import pair
 from aclip.towers.sources import Tokenizer, resolve_source, tokenizer_of
@@ -261,12 +261,9 @@ def load(
     if weights == "ema" and (checkpoint is not None or not (run / "checkpoints").is_dir()):
         raise ConfigError(f"the moving average is in a run's folder with its checkpoints, which {source} is not"
                           if checkpoint is None else "a weight file holds no moving average: leave out checkpoint")
-    found = resolve_source(source)
-    if not found.has_weights and checkpoint is None:
+    if checkpoint is None and not resolve_source(source).has_weights:
         logger.warning("'%s' names an architecture without weights: its features mean nothing yet", source)
-    given = weight_file(found, checkpoint)
-    image_only = given is not None and is_image_only(given)
-    model = create_model(source, checkpoint=checkpoint, with_text=not image_only)
+    model = create_model(source, checkpoint=checkpoint, with_text=None)
     if weights == "ema":
         load_average(visual_of(model), run / "checkpoints")
     loaded = LoadedModel(model.eval(), tokenizer_of(source)).eval()

@@ -20,7 +20,6 @@ from aclip.towers.network import fetching
 from aclip.towers.shapes import pair, patch_size_of
 from aclip.towers.sources import FRESH_PREPROCESS, Source, check_fetchable, frees_positions, resolve_source
 from aclip.towers.vision import grid_of, positions_at, vit_of
-from aclip.towers.weights import tensor_names
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def create_model(
     name: str | Path,
     *,
     image_size: int | tuple[int, int] | None = None,
-    with_text: bool = True,
+    with_text: bool | None = True,
     checkpoint: str | Path | None = None,
 ) -> nn.Module:
     """Build an open_clip model on the CPU in fp32, in training mode.
@@ -64,7 +63,8 @@ def create_model(
             needs the network.
         image_size: pixels, one side or (height, width), in place of the model's own. Positions that come
             with weights are interpolated to it; so are a preset's, to an oblong size (`frees_positions`).
-        with_text: False leaves the text tower out altogether (`ImageTower`).
+        with_text: False leaves the text tower out altogether (`ImageTower`); None does so where the weights hold an
+            image tower only.
         checkpoint: a weight file (safetensors, or torch's) of this architecture to load.
 
     Returns:
@@ -86,12 +86,15 @@ def create_model(
         model = _fetch(source)
     else:
         model = _build(source, None if source.has_weights or unfixed else size)
-    if source.weights is not None and source.load_into(model) and with_text:
+    image_only = source.weights is not None and source.load_into(model)
+    if image_only and with_text:
         logger.info("%s holds an image tower only: projection and text tower start fresh", source.weights)
     if size is not None:
         resize_images(visual_of(model), size)
     if unfixed:
         visual_of(model).positional_embedding.requires_grad_(True)
+    if with_text is None:
+        with_text = not image_only
     return model if with_text else ImageTower(visual_of(model))
 
 
@@ -165,22 +168,6 @@ def _fetch(source: Source) -> nn.Module:
         model: nn.Module = open_clip.create_model(
             source.name, pretrained=source.tag, force_quick_gelu=bool(source.config.get("quick_gelu", False)))
     return model
-
-
-def weight_file(source: Source, checkpoint: str | Path | None = None) -> Path | None:
-    """Return the local file that a model's weights come from, or None for a name."""
-    return Path(checkpoint) if checkpoint is not None else source.weights
-
-
-def is_image_only(weights: Path) -> bool:
-    """Whether a safetensors file holds an image tower and nothing else.
-
-    Raises:
-        CheckpointError: a damaged or empty file.
-    """
-    if not weights.is_dir() and (weights.suffix != ".safetensors" or not weights.is_file()):
-        return False
-    return all(name.startswith("visual.") for name in tensor_names(weights))
 
 
 @contextlib.contextmanager

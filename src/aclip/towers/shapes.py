@@ -101,11 +101,16 @@ def timm_outline(config: Mapping[str, Any]) -> TimmModel:
 
 
 def pair(size: Any) -> tuple[int, int]:
-    """Return (height, width) from one number or two."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)
+    """Return (height, width) from one number or two.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise ConfigError(f"a size is a whole number of pixels, or two of them (height, width), not {size!r}")
+    height, width = sides
+    return height, width
 
 
 def _timm_sizes(config: Mapping[str, Any]) -> dict[str, Any]:

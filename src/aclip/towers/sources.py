@@ -28,6 +28,8 @@ LOCAL, HUB = "local-dir:", "hf-hub:"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FRESH_PREPROCESS: Mapping[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 """What is trained from the start sees; the release's checkpoints do, too."""
+_CHOICES = {"interpolation": ("bicubic", "bilinear", "random"), "resize_mode": ("shortest", "longest", "squash")}
+"""What open_clip's `preprocess_cfg` takes."""
 _BIG_VISION = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 
 _HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -224,7 +226,7 @@ def _named_source(base: str, rest: str) -> Source:
         if pretrained.get("quick_gelu", False):
             # these weights were trained with the approximate GELU, whatever the plain name says
             config = {**config, "quick_gelu": True}
-        return Source(base, config, tag=rest, preprocess=_preprocessing(pretrained))
+        return Source(base, config, tag=rest, preprocess=_preprocessing(pretrained, base))
     file = Path(rest)
     if file.is_file():
         return Source(f"{base}:{rest}", config, weights=file,
@@ -259,13 +261,26 @@ def _hub_source(name: str) -> Source:
     with fetching(what):
         file = Path(download_pretrained_from_hf(name.removeprefix(HUB), filename=CONFIG_NAME))
         whole = json.loads(file.read_text(encoding="utf-8"))
-        config, preprocess = whole["model_cfg"], _preprocessing(whole.get("preprocess_cfg") or {})
+        config, preprocess = whole["model_cfg"], _preprocessing(whole.get("preprocess_cfg") or {}, name)
     return Source(name, _checked(config, name), preprocess=preprocess)
 
 
-def _preprocessing(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what open_clip's table of weights, or a config, says of how pictures are prepared."""
-    return {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode", "fill_color") if key in known}
+def _preprocessing(known: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what open_clip's table of weights, or a config, says of how a model's pictures are prepared.
+
+    Raises:
+        CheckpointError: values that open_clip does not take.
+    """
+    stated = {key: known[key] for key in ("mean", "std", *_CHOICES, "fill_color") if known.get(key) is not None}
+    for key, value in stated.items():
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise CheckpointError(f"the preprocess_cfg of model '{name}' has an "
+                                  f"{unknown_name(key, str(value), _CHOICES[key])}")
+        if key in ("mean", "std") and not (isinstance(value, list | tuple) and len(value) == 3
+                                           and all(isinstance(number, int | float) for number in value)):
+            raise CheckpointError(f"the preprocess_cfg of model '{name}' has a {key} of {value!r}: it takes three "
+                                  "numbers, one a channel")
+    return stated
 
 
 def _folder_source(folder: Path) -> Source:
@@ -295,7 +310,7 @@ def _open_clip_folder(place: Path) -> Source:
     """Return the model of a folder with `open_clip_config.json`."""
     try:
         whole = json.loads((place / CONFIG_NAME).read_text(encoding="utf-8"))
-        config, preprocess = whole["model_cfg"], dict(whole.get("preprocess_cfg") or {})
+        config, stated = whole["model_cfg"], dict(whole.get("preprocess_cfg") or {})
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{place / CONFIG_NAME}' is damaged: {error!r}") from error
     files = sorted(file for file in place.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
@@ -306,7 +321,7 @@ def _open_clip_folder(place: Path) -> Source:
         raise CheckpointError(f"'{place}' holds several weight files ({', '.join(f.name for f in files)}) and none of "
                               f"them is called {WEIGHTS_NAME}: rename the one that is meant")
     return Source(f"{LOCAL}{place}", _checked(config, str(place)), folder=place, weights=(known or files)[0],
-                  preprocess=preprocess)
+                  preprocess=_preprocessing(stated, str(place)))
 
 
 def _checkpoint_source(step: Path) -> Source:
@@ -319,7 +334,10 @@ def _checkpoint_source(step: Path) -> Source:
         raise CheckpointError(f"the run of '{step}' is not known: '{settings}' is missing or damaged ({error!r})"
                               ) from error
     base = resolve_source(model)
-    config = model_config(model, image_size=tuple(size) if isinstance(size, list) else size)
+    try:
+        config = model_config(model, image_size=size)
+    except ConfigError as error:
+        raise CheckpointError(f"the image_size in '{settings}' is none that the run's model takes: {error}") from error
     return Source(str(step), config, folder=base.folder, weights=step,
                   preprocess=base.preprocess if base.has_weights else FRESH_PREPROCESS)
 

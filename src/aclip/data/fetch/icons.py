@@ -34,6 +34,7 @@ from typing import Any
 from aclip.data.fetch.drawn import draw_samples, worker_count
 from aclip.data.fetch.iconify import Icon, icon_of
 from aclip.data.fetch.licences import Licence, write_licences
+from aclip.data.fetch.packaged import PackagedSet
 from aclip.data.fetch.packages import Package, download, read_members, stream_members
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.render import open_renderer, require_renderer
@@ -115,7 +116,7 @@ def caption_of(name: str, prefixes: Collection[str] = (), suffixes: Collection[s
 
 
 @dataclass(frozen=True)
-class Icons:
+class Icons(PackagedSet):
     """Fetches the set; the fields are its definition, which tests make smaller.
 
     Attributes:
@@ -132,35 +133,16 @@ class Icons:
     about = "130,375 pictures of icons in 192 families, with names of up to 3 words; 104 MB to download"
     licence = "by family, mostly MIT, Apache-2.0, CC-BY and CC0 (see licences/); none that forbids commercial use"
 
-    def fetch(self, root: Path, progress: Progress) -> Path:
-        """Bring the set into `root/icons`; the package is kept in `root/packages`.
-
-        An interrupted call leaves whole shards, which the next call keeps: the result has the same bytes. A
-        finished set is only checked, without the network or the renderer.
-
-        Args:
-            root: folder of all data sets.
-            progress: told the bytes downloaded and the pictures rendered.
-
-        Returns:
-            The folder of the set.
-
-        Raises:
-            MissingDependencyError: resvg-py or npm is missing.
-            DataError: the download failed, or the package is not what was pinned.
-        """
-        folder = root / self.name
-        shards = ShardFolder(folder, self._origin())
-        if shards.is_finished():
-            return folder
+    def build(self, shards: ShardFolder, packages: Path, progress: Progress) -> None:
+        """See `PackagedSet.build`."""
         require_renderer()
-        path = download([self.package], root / "packages", progress)[self.package.name]
+        path = download([self.package], packages, progress)[self.package.name]
         families = _families(path)
         splits = self._splits(_pictures(path, families))
         shards.resume({"resvg-py": importlib.metadata.version("resvg-py")})
         rows = [Licence.of_info(family, self.package, info) for family, info in sorted(families.items())]
         texts = {f"package/{name}": data for name, data in read_members(path, _SAID_IN).items()}
-        write_licences(folder / "licences", rows, texts)
+        write_licences(shards.folder / "licences", rows, texts)
         with open_renderer(PIXELS, worker_count(self.workers)) as renderer:
 
             def samples(pictures: Sequence[_Picture], skipped: dict[str, str]) -> Iterable[Sample]:
@@ -168,9 +150,9 @@ class Icons:
 
             shards.fill(splits, samples, SAMPLES_PER_SHARD, "rendering", progress)
         shards.finish(self._facts(splits, shards.skipped()))
-        return folder
 
-    def _origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
+        """See `PackagedSet.origin`."""
         return {
             "layout": _LAYOUT,
             "pixels": PIXELS,

@@ -30,6 +30,7 @@ from PIL import Image
 from aclip.data.captions import caption_lines, decode_text
 from aclip.data.fetch.debian import DebianPackage, read_files
 from aclip.data.fetch.licences import Licence, write_licences
+from aclip.data.fetch.packaged import PackagedSet
 from aclip.data.fetch.packages import download
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.render import ELEMENTS, render_document, require_renderer
@@ -112,7 +113,7 @@ def _square(picture: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class TuxPaint:
+class TuxPaint(PackagedSet):
     """Fetches the set.
 
     Attributes:
@@ -125,35 +126,17 @@ class TuxPaint:
     about = "934 stamps with sentences and object masks (alpha), 259 of them photos; 161 MB to download, with apt"
     licence = _LICENCE
 
-    def fetch(self, root: Path, progress: Progress) -> Path:
-        """Bring the set into `root/tuxpaint`; the package is kept in `root/packages`.
-
-        A finished set is only checked, without the network or the renderer.
-
-        Args:
-            root: folder of all data sets.
-            progress: told the bytes downloaded and the pictures written.
-
-        Returns:
-            The folder of the set.
-
-        Raises:
-            MissingDependencyError: resvg-py or apt is missing.
-            DataError: the download failed, or the package is not what was pinned.
-        """
-        folder = root / self.name
-        shards = ShardFolder(folder, self._origin())
-        if shards.is_finished():
-            return folder
+    def build(self, shards: ShardFolder, packages: Path, progress: Progress) -> None:
+        """See `PackagedSet.build`."""
         require_renderer()
-        path = download([self.package], root / "packages", progress)[self.package.name]
+        path = download([self.package], packages, progress)[self.package.name]
         stamps, copyright_file = _read(path)
         shards.resume({tool: importlib.metadata.version(tool) for tool in ("pillow", "resvg-py")})
         licence = Licence(
             "stamps", self.package.name, self.package.version, "Tux Paint stamps", "Bill Kendrick and others",
             licence=_LICENCE,
         )
-        write_licences(folder / "licences", [licence], {"copyright": copyright_file})
+        write_licences(shards.folder / "licences", [licence], {"copyright": copyright_file})
 
         def samples(part: Sequence[_Stamp], skipped: dict[str, str]) -> Iterator[Sample]:
             for stamp in part:
@@ -168,9 +151,9 @@ class TuxPaint:
         captions = [stamp.caption for stamp in stamps if stamp.key not in skipped]
         summary = {"all": {"samples": len(captions), "captions": len(set(captions))}}
         shards.finish({"name": self.name, "splits": summary, "skipped": skipped})
-        return folder
 
-    def _origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
+        """See `PackagedSet.origin`."""
         return {
             "layout": _LAYOUT,
             "drawing_pixels": DRAWING_PIXELS,
