@@ -1,6 +1,8 @@
 """Attentive masking against the release's numbers and a slow transcription of the definition."""
 
+import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -122,6 +124,22 @@ def test_mixed_draws_the_rest_uniformly_and_per_sample() -> None:
     assert not torch.equal(AttentiveMasking(0.6, 1, "mixed")(other), keep)
 
 
+def test_sampled_draws_in_proportion_to_the_scores_without_replacement() -> None:
+    weights = (0.1, 0.2, 0.3, 0.4)
+    keep = AttentiveMasking(0.5, 1, "sampled")(context_of(torch.tensor(weights).expand(20_000, 4), (1, 4)))
+    drawn = Counter(map(tuple, keep.tolist()))
+    for pair in itertools.combinations(range(4), 2):  # either of the two first, then the other among those left
+        first, second = (weights[i] for i in pair)
+        expected = first * second / (1 - first) + second * first / (1 - second)
+        assert drawn[pair] / 20_000 == pytest.approx(expected, abs=4 * math.sqrt(expected / 20_000))
+    assert sum(drawn.values()) == 20_000
+
+
+def test_sampled_takes_what_scores_nothing_last() -> None:
+    scores = torch.tensor([0.0, 1e-6, 0.0, 1.0]).expand(1000, 4)
+    assert AttentiveMasking(0.5, 1, "sampled")(context_of(scores, (1, 4))).unique(dim=0).tolist() == [[1, 3]]
+
+
 @pytest.mark.parametrize(
     ("ratio", "grid", "nearest", "released"),
     [
@@ -160,7 +178,7 @@ def test_half_precision_scores_are_pooled_in_full() -> None:
     [
         (
             {"keep": "high"},
-            "unknown value for keep 'high': did you mean 'highest'. There are: highest, lowest, mixed",
+            "unknown value for keep 'high': did you mean 'highest'. There are: highest, lowest, mixed, sampled",
         ),
         ({"rounding": "up"}, "unknown value for rounding 'up'"),
         ({"block_size": 0}, "at least 1"),

@@ -5,7 +5,7 @@ A strategy is built from a `mask_ratio` and its options, and called with a `Mask
 `MaskingStrategy`, and a line in the table; the contract tests run over the table.
 """
 
-from aclip.masking.attentive import AttentiveMasking
+from aclip.masking.attentive import AttentiveMasking, Keep
 from aclip.masking.base import (
     MaskingContext,
     MaskingStrategy,
@@ -40,6 +40,7 @@ __all__ = [
     "EdgeMasking",
     "GaussianMasking",
     "HiddenTokens",
+    "Keep",
     "MaskingContext",
     "MaskingStrategy",
     "NoMasking",

@@ -1,7 +1,7 @@
 """Attentive masking, the strategy of A-CLIP (Yang et al., arXiv 2212.08653, section 3)."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -18,6 +18,9 @@ from aclip.masking.base import (
     pool_to_blocks,
 )
 
+Keep = Literal["highest", "lowest", "mixed", "sampled"]
+"""Which scores survive, see `AttentiveMasking`."""
+
 
 class AttentiveMasking(MaskingStrategy):
     """Keeps the patches that the EMA encoder's [CLS] token attends to most.
@@ -26,8 +29,10 @@ class AttentiveMasking(MaskingStrategy):
     ties go to the lower index. Where blocks do not tile the grid, single patches are chosen.
 
     `keep` says which scores survive: "highest"; "lowest", the paper's control that keeps the least
-    relevant ones; or "mixed", half of the kept blocks (rounded up) by score and the rest uniformly among
-    the others (our definition).
+    relevant ones; "mixed", half of the kept blocks (rounded up) by score and the rest uniformly among
+    the others (our definition); or "sampled" (not of the paper), blocks drawn one after the other without
+    replacement, each with a probability in proportion to its score among those left: the K largest of
+    log(u) / score, u uniform (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir").
 
     `rounding` is "nearest" (`masking.num_keep`) or "released": floor(blocks * (1 - mask_ratio)) + 1, as
     the authors' release counts, which is one more where that product is less than half above a whole number.
@@ -39,13 +44,13 @@ class AttentiveMasking(MaskingStrategy):
         self,
         mask_ratio: float = 0.5,
         block_size: int = 2,
-        keep: Literal["highest", "lowest", "mixed"] = "highest",
+        keep: Keep = "highest",
         rounding: Literal["nearest", "released"] = "nearest",
     ) -> None:
         """Set the fraction removed, the block side in patches, which scores survive, and how to count."""
         super().__init__(mask_ratio, block_size=block_size)
-        if keep not in ("highest", "lowest", "mixed"):
-            raise ConfigError(unknown_name("value for keep", keep, ("highest", "lowest", "mixed")))
+        if keep not in get_args(Keep):
+            raise ConfigError(unknown_name("value for keep", keep, get_args(Keep)))
         if rounding not in ("nearest", "released"):
             raise ConfigError(unknown_name("value for rounding", rounding, ("nearest", "released")))
         self.keep = keep
@@ -80,6 +85,9 @@ class AttentiveMasking(MaskingStrategy):
             draws = context.uniform(order.shape[1] - by_score)
             others = order[:, by_score:].gather(1, best_first(draws))
             order = torch.cat([order[:, :by_score], others], dim=1)
+        elif self.keep == "sampled":
+            draws = context.uniform(scores.shape[1])
+            order = best_first(draws.log() / scores.clamp_min(torch.finfo(scores.dtype).tiny))
         else:
             order = best_first(scores)
         return kept_blocks_to_patches(order[:, :kept], context.grid_size, block)

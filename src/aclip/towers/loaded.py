@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from aclip.data import CaptionTokenizer
 from aclip.data.workers import read_ahead
 from aclip.errors import ConfigError
-from aclip.masking import AttentiveMasking, MaskingContext
+from aclip.masking import AttentiveMasking, Keep, MaskingContext
 from aclip.towers.averaged import load_average
 from aclip.towers.models import ImageTower, create_model, preprocess_config, visual_of
 from aclip.towers.pictures import BadPictures, Picture, PreparePictures
@@ -156,14 +156,15 @@ class LoadedModel(nn.Module):
     @torch.no_grad()
     def keep_mask(
         self, images: Float[Tensor, "B 3 h w"], mask_ratio: float = 0.5,
-        keep: Literal["highest", "lowest", "mixed"] = "highest", block_size: int = 2,
+        keep: Keep = "highest", block_size: int = 2,
     ) -> Bool[Tensor, "B N"]:
         """Return which patches attentive masking would keep, by this model's own attention.
 
         Args:
             images: (B, 3, h, w) normalised pixels, see `preprocess`.
             mask_ratio: share of the patches that is removed, in [0, 1).
-            keep: which scores survive; "mixed" draws half of the kept blocks from torch's default generator.
+            keep: which scores survive, see `aclip.masking.AttentiveMasking`; "mixed" and "sampled" draw from torch's
+                default generator.
             block_size: side of the blocks that are kept or removed, in patches; 1 where they do not tile the grid.
 
         Returns:
