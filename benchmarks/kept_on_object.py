@@ -29,6 +29,8 @@ from torch import Tensor
 from aclip import data, towers
 from aclip.data.fetch import resolve_spec
 from aclip.engine.checkpoint import list_checkpoints, step_of
+from aclip.engine.run_config import saved_config
+from aclip.engine.run_folder import RunFolder
 from aclip.masking import MASKING, MaskingContext, num_keep
 from aclip.towers.averaged import load_average_at
 from scored_run import options
@@ -81,7 +83,8 @@ def measure(args: argparse.Namespace, pictures: Iterable[tuple[Image.Image, Imag
         return [f"{share:.1%}" for share in row("attentive", scores)]
 
     table.add_row("attention of the trained encoder, at the end", *attentive())
-    for checkpoint in list_checkpoints(args.run / "checkpoints"):
+    averaged = saved_config(RunFolder(args.run)).recipe.uses_ema
+    for checkpoint in list_checkpoints(args.run / "checkpoints") if averaged else ():
         load_average_at(visual, checkpoint)
         table.add_row(f"attention of the EMA encoder, step {step_of(checkpoint):,}", *attentive())
     table.add_row("the outline itself (best possible)", *(f"{share:.1%}" for share in row("attentive", covered)))
