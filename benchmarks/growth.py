@@ -1,6 +1,6 @@
 """How time and memory of a training step grow: with patches kept, batch size, image size and model size.
 
-    python benchmarks/growth.py                            about 6 minutes on 2 CPU cores
+    python benchmarks/growth.py                            some minutes on 2 CPU cores
     python benchmarks/growth.py --batch-size 64 --device cuda
 
 Writes docs/images/growth.svg and prints its numbers as Markdown. ViT-B/16's tokens and depth at half of its width,
@@ -56,7 +56,7 @@ def panels(settings: Settings) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = {
         "patches kept, %": [],
         "batch size": [point(m, n, replace(settings, batch_size=n)) for m in METHODS
-                       for n in (max(2, size // 4), size // 2, size, 2 * size)],
+                       for n in sorted({max(2, size // 4), max(2, size // 2), size, 2 * size})],
         "image side, pixels": [point(m, n, replace(settings, image_size=n))
                                for m in METHODS for n in (112, 160, 224, 288)],
         "width of the tower": [point(m, n, replace(settings, model=name))
