@@ -65,7 +65,7 @@ def pictures(split: str, count: int, plain: bool) -> Iterator[tuple[RawSample, I
     """Yield photos as the set has them, on their canvas, and where they lie on it, white on black."""
     source = data.open_source(resolve_spec(f"cifar10:{split}"))
     raw = [source.read(number) for number in range(count)]
-    photos = np.stack([np.asarray(Image.open(io.BytesIO(sample.image)).convert("RGB")) for sample in raw])
+    photos = np.stack([np.asarray(data.decode_image(sample.image)) for sample in raw])
     for number in track(range(count), f"{split} pictures"):
         canvas, (top, left) = placed(photos, number, split, plain)
         outline = np.zeros_like(canvas)

@@ -77,12 +77,10 @@ class ScoreCache:
 
         Args:
             numbers: of all samples of the batch.
-            missing: rows that were not known.
+            missing: rows that were not known, at least one.
             maps: (B, N) on any device, which is not waited for.
             batch: its number.
         """
-        if not missing:
-            return
         arrived = None
         if maps.is_cuda:
             host = torch.empty(maps.shape, dtype=maps.dtype, pin_memory=True)

@@ -153,9 +153,11 @@ class Trainer:
     def _keep_scores(self, batch: Batch, output: StepOutput) -> None:
         """Keep the scores that this step has computed for later ones."""
         for name, cache in self.score_caches.items():
-            scores = output.passes[name].scores
-            assert scores is not None
-            cache.keep(batch.numbers, batch.known[name].missing, to_bytes(scores[0]), self.batch_number)
+            missing = batch.known[name].missing
+            if missing:
+                scores = output.passes[name].scores
+                assert scores is not None
+                cache.keep(batch.numbers, missing, to_bytes(scores[0]), self.batch_number)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the towers compute."""
