@@ -1,5 +1,6 @@
 """What every format in `EXPORTS` must do: the same features in its own library, or nothing at all."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from PIL import Image
 
 from aclip.errors import ExportError
 from aclip.export import EXPORTS, ExportFormat, Parity, Readback, Subject, made_examples, write_checked
+from aclip.export.torch_export import write_companions
 
 EXAMPLES = made_examples((24, 24))
 SHALLOW = changed("vision_cfg", layers=1) | {"text_cfg": changed("text_cfg", layers=1)["text_cfg"]}
@@ -124,6 +126,20 @@ def test_an_image_tower_alone_is_exported_where_the_format_can(name: str, tmp_pa
     assert parity.image < 1e-6
     assert parity.text is None
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(("config", "bias"), [(TINY, None), (changed(init_logit_bias=-10.0), -10.0)])
+def test_graphs_come_with_what_turns_features_into_logits(
+    config: dict[str, Any], bias: float | None, tmp_path: Path
+) -> None:
+    """ONNX and torch.export hold the towers alone; scale and bias stand beside them, as the model has them."""
+    subject = make_subject(config)
+    write_companions(subject, tmp_path)
+    beside = json.loads((tmp_path / "config.json").read_text())
+    assert beside["logit_scale"] == pytest.approx(float(subject.model.model.logit_scale.detach().exp()))
+    assert ("logit_bias" in beside) == (bias is not None)
+    if bias is not None:
+        assert beside["logit_bias"] == float(subject.model.model.logit_bias.detach()) == pytest.approx(bias, abs=0.5)
 
 
 @pytest.mark.parametrize(("config", "what"), [

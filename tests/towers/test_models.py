@@ -293,6 +293,19 @@ def test_damaged_folders_are_named(tiny, tmp_path, file, content, match):
         towers.create_model(folder)
 
 
+@pytest.mark.parametrize(("half", "field", "value", "found"), [
+    ("vision_cfg", "layers", 0, "0"), ("vision_cfg", "layers", -1, "-1"), ("vision_cfg", "width", 0, "0"),
+    ("vision_cfg", "patch_size", [16, 0], "0"), ("vision_cfg", "image_size", -64, "-64"),
+    ("text_cfg", "heads", 0, "0"), ("text_cfg", "context_length", 0, "0"), ("text_cfg", "vocab_size", -1, "-1"),
+])
+def test_sizes_below_one_are_named(tiny, tmp_path, half, field, value, found):
+    config = towers.model_config("vit-tiny")
+    config = config | {half: config[half] | {field: value}}
+    folder = write_model(tmp_path / "model", tiny, config)
+    with pytest.raises(ConfigError, match=f"^model '{folder}': {field} of this model config's {half} is {found}, and"):
+        towers.create_model(folder)
+
+
 @pytest.mark.parametrize(("key", "value", "match"), [
     ("interpolation", "cubic", "unknown interpolation 'cubic': did you mean 'bicubic'"),
     ("interpolation", 3, "unknown interpolation '3'"),

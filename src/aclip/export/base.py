@@ -49,6 +49,12 @@ class Subject:
         """What similarities are multiplied with, already exponentiated; None without text."""
         return multiplier(self.model.model) if self.model.has_text else None
 
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to multiplied similarities (SigLIP); None where the model has none."""
+        bias = getattr(self.model.model, "logit_bias", None)
+        return None if bias is None else float(bias.detach())
+
 
 @dataclass(frozen=True)
 class Readback:

@@ -80,8 +80,9 @@ def _input(subject: Subject) -> str:
     lines = [f"Pictures of {height} x {width} pixels, RGB from 0 to 1, {resize} ({config.get('interpolation')}).",
              f"Mean {_numbers(config['mean'])}, standard deviation {_numbers(config['std'])}."]
     if subject.model.has_text:
+        bias = "" if subject.logit_bias is None else f", and {subject.logit_bias:.4g} is added"
         lines.append(f"Texts of up to {subject.context_length} tokens. Similarities are multiplied with "
-                     f"{subject.logit_scale:.4g}.")
+                     f"{subject.logit_scale:.4g}{bias}.")
     return "\n".join(lines)
 
 

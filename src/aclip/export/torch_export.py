@@ -107,8 +107,10 @@ def programs(subject: Subject) -> dict[str, tuple[torch.export.ExportedProgram, 
 
 
 def write_companions(subject: Subject, folder: Path) -> None:
-    """Write what the programs do not hold: preprocessing, sizes, the logit scale, the tokenizer."""
+    """Write what the programs do not hold: preprocessing, sizes, the logit scale and bias, the tokenizer."""
     config: dict[str, Any] = {"preprocess": subject.preprocess, "logit_scale": subject.logit_scale}
+    if subject.logit_bias is not None:
+        config["logit_bias"] = subject.logit_bias
     if subject.model.has_text:
         config |= {"context_length": subject.context_length}
         if is_bundled(subject.model.tokenizer):

@@ -66,11 +66,25 @@ def check_config(config: Mapping[str, Any]) -> tuple[CLIPVisionCfg, CLIPTextCfg]
             raise ConfigError(f"{key} of this model config has fields that the installed open_clip does not "
                               f"know: {', '.join(sorted(unknown))}")
         halves.append(cls(**values))
+        _check_positive(key, values)
     vision, text = halves
     what = _unsupported(config, vision, text)
     if what:
         raise UnsupportedModelError(f"this model has {what}, which cannot be trained here: {SUPPORTED}")
     return vision, text
+
+
+def _check_positive(half: str, values: Mapping[str, Any]) -> None:
+    """Refuse a half of a config that counts something below 1.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for field in ("image_size", "patch_size", "width", "layers", "head_width", "heads", "context_length", "vocab_size"):
+        found = values.get(field, 1)
+        for number in found if isinstance(found, list | tuple) else (found,):
+            if isinstance(number, int | float) and not number >= 1:
+                raise ConfigError(f"{field} of this model config's {half} is {number}, and must be at least 1")
 
 
 def patch_size_of(config: Mapping[str, Any]) -> tuple[int, int]:
