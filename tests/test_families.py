@@ -105,7 +105,8 @@ def test_the_sigmoid_loss_begins_with_the_models_own_bias_and_trains_it(tmp_path
     output.loss.backward()
     torch.optim.SGD([model.logit_bias], lr=0.01).step()
     assert model.logit_bias != -12.9
-    exported.save(model, towers.model_config("family-siglip"), towers.preprocess_config(model), tmp_path / "final")
+    exported.save(model, towers.model_config("family-siglip"), towers.preprocess_config(model),
+                  towers.tokenizer_of("family-siglip"), tmp_path / "final")
     assert towers.create_model(tmp_path / "final").logit_bias == model.logit_bias
 
 
@@ -167,7 +168,7 @@ def test_models_equal_open_clips_own_forward_and_come_back(family: str, tmp_path
     torch.manual_seed(0)
     model = towers.create_model(family).eval()
     config = towers.model_config(family)
-    exported.save(model, config, towers.preprocess_config(model), tmp_path / "final")
+    exported.save(model, config, towers.preprocess_config(model), towers.tokenizer_of(config), tmp_path / "final")
     again = towers.create_model(tmp_path / "final").eval()
     side = config["vision_cfg"]["image_size"]
     pixels = torch.randn(2, 3, side, side)

@@ -36,7 +36,8 @@ def make_run(folder: Path, *, with_text: bool) -> Path:
     torch.manual_seed(0)
     model = towers.create_model("vit-tiny", with_text=with_text)
     folder.mkdir()
-    export.open_clip.save(model, towers.model_config("vit-tiny"), towers.preprocess_config(model), folder / "final")
+    export.open_clip.save(model, towers.model_config("vit-tiny"), towers.preprocess_config(model),
+                          towers.tokenizer_of("vit-tiny"), folder / "final")
     (folder / "config.json").write_text("{}")
     (folder / "metrics.jsonl").write_text('{"step": 7, "samples_seen": 70}\n')
     return folder

@@ -27,7 +27,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     model = towers.create_model("vit-micro")
     folder = tmp_path / "runs" / "first"
-    export.open_clip.save(model, towers.model_config("vit-micro"), towers.preprocess_config(model), folder / "final")
+    export.open_clip.save(model, towers.model_config("vit-micro"), towers.preprocess_config(model),
+                          towers.tokenizer_of("vit-micro"), folder / "final")
     average = {f"method/ema_visual.{name}": 2 * tensor for name, tensor in model.visual.state_dict().items()}
     (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
     save_file(average, folder / "checkpoints" / "step-00000007" / "state.safetensors")

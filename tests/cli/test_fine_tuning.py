@@ -41,7 +41,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.visual.positional_embedding.normal_(std=0.2)
     config = towers.model_config("vit-micro")
     del config["vision_cfg"]["pos_embed_type"]
-    exported.save(model, config, towers.preprocess_config(model), folder)
+    exported.save(model, config, towers.preprocess_config(model), towers.tokenizer_of(config), folder)
     return folder
 
 

@@ -140,7 +140,7 @@ def train_run(
     if dist.rank() > 0:
         return
     model_config = towers.model_config(config.model, image_size=config.image_size)
-    export.open_clip.save(model, model_config, towers.preprocess_config(model), folder.final)
+    export.open_clip.save(model, model_config, towers.preprocess_config(model), tokenizer, folder.final)
     finish(folder, console)
 
 

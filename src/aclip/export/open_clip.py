@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import open_clip
+from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from torch import nn
 
 from aclip.errors import UnsupportedModelError
 from aclip.export.base import ExportFormat, Readback, Subject, fp32_tensors, multiplier
-from aclip.export.tokenizer_files import is_bundled
+from aclip.export.tokenizer_files import innermost, is_bundled
 from aclip.towers.shapes import timm_outline
-from aclip.towers.sources import CONFIG_NAME, WEIGHTS_NAME
+from aclip.towers.sources import CONFIG_NAME, WEIGHTS_NAME, Tokenizer, tokenizer_of
 from aclip.towers.timm_vit import TimmVit
 
 
@@ -38,15 +39,16 @@ class OpenClipFormat(ExportFormat):
                     f"builds it for {size[0]} x {size[1]} only: use --to onnx, torch-export or safetensors")
 
     def write(self, subject: Subject, folder: Path) -> None:
-        """Write config and weights."""
-        write(subject.model.model, subject.config, subject.preprocess, folder)
+        """Write config, weights, and the tokenizer where it is none that open_clip bundles."""
+        write(subject.model.model, subject.config, subject.preprocess, subject.model.tokenizer, folder)
 
     def read(self, folder: Path, subject: Subject) -> Readback:
         """Load with open_clip alone."""
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         model.eval()
-        # a tokenizer of Hugging Face's is fetched by the name that the config has; it is ours then
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}") if is_bundled(subject.model.tokenizer) else None
+        # open_clip would run code of a tokenizer's own where the config asks for it; ours never does
+        tokenizer = (open_clip.get_tokenizer(f"local-dir:{folder}") if is_bundled(subject.model.tokenizer)
+                     else tokenizer_of(folder))
         return Readback(model.encode_image, model.encode_text, preprocess, tokenizer, multiplier(model))
 
     def usage(self, subject: Subject) -> str:
@@ -63,27 +65,35 @@ probabilities = (model.logit_scale.exp() * image_features @ text_features.T).sof
 
 
 def save(
-    model: nn.Module, model_config: Mapping[str, Any], preprocess_config: Mapping[str, Any], folder: Path
+    model: nn.Module, model_config: Mapping[str, Any], preprocess_config: Mapping[str, Any], tokenizer: Tokenizer,
+    folder: Path,
 ) -> None:
-    """Write weights (fp32), architecture and preprocessing to `folder`, replacing it as a whole.
+    """Write weights (fp32), architecture, preprocessing and tokenizer to `folder`, replacing it as a whole.
 
     Args:
         model: the open_clip model; its state dict is native already.
         model_config: open_clip's `model_cfg`, complete, so that loading needs no registered name.
         preprocess_config: open_clip's `preprocess_cfg`: mean, std, interpolation, resize_mode.
+        tokenizer: the model's. One of Hugging Face's is written beside the model, where open_clip looks for it; the one
+            that open_clip bundles needs no files.
+        folder: may hold an earlier one.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(model, model_config, preprocess_config, temporary)
+    write(model, model_config, preprocess_config, tokenizer, temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
 def write(
-    model: nn.Module, model_config: Mapping[str, Any], preprocess_config: Mapping[str, Any], folder: Path
+    model: nn.Module, model_config: Mapping[str, Any], preprocess_config: Mapping[str, Any], tokenizer: Tokenizer,
+    folder: Path,
 ) -> None:
-    """Write the two files into a folder that is there; arguments as in `save`."""
+    """Write the files into a folder that is there; arguments as in `save`."""
     config = {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     save_file(fp32_tensors(model), folder / WEIGHTS_NAME)
+    own = innermost(tokenizer)
+    if isinstance(own, HFTokenizer):
+        own.save_pretrained(folder)

@@ -84,6 +84,11 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
 
 def is_bundled(tokenizer: Any) -> bool:
     """Whether a tokenizer is the one that is written here: open_clip's own, with its usual cleaning."""
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # beneath `aclip.data.CaptionTokenizer`
+    inner = innermost(tokenizer)
     return (isinstance(inner, SimpleTokenizer) and len(inner.all_special_ids) == 2 and inner.reduction_fn is None
             and inner.clean_fn.__name__ == "_clean_lower")
+
+
+def innermost(tokenizer: Any) -> Any:
+    """Return open_clip's tokenizer, which `aclip.data.CaptionTokenizer` may be around."""
+    return getattr(tokenizer, "_tokenizer", tokenizer)
