@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -50,6 +51,14 @@ def test_it_is_handed_over_with_the_model(subject: Subject, tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "german")  # as on another machine
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(TEXTS), tokens)
     assert torch.equal(towers.load(tmp_path / "out").tokenizer(TEXTS), tokens)
+
+
+def test_what_the_card_of_an_onnx_export_shows_runs(subject: Subject, tmp_path: Path) -> None:
+    write_checked(EXPORTS["onnx"], subject, tmp_path / "out", made_examples((24, 24)), card=lambda parity: "")
+    names: dict[str, Any] = {"pixels": torch.zeros(1, 3, 24, 24).numpy()}
+    exec(EXPORTS["onnx"].usage(subject).replace("FOLDER", str(tmp_path / "out")).replace("a cat", TEXTS[0]), names)
+    texts = subject.model.encode_text(subject.model.tokenizer([TEXTS[0], "two dogs"])).detach()
+    torch.testing.assert_close(torch.as_tensor(names["text_features"]), texts, rtol=0, atol=1e-5)
 
 
 def test_a_run_ends_with_it(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

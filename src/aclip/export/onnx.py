@@ -12,10 +12,24 @@ from torch import Tensor
 
 from aclip.errors import ExportError
 from aclip.export.base import ExportFormat, Readback, Subject, missing
+from aclip.export.tokenizer_files import is_bundled
 from aclip.export.torch_export import CONFIG, in_threes, programs, quietly, write_companions
 
 NAMES = {"image": ("pixels", "image_features"), "text": ("tokens", "text_features")}
 """Input and output of each graph."""
+
+TOKENIZERS = '''\
+tokenizer = tokenizers.Tokenizer.from_file("FOLDER/tokenizer.json")
+tokenizer.enable_truncation(CONTEXT)
+tokenizer.enable_padding(length=CONTEXT)
+tokens = numpy.array([encoding.ids for encoding in tokenizer.encode_batch(["a cat", "two dogs"])])'''
+"""Text to tokens with CLIP's own words, without transformers."""
+
+TRANSFORMERS = '''\
+tokenizer = transformers.AutoTokenizer.from_pretrained("FOLDER")
+tokens = tokenizer(["a cat", "two dogs"], max_length=CONTEXT, padding="max_length", truncation=True,
+                   return_tensors="np").input_ids'''
+"""Likewise with words of the model's own."""
 
 LARGEST = 1_800_000_000
 """Bytes of weights above which they go to a file of their own: a graph's file must stay below 2 GB."""
@@ -62,19 +76,19 @@ class OnnxFormat(ExportFormat):
 
     def usage(self, subject: Subject) -> str:
         """See `ExportFormat`."""
-        text = '''
-text_encoder = onnxruntime.InferenceSession("FOLDER/text.onnx")
-tokenizer = tokenizers.Tokenizer.from_file("FOLDER/tokenizer.json")
-tokenizer.enable_truncation(CONTEXT)
-tokenizer.enable_padding(length=CONTEXT)
-tokens = numpy.array([encoding.ids for encoding in tokenizer.encode_batch(["a cat", "two dogs"])])
-(text_features,) = text_encoder.run(None, {"tokens": tokens})        # (B, D), L2-normalised'''
-        return '''\
-import numpy, onnxruntime, tokenizers
+        bundled = is_bundled(subject.model.tokenizer)
+        image = f'''\
+import numpy, onnxruntime, {"tokenizers" if bundled else "transformers"}
 
 image_encoder = onnxruntime.InferenceSession("FOLDER/image.onnx")
-(image_features,) = image_encoder.run(None, {"pixels": pixels})      # (B, 3, h, w) float32, see config.json''' + (
-            text.replace("CONTEXT", str(subject.context_length)) if subject.model.has_text else "")
+(image_features,) = image_encoder.run(None, {{"pixels": pixels}})      # (B, 3, h, w) float32, see config.json'''
+        if not subject.model.has_text:
+            return image
+        words = (TOKENIZERS if bundled else TRANSFORMERS).replace("CONTEXT", str(subject.context_length))
+        return f'''{image}
+text_encoder = onnxruntime.InferenceSession("FOLDER/text.onnx")
+{words}
+(text_features,) = text_encoder.run(None, {{"tokens": tokens}})        # (B, D), L2-normalised'''
 
 
 def _session(folder: Path, name: str) -> Callable[[Tensor], Tensor]:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import open_clip
-from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from torch import nn
 
 from aclip.errors import UnsupportedModelError
 from aclip.export.base import ExportFormat, Readback, Subject, fp32_tensors, multiplier
-from aclip.export.tokenizer_files import innermost, is_bundled
+from aclip.export.tokenizer_files import is_bundled, write_foreign
 from aclip.towers.shapes import timm_outline
 from aclip.towers.sources import CONFIG_NAME, WEIGHTS_NAME, Tokenizer, tokenizer_of
 from aclip.towers.timm_vit import TimmVit
@@ -94,6 +93,4 @@ def write(
     config = {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     save_file(fp32_tensors(model), folder / WEIGHTS_NAME)
-    own = innermost(tokenizer)
-    if isinstance(own, HFTokenizer):
-        own.save_pretrained(folder)
+    write_foreign(tokenizer, folder)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SOT, EOT = 49406, 49407
@@ -84,11 +84,18 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
 
 def is_bundled(tokenizer: Any) -> bool:
     """Whether a tokenizer is the one that is written here: open_clip's own, with its usual cleaning."""
-    inner = innermost(tokenizer)
+    inner = _innermost(tokenizer)
     return (isinstance(inner, SimpleTokenizer) and len(inner.all_special_ids) == 2 and inner.reduction_fn is None
             and inner.clean_fn.__name__ == "_clean_lower")
 
 
-def innermost(tokenizer: Any) -> Any:
+def write_foreign(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer of Hugging Face's as it is; open_clip's own needs no files for open_clip."""
+    inner = _innermost(tokenizer)
+    if isinstance(inner, HFTokenizer):
+        inner.save_pretrained(folder)
+
+
+def _innermost(tokenizer: Any) -> Any:
     """Return open_clip's tokenizer, which `aclip.data.CaptionTokenizer` may be around."""
     return getattr(tokenizer, "_tokenizer", tokenizer)

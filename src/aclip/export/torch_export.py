@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from aclip.errors import ExportError
 from aclip.export.base import ExportFormat, Readback, Subject
-from aclip.export.tokenizer_files import is_bundled, write_tokenizer
+from aclip.export.tokenizer_files import is_bundled, write_foreign, write_tokenizer
 from aclip.towers import encode_image, encode_text
 
 IMAGE, TEXT, CONFIG = "image.pt2", "text.pt2", "config.json"
@@ -115,6 +115,8 @@ def write_companions(subject: Subject, folder: Path) -> None:
         config |= {"context_length": subject.context_length}
         if is_bundled(subject.model.tokenizer):
             write_tokenizer(folder, subject.context_length)
+        else:
+            write_foreign(subject.model.tokenizer, folder)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
