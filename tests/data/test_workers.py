@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from aclip.data.workers import _report, read_ahead
+from aclip.data import workers
+from aclip.data.workers import _report, read_ahead, suitable_workers
 from aclip.errors import DataError
 
 
@@ -76,3 +78,17 @@ def test_a_worker_is_silent_about_a_parent_that_hung_up(capsys: pytest.CaptureFi
     for error in (BrokenPipeError("gone"), EOFError(), ValueError("a real fault")):
         _report(type(error), error, None)
     assert capsys.readouterr().err == "ValueError: a real fault\n"
+
+
+@pytest.mark.parametrize(("device", "cores", "processes", "suitable"), [
+    ("cpu", 2, None, 1), ("cpu", 16, None, 4), ("cpu", 128, None, 8),
+    ("cuda", 1, None, 1), ("cuda", 4, None, 3), ("cuda", 64, None, 8), ("cuda", 32, "8", 3), ("cuda", 4, "8", 1),
+])
+def test_cores_are_shared_with_the_training_and_with_other_processes(
+    device: str, cores: int, processes: str | None, suitable: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert suitable_workers(torch.device(device)) == suitable

@@ -16,6 +16,7 @@ from rich.table import Table
 from aclip.cli.compose import open_by_spec, open_held_out, open_training
 from aclip.cli.contenders import BASELINE, Contender, baseline, contender, mean_text_length
 from aclip.cli.train import config_from
+from aclip.data.workers import usable_cores
 from aclip.engine.children import Children, Job
 from aclip.engine.comparison import ComparisonFolder, Measured, PlannedRun, run_name
 from aclip.engine.console import RunsProgress
@@ -65,7 +66,7 @@ class Comparison:
         self.evaluators = {name: self._evaluators(name) for name in args.recipes}
         shape = self.baseline.plan.shape
         self.text_tokens = mean_text_length(self.source, self.baseline.config, shape.text_cut)
-        self.threads = max(1, usable_cores() // args.jobs)
+        self.threads = max(1, usable_threads() // args.jobs)
         self.errors: dict[str, str] = {}
         self.chosen: dict[str, dict[str, Any]] = {}
         self.timing = self._saved_timing()
@@ -263,9 +264,10 @@ class Comparison:
             yield self._evaluation(run, self.args.evaluate_on or self.args.validation, missing)
 
     def _evaluation(self, run: PlannedRun, held_out: Sequence[str], evaluators: Sequence[str]) -> tuple[str, ...]:
+        workers = () if run.config.workers is None else ("--workers", str(run.config.workers))
         probe = ("--train", self.args.probe) if set(evaluators) & set(PROBES) else ()
         return ("evaluate", run.config.output, "--data", *held_out, "--evaluators", *evaluators, *probe,
-                "--device", run.config.device, "--workers", str(run.config.workers))
+                "--device", run.config.device, *workers)
 
     def _work(self, jobs: Sequence[Job]) -> None:
         """Run `aclip` jobs to their end.
@@ -368,9 +370,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise ConfigError("--mask-ratio has nothing to act on: none of the recipes masks anything")
 
 
-def usable_cores() -> int:
+def usable_threads() -> int:
     """Return the threads that OMP_NUM_THREADS allows, else the cores that this process may use."""
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     if allowed.isdigit() and int(allowed) > 0:
         return int(allowed)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()

@@ -114,13 +114,12 @@ def versions() -> Iterable[Finding]:
 
 def devices() -> Iterable[Finding]:
     """Yield what computes here."""
-    import os
-
     import torch
 
+    from aclip.data.workers import usable_cores
     from aclip.engine.run_config import multiplies_bf16
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     bf16 = "multiplies bf16" if multiplies_bf16(torch.device("cpu")) else "no bf16 products: trains in fp32"
     yield Finding("CPU", f"{cores} cores, torch uses {torch.get_num_threads()} threads, "
                   f"{torch.backends.cpu.get_cpu_capability()}, {bf16}{_memory()}")

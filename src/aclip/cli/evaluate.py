@@ -89,7 +89,7 @@ def register(verbs: Any) -> None:
     parser.add_argument("--weights", choices=["online", "ema"], default="online",
                         help="of a run: the trained image tower or its moving average (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="loader processes (default: what suits the cores and the device)")
     parser.set_defaults(run=run)
 
 
@@ -116,7 +116,7 @@ def measure(
 
     from aclip.cli.compose import open_held_out
     from aclip.cli.compose_evaluation import evaluate_sets
-    from aclip.data import CaptionTokenizer
+    from aclip.data import CaptionTokenizer, suitable_workers
     from aclip.engine.run_config import choose_device
     from aclip.evaluation import together
     from aclip.report import write_report
@@ -134,7 +134,8 @@ def measure(
         held_out = open_held_out(args.data)
         training = open_held_out([args.train])[0] if args.train is not None else None
     last = max(folder.records("metrics"), key=lambda r: r["step"], default={}) if folder else {}
-    evaluate_sets(model, held_out, evaluators, folder, console, device=device, workers=args.workers,
+    workers = suitable_workers(device) if args.workers is None else args.workers
+    evaluate_sets(model, held_out, evaluators, folder, console, device=device, workers=workers,
                   weights=args.weights, step=last.get("step", 0), samples_seen=last.get("samples_seen", 0),
                   masked=masked, training=training)
     if folder is not None and together.rank() == 0:

@@ -122,7 +122,7 @@ def add_settings(how: Any) -> list[argparse.Action]:
         how.add_argument("--freeze", nargs="+", type=str, action=Tuple, metavar="PATTERN", help="parameters that are "
                          "not trained, besides the recipe's, e.g. 'visual.*' to lock the image tower"),
         how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (default: auto)"),
-        how.add_argument("--workers", type=int, help="loader processes (default: 2)"),
+        how.add_argument("--workers", type=int, help="loader processes (default: what suits the cores and the device)"),
         how.add_argument("--evaluate-every", type=float, metavar="EPOCHS",
                          help="0 evaluates at the end alone (default: 1)"),
         how.add_argument("--save-every", type=float, metavar="EPOCHS", help="between checkpoints (default: 1)"),

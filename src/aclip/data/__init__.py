@@ -9,6 +9,7 @@ from aclip.data.loader import BatchLoader, build_loader
 from aclip.data.order import BatchSampler, Request, epoch_order
 from aclip.data.sources import READERS, RawSample, Source, open_source, split_slice
 from aclip.data.sources.mixture import Mixture, open_mixture
+from aclip.data.workers import suitable_workers
 
 __all__ = [
     "READERS",
@@ -33,5 +34,6 @@ __all__ = [
     "open_mixture",
     "open_source",
     "split_slice",
+    "suitable_workers",
     "token_frequencies",
 ]

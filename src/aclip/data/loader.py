@@ -18,6 +18,9 @@ from aclip.structs import Batch, ViewBatch
 
 _log = logging.getLogger(__name__)
 
+READ_AHEAD = 8
+"""Batches that are read before they are needed, held in memory."""
+
 CutText = Callable[[Tensor], Tensor]
 """Maps (B, T) tokens to (B, T') without the columns that no caption needs."""
 
@@ -85,7 +88,7 @@ def build_loader(
     total_steps: int,
     start_step: int = 0,
     workers: int = 0,
-    prefetch: int = 4,
+    prefetch: int | None = None,
     device: torch.device | None = None,
     cut_text: CutText | None = None,
     rank: int = 0,
@@ -101,7 +104,7 @@ def build_loader(
         batch_size: pairs in a step, over all ranks.
         total_steps, start_step: the step after the last, and the first.
         workers: processes that read ahead; 0 reads in this one.
-        prefetch: batches that each worker reads ahead.
+        prefetch: batches that each worker reads ahead; None: at least one, and `READ_AHEAD` of all workers together.
         device: where batches will go; for CUDA they come in page-locked memory.
         cut_text: shortens the tokens of a batch, see `CutText`; None leaves them at full length.
         rank, world_size: which contiguous slice of every batch is delivered.
@@ -125,7 +128,7 @@ def build_loader(
         ReadBatch(dataset, cut_text),
         sampler,
         workers=workers,
-        prefetch=prefetch,
+        prefetch=prefetch or max(1, READ_AHEAD // max(1, workers)),
         pin_memory=device is not None and device.type == "cuda",
     )
 

@@ -20,6 +20,25 @@ Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 
 
+MOST_SUITABLE = 8
+"""Most processes that read where nobody has said how many: each holds whole batches."""
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def suitable_workers(device: torch.device) -> int:
+    """Return how many processes should read for one that computes on `device`.
+
+    Beside a GPU all cores but one; on a CPU, where they take cores from the training, a quarter of them. The processes
+    that a launcher has started on this machine (LOCAL_WORLD_SIZE) share its cores. At least 1, at most `MOST_SUITABLE`.
+    """
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MOST_SUITABLE, max(1, cores // 4 if device.type == "cpu" else cores - 1))
+
+
 def read_ahead(
     read: Callable[[Asked], Answer],
     requests: Iterable[Asked],

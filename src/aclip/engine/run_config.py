@@ -58,7 +58,7 @@ class RunConfig:
         resolution_schedule: what image side the steps see, relative to the recipe's own, first phase first; the steps
             after the last phase see whole images.
         seed: of weights, order, crops, captions and masks.
-        workers: loader processes.
+        workers: loader processes; None is what suits the cores and the device, see `aclip.data.suitable_workers`.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         precision: of the towers' arithmetic; weights, losses and optimizer are always fp32. None is bf16
             where the device multiplies in it (GPUs; CPUs with AMX or AVX512-BF16), else fp32.
@@ -90,7 +90,7 @@ class RunConfig:
     unmasked_lr: float = 1.0
     resolution_schedule: tuple[ResolutionPhase, ...] = ()
     seed: int = 0
-    workers: int = 2
+    workers: int | None = None
     device: str = "auto"
     precision: Precision | None = None
     parallel: Parallel = "ddp"
@@ -113,7 +113,9 @@ class RunConfig:
             raise ConfigError(f"micro_batch must be at least 1, not {self.micro_batch}")
         if self.batch_size is not None and self.batch_size < 2:
             raise ConfigError("batch_size must be at least 2: a contrast needs another pair to differ from")
-        for name in ("workers", "evaluate_every", "save_every", "keep_every", "most_skipped", "seed"):
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"workers must be 0 or more, not {self.workers}")
+        for name in ("evaluate_every", "save_every", "keep_every", "most_skipped", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ConfigError(f"{name} must be 0 or more, and finite, but is {getattr(self, name)}")
         if not 0.0 <= self.unmasked_tuning <= 1.0:
