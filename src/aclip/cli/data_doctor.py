@@ -42,7 +42,7 @@ def register(actions: Any) -> None:
     parser.add_argument("--fix", type=Path, metavar="FILE",
                         help="also write what is left without bad samples, copies and shared pictures: a manifest "
                              "(.jsonl, .csv, .tsv), or the names to leave out (.txt)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="reading processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N", help="reading processes (default: one a core)")
     parser.add_argument("--limit", type=int, metavar="N",
                         help="examine N samples of each source at most, drawn at random (default: all)")
     parser.set_defaults(run=run)
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from aclip.cli.bars import counting_bar
     from aclip.cli.compose import open_by_spec
     from aclip.data.doctor import check_fix, examine, write_clean
+    from aclip.data.workers import usable_cores
     from aclip.errors import ConfigError
     from aclip.report.data_page import write_data_page
 
@@ -71,10 +72,11 @@ def run(args: argparse.Namespace) -> None:
     if args.fix is not None:
         check_fix(args.fix, source)
     args.output.mkdir(parents=True, exist_ok=True)
+    workers = usable_cores() if args.workers is None else args.workers
     total = sum(min(len(one), args.limit or len(one)) for one in (source, *against))
     with counting_bar() as bar:
         task = bar.add_task("examining", total=total)
-        examined = examine(source, against, limits=limits, tokenizer=tokenizer, workers=args.workers,
+        examined = examine(source, against, limits=limits, tokenizer=tokenizer, workers=workers,
                            limit=args.limit, scratch=args.output, progress=partial(bar.advance, task))
     page = write_data_page(examined, args.output)
     cleaned = None

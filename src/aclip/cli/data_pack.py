@@ -34,7 +34,7 @@ def register(actions: Any) -> None:
                         help="samples in a shard (default: %(default)s)")
     parser.add_argument("--leave-out", type=Path, metavar="FILE",
                         help="names of samples to leave out, one a line, as `aclip data doctor --fix` writes them")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     parser.set_defaults(run=run)
 
 
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from aclip.cli.bars import counting_bar
     from aclip.cli.compose import open_by_spec
     from aclip.data.pack import SKIPPED, PackSettings, pack
+    from aclip.data.workers import usable_cores
     from aclip.errors import ConfigError
 
     settings = PackSettings(args.side, args.quality, args.shard_size)
@@ -55,9 +56,10 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise ConfigError(f"--leave-out {args.leave_out} cannot be read: {error.strerror}") from error
     source = open_by_spec(args.source)
+    workers = usable_cores() if args.workers is None else args.workers
     with counting_bar() as bar:
         task = bar.add_task("packing", total=len(source))
-        packed = pack(source, args.output, settings, leave_out=names, workers=args.workers,
+        packed = pack(source, args.output, settings, leave_out=names, workers=workers,
                       progress=partial(bar.advance, task))
     console = Console(highlight=False)
     if packed.skipped:
