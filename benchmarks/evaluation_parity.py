@@ -26,7 +26,7 @@ from torch import Tensor
 import aclip
 from aclip import data
 from aclip.data.fetch import resolve_spec
-from aclip.evaluation import LinearProbe, PictureFeatures, Retrieval, ZeroShot, encode_pictures
+from aclip.evaluation import LinearProbe, PictureFeatures, Retrieval, TextEncoder, ZeroShot, encode_pictures
 from aclip.evaluation.linear_probe import split
 from aclip.evaluation.zero_shot import DEFAULT_TEMPLATES
 
@@ -73,11 +73,12 @@ def main() -> None:
     parser.add_argument("--held-out", default="cifar10:test[:2000]", help="labelled pictures to measure on")
     args = parser.parse_args()
     model, console = aclip.load(args.model), Console(highlight=False, soft_wrap=True)
+    texts = TextEncoder(model, CPU)
     pairs: list[tuple[str, float, float]] = []
 
     pictures = encode(model, args.held_out, "joint")
     classes = sorted({str(label) for label in pictures.labels})
-    ours = ZeroShot(classes=tuple(classes)).measure(model, pictures, CPU).metrics
+    ours = ZeroShot(classes=tuple(classes)).measure(texts, pictures).metrics
     targets = torch.tensor([classes.index(str(label)) for label in pictures.labels])
     theirs = zeroshot_classification.evaluate(
         Features(model), Loader(pictures.features, targets, classes), model.tokenizer, classes,
@@ -89,7 +90,7 @@ def main() -> None:
     captions = tuple(tuple(t.replace("{}", caption).replace("{n}", str(i)) for t in FIVE)
                      for i, caption in enumerate(shown.captions))
     many = PictureFeatures(shown.features, shown.captions, shown.labels, shown.keys, (), {}, captions)
-    ours = Retrieval(protocol="karpathy").measure(model, many, CPU).metrics
+    ours = Retrieval(protocol="karpathy").measure(texts, many).metrics
     theirs = zeroshot_retrieval.evaluate(Features(model), Loader(shown.features, captions, []), model.tokenizer, "cpu",
                                          amp=False, recall_k_list=[1, 5, 10])
     pairs += [(f"retrieval {name}_r{k}", ours[f"{name}_r{k}"], theirs[f"{other}_retrieval_recall@{k}"])
@@ -102,7 +103,7 @@ def main() -> None:
     training, held = encode(model, args.labelled, "trunk"), encode(model, args.held_out, "trunk")
     for solver in ("lbfgs", "sgd"):
         probe = LinearProbe(solver=solver).learn(training)
-        result = probe.measure(model, held, CPU)
+        result = probe.measure(texts, held)
         console.print(f"linear probe, {solver}: {result.metrics['top1']:.4f}  {dict(result.settings)}")
     console.print(f"scikit-learn: {scikit_learn(training, held, classes):.4f}")
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from aclip.evaluation import PictureFeatures, Retrieval
+from aclip.evaluation import PictureFeatures, Retrieval, TextEncoder
 
 
 class RandomTexts:
@@ -55,7 +55,8 @@ def main() -> None:
                                tuple(map(str, range(len(images)))), (), {}, captions)
     console.print(f"with the pictures and the captions: {peak_gib():.2f} GiB")
     start = time.perf_counter()
-    result = Retrieval(protocol="all").measure(RandomTexts(images, args.noise), pictures, torch.device("cpu"))
+    result = Retrieval(protocol="all").measure(
+        TextEncoder(RandomTexts(images, args.noise), torch.device("cpu")), pictures)
     seconds = time.perf_counter() - start
     entries = len(images) * each * len(images)
     rate = entries * args.width * 2 / seconds / 1e9

@@ -182,15 +182,15 @@ def test_classes_are_named_drawn_and_calibrated(run: Path, held_out: Path, tmp_p
     assert "as sure as right" in page
 
 
-def test_prompts_are_encoded_once_for_all_evaluators_sets_and_shares(
+def test_texts_are_encoded_once_for_all_evaluators_sets_and_shares(
     run: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches, encode = [], towers.LoadedModel.encode_text
     monkeypatch.setattr(towers.LoadedModel, "encode_text", lambda self, tokens, normalize=True: (
         batches.append(len(tokens)), encode(self, tokens, normalize))[1])
     assert main(["evaluate", str(run), "--data", f"a={held_out}", f"b={held_out}", "--workers", "0", "--evaluators",
-                 "zero_shot", "calibration", "--templates", "my {}", "a {}", "--keep", "1", "0.5"]) == 0
-    assert batches == [8]  # four classes, two templates
+                 "zero_shot", "calibration", "retrieval", "--templates", "my {}", "a {}", "--keep", "1", "0.5"]) == 0
+    assert batches == [8, 4]  # four classes, two templates; four captions
 
 
 def test_masked_pictures_are_measured_apart(run: Path, held_out: Path) -> None:

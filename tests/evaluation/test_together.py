@@ -11,7 +11,7 @@ from torch import multiprocessing
 
 from aclip.data import EvaluationSet
 from aclip.errors import DataError
-from aclip.evaluation import Calibration, NearestNeighbours, Retrieval, ZeroShot, encode_pictures, together
+from aclip.evaluation import Calibration, NearestNeighbours, Retrieval, TextEncoder, ZeroShot, encode_pictures, together
 
 RANKS = 2
 
@@ -24,9 +24,10 @@ def measure(count: int, bad: frozenset[int] = frozenset()) -> dict[str, object]:
                              share=(together.rank(), together.world_size()))
     encoded = encode_pictures(model, pictures, cpu)
     found["features"], found["keys"], found["skipped"] = encoded.features, encoded.keys, encoded.skipped
+    texts = TextEncoder(model, cpu)
     probe = NearestNeighbours(k=3).learn(encoded)
     for evaluator in (Retrieval(), Retrieval(protocol="all"), ZeroShot(), Calibration(), probe):
-        result = evaluator.measure(model, encoded, cpu)
+        result = evaluator.measure(texts, encoded)
         found[f"{evaluator.name} {evaluator.variant}"] = (result.metrics, result.counts)
     return found
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aclip.errors import ConfigError
-from aclip.evaluation import ZeroShot
+from aclip.evaluation import TextEncoder, ZeroShot
 from aclip.evaluation.zero_shot import class_embeddings
 
 TEMPLATES = ("{}", "a picture of {}")
@@ -91,7 +91,7 @@ def test_collapsed_model_scores_nothing(task, cpu):
 def test_embedding_averages_normalised_prompts(table_model, cpu):
     texts = {"ax": torch.tensor([3.0, 0.0]), "ya{b}": torch.tensor([0.0, 100.0])}
     model = table_model(torch.eye(2), texts)
-    embedding = class_embeddings(model, ["a"], ["{}x", "y{}{b}"], cpu)
+    embedding = class_embeddings(TextEncoder(model, cpu), ["a"], ["{}x", "y{}{b}"])
     torch.testing.assert_close(embedding, torch.full((1, 2), 0.5**0.5))
 
 

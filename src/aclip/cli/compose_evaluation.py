@@ -17,6 +17,7 @@ from aclip.evaluation import (
     MaskedEncoder,
     PictureFeatures,
     Probe,
+    TextEncoder,
     encode_pictures,
     together,
     write_details,
@@ -24,7 +25,6 @@ from aclip.evaluation import (
 )
 from aclip.evaluation.features import THUMBNAILS
 from aclip.evaluation.interface import Space
-from aclip.evaluation.zero_shot import embedded_once
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
@@ -99,18 +99,18 @@ def evaluate_sets(
     named: data.Target = "caption" if any(evaluator.needs_captions for evaluator in evaluators) else "either"
     target: dict[Space, data.Target] = {"joint": named, "trunk": "label"}
     journal = Journal(folder, step, samples_seen, weights, training.name if training is not None else None)
-    with embedded_once():
-        for held in held_out:
-            models: list[towers.LoadedModel | MaskedEncoder] = [encoder, *masked.encoders(encoder)]
-            for model in models:
-                encoded: dict[Space, PictureFeatures] = {}
-                for evaluator in evaluators:
-                    if evaluator.space not in encoded:
-                        encoded[evaluator.space] = encode(model, held, evaluator.space, target[evaluator.space])
-                    result = evaluator.measure(model, encoded[evaluator.space], device)
-                    masking = _masking(model) if isinstance(model, MaskedEncoder) else None
-                    console.print(_sentence(held, evaluator, result, masking), markup=False, soft_wrap=True)
-                    journal.note(held, evaluator, result, masking)
+    texts = TextEncoder(encoder, device)
+    for held in held_out:
+        models: list[towers.LoadedModel | MaskedEncoder] = [encoder, *masked.encoders(encoder)]
+        for model in models:
+            encoded: dict[Space, PictureFeatures] = {}
+            for evaluator in evaluators:
+                if evaluator.space not in encoded:
+                    encoded[evaluator.space] = encode(model, held, evaluator.space, target[evaluator.space])
+                result = evaluator.measure(texts, encoded[evaluator.space])
+                masking = _masking(model) if isinstance(model, MaskedEncoder) else None
+                console.print(_sentence(held, evaluator, result, masking), markup=False, soft_wrap=True)
+                journal.note(held, evaluator, result, masking)
 
 
 def encode_set(

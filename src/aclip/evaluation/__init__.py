@@ -5,13 +5,14 @@ from aclip.evaluation.base import Evaluation, Evaluator, Example
 from aclip.evaluation.calibration import Calibration
 from aclip.evaluation.class_names import find_classes, find_templates
 from aclip.evaluation.classes import ClassList
-from aclip.evaluation.features import PictureFeatures, encode_pictures, encode_texts
+from aclip.evaluation.features import PictureFeatures, encode_pictures
 from aclip.evaluation.knn import NearestNeighbours
 from aclip.evaluation.linear_probe import LinearProbe
 from aclip.evaluation.masked_encoder import KEPT_BY, MaskedEncoder
 from aclip.evaluation.probe import Probe
 from aclip.evaluation.records import write_details, write_examples
 from aclip.evaluation.retrieval import PROTOCOLS, Retrieval
+from aclip.evaluation.texts import TextEncoder
 from aclip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot
 
 EVALUATORS: dict[str, type[Evaluator]] = {
@@ -34,9 +35,9 @@ __all__ = [
     "PictureFeatures",
     "Probe",
     "Retrieval",
+    "TextEncoder",
     "ZeroShot",
     "encode_pictures",
-    "encode_texts",
     "find_classes",
     "find_templates",
     "together",

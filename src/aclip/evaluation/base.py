@@ -9,6 +9,7 @@ import torch
 
 from aclip.evaluation.features import PictureFeatures, encode_pictures
 from aclip.evaluation.interface import Encoder, PictureSet, Progress, Space
+from aclip.evaluation.texts import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,8 @@ class Evaluator(ABC):
         With several evaluators for one set, call `encode_pictures` once a space and `measure` of each.
         """
         encoded = encode_pictures(model, pictures, device, space=self.space, precision=precision, progress=progress)
-        return self.measure(model, encoded, device, precision=precision)
+        return self.measure(TextEncoder(model, device, precision=precision), encoded)
 
     @abstractmethod
-    def measure(
-        self,
-        model: Encoder,
-        pictures: PictureFeatures,
-        device: torch.device,
-        *,
-        precision: torch.dtype | None = None,
-    ) -> Evaluation:
-        """Measure on pictures that `encode_pictures` has encoded with the same model, into `space`."""
+    def measure(self, texts: TextEncoder, pictures: PictureFeatures) -> Evaluation:
+        """Measure on pictures that `encode_pictures` has encoded into `space`; `texts` is of the same model."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from aclip.errors import UnsupportedModelError
 from aclip.evaluation.base import Evaluation
 from aclip.evaluation.features import PictureFeatures
-from aclip.evaluation.interface import Encoder
+from aclip.evaluation.texts import TextEncoder
 from aclip.evaluation.zero_shot import Named, class_embeddings
 
 
@@ -37,14 +37,7 @@ class Calibration(Named):
     name = "calibration"
     bins: int = 15
 
-    def measure(
-        self,
-        model: Encoder,
-        pictures: PictureFeatures,
-        device: torch.device,
-        *,
-        precision: torch.dtype | None = None,
-    ) -> Evaluation:
+    def measure(self, texts: TextEncoder, pictures: PictureFeatures) -> Evaluation:
         """See `Evaluator.measure`.
 
         Raises:
@@ -52,8 +45,8 @@ class Calibration(Named):
             UnsupportedModelError: the model has no logit_scale.
         """
         classes, kept, targets = self.targets(pictures)
-        embeddings = class_embeddings(model, classes, self.templates, device, precision=precision)
-        scale = logit_scale(model)
+        embeddings = class_embeddings(texts, classes, self.templates)
+        scale = logit_scale(texts.model)
         wanted = torch.tensor(targets, device=embeddings.device)
         chosen = pictures.features[torch.tensor(kept, device=embeddings.device)]
         rows = max(1, self.chunk_elements // len(classes))

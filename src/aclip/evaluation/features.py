@@ -1,4 +1,4 @@
-"""Encode the pictures and texts of an evaluation, each once.
+"""Encode the pictures of an evaluation, each once.
 
 Retrieval and zero-shot classification read the same picture features, and so do the probes, so a caller
 with several evaluators encodes the set once a space with `encode_pictures` and hands the result to each.
@@ -84,16 +84,16 @@ def encode_pictures(
     """
     gallery = _Gallery(thumbnails, *_normalisation(model))
     read = _Read(gallery)
-    with _evaluating(model), torch.inference_mode(), together.common_fate():
+    with evaluating(model), torch.inference_mode(), together.common_fate():
         for batch in pictures:
             pixels = batch.pixels.to(device, non_blocking=True)
-            with _autocast(device, precision):
+            with autocast(device, precision):
                 encoded = model.encode_image(pixels) if space == "joint" else model.encode_trunk(pixels)
             read.add(F.normalize(encoded.float(), dim=-1) if space == "joint" else encoded.float(), batch)
             if progress is not None:
                 progress(len(batch.captions))
     skipped = [name for part in together.collect(list(pictures.skipped)) for name in part]
-    features = _gather_rows(read.features, device)
+    features = gather_rows(read.features, device)
     if not len(features):
         raise DataError(f"nothing to evaluate: the set holds no usable picture ({len(skipped)} skipped)")
     captions, labels, keys, all_captions, small = (
@@ -105,30 +105,6 @@ def encode_pictures(
         small = {start + i: image for start, part in zip(starts, parts, strict=True) for i, image in part[4].items()}
     return PictureFeatures(features, tuple(captions), tuple(labels), tuple(keys), tuple(skipped), small,
                            tuple(all_captions))
-
-
-def encode_texts(
-    model: Encoder,
-    texts: Sequence[str],
-    device: torch.device,
-    *,
-    precision: torch.dtype | None = None,
-    batch_size: int = 256,
-) -> Float[Tensor, "M D"]:
-    """Encode texts without gradient, in evaluation mode, which is undone afterwards.
-
-    Returns:
-        (M, D) float32, L2-normalised, on `device`, in the order of `texts`.
-    """
-    starts = range(0, len(texts), batch_size)
-    features = []
-    with _evaluating(model), torch.inference_mode(), together.common_fate():
-        for start in (starts[i] for i in together.share(len(starts))):
-            tokens = model.tokenizer(list(texts[start : start + batch_size])).to(device)
-            with _autocast(device, precision):
-                encoded = model.encode_text(tokens, normalize=True)
-            features.append(F.normalize(encoded.float(), dim=-1))
-    return _gather_rows(features, device)
 
 
 @dataclass
@@ -151,7 +127,7 @@ class _Read:
         self.all_captions += batch.all_captions
 
 
-def _gather_rows(parts: Sequence[Float[Tensor, "n D"]], device: torch.device) -> Float[Tensor, "N D"]:
+def gather_rows(parts: Sequence[Float[Tensor, "n D"]], device: torch.device) -> Float[Tensor, "N D"]:
     """Return all rows of all processes in rank order; a process may have none. (0, 0) if nobody has any."""
     sizes = together.collect((sum(map(len, parts)), parts[0].shape[1] if parts else 0))
     total, width, most = sum(n for n, _ in sizes), max(w for _, w in sizes), max(n for n, _ in sizes)
@@ -206,12 +182,13 @@ def _normalisation(model: Encoder) -> tuple[Tensor, Tensor]:
     return torch.zeros(3), torch.ones(3)
 
 
-def _autocast(device: torch.device, precision: torch.dtype | None) -> Any:
+def autocast(device: torch.device, precision: torch.dtype | None) -> Any:
+    """Return the context in which products are taken in `precision`; None changes nothing."""
     return nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
 
 
 @contextmanager
-def _evaluating(model: Encoder) -> Iterator[None]:
+def evaluating(model: Encoder) -> Iterator[None]:
     """Put a module in evaluation mode and give each of its modules back the mode it had."""
     modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
     for module in modes:

@@ -18,9 +18,9 @@ from aclip.errors import ConfigError, DataError
 from aclip.evaluation.base import Evaluation, Evaluator
 from aclip.evaluation.classes import members
 from aclip.evaluation.features import PictureFeatures
-from aclip.evaluation.interface import Encoder
 from aclip.evaluation.ranking import chance_recall, class_ranks, mean_per_class, recall
 from aclip.evaluation.retrieval import distinct
+from aclip.evaluation.texts import TextEncoder
 from aclip.evaluation.zero_shot import confusions
 
 CHUNK_ELEMENTS = 2**24
@@ -104,15 +104,8 @@ class Probe(Evaluator):
             num_classes: M, at least 2.
         """
 
-    def measure(
-        self,
-        model: Encoder,
-        pictures: PictureFeatures,
-        device: torch.device,
-        *,
-        precision: torch.dtype | None = None,
-    ) -> Evaluation:
-        """See `Evaluator.measure`; pictures without label are left out as skipped.
+    def measure(self, texts: TextEncoder, pictures: PictureFeatures) -> Evaluation:
+        """See `Evaluator.measure`; reads no text. Pictures without label are left out as skipped.
 
         Raises:
             ConfigError: it has not learned yet, or no picture of the set is of a training class.

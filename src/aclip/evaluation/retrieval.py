@@ -20,9 +20,9 @@ from torch import Tensor
 
 from aclip.errors import ConfigError, unknown_name
 from aclip.evaluation.base import Evaluation, Evaluator, Example
-from aclip.evaluation.features import PictureFeatures, encode_texts
-from aclip.evaluation.interface import Encoder
+from aclip.evaluation.features import PictureFeatures
 from aclip.evaluation.ranking import CHUNK_ELEMENTS, Ranks, chance_recall, rank_both_ways, recall
+from aclip.evaluation.texts import TextEncoder
 
 CUTOFFS = (1, 5, 10)
 """The k of R@k."""
@@ -97,14 +97,7 @@ class Retrieval(Evaluator):
         """See `Evaluator.variant`."""
         return "" if self.protocol == "distinct" else self.protocol
 
-    def measure(
-        self,
-        model: Encoder,
-        pictures: PictureFeatures,
-        device: torch.device,
-        *,
-        precision: torch.dtype | None = None,
-    ) -> Evaluation:
+    def measure(self, texts: TextEncoder, pictures: PictureFeatures) -> Evaluation:
         """See `Evaluator.measure`.
 
         Raises:
@@ -116,8 +109,7 @@ class Retrieval(Evaluator):
         if folds == 0:
             raise ConfigError(f"retrieval protocol '{self.protocol}' asks among {fold:,} pictures at a time, and the "
                               f"set has {pictures.size:,}: choose another with --protocol")
-        found = [self._measure(model, pictures, range(n * fold, (n + 1) * fold), device, precision)
-                 for n in range(folds)]
+        found = [self._measure(texts, pictures, range(n * fold, (n + 1) * fold)) for n in range(folds)]
         metrics = {key: fmean(part[0][key] for part in found) for key in found[0][0]}
         chance = {key: fmean(part[1][key] for part in found) for key in found[0][1]}
         counts = {"pictures": folds * fold, "captions": round(fmean(part[2] for part in found)),
@@ -127,12 +119,11 @@ class Retrieval(Evaluator):
         return Evaluation(self.name, metrics, chance, counts, found[0][3])
 
     def _measure(
-        self, model: Encoder, pictures: PictureFeatures, some: range, device: torch.device,
-        precision: torch.dtype | None,
+        self, encoder: TextEncoder, pictures: PictureFeatures, some: range
     ) -> tuple[dict[str, float], dict[str, float], int, tuple[Example, ...]]:
         """Return metrics, chance, the number of candidates and examples of a fold."""
         asked = _candidates(pictures, some, PROTOCOLS[self.protocol].captions)
-        texts = encode_texts(model, asked.texts, device, precision=precision)
+        texts = encoder.encode(asked.texts)
         images = pictures.features[some.start : some.stop]
         found = rank_both_ways(images, texts, asked.of_picture.to(texts.device), asked.of_text.to(texts.device),
                                chunk_elements=self.chunk_elements)

@@ -5,9 +5,7 @@ the filled-in prompts (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +17,14 @@ from torch.nn import functional as F
 from aclip.errors import ConfigError
 from aclip.evaluation.base import Evaluation, Evaluator
 from aclip.evaluation.classes import ClassList, among, classes_of
-from aclip.evaluation.features import PictureFeatures, encode_texts
-from aclip.evaluation.interface import Encoder
+from aclip.evaluation.features import PictureFeatures
 from aclip.evaluation.ranking import CHUNK_ELEMENTS, chance_recall, mean_per_class, rank_both_ways, recall
+from aclip.evaluation.texts import TextEncoder
 
 DEFAULT_TEMPLATES = ("{}", "a picture of {}", "a photo of a {}", "an image of {}", "a drawing of {}")
 """Prompts for classes of any kind; `{}` stands for the class name."""
 
 _PROMPTS_AT_ONCE = 4096  # bounds the features held while templates are averaged
-_embedded: ContextVar[dict[tuple[Any, ...], Tensor] | None] = ContextVar("embedded", default=None)
 
 
 @dataclass(frozen=True)
@@ -84,21 +81,14 @@ class ZeroShot(Named):
 
     name = "zero_shot"
 
-    def measure(
-        self,
-        model: Encoder,
-        pictures: PictureFeatures,
-        device: torch.device,
-        *,
-        precision: torch.dtype | None = None,
-    ) -> Evaluation:
+    def measure(self, texts: TextEncoder, pictures: PictureFeatures) -> Evaluation:
         """See `Evaluator.measure`.
 
         Raises:
             ConfigError: no picture of the set is of one of the given classes, or all are of one.
         """
         classes, kept, targets = self.targets(pictures)
-        features = class_embeddings(model, classes, self.templates, device, precision=precision)
+        features = class_embeddings(texts, classes, self.templates)
         wanted = torch.tensor(targets, device=features.device)
         chosen = pictures.features[torch.tensor(kept, device=features.device)]
         numbers = torch.arange(len(classes), device=features.device)
@@ -158,56 +148,24 @@ def _namesakes_behind(classes: Sequence[str]) -> Int[Tensor, " M"]:
     return torch.tensor(behind)
 
 
-@contextmanager
-def embedded_once() -> Iterator[None]:
-    """Embed every list of classes once inside, whichever evaluator asks, for whichever set and share of patches.
-
-    All that is evaluated inside must have the text tower of one model, with weights that stay as they are.
-    """
-    token = _embedded.set({})
-    try:
-        yield
-    finally:
-        _embedded.reset(token)
-
-
 def class_embeddings(
-    model: Encoder,
-    classes: Sequence[str],
-    templates: Sequence[str],
-    device: torch.device,
-    *,
-    precision: torch.dtype | None = None,
+    texts: TextEncoder, classes: Sequence[str], templates: Sequence[str]
 ) -> Float[Tensor, "M D"]:
     """Embed classes by their names.
 
     e_c = normalise(mean over t of normalise(text(t filled with c)))
 
-    Classes of the same name get the same row. See also `embedded_once`.
+    Classes of the same name get the same row.
 
     Returns:
         (M, D) float32, L2-normalised, in the order of `classes`.
     """
-    known = _embedded.get()
-    if known is None:
-        return _embed(model, classes, templates, device, precision)
-    key = (tuple(classes), tuple(templates), device, precision)
-    if key not in known:
-        known[key] = _embed(model, classes, templates, device, precision)
-    return known[key]
-
-
-def _embed(
-    model: Encoder, classes: Sequence[str], templates: Sequence[str], device: torch.device,
-    precision: torch.dtype | None,
-) -> Float[Tensor, "M D"]:
     distinct_classes = list(dict.fromkeys(classes))
     embeddings = []
     at_once = max(1, _PROMPTS_AT_ONCE // len(templates))
     for start in range(0, len(distinct_classes), at_once):
         some = distinct_classes[start : start + at_once]
-        prompts = [template.replace("{}", name) for name in some for template in templates]
-        features = encode_texts(model, prompts, device, precision=precision)
+        features = texts.encode([template.replace("{}", name) for name in some for template in templates])
         embeddings.append(F.normalize(features.view(len(some), len(templates), -1).mean(dim=1), dim=-1))
     row = {name: i for i, name in enumerate(distinct_classes)}
     return torch.cat(embeddings)[[row[name] for name in classes]]

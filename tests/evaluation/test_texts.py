@@ -1,0 +1,49 @@
+"""The text tower as evaluators ask it: in order, and once."""
+
+import pytest
+import torch
+
+from aclip.evaluation import texts as module
+from aclip.evaluation.texts import TextEncoder
+
+
+@pytest.fixture
+def model(table_model):
+    generator = torch.Generator().manual_seed(1)
+    return table_model(torch.eye(6), {f"t{i}": torch.randn(6, generator=generator) for i in range(9)})
+
+
+@pytest.fixture
+def asked(model, monkeypatch):
+    """The number of texts of every call of the tower."""
+    sizes = []
+    encode_text = model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda tokens, normalize: (
+        sizes.append(len(tokens)), encode_text(tokens, normalize=normalize))[1])
+    return sizes
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_texts_are_encoded_in_order_for_any_batch_size(model, cpu, batch_size):
+    expected = torch.stack([t / t.norm() for t in model.texts.values()])
+    torch.testing.assert_close(TextEncoder(model, cpu, batch_size=batch_size).encode(model.names), expected)
+
+
+def test_what_was_asked_is_not_encoded_again(model, asked, cpu):
+    texts = TextEncoder(model, cpu)
+    first = texts.encode(model.names)
+    assert torch.equal(texts.encode(model.names[:2]), first[:2])
+    assert torch.equal(texts.encode(list(model.names)), first)
+    assert asked == [9, 2]
+
+
+def test_memory_is_bounded_and_the_longest_unasked_goes_first(model, asked, cpu, monkeypatch):
+    monkeypatch.setattr(module, "KEPT_ELEMENTS", 4 * 6)
+    texts = TextEncoder(model, cpu)
+    for names in (["t0", "t1"], ["t2", "t3"], ["t0", "t1"], ["t4"], ["t0", "t1"], ["t2", "t3"]):
+        expected = torch.stack([model.texts[n] / model.texts[n].norm() for n in names])
+        torch.testing.assert_close(texts.encode(names), expected)
+    assert asked == [2, 2, 1, 2]
+    texts.encode(model.names)  # more than is remembered
+    texts.encode(model.names)
+    assert asked[4:] == [9, 9]
