@@ -1,5 +1,6 @@
 """Distribution as a leaf: every function is the identity on one process."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,11 @@ def world_size() -> int:
 def rank() -> int:
     """Return this process's number, 0-based."""
     return torch_dist.get_rank() if torch_dist.is_available() and torch_dist.is_initialized() else 0
+
+
+def processes_here() -> int:
+    """Return how many processes share this machine's cores and memory: torchrun's; Slurm gives each task its own."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def gather(x: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "WB *rest"]:

@@ -68,7 +68,7 @@ def test_signals_to_the_whole_group_are_left_to_the_parent() -> None:
 
 
 def test_more_workers_than_cores_is_noted(caplog: pytest.LogCaptureFixture) -> None:
-    count = (os.cpu_count() or 1) + 1
+    count = workers.usable_cores() + 1
     with caplog.at_level(logging.WARNING, logger="aclip"):
         assert list(read_ahead(double_slowly, range(3), workers=count)) == [0, 2, 4]
     assert f"{count} loader workers share" in caplog.text
@@ -92,3 +92,4 @@ def test_cores_are_shared_with_the_training_and_with_other_processes(
     if processes is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert suitable_workers(torch.device(device)) == suitable
+    assert suitable_workers(torch.device(device), 0) == 0

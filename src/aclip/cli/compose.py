@@ -121,7 +121,8 @@ def train_run(
         trainer.method.frequencies.copy_(data.token_frequencies(
             source, tokenizer, resolved.shape.vocab_size, seed=config.seed))
     examiner = Examiner(config, folder, trainer, encoder, held_out, dataset, console)
-    batches = partial(open_batches, trainer, dataset, timetable.total_steps, workers=readers(trainer))
+    batches = partial(open_batches, trainer, dataset, timetable.total_steps,
+                      workers=data.suitable_workers(device, config.workers))
     if trainer.step == 0:
         examiner.look(0)
     if trainer.step < timetable.total_steps or trainer.owes_evaluation:
@@ -176,12 +177,6 @@ def open_batches(trainer: Trainer, dataset: data.PairDataset, total_steps: int, 
     )
 
 
-def readers(trainer: Trainer) -> int:
-    """Return the number of a run's loader processes."""
-    asked = trainer.config.workers
-    return data.suitable_workers(trainer.device) if asked is None else asked
-
-
 def check_same_data(folder: RunFolder, num_pairs: int) -> None:
     """Refuse to resume on a source that has grown or shrunk: its order would be another.
 
@@ -228,7 +223,7 @@ class Examiner:
         if self.trainer.method.plan.uses_text and dist.rank() == 0:
             evaluate_sets(self.encoder, self.held_out, (Retrieval(),), self.folder, self.console, step=step,
                           samples_seen=self.trainer.samples_seen, device=self.trainer.device,
-                          workers=readers(self.trainer))
+                          workers=data.suitable_workers(self.trainer.device, self.trainer.config.workers))
 
 
 def pick_pictures(source: data.Source, count: int, seed: int) -> list[tuple[Any, str]]:

@@ -134,7 +134,7 @@ def measure(
         held_out = open_held_out(args.data)
         training = open_held_out([args.train])[0] if args.train is not None else None
     last = max(folder.records("metrics"), key=lambda r: r["step"], default={}) if folder else {}
-    workers = suitable_workers(device) if args.workers is None else args.workers
+    workers = suitable_workers(device, args.workers)
     evaluate_sets(model, held_out, evaluators, folder, console, device=device, workers=workers,
                   weights=args.weights, step=last.get("step", 0), samples_seen=last.get("samples_seen", 0),
                   masked=masked, training=training)

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from aclip import dist
 from aclip.errors import AclipError
 
 _log = logging.getLogger(__name__)
@@ -29,13 +30,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def suitable_workers(device: torch.device) -> int:
-    """Return how many processes should read for one that computes on `device`.
+def suitable_workers(device: torch.device, asked: int | None = None) -> int:
+    """Return how many processes should read for one that computes on `device`: `asked`, where somebody has.
 
     Beside a GPU all cores but one; on a CPU, where they take cores from the training, a quarter of them. The processes
-    that a launcher has started on this machine (LOCAL_WORLD_SIZE) share its cores. At least 1, at most `MOST_SUITABLE`.
+    that share this machine share its cores. At least 1, at most `MOST_SUITABLE`.
     """
-    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if asked is not None:
+        return asked
+    cores = usable_cores() // dist.processes_here()
     return min(MOST_SUITABLE, max(1, cores // 4 if device.type == "cpu" else cores - 1))
 
 
@@ -62,7 +65,7 @@ def read_ahead(
     Raises:
         AclipError: as `read` raised it in its worker.
     """
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if workers > cores:
         _log.warning("%d loader workers share %d cores: fewer would be as fast", workers, cores)
     with warnings.catch_warnings():

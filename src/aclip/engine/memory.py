@@ -118,7 +118,7 @@ def available_memory(device: torch.device) -> int:
     if listed.exists():
         free = 1024 * next(int(line.split()[1]) for line in listed.read_text().splitlines()
                            if line.startswith("MemAvailable"))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free // dist.processes_here()
 
 
 def in_units(number: int) -> str:

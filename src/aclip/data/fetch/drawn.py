@@ -1,7 +1,6 @@
 """Samples whose pictures are drawn."""
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -9,6 +8,7 @@ from aclip.data.fetch.iconify import Icon
 from aclip.data.fetch.progress import Progress
 from aclip.data.fetch.render import Drawing, Renderer, drawing
 from aclip.data.tar_files import Sample
+from aclip.data.workers import usable_cores
 from aclip.errors import BadSampleError
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Drawn(Protocol):
 
 def worker_count(workers: int | None) -> int:
     """Return `workers`, or for None one a core, `MAX_WORKERS` at most."""
-    return workers or min(MAX_WORKERS, os.cpu_count() or 1)
+    return workers or min(MAX_WORKERS, usable_cores())
 
 
 def draw_samples(
