@@ -2,8 +2,8 @@
 
     aclip train --recipe a-clip-released --model ViT-B-16 --data pairs.csv
 
-Differs from `a-clip` in four named options: SimCLR compares view 1 with itself; the scored box often
-misses a part of a view; patches outside it score 0 and are dropped; the count of kept blocks is
+Differs from `a-clip` in five named options: the EMA momentum has no warm-up; SimCLR compares view 1 with itself; the
+scored box often misses a part of a view; patches outside it score 0 and are dropped; the count of kept blocks is
 floor(n * kept share) + 1. (The release, patched to run, also masks nothing by its documented command, and
 moves the EMA inside the forward pass; neither is reproduced.)
 """

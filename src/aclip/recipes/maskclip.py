@@ -28,7 +28,7 @@ MASKCLIP = Recipe(
         ObjectiveConfig("contrastive", reads=("full", "captions")),
         ObjectiveConfig("masked_distillation", reads=("masked", "teacher"), weight=0.05),
     ),
-    ema_momentum=EmaMomentum(0.996, 1.0),
+    ema_momentum=EmaMomentum(0.996, 1.0, warmup=10.0),  # or the teacher of a short run is its random start
 )
 
 MASKCLIP_TEXT = replace(
