@@ -3,8 +3,8 @@
     aclip train --recipe byol --model ViT-B-16 --data pairs.csv
 
 The other self-supervised term of A-CLIP alone, with its heads and momentum (0.996 to 1, with our warm-up), and SLIP's
-augmentation. Weight 2: BYOL's paper sums over the two directions, the objective averages. A-CLIP's optimization. Saves an
-image tower without a projection.
+augmentation. Weight 2: BYOL's paper sums over the two directions, the objective averages. A-CLIP's optimization. Saves
+an image tower without a projection.
 """
 
 from aclip.config import EmaMomentum, ObjectiveConfig, Pass, Recipe
