@@ -2,19 +2,22 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from aclip.cli import main
 from aclip.cli.compare import common_arguments
 from aclip.cli.compose_comparison import Comparison
-from aclip.engine.comparison import ComparisonFolder
+from aclip.engine.comparison import ComparisonFolder, Measured
+from aclip.errors import ConfigError, TrainingError
 from aclip.recipes import RECIPES
 from made_pictures import picture
 
@@ -214,6 +217,63 @@ def test_minutes_become_pairs_by_the_measured_step_and_stay_so(pictures: Path, t
     assert comparison([*arguments[:-1], "0.25"]).samples == {}
 
 
+def test_a_recipe_that_comes_later_has_the_minutes_of_the_first_clock(pictures: Path, tmp_path: Path) -> None:
+    """A machine that is half as fast on the second day changes nothing, nor does leaving a recipe out."""
+    options_of_all = options(pictures, tmp_path / "made", "--minutes", "0.5", "--recipes")
+    (tmp_path / "made").mkdir()
+    for recipes, seconds in ((["clip"], {"clip": 0.25}), (["flip"], {"clip": 0.5, "flip": 0.32}),
+                             (["clip", "flip"], {"clip": 9.0, "flip": 9.0})):
+        made = comparison([*options_of_all, *recipes])
+        made.timing = {"step_seconds": seconds}
+        made.share_out_minutes()
+        made.write()
+    assert made.samples == {"clip": 8 * 120, "flip": 8 * 187}
+
+
+@pytest.mark.parametrize(("first", "then", "sentence"), [
+    (["--probe", "{}[:12]"], ["--probe", "{}"], "holds a comparison with --probe {}[:12]: give the same"),
+    (["--probe", "{}"], [], "holds a comparison with --probe {}: give the same"),
+    (["--evaluate-on", "test={}"], ["--evaluate-on", "test={}[:12]"], "with --evaluate-on test={}: give the same"),
+])
+def test_other_pictures_to_measure_on_are_refused(
+    first: list[str], then: list[str], sentence: str, pictures: Path, tmp_path: Path
+) -> None:
+    every = options(pictures, tmp_path / "made", "--recipes", "clip", "--epochs", "1")
+    (tmp_path / "made").mkdir()
+    comparison([*every, *(word.format(pictures) for word in first)]).write()
+    comparison([*every, *(word.format(pictures) for word in first)])
+    with pytest.raises(ConfigError, match=re.escape(sentence.format(pictures))):
+        comparison([*every, *(word.format(pictures) for word in then)])
+
+
+def test_sets_to_evaluate_on_without_evaluators_are_those_of_retrieval(pictures: Path, tmp_path: Path) -> None:
+    made = comparison(options(pictures, tmp_path / "made", "--recipes", "clip", "simclr", "--epochs", "1",
+                              "--evaluate-on", f"test={pictures}[:12]"))
+    assert made.planned("clip", 5e-4, 0).added == Measured(("retrieval",), ("test",))
+    assert made.planned("simclr", 5e-4, 0).added == Measured((), ("test",))
+
+
+def test_steps_that_cannot_be_timed_stop_only_what_needs_their_times(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Comparison, "_work", lambda self, jobs: self.errors.update(timing="no memory is left"))
+    comparison(options(pictures, tmp_path / "a", "--recipes", "clip", "--epochs", "1"))._measure_steps()
+    assert "no memory is left" in capsys.readouterr().out
+    with pytest.raises(TrainingError, match="no memory is left"):
+        comparison(options(pictures, tmp_path / "b", "--recipes", "clip", "--minutes", "1"))._measure_steps()
+
+
+def test_a_run_that_ends_without_its_results_has_failed(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Comparison, "_work", lambda self, jobs: None)
+    made = comparison(options(pictures, tmp_path / "made", "--recipes", "clip", "--epochs", "1"))
+    made.progress = Mock()
+    (tmp_path / "made").mkdir()
+    made._train([("clip", 5e-4, 0)])
+    assert "does not hold the results of its step 3" in made.errors["clip-lr0.0005-s0"]
+
+
 def test_a_finished_run_that_lacks_an_evaluation_is_evaluated_and_not_trained(pictures: Path, tmp_path: Path) -> None:
     part = f"{pictures}[:12]"
     made = comparison([*options(pictures, tmp_path / "made", "--recipes", "clip", "--epochs", "1"),
@@ -285,6 +345,10 @@ def test_the_text_length_is_that_of_the_captions(pictures: Path, tmp_path: Path)
     (["--recipes", "clip", "simclr", "--lr", "1e-3", "5e-4"], "recipe 'simclr' has no text"),
     (["--recipes", "clip", "--validation", "/nowhere.csv"], "/nowhere.csv"),
     (["--recipes", "clip", "--probe", "/nowhere.csv"], "/nowhere.csv"),
+    (["--recipes", "clip", "--lr", "1e-3", "--set", 'recipe.optimization={"lr": 1.0}'],
+     "'clip' at 0.001 has become 'clip' at 1"),
+    (["--recipes", "clip", "--evaluate-on", "held=/tmp"], "name them apart"),
+    (["--recipes", "clip", "--probe", "/tmp", "--evaluators", "zero_shot"], "--evaluators names neither"),
     (["--recipes", "clip", "--jobs", "0"], "--jobs must be above 0"),
     (["--recipes", "clip", "--batch-size", "25"], "fewer than one batch of 25"),
     (["--recipes", "clip", "--device", "cuda:99"], "there is no device 'cuda:99'"),
@@ -308,6 +372,15 @@ def test_wrong_usage_is_one_sentence_before_anything_runs(
 def test_what_is_missing_is_named(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_comparison_is_one_process(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(options(pictures, tmp_path / "made", "--recipes", "clip", "--epochs", "1")) == 2
+    assert "run it without torchrun" in capsys.readouterr().err
 
 
 def test_mask_ratio_is_for_those_that_mask(pictures: Path, tmp_path: Path) -> None:

@@ -27,11 +27,23 @@ COSTS = {
 TOLERANCE = 0.03
 
 
-@pytest.mark.parametrize("name", [name for name in COSTS if name in RECIPES])
+@pytest.mark.parametrize("name", COSTS)
 def test_costs_are_those_worked_out_by_hand(name: str) -> None:
     resolved = plan.resolve(RECIPES[name], towers.shape_of(towers.model_config("ViT-B-16")))
     found = resolved.relative_cost(), resolved.relative_cost(14), relative_to_padded(resolved, 14)
     assert found == pytest.approx(COSTS[name], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["clip", "--text-tokens", "200"], "--text-tokens 200: captions have between 1 and 77 tokens here"),
+    (["clip", "--text-tokens", "-5"], "--text-tokens -5"),
+    (["flip", "clip", "--set", "passes.masked.mask_ratio=0.75"], "recipe 'clip': "),
+])
+def test_what_makes_no_sense_is_named(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipes", "cost", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_three_quarters_masked_cost_a_third() -> None:

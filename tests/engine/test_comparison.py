@@ -18,7 +18,7 @@ from aclip.recipes import RECIPES
 @pytest.fixture
 def run(tmp_path: Path) -> PlannedRun:
     config = RunConfig(recipe=RECIPES["flip"], model="vit-tiny", data="pairs.csv", output=str(tmp_path / "run"))
-    return PlannedRun((), config, total_steps=4, trained=Measured(("retrieval",), ("a", "b")),
+    return PlannedRun((), config, total_steps=4, num_pairs=24, trained=Measured(("retrieval",), ("a", "b")),
                       added=Measured(("knn",), ("c",)))
 
 
@@ -42,6 +42,24 @@ def test_a_run_is_finished_when_its_model_and_all_evaluations_are_there(run: Pla
     assert run.is_finished()
     (run.folder.final).rmdir()
     assert not run.is_finished()
+
+
+def test_what_was_measured_besides_is_left_out(run: PlannedRun) -> None:
+    results = {"a": {"retrieval": 1, "zero_shot": 2}, "c": {"knn": 3}, "mine": {"retrieval": 4}, "b": {"knn": 5}}
+    assert run.only_planned(results) == {"a": {"retrieval": 1}, "c": {"knn": 3}}
+
+
+def test_data_that_have_grown_are_another_run(run: PlannedRun) -> None:
+    run.folder.path.mkdir()
+    run.folder.write_json("config.json", to_dict(run.config) | {"num_pairs": 24})
+    run.check_same()
+    run.folder.write_json("config.json", to_dict(run.config) | {"num_pairs": 23})
+    with pytest.raises(ConfigError, match="num_pairs is 23 there and 24 here"):
+        run.check_same()
+
+
+def test_rates_that_differ_have_folders_that_differ() -> None:
+    assert run_name("clip", 1e-3, 0) != run_name("clip", 0.00100000001, 0)
 
 
 def test_a_recipe_without_text_needs_no_retrieval(run: PlannedRun) -> None:

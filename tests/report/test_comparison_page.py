@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from aclip.errors import ConfigError
 from aclip.report.comparison import write_comparison
 from aclip.report.comparison_curves import clock
 from aclip.report.comparison_files import ComparisonFiles, read_comparison
-from aclip.report.comparison_table import detail_rows, groups, leading, summary_rows, to_rich
+from aclip.report.comparison_table import detail_rows, groups, leading, metric_cell, summary_rows, to_rich
 
 VOID = {"meta", "link", "img", "br", "hr"}
 EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x.png> | & </style>"
@@ -205,3 +206,30 @@ def test_no_comparison_is_an_error(tmp_path: Path, folder: Path) -> None:
     (folder / "comparison.json").write_text("{")
     with pytest.raises(ConfigError, match="is damaged"):
         read_comparison(folder)
+
+
+def test_a_run_that_was_measured_in_part_counts_for_what_there_is(folder: Path) -> None:
+    values = json.loads((folder / "comparison.json").read_text())
+    (run,) = [run for run in values["runs"] if run["name"] == "flip-lr0.001-s1"]
+    run |= {"complete": False, "error": "the probe broke"}
+    del run["metrics"]["val"]["knn"]
+    (folder / "comparison.json").write_text(json.dumps(values))
+    text = {name: " ".join(words.split()) for name, words in page_of(folder)[1].text.items()}
+    assert "Failed, and left out: mae-lr0.0005-s1." in text[""]
+    assert "not measured with every evaluator; what was measured counts: flip-lr0.001-s1." in text[""]
+    assert "flip 52.0 ± 2.8 % 25.0 % (n = 1)" in text["results"]
+
+
+def test_rates_of_the_recipes_own_are_no_search(folder: Path) -> None:
+    values = json.loads((folder / "comparison.json").read_text())
+    values["settings"]["lr"] = None
+    (folder / "comparison.json").write_text(json.dumps(values))
+    text = " ".join(page_of(folder)[1].text["lr"].split())
+    assert "Each recipe was trained at its own rate: none was searched for." in text
+    assert "✓" not in text
+
+
+def test_nats_are_no_share(comparison: ComparisonFiles) -> None:
+    metric = ("val", "calibration", "nll")
+    one = replace(comparison.results[0], metrics={metric: [2.25, 2.25]})
+    assert metric_cell(one, metric) == "2.2 ± 0.0"

@@ -72,6 +72,15 @@ def test_an_outcome_is_what_the_last_step_left(run: Path) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
+def test_a_last_step_that_was_skipped_has_results_all_the_same(run: Path) -> None:
+    with (run / "evaluations.jsonl").open("a") as lines:
+        lines.write(json.dumps({"evaluator": "retrieval", "set": "held", "weights": "online", "step": 5,
+                                "samples_seen": 40, "metrics": {"image_to_text_r1": 0.5}}) + "\n")
+    found = outcome(run)
+    assert (found["steps"], found["samples_seen"]) == (5.0, 40.0)
+    assert found["metrics"] == {"held": {"retrieval": {"image_to_text_r1": 0.5}}}
+
+
 def test_what_is_missing_is_none(run: Path) -> None:
     for name in ("metrics.jsonl", "evaluations.jsonl", "memory.json"):
         (run / name).unlink()

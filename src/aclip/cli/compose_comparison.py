@@ -20,6 +20,7 @@ from aclip.data.workers import usable_cores
 from aclip.engine.children import Children, Job
 from aclip.engine.comparison import ComparisonFolder, Measured, PlannedRun, run_name
 from aclip.engine.console import RunsProgress
+from aclip.engine.launch import find_place
 from aclip.engine.run_config import Timetable, choose_device, settled
 from aclip.engine.stop import Interrupted
 from aclip.errors import ConfigError, TrainingError, unknown_name
@@ -56,10 +57,12 @@ class Comparison:
         self.folder = ComparisonFolder(args.output)
         self.device = choose_device(args.device or "auto")
         self.source = open_training(args.data)
-        self.sets = names_of(args.validation)
-        self.later_sets = names_of(args.evaluate_on or args.validation)
+        sets, later_sets = named(args.validation), named(args.evaluate_on or args.validation)
+        check_names(sets, later_sets)
+        self.sets, self.later_sets = tuple(sets), tuple(later_sets)
         if args.probe:
             open_by_spec(args.probe)
+        self._check_sources()
         of_all = (common, len(self.source), self.device)
         self.contenders = {name: contender(name, *of_all) for name in args.recipes}
         self.baseline = self.contenders.get(BASELINE) or baseline(*of_all)
@@ -70,8 +73,14 @@ class Comparison:
         self.errors: dict[str, str] = {}
         self.chosen: dict[str, dict[str, Any]] = {}
         self.timing = self._saved_timing()
-        self.samples = self._saved_samples()
+        self.budgets = self._saved_budgets()
         self._check_runs()
+        self._choose_lr()
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """The pairs that fit into every recipe's minutes, of the recipes of which that is known."""
+        return {name: budget["samples"] for name, budget in self.budgets.items()}
 
     def run(self) -> None:
         """Measure, train, evaluate, write the tables, and say where they are.
@@ -117,9 +126,12 @@ class Comparison:
         own = (*length, "--lr", str(lr), "--seed", str(seed), "--output", output)
         arguments = (*self.contenders[name].arguments, *own)
         config = settled(config_from(arguments), len(self.source), self.device)
+        if (config.recipe.name, config.recipe.optimization.lr) != (name, lr):
+            raise ConfigError(f"--set changes what --recipes and --lr decide: '{name}' at {lr:g} has become "
+                              f"'{config.recipe.name}' at {config.recipe.optimization.lr:g}")
         steps = Timetable.of(config, len(self.source)).total_steps
         in_training = (Retrieval.name,) if self.contenders[name].plan.uses_text else ()
-        return PlannedRun(arguments, config, steps, trained=Measured(in_training, self.sets),
+        return PlannedRun(arguments, config, steps, len(self.source), trained=Measured(in_training, self.sets),
                           added=Measured(self.evaluators[name], self.later_sets))
 
     def write(self) -> None:
@@ -135,7 +147,7 @@ class Comparison:
             "batch_size": one.batch_size, "precision": one.precision, "device": str(self.device),
             "threads": self.threads, "text_tokens": self.text_tokens,
             "recipes": {name: self._arithmetic(name) for name in self.contenders},
-            "arguments": self.to_arguments(), "samples": self.samples, "timing": self.timing,
+            "arguments": self.to_arguments(), "budgets": self.budgets, "timing": self.timing,
             "chosen_lr": self.chosen, "runs": [self._record(*run) for run in self._all_runs()],
         })
 
@@ -156,12 +168,23 @@ class Comparison:
             for lr, seed in itertools.product(self.lrs(name), self.args.seeds):
                 self.planned(name, lr, seed).check_same()
 
+    def _check_sources(self) -> None:
+        """Refuse other pictures to learn or to measure on than an earlier call had: both would stand in one column."""
+        before = self._read("comparison.json").get("settings", {})
+        for option in ("probe", "evaluate_on"):
+            old, new = before.get(option), getattr(self.args, option)
+            if old is not None and old != (list(new) if isinstance(new, tuple) else new):
+                words = " ".join(old) if isinstance(old, list) else old
+                raise ConfigError(f"{self.folder.path} holds a comparison with --{option.replace('_', '-')} {words}: "
+                                  "give the same to continue it, or choose another --output")
+
     def _length_is_known(self, name: str) -> bool:
         return self.args.minutes is None or name in self.samples
 
     def _evaluators(self, name: str) -> tuple[str, ...]:
         """Return those that follow training; a recipe without text has the probes alone."""
-        wanted = self.args.evaluators or (PROBES if self.args.probe else ())
+        after_training = (Retrieval.name,) if self.args.evaluate_on else ()
+        wanted = self.args.evaluators or (PROBES if self.args.probe else after_training)
         has_text = self.contenders[name].plan.uses_text
         kept = tuple(e for e in wanted if (e != Retrieval.name or self.args.evaluate_on)
                      and (has_text or EVALUATORS[e].space != "joint"))
@@ -182,21 +205,23 @@ class Comparison:
                 "relative_cost": macs / self.baseline.macs(self.text_tokens)}
 
     def _saved_timing(self) -> dict[str, Any] | None:
-        """Return the step times of an earlier call, if they are those of these very contenders on as many threads."""
+        """Return the step times of an earlier call, if of these contenders, on as many threads, of rounds enough."""
         found = self._read("timing.json")
         if not found or (found["threads"], found["device"]) != (self.threads, str(self.device)):
+            return None
+        if found.get("rounds", 0) < self.args.timing_rounds:
             return None
         every = {BASELINE: self.baseline} | self.contenders
         same = all(self._same(one, found["arguments"].get(name)) for name, one in every.items())
         return found if same else None
 
-    def _saved_samples(self) -> dict[str, int]:
-        """Return how many pairs an earlier call has found to fit into the same minutes: a resume keeps them."""
+    def _saved_budgets(self) -> dict[str, dict[str, Any]]:
+        """Return what an earlier call has found to fit into the same minutes: a resume keeps it, of all recipes."""
         found = self._read("comparison.json")
         if self.args.minutes is None or not found or found["settings"]["minutes"] != self.args.minutes:
             return {}
-        return {name: number for name, number in found["samples"].items() if name in self.contenders
-                and self._same(self.contenders[name], found["arguments"].get(name))}
+        return {name: budget for name, budget in found.get("budgets", {}).items() if name not in self.contenders
+                or self._same(self.contenders[name], budget["arguments"])}
 
     def _read(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.folder.read_json(name) if (self.folder.path / name).exists() else {}
@@ -217,18 +242,32 @@ class Comparison:
         self.console.print("timing the steps of all recipes in turns ...")
         self._work([job])
         if "timing" in self.errors:
-            raise TrainingError(f"the steps could not be timed: {self.errors['timing']}; see {job.log}")
+            sentence = f"the steps could not be timed: {self.errors.pop('timing')}; see {job.log}"
+            if self.args.minutes is not None:
+                raise TrainingError(sentence)
+            self.console.print(f"{sentence}. The runs go on without, the table will have no times.", markup=False,
+                               soft_wrap=True)
+            return
         self.timing = self.folder.read_json("timing.json")
         self.write()
 
     def share_out_minutes(self) -> None:
-        """Give every recipe the pairs that fit into its minutes, unless an earlier call has done so."""
+        """Give every recipe the pairs that fit into its minutes, unless an earlier call has done so.
+
+        A recipe that comes later is given what it would have been given then: by the baseline's step time of that day,
+        and its own step time relative to it, which were measured in turns. So a machine that is faster or busier now
+        changes nothing.
+        """
         if self.args.minutes is None:
             return
         batch_size = self.baseline.config.batch_size or 1
-        for name in self.contenders:
-            steps = int(60.0 * self.args.minutes / self._step_seconds(name))
-            self.samples.setdefault(name, max(1, steps) * batch_size)
+        now = self._step_seconds(BASELINE)
+        clock = next((budget["baseline_seconds"] for budget in self.budgets.values()), now)
+        for name, one in self.contenders.items():
+            if name not in self.budgets:
+                steps = int(60.0 * self.args.minutes / (clock * (self._step_seconds(name) / now)))
+                self.budgets[name] = {"samples": max(1, steps) * batch_size, "baseline_seconds": clock,
+                                      "arguments": list(one.arguments)}
 
     def _expect(self) -> None:
         """Tell the progress bar how much there is to do."""
@@ -238,7 +277,9 @@ class Comparison:
             counts[name] * steps[name] * self._step_seconds(name) for name in counts))
 
     def _step_seconds(self, name: str) -> float:
-        assert self.timing is not None
+        """Return the measured time of a step; where none could be, its arithmetic, in which runs weigh alike."""
+        if self.timing is None:
+            return self.contenders[name].macs(self.text_tokens)
         return float(self.timing["step_seconds"][name])
 
     def _train(self, runs: Sequence[tuple[str, float, int]]) -> None:
@@ -250,6 +291,10 @@ class Comparison:
         jobs = [Job(run.name, tuple(self._commands(run)), self.folder.logs / f"{run.name}.log")
                 for run in planned if not run.is_finished()]
         self._work(jobs)
+        for run in planned:
+            if not run.is_finished():
+                self.errors.setdefault(run.name, f"it ended, and {run.folder.path} does not hold the results of its "
+                                                 f"step {run.total_steps:,}")
 
     def _commands(self, run: PlannedRun) -> Iterator[tuple[str, ...]]:
         """Yield what is left to do for a run, as arguments of `aclip`."""
@@ -321,8 +366,10 @@ class Comparison:
             return record | {"finished": False}
         run = self.planned(name, lr, seed)
         found = outcome(run.folder.path) if run.is_trained() else {}
-        return record | found | {"finished": bool(found), "error": self.errors.get(run.name),
-                                 "total_steps": run.total_steps}
+        for part in ("metrics", "chance"):  # what else was measured by hand has no place beside the others
+            found |= {part: run.only_planned(found[part])} if found else {}
+        return record | found | {"finished": bool(found), "complete": run.is_finished(),
+                                 "error": self.errors.get(run.name), "total_steps": run.total_steps}
 
 
 def report(folder: Path) -> None:
@@ -334,9 +381,18 @@ def report(folder: Path) -> None:
     console.print(f"comparison: {page}", markup=False, soft_wrap=True)
 
 
-def names_of(specs: Sequence[str]) -> tuple[str, ...]:
-    """Open held-out sets and return their names."""
-    return tuple(held.name for held in open_held_out(specs))
+def named(specs: Sequence[str]) -> dict[str, str]:
+    """Open held-out sets and return their sources by their names."""
+    return {held.name: spec.removeprefix(f"{held.name}=")
+            for held, spec in zip(open_held_out(specs), specs, strict=True)}
+
+
+def check_names(sets: Mapping[str, str], others: Mapping[str, str]) -> None:
+    """Refuse two sources of one name, which could not be told apart."""
+    for name in sets.keys() & others.keys():
+        if sets[name] != others[name]:
+            raise ConfigError(f"'{name}' is {sets[name]} in --validation and {others[name]} in --evaluate-on: name "
+                              "them apart, as in NAME=SOURCE")
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -345,6 +401,9 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: the first that does not.
     """
+    if find_place(os.environ).world_size > 1:
+        raise ConfigError("aclip compare is one process that starts the others: run it without torchrun or srun, with "
+                          "--jobs for more runs at a time")
     for name in args.recipes:
         if name not in RECIPES:
             raise ConfigError(unknown_name("recipe", name, RECIPES))
@@ -353,6 +412,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise ConfigError(unknown_name("evaluator", name, EVALUATORS))
     if not args.probe and set(args.evaluators or ()) & set(PROBES):
         raise ConfigError(f"--evaluators {' and '.join(PROBES)} need --probe, labelled pictures to learn from")
+    if args.probe and args.evaluators and not set(args.evaluators) & set(PROBES):
+        raise ConfigError(f"--probe is what {' and '.join(PROBES)} learn from, and --evaluators names neither")
     for option in ("recipes", "seeds", "lr"):
         values = getattr(args, option) or ()
         twice = next((value for value in values if values.count(value) > 1), None)

@@ -133,7 +133,9 @@ def measure(
         model.to(device)
         held_out = open_held_out(args.data)
         training = open_held_out([args.train])[0] if args.train is not None else None
-    last = max(folder.records("metrics"), key=lambda r: r["step"], default={}) if folder else {}
+    # a last step that was skipped has no line among the metrics
+    known = [*folder.records("metrics"), *folder.records("evaluations")] if folder else []
+    last = max(known, key=lambda r: r["step"], default={})
     workers = suitable_workers(device, args.workers)
     evaluate_sets(model, held_out, evaluators, folder, console, device=device, workers=workers,
                   weights=args.weights, step=last.get("step", 0), samples_seen=last.get("samples_seen", 0),

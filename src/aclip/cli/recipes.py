@@ -87,6 +87,7 @@ def run_show(args: argparse.Namespace) -> None:
         raise ConfigError(unknown_name("recipe", args.name, RECIPES))
     recipe = config.override(RECIPES[args.name], args.assignments)
     shape = towers.shape_of(towers.model_config(args.model, image_size=args.image_size))
+    check_text_tokens(args.text_tokens, shape)
     console = Console()
     console.print(dataflow_table(plan.resolve(recipe, shape), args.model, args.text_tokens))
 
@@ -103,12 +104,26 @@ def run_cost(args: argparse.Namespace) -> None:
         if name not in RECIPES:
             raise ConfigError(unknown_name("recipe", name, RECIPES))
     shape = towers.shape_of(towers.model_config(args.model, image_size=args.image_size))
-    plans = [plan.resolve(config.override(RECIPES[name], args.assignments), shape) for name in args.names or RECIPES]
+    check_text_tokens(args.text_tokens, shape)
+    plans = []
+    for name in args.names or RECIPES:
+        try:
+            plans.append(plan.resolve(config.override(RECIPES[name], args.assignments), shape))
+        except ConfigError as error:
+            raise ConfigError(f"recipe '{name}': {error}") from error
     console = Console(highlight=False)
     console.print(cost_table(plans, args.model, args.text_tokens))
     console.print("A trained module counts three times its forward pass, one without gradient (EMA, scored) once, "
                   "divided by the epochs for which scores serve. / clip: CLIP with one full view and the same text; "
                   "\\[*] its text padded.")
+
+
+def check_text_tokens(number: float, shape: TowerShape) -> None:
+    """Refuse a mean length that no captions of this model have."""
+    from aclip.errors import ConfigError
+
+    if not 1 <= number <= shape.context_length:
+        raise ConfigError(f"--text-tokens {number:g}: captions have between 1 and {shape.context_length} tokens here")
 
 
 def cost_table(plans: Sequence[Plan], model: str, text_tokens: float) -> Table:

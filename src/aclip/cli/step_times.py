@@ -63,8 +63,9 @@ def write_step_times(path: Path, rounds: int) -> None:
     average = {name: sum(stage["share"] * stage["seconds"] for stage in stages[name]) for name in contenders}
     folder.write_json("timing.json", {
         "arguments": asked["arguments"], "threads": torch.get_num_threads(), "device": str(device),
-        "batch_size": asked["batch_size"], "warmup_rounds": WARMUP_ROUNDS, "steps": measured, "stages": stages,
-        "step_seconds": average, "relative": {name: value / average[BASELINE] for name, value in average.items()}})
+        "batch_size": asked["batch_size"], "warmup_rounds": WARMUP_ROUNDS, "rounds": rounds,
+        "steps": measured, "stages": stages, "step_seconds": average,
+        "relative": {name: value / average[BASELINE] for name, value in average.items()}})
     console.print(f"timing: {folder.path / 'timing.json'}", markup=False, highlight=False, soft_wrap=True)
 
 

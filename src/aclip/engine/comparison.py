@@ -33,12 +33,14 @@ class PlannedRun:
         arguments: of `aclip train`, with which it starts.
         config: settled; its output is the run's folder.
         total_steps: optimizer steps of the run.
+        num_pairs: in its data.
         trained: what `aclip train` measures at its end. added: what `aclip evaluate` adds to that.
     """
 
     arguments: tuple[str, ...]
     config: RunConfig
     total_steps: int
+    num_pairs: int
     trained: Measured
     added: Measured
 
@@ -58,6 +60,13 @@ class PlannedRun:
                 if r.get("step") == self.total_steps and r.get("weights") == "online"}
         return [name for name in measured.evaluators if any((name, held) not in done for held in measured.sets)]
 
+    def only_planned(self, results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return of results, set -> evaluator -> anything, those that are planned."""
+        planned = {(held, name) for one in (self.trained, self.added) for held in one.sets for name in one.evaluators}
+        kept = {held: {name: value for name, value in of_set.items() if (held, name) in planned}
+                for held, of_set in results.items()}
+        return {held: of_set for held, of_set in kept.items() if of_set}
+
     def is_trained(self) -> bool:
         """Return whether the model is finished and was evaluated as training does it."""
         return self.folder.final.is_dir() and not self.missing(self.trained)
@@ -70,13 +79,15 @@ class PlannedRun:
         """Accept an empty place, or this very run.
 
         Raises:
-            ConfigError: the folder holds a run with other settings; each is named.
+            ConfigError: the folder holds a run with other settings, or on more or fewer pairs; each is named.
         """
         if not (self.folder.path / "config.json").exists():
             return
         found, wanted = (
             {key: value for key, value in flat(to_dict(config)).items() if key not in WORDS}
             for config in (saved_config(self.folder), self.config))
+        found["num_pairs"] = self.folder.read_json("config.json").get("num_pairs", self.num_pairs)
+        wanted["num_pairs"] = self.num_pairs
         other = [f"{key} is {found.get(key, 'not there')} there and {wanted.get(key, 'not there')} here"
                  for key in dict.fromkeys([*wanted, *found]) if found.get(key) != wanted.get(key)]
         if other:
@@ -90,7 +101,7 @@ def run_name(recipe: str, lr: float, seed: int) -> str:
     >>> run_name("a-clip", 5e-4, 0)
     'a-clip-lr0.0005-s0'
     """
-    return f"{recipe}-lr{lr:g}-s{seed}"
+    return f"{recipe}-lr{lr!r}-s{seed}"
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -146,8 +146,9 @@ def cost(comparison: ComparisonFiles) -> Html:
 def learning_rates(comparison: ComparisonFiles) -> Html:
     """Return every learning rate that was tried, with its result, and which one was taken."""
     lrs = comparison.lrs()
-    if len(lrs) < 2:
-        return tag("p", "Every recipe was trained at one learning rate: none was searched for.", class_="missing")
+    if not comparison.searched():
+        words = f"All were trained at {lrs[0]:g}" if len(lrs) == 1 else "Each recipe was trained at its own rate"
+        return tag("p", f"{words}: none was searched for.", class_="missing")
     metric = comparison.primary()
     rows = []
     for one in comparison.results:
@@ -161,7 +162,8 @@ def learning_rates(comparison: ComparisonFiles) -> Html:
     words = (f"All runs of the first seed ({comparison.seeds()[0]}), each with the full budget; the other seeds took "
              f"the best (✓) by {full_words(metric) if metric else 'the first set'}, or by what was measured first of a "
              "recipe that has none. The first seed's run counts among a recipe's seeds, so its mean is favoured a "
-             "little, alike for all.")
+             "little, alike for all" + (": with one seed, every number is the best of its rates." if
+                                        len(comparison.seeds()) == 1 else "."))
     return join(table(["recipe", *(f"{lr:g}" for lr in lrs)], rows), tag("p", words, class_="note"))
 
 
@@ -192,7 +194,7 @@ def threads(number_of: object) -> str:
 
 
 def _tile(one: Results, metric: Metric) -> Html:
-    cell = metric_cell(one, metric)
+    cell = metric_cell(one, metric).partition(" (n")[0]
     value, _, around = cell.removesuffix(" %").partition(" ± ")
     return tag(
         "div",

@@ -70,6 +70,10 @@ class ComparisonFiles:
         """Return all learning rates that were tried."""
         return sorted({float(run["lr"]) for run in self.raw.get("runs", [])})
 
+    def searched(self) -> bool:
+        """Return whether every recipe has tried several learning rates."""
+        return len(mapping(self.raw, "settings").get("lr") or []) > 1
+
     def budget(self) -> str:
         """Return what every recipe was given."""
         settings = mapping(self.raw, "settings")
@@ -81,13 +85,15 @@ class ComparisonFiles:
     def notes(self) -> list[str]:
         """Return what is missing, and what lies in the folder without belonging to the comparison."""
         runs = self.raw.get("runs", [])
-        failed = [str(run.get("name")) for run in runs if run.get("error")]
+        failed = [str(run.get("name")) for run in runs if run.get("error") and not run.get("finished")]
+        incomplete = [str(run.get("name")) for run in runs if run.get("finished") and not run.get("complete", True)]
         unfinished = [str(run.get("name")) for run in runs if not run.get("finished") and not run.get("error")]
         known = {str(run.get("name")) for run in runs}
         others = [path.name for path in sorted((self.path / "runs").glob("*")) if path.name not in known]
         sentences = (
             ("Failed, and left out: {}.", failed),
             ("Not finished yet, and left out: {}.", unfinished),
+            ("Trained, but not measured with every evaluator; what was measured counts: {}.", incomplete),
             ("Other runs lie in the same folder and are not shown, for the command does not name them: {}.", others),
         )
         return [sentence.format(", ".join(names)) for sentence, names in sentences if names]

@@ -86,8 +86,8 @@ def full_words(metric: Metric) -> str:
 
 
 def is_share(metric: Metric) -> bool:
-    """Return whether a metric is a share in [0, 1]: all are but ranks."""
-    return "rank" not in metric[2]
+    """Return whether a metric is a share in [0, 1]: all are but ranks and nats."""
+    return "rank" not in metric[2] and metric[2] != "nll"
 
 
 def metric_cell(one: Results, metric: Metric) -> str:
@@ -97,7 +97,8 @@ def metric_cell(one: Results, metric: Metric) -> str:
         return MISSING
     scale, unit = (100.0, " %") if is_share(metric) else (1.0, "")
     deviation = spread(values)
-    return f"{scale * fmean(values):.1f}{'' if deviation is None else f' ± {scale * deviation:.1f}'}{unit}"
+    of_some = f" (n = {len(values)})" if len(values) < len(one.runs) else ""
+    return f"{scale * fmean(values):.1f}{'' if deviation is None else f' ± {scale * deviation:.1f}'}{unit}{of_some}"
 
 
 def ratio(value: float | None) -> str:

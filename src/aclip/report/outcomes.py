@@ -23,7 +23,8 @@ def outcome(folder: Path) -> Record:
         weights. What is not known is None, or missing among the metrics.
     """
     run = read_journals(folder)
-    last = run.metrics[-1] if run.metrics else {}
+    # a last step that was skipped has no line among the metrics, and is evaluated all the same
+    last = max([*run.metrics[-1:], *run.evaluations], key=lambda record: number(record, "step") or 0, default={})
     steps = number(last, "step")
     metrics: dict[str, dict[str, Record]] = {}
     chance: dict[str, dict[str, Record]] = {}
