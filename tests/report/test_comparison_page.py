@@ -233,3 +233,11 @@ def test_nats_are_no_share(comparison: ComparisonFiles) -> None:
     metric = ("val", "calibration", "nll")
     one = replace(comparison.results[0], metrics={metric: [2.25, 2.25]})
     assert metric_cell(one, metric) == "2.2 ± 0.0"
+
+
+def test_of_many_recipes_columns_are_numbered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.search(r"clip flip clip", " ".join(page_of(folder)[1].text["differences"].split()))
+    assert "time 0.50 · MACs 0.55" in page_of(folder)[0]
+    monkeypatch.setattr("aclip.report.comparison.MANY", 1)
+    assert "1 2 1 clip – -27.0 2 flip +27.0 –" in " ".join(page_of(folder)[1].text["differences"].split())  # noqa: RUF001
+    assert "time 0.50 · MACs 0.55" not in page_of(folder)[0]

@@ -29,6 +29,7 @@ from aclip.report.outcomes import Metric, exceeds_spread, primary
 from aclip.report.run_files import mapping, number
 
 PAGE = "index.html"
+MANY = 8  # more recipes than this are shown in tables alone, and numbered where their names are too wide
 
 _SPREAD = ("A row's recipe minus a column's, in percentage points, or in ranks. Bold where it exceeds twice the "
            "spread: |mean - mean| > 2 s, with s the pooled sample standard deviation over the seeds, s² = ((n - 1) s₁² "
@@ -82,7 +83,8 @@ def headline(comparison: ComparisonFiles) -> Html:
         tag("p", f"{raw.get('model')} on {sources}", class_="lead"),
         tag("p", f"{full_words(metric)}, mean and sample standard deviation over the seeds; time and arithmetic of a "
                  f"step relative to {comparison.baseline}", class_="sub") if metric else None,
-        tag("div", *(_tile(one, metric) for one in comparison.results), class_="tiles") if metric else None,
+        tag("div", *(_tile(one, metric) for one in comparison.results), class_="tiles")
+        if metric and len(names) <= MANY else None,
         tag("dl", *(tag("div", tag("dt", k), tag("dd", v)) for k, v in facts), class_="facts"),
     )
 
@@ -104,13 +106,20 @@ def differences(comparison: ComparisonFiles) -> Html:
     for metric in leading(comparison):
         measured = [one for one in comparison.results if one.metrics.get(metric)]
         if len(measured) > 1:
-            rows = [[one.name, *(_difference(one, other, metric) for other in measured)] for one in measured]
-            parts.append(tag("div", tag("h3", full_words(metric)), table(["", *(one.name for one in measured)], rows)))
+            names = columns = [one.name for one in measured]
+            if len(measured) > MANY:  # as wide as numbers, not as names
+                columns = [str(number) for number in range(1, len(measured) + 1)]
+                names = [" ".join(pair) for pair in zip(columns, names, strict=True)]
+            rows = [[name, *(_difference(one, other, metric) for other in measured)]
+                    for name, one in zip(names, measured, strict=True)]
+            parts.append(tag("div", tag("h3", full_words(metric)), table(["", *columns], rows)))
     if not parts:
         return tag("p", "Fewer than two recipes have been measured alike.", class_="missing")
     unknown = any(len(one.runs) < 2 for one in comparison.results if one.runs)
     note = " Where a recipe has fewer than two seeds, no spread is known and nothing is bold." if unknown else ""
-    return join(tag("div", *parts, class_="tables", style=f"--columns:{len(comparison.results) + 1}"),
+    recipes = len(comparison.results)
+    return join(tag("div", *parts, class_="tables many" if recipes > MANY else "tables",
+                    style=f"--columns:{recipes + 1}"),
                 tag("p", _SPREAD + note, class_="note"))
 
 
