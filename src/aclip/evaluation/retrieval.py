@@ -123,7 +123,7 @@ class Retrieval(Evaluator):
     ) -> tuple[dict[str, float], dict[str, float], int, tuple[Example, ...]]:
         """Return metrics, chance, the number of candidates and examples of a fold."""
         asked = _candidates(pictures, some, PROTOCOLS[self.protocol].captions)
-        texts = encoder.encode(asked.texts)
+        texts = encoder.once(tuple(asked.texts), lambda: encoder.encode(asked.texts))
         images = pictures.features[some.start : some.stop]
         found = rank_both_ways(images, texts, asked.of_picture.to(texts.device), asked.of_text.to(texts.device),
                                chunk_elements=self.chunk_elements)

@@ -1,7 +1,7 @@
 """The text side of an evaluation: a model's features of texts, which several evaluators and sets may ask for."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,14 +13,14 @@ from aclip.evaluation.features import autocast, evaluating, gather_rows
 from aclip.evaluation.interface import Encoder
 
 KEPT_ELEMENTS = 2**26
-"""Float32 entries of features that are remembered (256 MiB); 80 prompts of 1,000 classes are 41 million at 512."""
+"""Float32 entries of features that are remembered (256 MiB), such as 131,072 captions at 512."""
 
 
 class TextEncoder:
-    """A model's text tower as it is now; what it was asked lately it does not encode again.
+    """A model's text tower as it is now, with a memory of what was made of its features lately.
 
-    So the prompts of classes are encoded once for all sets and evaluators, and the captions of a set once for every
-    share of its pictures' patches. The weights must stay as they are.
+    So classes are embedded once for all sets and evaluators, and the captions of a set once for every share of its
+    pictures' patches. The weights must stay as they are.
 
     Attributes:
         model: whose text tower is run, already on `device`.
@@ -33,7 +33,7 @@ class TextEncoder:
     ) -> None:
         self.model, self.device, self.precision = model, device, precision
         self._batch_size = batch_size
-        self._lately: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
+        self._lately: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "M D"]:
         """Encode texts without gradient, in evaluation mode, which is undone afterwards.
@@ -43,16 +43,6 @@ class TextEncoder:
         Returns:
             (M, D) float32, L2-normalised, on `device`, in the order of `texts`.
         """
-        key = tuple(texts)
-        features = self._lately.pop(key, None)
-        if features is None:
-            features = self._encode(key)
-        self._lately[key] = features
-        while sum(known.numel() for known in self._lately.values()) > KEPT_ELEMENTS:
-            self._lately.popitem(last=False)
-        return features
-
-    def _encode(self, texts: Sequence[str]) -> Float[Tensor, "M D"]:
         starts = range(0, len(texts), self._batch_size)
         features = []
         with evaluating(self.model), torch.inference_mode(), together.common_fate():
@@ -62,3 +52,16 @@ class TextEncoder:
                     encoded = self.model.encode_text(tokens, normalize=True)
                 features.append(F.normalize(encoded.float(), dim=-1))
         return gather_rows(features, self.device)
+
+    def once(self, key: Hashable, make: Callable[[], Float[Tensor, "M D"]]) -> Float[Tensor, "M D"]:
+        """Return what `make` returns, or returned when it was last asked for by this key.
+
+        What was not asked for longest is forgotten first, when all together exceed `KEPT_ELEMENTS`.
+        """
+        features = self._lately.pop(key, None)
+        if features is None:
+            features = make()
+        self._lately[key] = features
+        while sum(known.numel() for known in self._lately.values()) > KEPT_ELEMENTS:
+            self._lately.popitem(last=False)
+        return features

@@ -155,11 +155,15 @@ def class_embeddings(
 
     e_c = normalise(mean over t of normalise(text(t filled with c)))
 
-    Classes of the same name get the same row.
+    Classes of the same name get the same row. The encoder remembers the result: prompts are many, classes few.
 
     Returns:
         (M, D) float32, L2-normalised, in the order of `classes`.
     """
+    return texts.once((tuple(classes), tuple(templates)), lambda: _embed(texts, classes, templates))
+
+
+def _embed(texts: TextEncoder, classes: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "M D"]:
     distinct_classes = list(dict.fromkeys(classes))
     embeddings = []
     at_once = max(1, _PROMPTS_AT_ONCE // len(templates))
