@@ -1,15 +1,19 @@
 """WebDataset shards: what groups into a sample, and what happens when a shard is broken."""
 
 import io
+import itertools
 import json
 import logging
 import pickle
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from aclip.data.sources import ShardSource, open_source, shard_index
+from aclip import dist
+from aclip.data.sources import ShardSource, open_source, shard_index, shards
+from aclip.data.sources.shard_index import index_shard
 from aclip.data.sources.shards import expand_pattern
 from aclip.errors import BadSampleError, DataError
 from made_pictures import encode, picture
@@ -277,3 +281,47 @@ def test_every_damage_to_a_kept_index_is_survived(tmp_path: Path, monkeypatch: p
             kept.write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
             index = shard_index._load(kept)
             assert index is None or list(index.keys) == ["0"]
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> list[Path]:
+    """Nineteen shards of two pictures, one of which is no tar file: as many as may be lost."""
+    paths = [write_tar(tmp_path / f"{n}.tar", {f"{n}-{i}.jpg": f"{n}{i}".encode() for i in range(2)})
+             for n in range(19)]
+    paths[7].write_bytes(b"not a tar file at all")
+    return paths
+
+
+def test_many_processes_index_what_one_does(
+    many: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MANY", 5)
+    found = []
+    for cores in (1, 3):
+        monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / f"cache-{cores}"))
+        monkeypatch.setattr(shards, "usable_cores", lambda cores=cores: cores)
+        source = ShardSource("many", many)
+        found.append([(source.key(i), source.read(i).image) for i in range(len(source))])
+        assert len(list((tmp_path / f"cache-{cores}").rglob("*.npz"))) == 18
+    assert found[0] == found[1]
+    assert len(found[0]) == 36
+
+
+def test_a_process_of_a_run_first_reads_its_share(many: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(shards, "index_shard", lambda path: (read.append(path.stem), index_shard(path))[1])
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    monkeypatch.setattr(dist, "rank", lambda: 2)
+    assert len(ShardSource("many", many)) == 36
+    assert read == ["2", "6", "10", "14", "18", *map(str, range(19))]
+
+
+def test_long_reading_of_headers_tells_how_far_it_is(
+    many: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ticks = itertools.count(0.0, 1.5)  # seconds a shard
+    monkeypatch.setattr(shards, "time", Mock(monotonic=lambda: next(ticks)))
+    with caplog.at_level(logging.INFO, logger="aclip"):
+        ShardSource("many", many)
+    told = [record.message for record in caplog.records if "where the pictures lie" in record.message]
+    assert told == ["reading where the pictures lie in many: 1 of 19 shards, 0:00:54 left"]

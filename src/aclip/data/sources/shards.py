@@ -5,19 +5,29 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aclip import dist
 from aclip.data.captions import caption_lines, decode_text
 from aclip.data.sources.base import PackedStrings, RawSample, printable
-from aclip.data.sources.shard_index import ABSENT, ROLES, index_shard
+from aclip.data.sources.shard_index import ABSENT, ROLES, ShardIndex, index_shard
+from aclip.data.workers import read_ahead, usable_cores
 from aclip.errors import BadSampleError, DataError
 
 MAX_LOST = 0.1
 """Share of the shards that may be unreadable, or out of reach, before a source is called unusable."""
+
+MANY = 32
+"""Shards from which on processes share in reading headers: starting them takes as long as reading some."""
+
+QUIET, PAUSE = 2.0, 30.0
+"""Seconds before the first word on how far the headers are, and between words."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,11 +60,9 @@ class ShardSource:
         members: list[np.ndarray] = []
         shards: list[np.ndarray] = []
         lost: list[DataError] = []
-        for path in paths:
-            try:
-                index = index_shard(path)
-            except DataError as error:
-                lost.append(error)
+        for path, (index, why) in zip(paths, _indexed(name, paths), strict=True):
+            if index is None:
+                lost.append(DataError(why))
                 check_lost(name, lost, len(paths))
                 continue
             for number in range(len(index.keys)):
@@ -112,6 +120,40 @@ class ShardSource:
             label=None if label is None else str(label),
             concept=None if concept is None else str(concept),
         )
+
+
+def _indexed(name: str, paths: Sequence[Path]) -> Iterator[tuple[ShardIndex | None, str]]:
+    """Yield the index of every shard, or None and why there is none.
+
+    Many are read by as many processes as this one has cores. Of the processes of a run each first reads its share, so
+    that it finds the others' in the cache.
+    """
+    workers = max(1, usable_cores() // dist.processes_here()) if len(paths) >= MANY else 0
+    if dist.world_size() > 1:
+        for _ in read_ahead(_try, paths[dist.rank() :: dist.world_size()], workers=workers):
+            pass
+    yield from _telling(read_ahead(_try, paths, workers=workers), name, len(paths))
+
+
+def _try(path: Path) -> tuple[ShardIndex | None, str]:
+    try:
+        return index_shard(path), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def _telling(
+    indexes: Iterable[tuple[ShardIndex | None, str]], name: str, total: int
+) -> Iterator[tuple[ShardIndex | None, str]]:
+    """Pass indexes on, and say from time to time how many there are and how long it will take still."""
+    begun = told = time.monotonic()
+    for number, index in enumerate(indexes):
+        now = time.monotonic()
+        if now - told > (PAUSE if told > begun else QUIET) and dist.rank() == 0:
+            left = timedelta(seconds=round((now - begun) / max(1, number) * (total - number)))
+            _log.info("reading where the pictures lie in %s: %d of %d shards, %s left", name, number, total, left)
+            told = now
+        yield index
 
 
 def check_lost(name: str, lost: Sequence[DataError], shards: int) -> None:
