@@ -71,6 +71,30 @@ def test_list_of_objects(folder: Path) -> None:
         source.read(1)
 
 
+@pytest.mark.parametrize(
+    "name", ["pairs.jsonl", "pairs.json", "pairs.parquet", "{pairs,sub/pairs}.parquet", "coco.json"])
+def test_every_manifest_makes_one_sample_of_a_picture(folder: Path, name: str) -> None:
+    rows = [("images/0.jpg", ["a", "b"]), ("images/1.jpg", ["c", "c"]), ("images/0.jpg", ["b", "d"])]
+    objects = [{"image": image, "captions": captions} for image, captions in rows]
+    if name.endswith(".parquet"):
+        (folder / "sub").mkdir()
+        (folder / "sub" / "images").symlink_to(folder / "images")
+        pq.write_table(pa.Table.from_pylist(objects), folder / "pairs.parquet")
+        pq.write_table(pa.Table.from_pylist([{"image": str(folder / "images/1.jpg"), "captions": ["e"]}]),
+                       folder / "sub" / "pairs.parquet")  # fmt: skip
+    elif name == "coco.json":
+        images = [{"id": number, "file_name": image} for number, (image, _) in enumerate(rows)]
+        notes = [{"image_id": number, "caption": one} for number, (_, many) in enumerate(rows) for one in many]
+        (folder / name).write_text(json.dumps({"images": images, "annotations": notes}))
+    elif name == "pairs.json":
+        (folder / name).write_text(json.dumps(objects))
+    else:
+        write_lines(folder / name, *objects)
+    source = open_source(str(folder / name))
+    assert captions(source) == [("a", "b", "d"), ("c", "e") if "sub" in name else ("c", "c")]
+    assert [source.read(index).image for index in range(2)] == [b"picture 0", b"picture 1"]
+
+
 COCO = {
     "images": [{"id": 10, "file_name": "0.jpg"}, {"id": 11, "file_name": "1.jpg"}, {"id": 12, "file_name": "9.jpg"}],
     "annotations": [

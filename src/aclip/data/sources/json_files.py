@@ -56,7 +56,7 @@ class JsonSource(ManifestSource):
             super().__init__(path, (_row(one, self.columns) for one in read()))
         except UnicodeError as error:
             raise DataError(f"{path} cannot be read as text: {error}") from error
-        _log.info("%s: %d rows, %s", path, len(self), self.columns)
+        _log.info("%s: %d rows, %s", path, self.rows, self.columns)
 
 
 class CocoSource(ManifestSource):

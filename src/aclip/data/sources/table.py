@@ -53,7 +53,7 @@ class TableSource(ManifestSource):
             super().__init__(path, _parse(path, header, rows, self.columns, delimiter))
         except (csv.Error, UnicodeError) as error:
             raise DataError(f"{path} cannot be read as a table: {error}") from error
-        _log.info("%s: %d rows, delimiter %r, %s", path, len(self), delimiter, self.columns)
+        _log.info("%s: %d rows, delimiter %r, %s", path, self.rows, delimiter, self.columns)
 
 
 def _parse(
