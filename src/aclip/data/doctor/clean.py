@@ -21,7 +21,7 @@ from aclip.data.sources.folder import FolderSource
 from aclip.data.sources.joined import Joined
 from aclip.data.sources.manifest import ManifestSource
 from aclip.data.sources.part import Part
-from aclip.errors import BadSampleError, ConfigError
+from aclip.errors import BadSampleError, ConfigError, category
 from aclip.files import write_atomically
 
 MANIFESTS = (".jsonl", ".csv", ".tsv")
@@ -150,7 +150,7 @@ def _rows(
             raw = measured.source.read(index)
             captions = clean_captions(raw.captions)
         except BadSampleError as error:
-            reasons[row] = error.reason
+            reasons[row] = category(error.reason)
             continue
         if path is None:
             reasons[row] = "a file name that cannot be written down"

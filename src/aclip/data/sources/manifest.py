@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from aclip.data.sources.base import PackedStrings, RawSample
+from aclip.data.sources.base import PackedStrings, RawSample, printable
 from aclip.errors import BadSampleError, ConfigError, DataError, unknown_name
 
 _log = logging.getLogger(__name__)
@@ -34,6 +34,14 @@ TAG_COLUMNS = ("tags", "keywords")
 
 LABEL_COLUMNS = ("label", "class", "category")
 """Likewise for the class."""
+
+_LOOKED_FOR = 20
+"""Pictures that are looked for when a list is opened; one that is there will do, and the others are bad samples."""
+
+_LOOKED_INTO = 1000
+"""Entries of a folder among which one with the pictures is sought."""
+
+_DOWNLOAD = "download the pictures first, for example with img2dataset, whose shards are read as they are"
 
 _BETWEEN = "\0"  # strings of one row; no caption needs it, and no path can hold it
 
@@ -95,7 +103,7 @@ class ManifestSource:
         """Keep `rows`; paths of pictures are relative to `folder`, else to that of `path`.
 
         Raises:
-            DataError: no rows.
+            DataError: no rows, or no pictures: all of them are URLs, or none of the first few is there.
         """
         self.name = str(path)
         self.folder = path.parent if folder is None else folder
@@ -117,6 +125,7 @@ class ManifestSource:
         if not self.rows:
             raise DataError(f"{path} holds no rows")
         self._merge(np.frombuffer(pictures, dtype=np.int64), base)
+        self._check_pictures(path)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -160,6 +169,29 @@ class ManifestSource:
             yield captions[0] if size == 1 else _BETWEEN.join(
                 dict.fromkeys(chain.from_iterable(one.split(_BETWEEN) for one in captions)))
 
+    def _check_pictures(self, path: Path) -> None:
+        """Refuse a list whose pictures lie elsewhere: each of them would be skipped, and the run end by that.
+
+        Raises:
+            DataError: as for `__init__`.
+        """
+        absent: list[str] = []
+        url = ""
+        for image in (self._images[index] for index in range(len(self)) if index not in self._problems):
+            if "://" in image:
+                url = url or image
+            elif image and os.path.isfile(self.folder / self.file(image)):
+                return
+            elif image:
+                absent.append(self.file(image))
+            if len(absent) == _LOOKED_FOR:
+                break
+        if absent:
+            raise DataError(f"{path}: none of its first {len(absent)} pictures is there, looked for "
+                            f"{full_path(self.folder / absent[0])} first: {_where_else(path, absent[0])}")
+        if url:
+            raise DataError(f"{path}: its pictures are URLs, such as {url}: {_DOWNLOAD}")
+
     def key(self, index: int) -> str:
         """Return the number of the picture's first row, counted from 1, and its path."""
         number = index if self._numbers is None else int(self._numbers[index])
@@ -185,6 +217,10 @@ class ManifestSource:
             tags=tuple(tag for tag in self._tags[index].split(_BETWEEN) if tag),
             label=self._labels[index] or None,
         )
+
+    def file(self, image: str) -> str:
+        """Return the file, as a path in the folder, that holds the picture that a row names: the picture itself."""
+        return image
 
     def picture(self, image: str) -> bytes:
         """Return the bytes of the picture that a row names.
@@ -213,7 +249,31 @@ def read_picture(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadSampleError(f"cannot read the image file: {reason}") from error
+        raise BadSampleError(f"cannot read the image file: {reason}: {full_path(path)}") from error
+
+
+def full_path(path: Path) -> str:
+    """Return where a file was looked for, so that it can be printed."""
+    return printable(str(path.absolute()))
+
+
+def _where_else(path: Path, image: str) -> str:
+    """Return what to do about a list `path` whose pictures are not there, `image` being the first."""
+    if os.path.isabs(image):
+        return "its paths are absolute, make them relative to the list, or to the folder of '?images=FOLDER'"
+    above = Path(os.path.normpath(path.parent / ".."))
+    for folder in (above, *_folders_in(path.parent), *_folders_in(above)):
+        if os.path.isfile(folder / image):
+            return f"it lies in {folder}, say '{path}?images={folder}'"
+    return f"say where they lie with '{path}?images=FOLDER'"
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in islice(entries, _LOOKED_INTO) if entry.is_dir())
+    except OSError:
+        return []
 
 
 def settle_columns(path: Path | str, header: Sequence[str], chosen: Columns | None) -> Columns:

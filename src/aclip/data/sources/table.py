@@ -28,20 +28,19 @@ class TableSource(ManifestSource):
     """Pairs in a CSV or TSV file with a header row.
 
     The delimiter (comma, tab, semicolon, bar), the encoding (UTF-8, UTF-16 with a mark; bytes that are no
-    UTF-8 are taken for Windows-1252) and the columns are found out and logged. Paths of pictures are
-    absolute or relative to the table's folder. Fields may be quoted as RFC 4180 has it, line breaks within
-    included.
+    UTF-8 are taken for Windows-1252) and the columns are found out and logged. Fields may be quoted as RFC 4180 has
+    it, line breaks within included.
 
     Attributes:
         name: the file.
         columns: those that are read.
     """
 
-    def __init__(self, path: Path, columns: Columns | None = None) -> None:
-        """Read the table `path`; `columns` replaces the guess.
+    def __init__(self, path: Path, columns: Columns | None = None, images: Path | None = None) -> None:
+        """Read the table `path`; `columns` replaces the guess, `images` its own folder as that of the pictures.
 
         Raises:
-            DataError: no rows, or a file that is not a table.
+            DataError: no rows, a file that is not a table, or no pictures (`ManifestSource`).
             ConfigError: a column that does not exist or cannot be guessed; the columns there are.
         """
         encoding = find_encoding(path)
@@ -50,7 +49,7 @@ class TableSource(ManifestSource):
             rows = _rows(path, encoding, delimiter)
             header = [name.strip() for name in next(rows, [])]
             self.columns = settle_columns(path, header, columns)
-            super().__init__(path, _parse(path, header, rows, self.columns, delimiter))
+            super().__init__(path, _parse(path, header, rows, self.columns, delimiter), images)
         except (csv.Error, UnicodeError) as error:
             raise DataError(f"{path} cannot be read as a table: {error}") from error
         _log.info("%s: %d rows, delimiter %r, %s", path, self.rows, delimiter, self.columns)
