@@ -99,6 +99,44 @@ def test_columns_that_cannot_be_guessed_are_listed(folder: Path) -> None:
         open_text(folder, "where,caption\nimages/0.jpg,a\n")
 
 
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+@pytest.mark.parametrize("query", ["", "?image=image&caption=text"])
+def test_a_missing_header_is_said(folder: Path, delimiter: str, query: str) -> None:
+    rows = [("images/0.JPG#0", "a cat, sleeping"), ("images/1.jpg", "a dog. He barks")]
+    (folder / "bare.csv").write_text("".join(f'{image}{delimiter}"{caption}"\n' for image, caption in rows))
+    with pytest.raises(ConfigError) as caught:
+        open_source(f"{folder}/bare.csv{query}")
+    assert str(caught.value) == (
+        f"{folder}/bare.csv: the header is missing, its first line already names a picture ('images/0.JPG#0'): put a "
+        f"line above it that names the columns, such as {f'image{delimiter}caption'!r}")
+
+
+@pytest.mark.parametrize("name", ["url", "URL", "image_url"])
+def test_urls_in_place_of_paths_are_said(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"column '{name}' has URLs, and none has paths .*: download .* img2dataset"):
+        open_text(folder, f"{name},caption\nhttps://example.org/0.jpg,a\n")
+    assert open_text(folder, f"{name},path,caption\nhttps://x.org/0.jpg,images/1.jpg,a\n").read(0).image == b"picture 1"
+
+
+@pytest.mark.parametrize(("text", "ending"), [
+    ("image,caption\n0.jpg,a cat, asleep\n", ".csv"), ("0.jpg\ta cat\n1.jpg\ta dog\n", ".tsv"),
+    ("image|caption\n", ".csv"),
+])  # fmt: skip
+def test_a_table_of_another_ending_is_to_be_renamed(folder: Path, text: str, ending: str) -> None:
+    (folder / "captions.v1.txt").write_text(text)
+    for query in ("", "?images=images"):
+        with pytest.raises(DataError, match=rf"captions\.v1\.txt' looks like a table, .* rename it to .*v1\{ending}'$"):
+            open_source(f"{folder}/captions.v1.txt{query}")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"A letter, short.\n\nYours\n", b"%PDF-1.4\n%\xe2\xe3\n1 0 obj\n", b"image,caption\0\n"])
+def test_other_files_are_no_tables(folder: Path, content: bytes) -> None:
+    (folder / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.txt' is none of what can be read"):
+        open_source(f"{folder}/a.txt")
+
+
 def test_columns_can_be_said(folder: Path) -> None:
     (folder / "t.csv").write_text("where,wording,kind\nimages/1.jpg,a dog,animal\n")
     path = f"{folder / 't.csv'}"

@@ -21,7 +21,7 @@ from aclip.data.sources.part import Part, split_slice, take_part
 from aclip.data.sources.remote import RemoteShardSource, expand_urls
 from aclip.data.sources.shards import ShardSource, expand_pattern
 from aclip.data.sources.slip import open_slip
-from aclip.data.sources.table import TableSource
+from aclip.data.sources.table import TableSource, table_ending
 from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
 from aclip.data.sources.torchvision_sets import TorchvisionSource
 from aclip.errors import ConfigError, DataError, unknown_name
@@ -91,6 +91,10 @@ def open_source(spec: str) -> Source:
     accepted = "; ".join(reader.about for reader in READERS.values())
     if "://" in spec:
         raise DataError(f"'{spec}' cannot be read from afar: {READERS['remote shards'].about} can, the rest is local")
+    ending = table_ending(Path(path)) if os.path.isfile(path) else None
+    if ending is not None:
+        raise DataError(f"'{path}' looks like a table, and tables are known by their ending: rename it to "
+                        f"'{Path(path).with_suffix(ending)}'")
     problem = "is none of what can be read" if os.path.exists(spec) else "does not exist"
     raise DataError(f"'{spec}' {problem}: give {accepted}")
 

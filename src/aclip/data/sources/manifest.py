@@ -43,6 +43,9 @@ _LOOKED_INTO = 1000
 
 _DOWNLOAD = "download the pictures first, for example with img2dataset, whose shards are read as they are"
 
+_URL_ENDINGS = ("url", "urls", "uri")
+"""How columns are called that hold addresses of pictures."""
+
 _BETWEEN = "\0"  # strings of one row; no caption needs it, and no path can hold it
 
 
@@ -299,6 +302,9 @@ def guess_columns(path: Path | str, header: Sequence[str]) -> Columns:
         ConfigError: no picture or no caption among them; the columns there are, and what to do.
     """
     image = _first(IMAGE_COLUMNS, header)
+    urls = [name for name in header if name.lower().endswith(_URL_ENDINGS)]
+    if image is None and urls:
+        raise ConfigError(f"{path}: column '{urls[0]}' has URLs, and none has paths of pictures: {_DOWNLOAD}")
     rest = [name for name in header if name != image]
     caption = _first(CAPTION_COLUMNS, rest)
     for what, found, known in (("image", image, IMAGE_COLUMNS), ("caption", caption, CAPTION_COLUMNS)):
