@@ -42,6 +42,11 @@ def test_negative_numbers_are_refused(tmp_path: Path, part: str) -> None:
         open_source(f"{write_table(tmp_path, 7)}{part}")
 
 
+def test_a_part_before_the_fields_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"comes after the fields, as in '.*pairs\.csv\?images=x\[:2\]'"):
+        open_source(f"{write_table(tmp_path, 7)}[:2]?images=x")
+
+
 def test_parts_of_parts(tmp_path: Path) -> None:
     some = open_source(f"{write_table(tmp_path, 7)}[2:][1:3]")
     assert isinstance(some, Part)

@@ -86,6 +86,9 @@ def open_source(spec: str) -> Source:
         if reader.accepts(spec):
             return reader.open(spec)
     path, query = split_query(spec)
+    whole, part = split_slice(path)
+    if query and part is not None:
+        raise ConfigError(f"'{spec}': a part comes after the fields, as in '{whole}?{query}{path.removeprefix(whole)}'")
     if query and any(reader.accepts(path) for reader in READERS.values()):
         raise ConfigError(f"'{spec}': '{path}' takes no fields, and so no '{query.partition('=')[0]}'")
     accepted = "; ".join(reader.about for reader in READERS.values())
