@@ -274,12 +274,15 @@ def own_memory(pid: int, what: str) -> float:
 def memory(folder: Path, rows: int, samples: int, epochs: int = 10) -> dict[str, list[float]]:
     """Return megabytes of the parent before and after a manifest is opened, and of it and two workers each epoch."""
     picture = as_jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)))
+    (folder / "0000").mkdir()
     for number in range(100):
-        (folder / f"{number:02}.jpg").write_bytes(picture)
+        (folder / "0000" / f"{number:02}.jpg").write_bytes(picture)
+    for number in range(1, -(-rows // 100)):  # a path of its own for every row: rows of one picture are one sample
+        (folder / f"{number:04}").symlink_to("0000")
     with (folder / "million.csv").open("w") as file:
         file.write("filepath,caption\n")
         for row in range(rows):
-            file.write(f"{row % 100:02}.jpg,a picture of thing{row} beside {row * 7919 % rows}\n")
+            file.write(f"{row // 100:04}/{row % 100:02}.jpg,a picture of thing{row} beside {row * 7919 % rows}\n")
     me = os.getpid()
     tokenizer = data.CaptionTokenizer(tokenizer_of(MODEL))
     before = own_memory(me, "Anonymous")

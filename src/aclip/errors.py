@@ -27,7 +27,7 @@ class BadSampleError(AclipError):
     """One sample that cannot be used; it is skipped, counted and reported by name.
 
     Attributes:
-        reason: why, in a few words, without the sample's name.
+        reason: why, in a few words, without the sample's name; what is particular to the sample follows a colon.
     """
 
     def __init__(self, reason: str) -> None:
@@ -53,6 +53,15 @@ class ExportError(AclipError):
 
 class MissingDependencyError(AclipError):
     """A feature whose optional package or program is not installed."""
+
+
+def category(reason: str) -> str:
+    """Return a reason of a `BadSampleError` without what is particular to one sample.
+
+    >>> category("image too large: 30000x30000 pixels, the limit is 100 million")
+    'image too large'
+    """
+    return reason.partition(":")[0]
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import pytest
 
 from aclip.cli import VERBS, main
+from aclip.cli.compose import set_name
 from aclip.recipes import RECIPES
 
 
@@ -77,3 +78,11 @@ def test_errors_are_one_sentence_that_says_what_exists(
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(Exception, match="a-clip"):
         main(["--debug", "recipes", "show", "a_clip"])
+
+
+@pytest.mark.parametrize(("spec", "name"), [
+    ("emoji:val", "val"), ("emoji:val[:60]", "val[0:60]"), ("lists/val.csv?images=d/pictures", "val"),
+    ("lists/val.csv?images=d/pictures[60:]", "val[60:]"), ("torchvision:food101?root=/sets&split=test", "food101"),
+])  # fmt: skip
+def test_a_held_out_set_is_named_after_its_file_and_part(spec: str, name: str) -> None:
+    assert set_name(spec) == name

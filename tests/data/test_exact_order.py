@@ -98,7 +98,9 @@ def resident(pid: int | str = "self") -> int:
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="measures memory as Linux tells it")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ten_epochs_take_no_more_memory_than_two(pair_folder: Path, workers: int) -> None:
-    rows = "".join(f"{number % PAIRS:03}.png,row {number} of many\n" for number in range(1_000))
+    for number in range(PAIRS, 1_000):
+        os.link(pair_folder / f"{number % PAIRS:03}.png", pair_folder / f"{number:03}.png")
+    rows = "".join(f"{number:03}.png,row {number} of many\n" for number in range(1_000))
     (pair_folder / "many.csv").write_text(f"image,caption\n{rows}")
     source = open_source(str(pair_folder / "many.csv"))
     views = WholePicture()

@@ -182,6 +182,12 @@ def test_unknown_evaluators_and_zero_shot_have_tables(run_folder):
     assert "12.3 %" in page.split("</header>")[0]
 
 
+def test_bad_samples_are_counted_by_what_their_reasons_share(run_folder):
+    records = [{"step": 1, "key": f"row {n}", "reason": f"cannot read the image file: gone: /d/{n}.jpg"} for n in "123"]
+    (run_folder / "skipped.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "Reasons: cannot read the image file (3)." in " ".join(read(run_folder)[1].text)
+
+
 def test_probes_say_what_they_learned_from_and_lead_where_nothing_else_was_measured(run_folder):
     with (run_folder / "evaluations.jsonl").open("w", encoding="utf-8") as file:
         for step in (10, 20):

@@ -57,12 +57,12 @@ def open_held_out(specs: Sequence[str]) -> list[HeldOut]:
 def set_name(spec: str) -> str:
     """Return the last word of a source, with the slice where it is a part of one: parts are sets of their own.
 
-    >>> set_name("emoji:val"), set_name("emoji:val[:60]")
-    ('val', 'val[0:60]')
+    >>> set_name("emoji:val"), set_name("emoji:val[:60]"), set_name("lists/val.csv?images=d/pictures")
+    ('val', 'val[0:60]', 'val')
     """
     whole, part = data.split_slice(spec)
     if part is None:
-        return Path(spec.rpartition(":")[2]).stem
+        return Path(data.split_query(spec)[0].rpartition(":")[2]).stem
     first, last = part
     return f"{set_name(whole)}[{first}:{'' if last is None else last}]"
 

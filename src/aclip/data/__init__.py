@@ -7,7 +7,7 @@ from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet, Target
 from aclip.data.frequencies import token_frequencies
 from aclip.data.loader import BatchLoader, build_loader
 from aclip.data.order import BatchSampler, Request, epoch_order
-from aclip.data.sources import READERS, RawSample, Source, open_source, split_slice
+from aclip.data.sources import READERS, RawSample, Source, open_source, split_query, split_slice
 from aclip.data.sources.mixture import Mixture, open_mixture
 from aclip.data.workers import suitable_workers
 
@@ -33,6 +33,7 @@ __all__ = [
     "epoch_order",
     "open_mixture",
     "open_source",
+    "split_query",
     "split_slice",
     "suitable_workers",
     "token_frequencies",

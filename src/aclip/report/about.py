@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+from aclip.errors import category
 from aclip.report.formats import count
 from aclip.report.markup import Html, join, table, tag
 from aclip.report.run_files import RunFiles, mapping
@@ -33,7 +34,7 @@ def skipped(run: RunFiles) -> Html:
         names.setdefault(str(record.get("key", "?")), str(record.get("reason", "?")))
     if not names:
         return tag("p", "No sample was skipped.", class_="missing")
-    reasons = ", ".join(f"{reason} ({count(n)})" for reason, n in Counter(names.values()).most_common(8))
+    reasons = ", ".join(f"{reason} ({count(n)})" for reason, n in Counter(map(category, names.values())).most_common(8))
     shown = [[key, reason] for key, reason in list(names.items())[:MAX_SKIPPED]]
     more = len(names) - len(shown)
     return join(

@@ -71,6 +71,104 @@ def test_list_of_objects(folder: Path) -> None:
         source.read(1)
 
 
+@pytest.mark.parametrize(
+    "name", ["pairs.jsonl", "pairs.json", "pairs.parquet", "{pairs,sub/pairs}.parquet", "coco.json"])
+def test_every_manifest_makes_one_sample_of_a_picture(folder: Path, name: str) -> None:
+    rows = [("images/0.jpg", ["a", "b"]), ("images/1.jpg", ["c", "c"]), ("images/0.jpg", ["b", "d"])]
+    objects = [{"image": image, "captions": captions} for image, captions in rows]
+    if name.endswith(".parquet"):
+        (folder / "sub").mkdir()
+        (folder / "sub" / "images").symlink_to(folder / "images")
+        pq.write_table(pa.Table.from_pylist(objects), folder / "pairs.parquet")
+        pq.write_table(pa.Table.from_pylist([{"image": str(folder / "images/1.jpg"), "captions": ["e"]}]),
+                       folder / "sub" / "pairs.parquet")  # fmt: skip
+    elif name == "coco.json":
+        images = [{"id": number, "file_name": image} for number, (image, _) in enumerate(rows)]
+        notes = [{"image_id": number, "caption": one} for number, (_, many) in enumerate(rows) for one in many]
+        (folder / name).write_text(json.dumps({"images": images, "annotations": notes}))
+    elif name == "pairs.json":
+        (folder / name).write_text(json.dumps(objects))
+    else:
+        write_lines(folder / name, *objects)
+    source = open_source(str(folder / name))
+    assert captions(source) == [("a", "b", "d"), ("c", "e") if "sub" in name else ("c", "c")]
+    assert [source.read(index).image for index in range(2)] == [b"picture 0", b"picture 1"]
+
+
+def write_list(path: Path, images: list[str]) -> str:
+    """Write a list of any kind whose captions are the paths."""
+    objects = [{"image": image, "caption": image} for image in images]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(objects), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(objects))
+    elif path.suffix == ".jsonl":
+        write_lines(path, *objects)
+    else:
+        path.write_text("image,caption\n" + "".join(f"{image},{image}\n" for image in images))
+    return str(path)
+
+
+KINDS = ("csv", "jsonl", "json", "parquet")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_lie_in_another_folder_than_the_list(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = write_list(folder / f"pairs.{kind}", ["0.jpg", "2.jpg", "9.jpg"])
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder))
+    for images in (str(folder / "images"), f"{folder.name}/images", "~/images"):
+        source = open_source(f"{spec}?images={images}")
+        assert [source.read(index).image for index in range(2)] == [b"picture 0", b"picture 2"]
+    with pytest.raises(BadSampleError, match=f"No such file or directory: {folder}/images/9.jpg$"):
+        source.read(2)
+    fields = f"{spec}?image=caption&caption=image&images={folder / 'images'}"
+    assert open_source(fields).read(1).captions == ("2.jpg",)
+    write_list(folder / "images" / f"pairs.{kind}", ["1.jpg"])
+    if kind != "json":
+        joined = open_source(f"{folder}/{{,images/}}pairs.{kind}?images={folder / 'images'}")
+        assert joined.read(3).image == b"picture 1"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_list_whose_pictures_are_elsewhere_is_refused_at_once(folder: Path, kind: str) -> None:
+    missing = [f"{number}.jpg" for number in range(19)]
+    (folder / "lists").mkdir()
+    spec = write_list(folder / "lists" / f"pairs.{kind}", missing)
+    with pytest.raises(DataError) as caught:
+        open_source(f"{spec}[5:]")
+    assert str(caught.value) == (
+        f"{spec}: none of its first 19 pictures is there, looked for {folder}/lists/0.jpg first: it lies in "
+        f"{folder}/images, say '{spec}?images={folder}/images'")
+    write_list(Path(spec), [*missing, "../images/0.jpg", "gone.jpg"])
+    assert len(open_source(spec)) == 21  # one of the first 20 is there, and the others are bad samples
+    write_list(Path(spec), [*missing, "19.jpg", "../images/0.jpg"])
+    with pytest.raises(DataError, match="none of its first 20 pictures"):
+        open_source(spec)
+
+
+def test_what_to_do_about_pictures_that_are_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder / "images")
+    for images, advice in (
+        (["7.jpg"], "say where they lie with 'pairs.csv?images=FOLDER'"),
+        (["images/0.jpg"], "it lies in .., say 'pairs.csv?images=..'"),
+        (["/nowhere/7.jpg"], "its paths are absolute, make them relative to the list, or to the folder of "
+                             "'?images=FOLDER'"),
+        (["https://x.org/1.jpg", "", "7.jpg"], "say where they lie with 'pairs.csv?images=FOLDER'"),
+    ):  # fmt: skip
+        write_list(Path("pairs.csv"), images)
+        with pytest.raises(DataError) as caught:
+            open_source("pairs.csv")
+        assert str(caught.value).endswith(f" first: {advice}")
+    write_list(Path("pairs.csv"), ["https://x.org/1.jpg", "", "https://x.org/2.jpg"])
+    with pytest.raises(DataError, match=r"pictures are URLs, such as https://x\.org/1\.jpg: download .*img2dataset"):
+        open_source("pairs.csv")
+    write_list(Path("pairs.csv"), ["https://x.org/1.jpg"] * 30 + ["0.jpg"])
+    assert len(open_source("pairs.csv")) == 2
+
+
 COCO = {
     "images": [{"id": 10, "file_name": "0.jpg"}, {"id": 11, "file_name": "1.jpg"}, {"id": 12, "file_name": "9.jpg"}],
     "annotations": [
@@ -141,6 +239,7 @@ def test_a_long_json_list_is_not_held_whole(tmp_path: Path, monkeypatch: pytest.
         lines = (json.dumps({"image": f"{n}.jpg", "text": "a", "other": words}) for n in range(5000))
         file.write(f"[{', '.join(lines)}]")
     monkeypatch.setattr(json_files, "_PIECE", 2**16)
+    (tmp_path / "0.jpg").touch()
     tracemalloc.start()
     source = open_source(str(tmp_path / "long.json"))
     peak = tracemalloc.get_traced_memory()[1]
@@ -287,6 +386,8 @@ def test_a_million_rows_cost_little_memory(tmp_path: Path) -> None:
     rows = 50_000  # a twentieth of a million, against a twentieth of 200 MB
     lines = (f'{{"image": "images/{n:09}.jpg", "caption": "a picture of thing number {n}"}}\n' for n in range(rows))
     (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "000000000.jpg").touch()
     tracemalloc.start()
     source = open_source(str(tmp_path / "pairs.jsonl"))
     kept, _ = tracemalloc.get_traced_memory()

@@ -6,7 +6,7 @@ import pytest
 
 from aclip.data import open_source, split_slice
 from aclip.data.sources import Part
-from aclip.errors import DataError
+from aclip.errors import ConfigError, DataError
 
 
 def write_table(folder: Path, rows: int) -> Path:
@@ -34,6 +34,17 @@ def test_reads_what_the_slice_names(tmp_path: Path, part: str, expected: list[in
 def test_an_empty_part_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pairs\.csv\[7:\]' is empty: the source has 7 samples"):
         open_source(f"{write_table(tmp_path, 7)}[7:]")
+
+
+@pytest.mark.parametrize("part", ["[-1000:]", "[:-1]", "[-3:-1]"])
+def test_negative_numbers_are_refused(tmp_path: Path, part: str) -> None:
+    with pytest.raises(ConfigError, match=r"a part takes no negative numbers, .*pairs\.csv\[:1000\]' is the first"):
+        open_source(f"{write_table(tmp_path, 7)}{part}")
+
+
+def test_a_part_before_the_fields_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"comes after the fields, as in '.*pairs\.csv\?images=x\[:2\]'"):
+        open_source(f"{write_table(tmp_path, 7)}[:2]?images=x")
 
 
 def test_parts_of_parts(tmp_path: Path) -> None:

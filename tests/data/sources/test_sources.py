@@ -1,17 +1,20 @@
 """Finding the reader, and what a folder of pictures with captions reads as."""
 
+import json
 import logging
 import pickle
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aclip.data.sources import FolderSource, PackedStrings, ShardSource, Source, TableSource, open_source
 from aclip.data.sources.base import Runs
-from aclip.errors import BadSampleError, DataError
+from aclip.errors import BadSampleError, ConfigError, DataError
 from made_pictures import encode, picture
 
 
@@ -59,6 +62,7 @@ def test_a_picture_that_goes_missing_is_a_bad_sample(pair_folder: Path) -> None:
 
 def test_readers_are_found_by_name(pair_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.CSV").write_text("filepath,caption\na.png,hello\n")
+    (tmp_path / "a.png").touch()
     shards = tmp_path / "shards"
     shards.mkdir()
     with tarfile.open(shards / "0.tar", "w") as archive:
@@ -78,6 +82,28 @@ def test_a_source_that_is_nothing_lists_what_is_accepted(tmp_path: Path) -> None
         assert all(word in str(caught.value) for word in (".tar", ".csv", ".tsv", "folder"))
     with pytest.raises(DataError, match="no pictures in"):
         open_source(str(tmp_path))
+
+
+def test_a_field_that_a_source_does_not_take_is_refused_by_name(pair_folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.add(pair_folder / "000.png", "000.png")
+    (tmp_path / "a.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "pairs/000.png"}],
+                                                 "annotations": [{"image_id": 1, "caption": "a"}]}))  # fmt: skip
+    (tmp_path / "b.json").write_text(json.dumps({"images": [
+        {"filename": "pairs/000.png", "split": "test", "sentences": [{"raw": "a"}]}]}))  # fmt: skip
+    pq.write_table(pa.table({"image": [b"x"], "text": ["a"]}), tmp_path / "a.parquet")
+    for spec, message in (
+        ("0.tar?images={0}", "'.*0.tar' takes no fields, and so no 'images'"),
+        ("*.tar?label=x", r"\*.tar' takes no fields, and so no 'label'"),
+        ("pairs?images={0}", "unknown field 'images': .*There are: templates"),
+        ("a.json?image=x&caption=y", "is COCO captions, .* takes no 'image' and 'caption'"),
+        ("b.json?image=x&caption=y&split=test", "one of Karpathy's files, .* takes no 'image' and 'caption'"),
+        ("a.parquet?images={0}", "column 'image' holds binary, not paths: 'images' is for lists of paths"),
+        ("a.json?images=", "the field 'images' is empty"),
+        ("a.json?images={0}/nowhere", "the folder of pictures '.*/nowhere' does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_source(f"{tmp_path}/{spec.format(tmp_path)}")
 
 
 @given(st.lists(st.integers(0, 5), max_size=9))

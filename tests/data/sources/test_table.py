@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from aclip.data.sources import TableSource, open_source
+from aclip.data.sources import TableSource, manifest, open_source
 from aclip.data.sources.table import Columns, guess_columns
 from aclip.errors import BadSampleError, ConfigError, DataError
 
@@ -17,7 +17,7 @@ from aclip.errors import BadSampleError, ConfigError, DataError
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
-    for number in range(3):
+    for number in range(6):
         (tmp_path / "images" / f"{number}.jpg").write_bytes(b"picture %d" % number)
     return tmp_path
 
@@ -99,6 +99,44 @@ def test_columns_that_cannot_be_guessed_are_listed(folder: Path) -> None:
         open_text(folder, "where,caption\nimages/0.jpg,a\n")
 
 
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+@pytest.mark.parametrize("query", ["", "?image=image&caption=text"])
+def test_a_missing_header_is_said(folder: Path, delimiter: str, query: str) -> None:
+    rows = [("images/0.JPG#0", "a cat, sleeping"), ("images/1.jpg", "a dog. He barks")]
+    (folder / "bare.csv").write_text("".join(f'{image}{delimiter}"{caption}"\n' for image, caption in rows))
+    with pytest.raises(ConfigError) as caught:
+        open_source(f"{folder}/bare.csv{query}")
+    assert str(caught.value) == (
+        f"{folder}/bare.csv: the header is missing, its first line already names a picture ('images/0.JPG#0'): put a "
+        f"line above it that names the columns, such as {f'image{delimiter}caption'!r}")
+
+
+@pytest.mark.parametrize("name", ["url", "URL", "image_url"])
+def test_urls_in_place_of_paths_are_said(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"column '{name}' has URLs, and none has paths .*: download .* img2dataset"):
+        open_text(folder, f"{name},caption\nhttps://example.org/0.jpg,a\n")
+    assert open_text(folder, f"{name},path,caption\nhttps://x.org/0.jpg,images/1.jpg,a\n").read(0).image == b"picture 1"
+
+
+@pytest.mark.parametrize(("text", "ending"), [
+    ("image,caption\n0.jpg,a cat, asleep\n", ".csv"), ("0.jpg\ta cat\n1.jpg\ta dog\n", ".tsv"),
+    ("image|caption\n", ".csv"),
+])  # fmt: skip
+def test_a_table_of_another_ending_is_to_be_renamed(folder: Path, text: str, ending: str) -> None:
+    (folder / "captions.v1.txt").write_text(text)
+    for query in ("", "?images=images"):
+        with pytest.raises(DataError, match=rf"captions\.v1\.txt' looks like a table, .* rename it to .*v1\{ending}'$"):
+            open_source(f"{folder}/captions.v1.txt{query}")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"A letter, short.\n\nYours\n", b"%PDF-1.4\n%\xe2\xe3\n1 0 obj\n", b"image,caption\0\n"])
+def test_other_files_are_no_tables(folder: Path, content: bytes) -> None:
+    (folder / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.txt' is none of what can be read"):
+        open_source(f"{folder}/a.txt")
+
+
 def test_columns_can_be_said(folder: Path) -> None:
     (folder / "t.csv").write_text("where,wording,kind\nimages/1.jpg,a dog,animal\n")
     path = f"{folder / 't.csv'}"
@@ -137,7 +175,7 @@ def test_rows_that_are_bad_on_their_own(folder: Path) -> None:
     )
     reasons = (
         "3 fields in the row, 2 in the header", "1 fields in the row", "missing image path",
-        "cannot read the image file: No such file", "is a URL",
+        f"cannot read the image file: No such file or directory: {folder}/images/9.jpg", "is a URL",
     )  # fmt: skip
     for index, reason in enumerate(reasons):
         with pytest.raises(BadSampleError, match=reason):
@@ -146,6 +184,67 @@ def test_rows_that_are_bad_on_their_own(folder: Path) -> None:
     with pytest.raises(BadSampleError, match="null"):
         source.read(6)
     assert len(source) == 7
+
+
+def test_rows_of_one_picture_are_one_sample(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="aclip"):
+        source = open_text(
+            folder,
+            "image,caption,tags,label\n"
+            "images/1.jpg,one,x,A\n"
+            "images/0.jpg,nought,,B\n"
+            f"{folder}/images/1.jpg,one again,y,C\n"
+            "images/2.jpg,a, b and c\n"
+            ",no image,,\n"
+            "./images//1.jpg,one,z,A\n"
+            ",no image either,,\n"
+            "images/2.jpg,two,,\n",
+        )
+    samples = [source.read(index) for index in (0, 1, 5)]
+    assert [sample.image for sample in samples] == [b"picture 1", b"picture 0", b"picture 2"]
+    assert [sample.captions for sample in samples] == [("one", "one again"), ("nought",), ("two",)]
+    assert [(sample.tags, sample.label) for sample in samples] == [(("x",), "A"), ((), "B"), ((), None)]
+    assert [source.key(index) for index in range(len(source))] == [
+        "row 1: images/1.jpg", "row 2: images/0.jpg", "row 4: images/2.jpg", "row 5: ", "row 7: ",
+        "row 8: images/2.jpg"]  # fmt: skip
+    for index, reason in ((2, "3 fields in the row"), (3, "missing image path"), (4, "missing image path")):
+        with pytest.raises(BadSampleError, match=reason):
+            source.read(index)
+    assert ("2 of 8 rows have the picture of an earlier one: 6 samples, each with all its captions; "
+            "1 of them say another label, the first row's is used") in caplog.text
+    assert "8 rows, delimiter ','" in caplog.text
+
+
+def test_several_columns_of_captions_and_several_rows(folder: Path) -> None:
+    (folder / "t.csv").write_text("image,a,b\nimages/1.jpg,one,ein\nimages/0.jpg,x,x\nimages/1.jpg,uno,one\n")
+    source = pickle.loads(pickle.dumps(open_source(f"{folder / 't.csv'}?image=image&caption=a,b")))
+    assert [source.read(index).captions for index in range(2)] == [("one", "ein", "uno"), ("x", "x")]
+
+
+def test_a_path_above_a_linked_folder_is_another_picture(folder: Path) -> None:
+    (folder / "far" / "deep").mkdir(parents=True)
+    (folder / "far" / "0.jpg").write_bytes(b"far")
+    (folder / "0.jpg").write_bytes(b"near")
+    (folder / "link").symlink_to(folder / "far" / "deep")
+    source = open_text(folder, "image,caption\n0.jpg,near\nlink/../0.jpg,far\nlink/../0.jpg,remote\n")
+    assert [(source.read(index).image, source.read(index).captions) for index in range(len(source))] == [
+        (b"near", ("near",)), (b"far", ("far", "remote"))]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pictures=st.lists(st.integers(0, 9), min_size=1, max_size=30), buckets=st.integers(1, 12))
+def test_merging_is_that_of_a_dictionary_whatever_the_hashes(folder: Path, pictures: list[int], buckets: int) -> None:
+    expected: dict[str, list[str]] = {}
+    for row, picture in enumerate(pictures):
+        expected.setdefault(f"images/{picture}.jpg", []).append(f"caption {row // 2}")
+    text = "".join(f"images/{picture}.jpg,caption {row // 2}\n" for row, picture in enumerate(pictures))
+    (folder / "images" / f"{pictures[0]}.jpg").touch()
+    with pytest.MonkeyPatch.context() as patch:  # so that different paths have one hash
+        patch.setattr(manifest, "hash", lambda path: sum(path.encode()) % buckets, raising=False)
+        source = open_text(folder, f"image,caption\n{text}")
+    assert [source.key(index).partition(": ")[2] for index in range(len(source))] == list(expected)
+    assert [source._captions[index].split("\0") for index in range(len(source))] == [
+        list(dict.fromkeys(captions)) for captions in expected.values()]
 
 
 def test_tables_without_rows_or_header(folder: Path) -> None:
@@ -187,6 +286,6 @@ def test_quoting_comes_back(folder: Path, captions: list[str], delimiter: str) -
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter=delimiter)
         writer.writerow(["image", "caption"])
-        writer.writerows(["images/0.jpg", caption] for caption in captions)
+        writer.writerows([f"images/{number}.jpg", caption] for number, caption in enumerate(captions))
     source = pickle.loads(pickle.dumps(open_source(str(path))))
     assert [source.read(n).captions for n in range(len(source))] == [(caption,) for caption in captions]

@@ -21,7 +21,7 @@ from aclip.data.sources.folder import FolderSource
 from aclip.data.sources.joined import Joined
 from aclip.data.sources.manifest import ManifestSource
 from aclip.data.sources.part import Part
-from aclip.errors import BadSampleError, ConfigError
+from aclip.errors import BadSampleError, ConfigError, category
 from aclip.files import write_atomically
 
 MANIFESTS = (".jsonl", ".csv", ".tsv")
@@ -93,15 +93,12 @@ def write_clean(
     """Write the samples that are left to a manifest, or the names of the others to a list; the source stays.
 
     A manifest has paths relative to itself where the picture lies below its folder, and absolute ones elsewhere. A
-    `.jsonl` holds all captions; a row of a table has one.
+    line of a `.jsonl` holds all captions of a picture, a row of a table one.
 
     Args:
         examined: the whole source, not some of its samples.
         path: see `check_fix`.
         progress: called with 1 for every sample of the source.
-
-    Raises:
-        ConfigError: several captions of a picture and a table to write them to.
     """
     source = examined.measured[0]
     reasons = left_out(examined)
@@ -153,7 +150,7 @@ def _rows(
             raw = measured.source.read(index)
             captions = clean_captions(raw.captions)
         except BadSampleError as error:
-            reasons[row] = error.reason
+            reasons[row] = category(error.reason)
             continue
         if path is None:
             reasons[row] = "a file name that cannot be written down"
@@ -181,8 +178,5 @@ def _table(rows: Iterator[_Kept], path: Path) -> str:
     writer = csv.writer(text, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", lineterminator="\n")
     writer.writerow(("image", "caption", "tags", "label"))
     for row in rows:
-        if len(row.captions) > 1:
-            raise ConfigError(f"--fix {path}: {row.image} has {len(row.captions)} captions, and a row of a table one: "
-                              f"write {path.with_suffix('.jsonl')}")
-        writer.writerow((row.image, row.captions[0], ";".join(row.tags), row.label or ""))
+        writer.writerows((row.image, caption, ";".join(row.tags), row.label or "") for caption in row.captions)
     return text.getvalue()

@@ -20,7 +20,7 @@ from aclip.data.decode import FORMATS, decode_image
 from aclip.data.doctor.picture_hash import DECODED_SIDE, PRINT_BYTES, SHRUNK, hash_pictures, shrink
 from aclip.data.sources.base import Source
 from aclip.data.workers import read_ahead
-from aclip.errors import BadSampleError
+from aclip.errors import BadSampleError, category
 
 SAMPLE = np.dtype([
     ("index", np.int64), ("content", np.uint64), ("across", np.uint64), ("down", np.uint64), ("bytes", np.int64),
@@ -211,15 +211,6 @@ def loose_caption(text: str) -> int:
     # A caption of signs alone, such as "!!!", stands for itself.
     joined = " ".join(words) or text
     return _hash(joined.encode("utf-8", errors="surrogatepass"))
-
-
-def category(reason: str) -> str:
-    """Return a reason without what is particular to one file.
-
-    >>> category("image too large: 30000x30000 pixels, the limit is 100 million")
-    'image too large'
-    """
-    return reason.partition(":")[0]
 
 
 def _hash(data: bytes) -> int:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qs
 
 from aclip.data.sources.base import Grouped, PackedStrings, RawSample, Source
@@ -20,7 +21,7 @@ from aclip.data.sources.part import Part, split_slice, take_part
 from aclip.data.sources.remote import RemoteShardSource, expand_urls
 from aclip.data.sources.shards import ShardSource, expand_pattern
 from aclip.data.sources.slip import open_slip
-from aclip.data.sources.table import TableSource
+from aclip.data.sources.table import TableSource, table_ending
 from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
 from aclip.data.sources.torchvision_sets import TorchvisionSource
 from aclip.errors import ConfigError, DataError, unknown_name
@@ -47,6 +48,7 @@ __all__ = [
     "TableSource",
     "TorchvisionSource",
     "open_source",
+    "split_query",
     "split_slice",
 ]
 
@@ -83,9 +85,19 @@ def open_source(spec: str) -> Source:
     for reader in READERS.values():
         if reader.accepts(spec):
             return reader.open(spec)
+    path, query = split_query(spec)
+    whole, part = split_slice(path)
+    if query and part is not None:
+        raise ConfigError(f"'{spec}': a part comes after the fields, as in '{whole}?{query}{path.removeprefix(whole)}'")
+    if query and any(reader.accepts(path) for reader in READERS.values()):
+        raise ConfigError(f"'{spec}': '{path}' takes no fields, and so no '{query.partition('=')[0]}'")
     accepted = "; ".join(reader.about for reader in READERS.values())
     if "://" in spec:
         raise DataError(f"'{spec}' cannot be read from afar: {READERS['remote shards'].about} can, the rest is local")
+    ending = table_ending(Path(path)) if os.path.isfile(path) else None
+    if ending is not None:
+        raise DataError(f"'{path}' looks like a table, and tables are known by their ending: rename it to "
+                        f"'{Path(path).with_suffix(ending)}'")
     problem = "is none of what can be read" if os.path.exists(spec) else "does not exist"
     raise DataError(f"'{spec}' {problem}: give {accepted}")
 
@@ -108,7 +120,7 @@ def _is_pattern(spec: str) -> bool:
     return "{" in spec or glob.has_magic(spec)
 
 
-def _split_query(spec: str) -> tuple[str, str]:
+def split_query(spec: str) -> tuple[str, str]:
     """Return a specification without its `?name=value&...`, and that; a bare `?` is a wildcard."""
     match = _QUERY.fullmatch(spec)
     return (match[1], match[2]) if match else (spec, "")
@@ -118,31 +130,50 @@ def _options(spec: str, *known: str) -> dict[str, str]:
     """Return what the query of `spec` says, by name.
 
     Raises:
-        ConfigError: a name that is not `known`.
+        ConfigError: a name that is not `known`, or one without a value.
     """
-    chosen = {name: values[-1] for name, values in parse_qs(_split_query(spec)[1]).items()}
-    for name in chosen:
+    chosen = {name: values[-1] for name, values in parse_qs(split_query(spec)[1], keep_blank_values=True).items()}
+    for name, value in chosen.items():
         if name not in known:
             raise ConfigError(f"'{spec}': {unknown_name('field', name, known)}")
+        if not value:
+            raise ConfigError(f"'{spec}': the field '{name}' is empty")
     return chosen
 
 
-def _columns(spec: str, *others: str) -> Columns | None:
-    """Return the columns that the query of `spec` names, if it does; `others` are further options."""
-    chosen = _options(spec, *_COLUMN_OPTIONS, *others)
-    if not chosen.keys() - set(others):
-        return None
-    if "image" not in chosen or "caption" not in chosen:
-        path = _split_query(spec)[0]
-        raise ConfigError(f"'{spec}': name both columns, as in '{path}?image=COLUMN&caption=COLUMN'")
-    return Columns(chosen["image"], tuple(chosen["caption"].split(",")), chosen.get("tags"), chosen.get("label"))
+class _Asked(NamedTuple):
+    """What the query of a list of pairs asks for."""
+
+    columns: Columns | None
+    images: Path | None
+    split: str | None
+
+
+def _asked(spec: str, *known: str) -> _Asked:
+    """Return what the query of `spec` asks for; a list takes the fields `known`.
+
+    Raises:
+        ConfigError: another field, one column without the other, or a folder of pictures that is none.
+    """
+    chosen = _options(spec, *known)
+    columns = images = None
+    if chosen.keys() & set(_COLUMNS):
+        if "image" not in chosen or "caption" not in chosen:
+            path = split_query(spec)[0]
+            raise ConfigError(f"'{spec}': name both columns, as in '{path}?image=COLUMN&caption=COLUMN'")
+        columns = Columns(chosen["image"], tuple(chosen["caption"].split(",")), chosen.get("tags"), chosen.get("label"))
+    if "images" in chosen:
+        images = Path(chosen["images"]).expanduser()
+        if not images.is_dir():
+            raise ConfigError(f"'{spec}': the folder of pictures '{images}' does not exist")
+    return _Asked(columns, images, chosen.get("split"))
 
 
 def _is_list(*endings: str) -> Callable[[str], bool]:
     """Return a test for a file with one of these endings, or a pattern of such files."""
 
     def accepts(spec: str) -> bool:
-        path = _split_query(spec)[0]
+        path = split_query(spec)[0]
         return path.lower().endswith(endings) and (os.path.isfile(path) or _is_pattern(path))
 
     return accepts
@@ -152,7 +183,7 @@ def _each(open_one: Callable[[Path, str], Source]) -> Callable[[str], Source]:
     """Return a function that opens every file of a pattern with `open_one(path, query)` and joins them."""
 
     def open_all(spec: str) -> Source:
-        pattern, query = _split_query(spec)
+        pattern, query = split_query(spec)
         paths = expand_pattern(pattern)
         sources = [open_one(path, f"{path}?{query}" if query else str(path)) for path in paths]
         return sources[0] if len(sources) == 1 else Joined(spec, sources)
@@ -160,33 +191,40 @@ def _each(open_one: Callable[[Path, str], Source]) -> Callable[[str], Source]:
     return open_all
 
 
+def _open_table(path: Path, spec: str) -> Source:
+    asked = _asked(spec, *_COLUMNS, "images")
+    return TableSource(path, asked.columns, asked.images)
+
+
+def _open_json_lines(path: Path, spec: str) -> Source:
+    asked = _asked(spec, *_COLUMNS, "images")
+    return JsonSource(path, asked.columns, asked.images)
+
+
 def _open_json(path: Path, spec: str) -> Source:
-    options = _options(spec, *_COLUMN_OPTIONS, "images", "split")
-    images = options.get("images")
-    return open_json(path, _columns(spec, "images", "split"), None if images is None else Path(images),
-                     options.get("split"))
+    return open_json(path, *_asked(spec, *_COLUMNS, "images", "split"))
 
 
 def _open_slip(path: Path, spec: str) -> Source:
-    images = _options(spec, "images").get("images")
-    return open_slip(path, None if images is None else Path(images))
+    return open_slip(path, _asked(spec, "images").images)
 
 
 def _open_hugging_face(spec: str) -> Source:
-    split = _options(spec, *_COLUMN_OPTIONS, "split").get("split")
-    return HuggingFaceSource(Path(_split_query(spec)[0]), _columns(spec, "split"), split)
+    asked = _asked(spec, *_COLUMNS, "split")
+    return HuggingFaceSource(Path(split_query(spec)[0]), asked.columns, asked.split)
 
 
 def _is_parquet(spec: str) -> bool:
-    path = _split_query(spec)[0]
+    path = split_query(spec)[0]
     if os.path.isdir(path):
         return bool(_parquet_in(path)) and not holds_pictures(Path(path))
     return path.lower().endswith(".parquet") and (os.path.isfile(path) or _is_pattern(path))
 
 
 def _open_parquet(spec: str) -> Source:
-    path = _split_query(spec)[0]
-    return open_parquet(path, _parquet_in(path) if os.path.isdir(path) else expand_pattern(path), _columns(spec))
+    path, asked = split_query(spec)[0], _asked(spec, *_COLUMNS, "images")
+    paths = _parquet_in(path) if os.path.isdir(path) else expand_pattern(path)
+    return open_parquet(path, paths, asked.columns, asked.images)
 
 
 def _parquet_in(folder: str) -> list[Path]:
@@ -199,7 +237,7 @@ def _open_folder(spec: str) -> Source:
     Where a list of pairs lies beside the pictures, and no text files do, the list has the captions: to take the
     folders' names in its place would train on "a photo of a images.".
     """
-    folder = Path(_split_query(spec)[0])
+    folder = Path(split_query(spec)[0])
     templates = tuple(filter(None, _options(spec, "templates").get("templates", "").split("|")))
     for template in templates:
         if "{}" not in template:
@@ -216,12 +254,12 @@ def _open_folder(spec: str) -> Source:
 
 _LISTS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet")
 _QUERY = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)
-_COLUMN_OPTIONS = ("image", "caption", "tags", "label")
+_COLUMNS = ("image", "caption", "tags", "label")
 
 
 def _open_torchvision(spec: str) -> Source:
     options = _options(spec, "root", "split", "labels")
-    path = _split_query(spec)[0]
+    path = split_query(spec)[0]
     if "root" not in options:
         raise ConfigError(f"'{spec}': say where it lies, as in '{path}?root=FOLDER&split=test'")
     return TorchvisionSource(path, Path(options["root"]).expanduser(), options.get("split"),
@@ -248,12 +286,12 @@ READERS: dict[str, Reader] = {
     "table": Reader(
         "a table (.csv or .tsv with a column of image paths and one of captions)",
         _is_list(".csv", ".tsv", ".tab"),
-        _each(lambda path, spec: TableSource(path, _columns(spec))),
+        _each(_open_table),
     ),
     "json lines": Reader(
         "JSON lines (.jsonl with an image path and a caption, or several, in each object)",
         _is_list(".jsonl", ".ndjson"),
-        _each(lambda path, spec: JsonSource(path, _columns(spec))),
+        _each(_open_json_lines),
     ),
     "json": Reader(
         "a .json file (COCO captions, Karpathy's splits, or a list of objects)",
@@ -272,12 +310,12 @@ READERS: dict[str, Reader] = {
     ),
     "hugging face": Reader(
         "a folder that Hugging Face's save_to_disk wrote",
-        lambda spec: is_hugging_face(Path(_split_query(spec)[0])),
+        lambda spec: is_hugging_face(Path(split_query(spec)[0])),
         _open_hugging_face,
     ),
     "folder": Reader(
         "a folder of pictures with .txt captions beside them, or of class folders",
-        lambda spec: os.path.isdir(_split_query(spec)[0]),
+        lambda spec: os.path.isdir(split_query(spec)[0]),
         _open_folder,
     ),
 }

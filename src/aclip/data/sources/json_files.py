@@ -38,12 +38,19 @@ class JsonSource(ManifestSource):
     """
 
     def __init__(
-        self, path: Path, columns: Columns | None = None, objects: Callable[[], Iterator[_Object]] | None = None
+        self, path: Path, columns: Columns | None = None, images: Path | None = None,
+        objects: Callable[[], Iterator[_Object]] | None = None,
     ) -> None:
-        """Read `path`; `columns` replaces the guess, `objects` the parsing of lines.
+        """Read `path`.
+
+        Args:
+            path: the file.
+            columns: replace the guess.
+            images: replaces the file's own folder as that of the pictures.
+            objects: replaces the parsing of lines.
 
         Raises:
-            DataError: no objects, or a file that is not text.
+            DataError: no objects, a file that is not text, or no pictures (`ManifestSource`).
             ConfigError: a field that does not exist or cannot be guessed; those there are.
         """
         encoding = find_encoding(path) if objects is None else ""
@@ -53,10 +60,10 @@ class JsonSource(ManifestSource):
 
         try:
             self.columns = settle_columns(path, _fields(read), columns)
-            super().__init__(path, (_row(one, self.columns) for one in read()))
+            super().__init__(path, (_row(one, self.columns) for one in read()), images)
         except UnicodeError as error:
             raise DataError(f"{path} cannot be read as text: {error}") from error
-        _log.info("%s: %d rows, %s", path, len(self), self.columns)
+        _log.info("%s: %d rows, %s", path, self.rows, self.columns)
 
 
 class CocoSource(ManifestSource):
@@ -140,7 +147,7 @@ def open_json(
 
     Raises:
         DataError: it is none of them.
-        ConfigError: a split that the file does not have, or that it cannot have.
+        ConfigError: a split that the file does not have, or a split or columns that its kind does not.
     """
     try:
         with path.open(encoding=_json_encoding(path), errors="surrogatepass") as file:
@@ -148,17 +155,21 @@ def open_json(
         if is_list:
             if split is not None:
                 raise _no_splits(path)
-            return JsonSource(path, columns, lambda: _listed(path))
+            return JsonSource(path, columns, images, lambda: _listed(path))
         content = json.loads(path.read_bytes())
     except AclipError:  # some are ValueErrors, too
         raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error} (one object a line is a .jsonl file)") from error
     if isinstance(content, dict) and any("sentences" in one for one in _objects(content, "images")[:1]):
+        if columns is not None:
+            raise _no_columns(path, "one of Karpathy's files")
         return KarpathySource(path, content, images, split or "")
     if split is not None:
         raise _no_splits(path)
     if isinstance(content, dict) and "images" in content and "annotations" in content:
+        if columns is not None:
+            raise _no_columns(path, "COCO captions")
         return CocoSource(path, content, images)
     raise DataError(f"{path} is neither a list of objects, nor COCO captions ('images' and 'annotations'), nor "
                     "Karpathy's splits ('images' with 'sentences')")
@@ -166,6 +177,10 @@ def open_json(
 
 def _no_splits(path: Path) -> ConfigError:
     return ConfigError(f"{path} has no splits: only Karpathy's files are asked for one")
+
+
+def _no_columns(path: Path, kind: str) -> ConfigError:
+    return ConfigError(f"{path} is {kind}, whose fields are known: it takes no 'image' and 'caption'")
 
 
 def _json_encoding(path: Path) -> str:

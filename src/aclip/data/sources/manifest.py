@@ -2,12 +2,17 @@
 
 import codecs
 import logging
-from collections.abc import Iterable, Sequence
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from aclip.data.sources.base import PackedStrings, RawSample
+import numpy as np
+
+from aclip.data.sources.base import PackedStrings, RawSample, printable
 from aclip.errors import BadSampleError, ConfigError, DataError, unknown_name
 
 _log = logging.getLogger(__name__)
@@ -29,6 +34,17 @@ TAG_COLUMNS = ("tags", "keywords")
 
 LABEL_COLUMNS = ("label", "class", "category")
 """Likewise for the class."""
+
+_LOOKED_FOR = 20
+"""Pictures that are looked for when a list is opened; one that is there will do, and the others are bad samples."""
+
+_LOOKED_INTO = 1000
+"""Entries of a folder among which one with the pictures is sought."""
+
+_DOWNLOAD = "download the pictures first, for example with img2dataset, whose shards are read as they are"
+
+_URL_ENDINGS = ("url", "urls", "uri")
+"""How columns are called that hold addresses of pictures."""
 
 _BETWEEN = "\0"  # strings of one row; no caption needs it, and no path can hold it
 
@@ -77,37 +93,112 @@ class Row(NamedTuple):
 class ManifestSource:
     """Pairs listed in a file, kept packed in memory: some 40 bytes a row beside the text itself.
 
+    Rows of one picture, wherever they stand, are one sample with all of their captions: as samples of their own
+    they would be each other's negatives in training, and right answers that count as wrong in retrieval.
+
     Attributes:
         name: the file.
         folder: to which paths of pictures are relative.
+        rows: how many the file has, repeated pictures and rows that cannot be used included.
     """
 
     def __init__(self, path: Path, rows: Iterable[Row], folder: Path | None = None) -> None:
         """Keep `rows`; paths of pictures are relative to `folder`, else to that of `path`.
 
         Raises:
-            DataError: no rows.
+            DataError: no rows, or no pictures: all of them are URLs, or none of the first few is there.
         """
         self.name = str(path)
         self.folder = path.parent if folder is None else folder
         self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
         self._problems: dict[int, str] = {}
+        self._numbers: np.ndarray | None = None  # of each sample's first row, where pictures repeat
+        pictures = array("q")
+        base = os.path.abspath(self.folder)
         for number, row in enumerate(rows):
-            self._images.append(_storable(row.image))
+            image = _storable(row.image)
+            self._images.append(image)
             self._captions.append(_join(row.captions))
             self._tags.append(_join(row.tags))
             self._labels.append(_storable(row.label))
             if row.problem:
                 self._problems[number] = row.problem
-        if not len(self):
+            pictures.append(hash(_picture_of(number, image, row.problem, base)))
+        self.rows = len(pictures)
+        if not self.rows:
             raise DataError(f"{path} holds no rows")
+        self._merge(np.frombuffer(pictures, dtype=np.int64), base)
+        self._check_pictures(path)
 
     def __len__(self) -> int:
         return len(self._images)
 
+    def _merge(self, pictures: np.ndarray, base: str) -> None:
+        """Make one sample of the rows of each picture, at the place of the first, whose tags and label it has.
+
+        Args:
+            pictures: (rows,) hashes of `_picture_of`: what tells ten million rows apart without an object for each.
+            base: as for `_picture_of`.
+        """
+        ordered = np.sort(pictures)
+        if np.all(ordered[1:] != ordered[:-1]):
+            return
+        _, first, place = np.unique(pictures, return_index=True, return_inverse=True)
+        first = first[place]
+        relabelled, of_equal_hash = 0, dict[str, int]()
+        for row in np.flatnonzero(first != np.arange(self.rows)).tolist():
+            one, other = (_picture_of(number, self._images[number], self._problems.get(number, ""), base)
+                          for number in (row, int(first[row])))
+            if one != other:
+                first[row] = of_equal_hash.setdefault(one, row)
+            relabelled += self._labels[row] != self._labels[first[row]]
+        numbers = np.flatnonzero(first == np.arange(self.rows))
+        sizes = np.bincount(first, minlength=self.rows)[numbers]
+        self._captions = PackedStrings(self._together(np.argsort(first, kind="stable"), sizes))
+        self._images, self._tags, self._labels = (
+            PackedStrings(strings[number] for number in numbers.data)
+            for strings in (self._images, self._tags, self._labels))
+        self._problems = {int(np.searchsorted(numbers, row)): why for row, why in self._problems.items()}
+        self._numbers = numbers
+        _log.info("%s: %d of %d rows have the picture of an earlier one: %d samples, each with all its captions%s",
+                  self.name, self.rows - len(numbers), self.rows, len(numbers),
+                  f"; {relabelled} of them say another label, the first row's is used" if relabelled else "")
+
+    def _together(self, order: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
+        """Yield the captions of `sizes` rows at a time, taken in this order, each caption once."""
+        rows = iter(order.data)
+        for size in sizes.data:
+            captions = [self._captions[row] for row in islice(rows, size)]
+            yield captions[0] if size == 1 else _BETWEEN.join(
+                dict.fromkeys(chain.from_iterable(one.split(_BETWEEN) for one in captions)))
+
+    def _check_pictures(self, path: Path) -> None:
+        """Refuse a list whose pictures lie elsewhere: each of them would be skipped, and the run end by that.
+
+        Raises:
+            DataError: as for `__init__`.
+        """
+        absent: list[str] = []
+        url = ""
+        for image in (self._images[index] for index in range(len(self)) if index not in self._problems):
+            if "://" in image:
+                url = url or image
+            elif image and os.path.isfile(self.folder / self.file(image)):
+                return
+            elif image:
+                absent.append(self.file(image))
+            if len(absent) == _LOOKED_FOR:
+                break
+        if absent:
+            raise DataError(f"{path}: none of its first {len(absent)} pictures is there, looked for "
+                            f"{full_path(self.folder / absent[0])} first: {_where_else(path, absent[0])}")
+        if url:
+            raise DataError(f"{path}: its pictures are URLs, such as {url}: {_DOWNLOAD}")
+
     def key(self, index: int) -> str:
-        """Return the row's number, counted from 1, and its picture's path."""
-        return f"row {index + 1}: {self._images[index]}"
+        """Return the number of the picture's first row, counted from 1, and its path."""
+        number = index if self._numbers is None else int(self._numbers[index])
+        return f"row {number + 1}: {self._images[index]}"
 
     def read(self, index: int) -> RawSample:
         """Read a row's picture.
@@ -130,6 +221,10 @@ class ManifestSource:
             label=self._labels[index] or None,
         )
 
+    def file(self, image: str) -> str:
+        """Return the file, as a path in the folder, that holds the picture that a row names: the picture itself."""
+        return image
+
     def picture(self, image: str) -> bytes:
         """Return the bytes of the picture that a row names.
 
@@ -137,6 +232,14 @@ class ManifestSource:
             BadSampleError: they cannot be read.
         """
         return read_picture(self.folder / image)
+
+
+def _picture_of(number: int, image: str, problem: str, base: str) -> str:
+    """Return what the rows of one picture share: its path; a row that cannot be used shares it with none."""
+    if problem or not image:
+        return f"{_BETWEEN}{number}"
+    path = image if image.startswith("/") else f"{base}/{image}"
+    return path if "/../" in path else os.path.normpath(path)  # what is above a link to a folder is elsewhere
 
 
 def read_picture(path: Path) -> bytes:
@@ -149,7 +252,31 @@ def read_picture(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadSampleError(f"cannot read the image file: {reason}") from error
+        raise BadSampleError(f"cannot read the image file: {reason}: {full_path(path)}") from error
+
+
+def full_path(path: Path) -> str:
+    """Return where a file was looked for, so that it can be printed."""
+    return printable(str(path.absolute()))
+
+
+def _where_else(path: Path, image: str) -> str:
+    """Return what to do about a list `path` whose pictures are not there, `image` being the first."""
+    if os.path.isabs(image):
+        return "its paths are absolute, make them relative to the list, or to the folder of '?images=FOLDER'"
+    above = Path(os.path.normpath(path.parent / ".."))
+    for folder in (above, *_folders_in(path.parent), *_folders_in(above)):
+        if os.path.isfile(folder / image):
+            return f"it lies in {folder}, say '{path}?images={folder}'"
+    return f"say where they lie with '{path}?images=FOLDER'"
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in islice(entries, _LOOKED_INTO) if entry.is_dir())
+    except OSError:
+        return []
 
 
 def settle_columns(path: Path | str, header: Sequence[str], chosen: Columns | None) -> Columns:
@@ -175,6 +302,9 @@ def guess_columns(path: Path | str, header: Sequence[str]) -> Columns:
         ConfigError: no picture or no caption among them; the columns there are, and what to do.
     """
     image = _first(IMAGE_COLUMNS, header)
+    urls = [name for name in header if name.lower().endswith(_URL_ENDINGS)]
+    if image is None and urls:
+        raise ConfigError(f"{path}: column '{urls[0]}' has URLs, and none has paths of pictures: {_DOWNLOAD}")
     rest = [name for name in header if name != image]
     caption = _first(CAPTION_COLUMNS, rest)
     for what, found, known in (("image", image, IMAGE_COLUMNS), ("caption", caption, CAPTION_COLUMNS)):

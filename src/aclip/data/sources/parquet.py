@@ -7,19 +7,22 @@ from typing import Any
 
 from aclip.data.sources.base import WINDOW, RawSample, Runs
 from aclip.data.sources.manifest import Columns, ManifestSource, Row, read_picture, row_of, settle_columns
-from aclip.errors import BadSampleError, DataError, MissingDependencyError
+from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError
 
 _log = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 4096
 
 
-def open_parquet(name: str, paths: list[Path], columns: Columns | None = None) -> "ManifestSource | EmbeddedPictures":
-    """Open Parquet files of one schema, in this order.
+def open_parquet(
+    name: str, paths: list[Path], columns: Columns | None = None, images: Path | None = None
+) -> "ManifestSource | EmbeddedPictures":
+    """Open Parquet files of one schema, in this order; paths in them are relative to `images`, else to each file.
 
     Raises:
-        DataError: a file that is not Parquet, of another schema, or no rows.
-        ConfigError: a column that does not exist or cannot be guessed; the columns there are.
+        DataError: a file that is not Parquet, of another schema, no rows, or no pictures (`ManifestSource`).
+        ConfigError: a column that does not exist or cannot be guessed; the columns there are. A folder of pictures
+            for files that hold the pictures themselves.
         MissingDependencyError: pyarrow is not installed.
     """
     files = [_open(path) for path in paths]
@@ -32,7 +35,9 @@ def open_parquet(name: str, paths: list[Path], columns: Columns | None = None) -
     _log.info("%s: %d rows, %s", name, sum(file.metadata.num_rows for file in files), columns)
     kind = files[0].schema_arrow.field(columns.image).type
     if _is_one_of(kind, "string", "large_string", "string_view"):
-        return ManifestSource(paths[0], _rows(files, paths, columns))
+        return ManifestSource(paths[0], _rows(files, paths, columns, own_folders=images is None), images)
+    if images is not None:
+        raise ConfigError(f"{name}: column '{columns.image}' holds {kind}, not paths: 'images' is for lists of paths")
     if _is_one_of(kind, "binary", "large_binary", "binary_view") or _has_bytes(kind):
         return EmbeddedPictures(name, paths, [_group_sizes(*one) for one in zip(files, paths, strict=True)], columns)
     raise DataError(f"{name}: column '{columns.image}' holds {kind}, neither paths nor pictures")
@@ -155,14 +160,14 @@ def _errors() -> tuple[type[Exception], ...]:
     return (DataError, IndexError, OSError, ValueError, pyarrow.ArrowException)
 
 
-def _rows(files: list[Any], paths: list[Path], columns: Columns) -> Iterator[Row]:
-    """Yield the pairs; of several files' pictures each is relative to its own file's folder."""
+def _rows(files: list[Any], paths: list[Path], columns: Columns, own_folders: bool) -> Iterator[Row]:
+    """Yield the pairs; with `own_folders`, a picture's path is relative to the folder of its file, not of the first."""
     for file, path in zip(files, paths, strict=True):
         try:
             for batch in file.iter_batches(columns=list(columns.names()), batch_size=_ROWS_AT_ONCE):
                 for fields in batch.to_pylist():
                     row = row_of(fields, columns)
-                    elsewhere = path.parent != paths[0].parent and row.image
+                    elsewhere = own_folders and path.parent != paths[0].parent and row.image
                     yield row._replace(image=str(path.parent.absolute() / row.image)) if elsewhere else row
         except _errors() as error:
             raise DataError(f"{path} cannot be read: {error}") from error

@@ -5,9 +5,9 @@ import re
 from itertools import accumulate
 
 from aclip.data.sources.base import Grouped, RawSample, Source
-from aclip.errors import DataError
+from aclip.errors import ConfigError, DataError
 
-_SLICE = re.compile(r"(.+)\[(\d*):(\d*)\]", re.DOTALL)
+_SLICE = re.compile(r"(.+)\[(-?\d*):(-?\d*)\]", re.DOTALL)
 
 
 class Part:
@@ -70,9 +70,15 @@ def split_slice(spec: str) -> tuple[str, tuple[int, int | None] | None]:
 
     >>> split_slice("emoji:train[:100]")
     ('emoji:train', (0, 100))
+
+    Raises:
+        ConfigError: a negative number.
     """
     match = _SLICE.fullmatch(spec)
     if match is None or os.path.exists(spec):
         return spec, None
     whole, first, last = match.groups()
+    if "-" in first + last:
+        raise ConfigError(f"'{spec}': a part takes no negative numbers, it is counted from the first sample: "
+                          f"'{whole}[:1000]' is the first thousand, '{whole}[1000:]' the rest")
     return whole, (int(first or 0), int(last) if last else None)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from aclip.data.sources.manifest import ManifestSource, Row, texts
+from aclip.data.sources.manifest import ManifestSource, Row, full_path, texts
 from aclip.errors import BadSampleError, DataError
 
 _log = logging.getLogger(__name__)
@@ -25,24 +25,28 @@ _NAMES = ("image_id", "image_name")  # CC3M's and CC12M's field of the picture's
 class ZippedPictures(ManifestSource):
     """Pairs whose pictures lie in zip files, as YFCC15M's do: `images/00/123.zip` holds `456.jpg`."""
 
+    def file(self, image: str) -> str:
+        """Return the archive."""
+        return image.rpartition("/")[0]
+
     def picture(self, image: str) -> bytes:
         """Return the bytes of `archive.zip/member`.
 
         Raises:
             BadSampleError: no such archive or member, or one that is damaged or too large.
         """
-        archive, _, member = image.rpartition("/")
+        archive, member = self.folder / self.file(image), image.rpartition("/")[2]
         try:
-            with zipfile.ZipFile(self.folder / archive) as opened:
+            with zipfile.ZipFile(archive) as opened:
                 size = opened.getinfo(member).file_size
                 if size > MAX_PICTURE_BYTES:
                     raise BadSampleError(f"{size:,} bytes in {image}, the limit is {MAX_PICTURE_BYTES:,}")
                 return opened.read(member)
         except KeyError as error:
-            raise BadSampleError(f"no {member} in {archive}") from error
+            raise BadSampleError(f"no {member} in {full_path(archive)}") from error
         # zipfile raises RuntimeError for an encrypted member, NotImplementedError for an unknown compression
         except (OSError, EOFError, zipfile.BadZipFile, RuntimeError, ValueError) as error:
-            raise BadSampleError(f"cannot read {archive}: {error}") from error
+            raise BadSampleError(f"cannot read {full_path(archive)}: {error}") from error
 
 
 def open_slip(path: Path, images: Path | None = None) -> ManifestSource:
