@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,9 @@ import torch
 from PIL import Image
 
 import aclip
-from aclip.cli import main
+from aclip.cli import build_parser, main
 from aclip.engine import launch
+from aclip.engine.run_config import RESUMABLE
 from bad_samples import USED, check_skipped, make_mixed_folder
 
 SMALL = ("--model", "vit-tiny", "--precision", "fp32", "--log-every", "1",
@@ -244,7 +246,58 @@ def test_options_that_a_resumed_run_cannot_take_are_refused(
     finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--resume", str(finished), "--epochs", "7", "--lr", "0.1"]) == 2
-    assert "other settings (recipe, epochs)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "other settings (recipe, epochs)" in error
+    assert "takes no others than --data, --validation, --workers, --device, --parallel," in error
+    assert f"start a new run from the weights of this one, with --model {finished}" in error
+
+
+def test_every_setting_that_a_resumed_run_may_change_is_an_option_and_in_the_docs() -> None:
+    scale = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    documented = re.findall(r"`--([a-z-]+)", scale[scale.index("A resumed run takes"):].partition("\n\n")[0])
+    assert {name.replace("-", "_") for name in documented} - {"resume", "model", "set", "output"} == set(RESUMABLE)
+    known = vars(build_parser().parse_args(["train"]))
+    assert set(RESUMABLE) <= known.keys()
+
+
+def test_a_run_goes_on_with_the_same_numbers_where_its_data_were_moved_and_its_machinery_is_another(
+    finished: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Everything that a resumed run may change at once, but what changes rounding."""
+    run, moved = tmp_path / "moved", shutil.copytree(pictures, tmp_path / "elsewhere")
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("final", "step-00000018", "report.html"))
+    command = ["train", "--resume", "--output", str(run), "--data", str(moved), "--validation", f"held={moved}",
+               "--workers", "0", "--device", "cpu", "--parallel", "fsdp", "--log-every", "2", "--evaluate-every", "0",
+               "--save-every", "0.5", "--keep-checkpoints", "1", "--keep-every", "3", "--tensorboard"]
+    _, errors = (resumed := in_another_process(command)).communicate(timeout=300)
+    assert resumed.returncode == 0, errors.decode()
+    theirs = [record for record in journal(finished) if record["step"] <= 15 or record["step"] % 2 == 0]
+    assert without_timings(journal(run)) == without_timings(theirs)
+    assert journal(run, "evaluations") == journal(finished, "evaluations")
+    ours, whole = aclip.load(run).state_dict(), aclip.load(finished).state_dict()
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (run, finished))
+    assert (config["data"], config["workers"], config["log_every"]) == ([str(moved)], 0, 2)
+    changes = config.pop("changes")
+    assert changes == [{"step": 15, "before": {name: before[name] for name in RESUMABLE
+                                               if before[name] != config[name]}}]
+    assert changes[0]["before"].keys() == set(RESUMABLE) - {"micro_batch", "recompute", "compile"}
+    assert config.keys() == before.keys()
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    (["--data", "{}[:23]"], "the data of {} had 24 pairs when the run was started and has 23 now"),
+    (["--validation", "held={}[:23]"], "held-out set 'held' of {} had 24 pairs when the run was started and has 23"),
+    (["--data", "{}[:12]=2", "{}[12:]=1"], "--data names other sources or weights than the run in {}"),
+])
+def test_other_pairs_are_not_resumed_on(
+    changes: list[str], sentence: str, finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "config.json").read_bytes()
+    assert main(["train", "--resume", str(finished), *(word.format(pictures) for word in changes)]) == 2
+    assert sentence.format(finished) in capsys.readouterr().err
+    assert (finished / "config.json").read_bytes() == before
 
 
 def under_torchrun(ranks: int, arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":

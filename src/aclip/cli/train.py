@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from aclip.engine.run_config import RunConfig
 
 DEFAULT_RECIPE, DEFAULT_MODEL = "a-clip", "vit-tiny"
-MACHINERY = {"parallel", "micro_batch", "recompute", "compile"}
-"""Settings that change nothing but speed, memory and rounding, so that a resumed run may have others."""
 
 EXAMPLES = """\
 examples:
@@ -206,7 +204,7 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
     """Return the run's configuration, its folder, and whether it is to be resumed."""
     import dataclasses
 
-    from aclip.engine.run_config import saved_config
+    from aclip.engine.run_config import RESUMABLE, saved_config
     from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError
 
@@ -224,11 +222,14 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
         return _new_config(args), folder, False
     saved = saved_config(RunFolder(folder))
     wanted = _with_options(saved, args)
-    changed = [f.name for f in dataclasses.fields(saved)
-               if f.name not in MACHINERY and getattr(saved, f.name) != getattr(wanted, f.name)]
+    here = dataclasses.replace(saved, output=wanted.output if Path(wanted.output) == folder else saved.output)  # moved
+    changed = [f.name for f in dataclasses.fields(here)
+               if f.name not in RESUMABLE and getattr(here, f.name) != getattr(wanted, f.name)]
     if changed:
-        raise ConfigError(f"the run in {folder} was started with other settings ({', '.join(changed)}): a resumed "
-                          "run keeps its own; leave the options out, or choose another --output")
+        others = ", ".join("--" + name.replace("_", "-") for name in RESUMABLE)
+        raise ConfigError(f"the run in {folder} was started with other settings ({', '.join(changed)}): a resumed run "
+                          f"keeps its own, and takes no others than {others}; leave the rest out, or start a new run "
+                          f"from the weights of this one, with --model {folder} and another --output")
     return wanted, folder, True
 
 

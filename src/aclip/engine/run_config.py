@@ -131,6 +131,12 @@ class RunConfig:
             raise ConfigError(f"epochs must be positive, not {self.epochs}")
 
 
+RESUMABLE = ("data", "validation", "workers", "device", "parallel", "micro_batch", "recompute", "compile", "log_every",
+             "evaluate_every", "save_every", "keep_checkpoints", "keep_every", "tensorboard")
+"""Settings that a resumed run may have otherwise: where the same pairs lie, what computes, and how often it is told of.
+They change the training by rounding at most."""
+
+
 DEFAULT_BATCH_SIZE = 256
 
 
