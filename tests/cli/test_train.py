@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 import aclip
-from aclip.cli import build_parser, main
+from aclip.cli import build_parser, compose, main
 from aclip.engine import launch
 from aclip.engine.run_config import RESUMABLE
+from aclip.engine.trainer import Trainer
 from bad_samples import USED, check_skipped, make_mixed_folder
 
 SMALL = ("--model", "vit-tiny", "--precision", "fp32", "--log-every", "1",
@@ -351,6 +352,45 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert "the loss is no longer finite at step" in error
     assert "try a lower --lr" in error
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize(("error", "more", "remedies"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), [],
+     "--micro-batch auto, --recompute or a smaller --batch-size"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                  "to allocate 137438953472 bytes. Error code 12"), ["--micro-batch", "4", "--recompute"],
+     "a smaller --micro-batch or a smaller --batch-size"),
+])
+def test_memory_that_is_short_is_told_before_and_when_it_runs_out(
+    error: RuntimeError, more: list[str], remedies: str, pictures: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(compose, "available_memory", lambda device: 2**20)
+    monkeypatch.setattr(Trainer, "_take_step", runs_out)
+    command = ["train", "--data", str(pictures), "--output", str(tmp_path / "run"), "--recipe", "clip", "--model",
+               "vit-micro", "--workers", "0", *more]
+    assert main(command) == 1
+    warning, sentence = capsys.readouterr().err.strip().split("\n")
+    assert re.fullmatch(r"aclip: a step is estimated to take \d+ MiB of memory beside the model, and 1 MiB are free: "
+                        rf"if that is too little, use {re.escape(remedies)}", warning)
+    assert sentence.startswith("aclip: a training step does not fit into the memory, estimated at about ")
+    assert sentence.endswith(f": use {remedies}")
+
+
+def test_other_errors_in_a_step_are_no_shortage_of_memory(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(Trainer, "_take_step", breaks)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        main(["train", "--data", str(pictures), "--output", str(tmp_path / "run"), "--recipe", "clip", "--model",
+              "vit-micro", "--workers", "0"])
+    assert "memory beside the model" not in capsys.readouterr().err
 
 
 def test_data_that_has_grown_is_not_resumed_on(

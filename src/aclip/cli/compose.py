@@ -1,6 +1,7 @@
 """Putting the layers together: from a configuration to a finished run. Only the command line composes."""
 
 import io
+import logging
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from aclip.config import to_dict
 from aclip.data.fetch import resolve_spec
 from aclip.engine.console import ProgressSink, TensorBoardSink
 from aclip.engine.loop import Sink, fit, resume
-from aclip.engine.memory import note_peak_memory
+from aclip.engine.memory import available_memory, note_peak_memory, remedies, shortage
 from aclip.engine.run_config import RESUMABLE, RunConfig, Timetable, choose_device, saved_config, settled
 from aclip.engine.run_folder import RunFolder
 from aclip.engine.score_cache import open_caches
@@ -34,6 +35,8 @@ from aclip.report import take_snapshot, write_report
 from aclip.rng import generator
 
 SNAPSHOT_PICTURES = 8
+
+_log = logging.getLogger(__name__)
 
 
 def open_held_out(specs: Sequence[str]) -> list[HeldOut]:
@@ -98,6 +101,7 @@ def train_run(
     held_out = open_held_out(config.validation)
 
     trainer = build_trainer(config, len(source), device)
+    too_large = shortage(trainer.estimate, available_memory(device))
     model, resolved, timetable = trainer.wrapped.shown.model, trainer.method.plan, trainer.timetable
 
     dataflow = dataflow_table(resolved, config.model, text_tokens=14)
@@ -115,6 +119,8 @@ def train_run(
         trainer.score_caches = open_caches(folder.path, resolved, samples=len(source),
                                            steps_per_epoch=timetable.steps_per_epoch, fresh=not resumed)
     print_header(console, config, trainer, dataflow, len(source))
+    if too_large and dist.rank() == 0:
+        _log.warning("%s: if that is too little, use %s", too_large, remedies(config))
 
     tokenizer = data.CaptionTokenizer(towers.tokenizer_of(config.model))
     encoder = towers.LoadedModel(model, tokenizer)
