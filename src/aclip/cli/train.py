@@ -105,7 +105,8 @@ def add_settings(how: Any) -> list[argparse.Action]:
                          metavar="SHARE:RESOLUTION", help="small images first: shares of the steps with the image side "
                          "relative to the recipe's own, e.g. 0.5:0.5 0.3:0.75 (default: whole images throughout)"),
         how.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
-                         help="of the towers' arithmetic (default: bf16 where the device multiplies in it, else fp32)"),
+                         help="of the towers' arithmetic (default: bf16 where the device multiplies in it, fp16 on "
+                         "GPUs below compute capability 8.0, else fp32)"),
         how.add_argument("--parallel", choices=["ddp", "fsdp"], help="over several processes (torchrun, srun): "
                          "everything on each, or a share of it on each (default: ddp)"),
         how.add_argument("--micro-batch", type=pairs_or_auto, metavar="PAIRS|auto", help="pairs that a process holds "
