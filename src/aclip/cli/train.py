@@ -87,6 +87,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--samples", type=int, help="pairs to train on, instead of --epochs")
     how.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
     how.add_argument("--seed", type=int, help="of weights, order, crops and masks (default: 0)")
+    how.add_argument("--parallel", choices=["ddp", "fsdp"], help="over several processes (torchrun, srun): everything "
+                     "on each, or a share of it on each (default: ddp)")
     add_settings(how)
 
 
@@ -107,8 +109,6 @@ def add_settings(how: Any) -> list[argparse.Action]:
         how.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
                          help="of the towers' arithmetic (default: bf16 where the device multiplies in it, fp16 on "
                          "GPUs below compute capability 8.0, else fp32)"),
-        how.add_argument("--parallel", choices=["ddp", "fsdp"], help="over several processes (torchrun, srun): "
-                         "everything on each, or a share of it on each (default: ddp)"),
         how.add_argument("--micro-batch", type=pairs_or_auto, metavar="PAIRS|auto", help="pairs that a process holds "
                          "at a time; the step stays that of the whole batch; auto: as many as fit (default: all)"),
         how.add_argument("--recompute", action="store_true", default=None,
