@@ -204,6 +204,13 @@ def test_wrong_usage_is_one_sentence(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("words", ["abc", "-4", "8.5"])
+def test_a_micro_batch_is_a_number_or_auto(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", f"--micro-batch={words}"])
+    assert f"argument --micro-batch: '{words}' is not a number of pairs, nor auto" in capsys.readouterr().err
+
+
 def test_a_second_run_does_not_overwrite_the_first(
     finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,9 +308,11 @@ def test_other_pairs_are_not_resumed_on(
     assert (finished / "config.json").read_bytes() == before
 
 
-def under_torchrun(ranks: int, arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+def under_torchrun(
+    ranks: int, arguments: Sequence[str], program: tuple[str, ...] = ("-m", "aclip")
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "aclip",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program,
          *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
 
 
@@ -341,7 +350,27 @@ def test_processes_under_torchrun_train_as_one_does(pictures: Path, tmp_path: Pa
 def test_a_batch_that_does_not_divide_is_refused_by_all(pictures: Path, tmp_path: Path) -> None:
     done = under_torchrun(2, options(pictures, tmp_path / "run", "--batch-size", "7", "--device", "cpu"))
     assert done.returncode != 0
-    assert "not 7 for 2" in done.stderr
+    assert done.stderr.count("not 7 for 2") == 1  # though both have met it
+
+
+def test_an_error_before_the_processes_meet_is_told_once(tmp_path: Path) -> None:
+    done = under_torchrun(2, ["train", "--resume", str(tmp_path / "nowhere")])
+    assert done.returncode != 0
+    assert done.stderr.count("holds no run to resume") == 1
+
+
+def test_an_error_that_one_process_meets_alone_is_told_with_its_rank(pictures: Path, tmp_path: Path) -> None:
+    code = ("import os, sys; from aclip.cli import compose, main; from aclip.errors import DataError\n"
+            "def opens(specs):\n"
+            "    if os.environ['RANK'] == '1': raise DataError('gone on this machine')\n"
+            "    return opened(specs)\n"
+            "opened, compose.open_training = compose.open_training, opens\n"
+            "sys.exit(main(sys.argv[1:]))\n")
+    (tmp_path / "alone.py").write_text(code)
+    done = under_torchrun(2, options(pictures, tmp_path / "run", "--device", "cpu"),
+                          program=(str(tmp_path / "alone.py"),))
+    assert done.returncode != 0
+    assert done.stderr.count("aclip: rank 1: gone on this machine") == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_run(

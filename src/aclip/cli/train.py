@@ -145,6 +145,8 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 def pairs_or_auto(text: str) -> int | str:
     """Return a number of pairs, or "auto"."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of pairs, nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -165,10 +167,12 @@ def run(args: argparse.Namespace) -> None:
     if args.overfit_one_batch is not None:
         _overfit(args)
         return
-    config, folder, resumed = _settle(args)
+    from aclip.engine.launch import joined, speaking_in_turn
+
+    with speaking_in_turn():
+        config, folder, resumed = _settle(args)
     from aclip import dist
     from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
-    from aclip.engine.launch import joined
     from aclip.engine.run_folder import RunFolder
 
     command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
