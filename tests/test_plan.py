@@ -10,6 +10,7 @@ import pytest
 from aclip.config import EmaMomentum, ObjectiveConfig, Pass, Recipe, TextPass, override
 from aclip.errors import ConfigError
 from aclip.masking import MASKING
+from aclip.masking.uniform import UniformMasking
 from aclip.objectives import OBJECTIVES
 from aclip.plan import Plan, build_objective, image_macs, resolve, text_macs
 from aclip.recipes import RECIPES
@@ -207,6 +208,17 @@ def two_scored_views(**changes: Any) -> Recipe:
 def test_wiring_errors_say_what_exists(recipe: Recipe, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolved(recipe)
+
+
+def test_another_masking_with_the_options_of_the_first_is_refused_with_the_way_out() -> None:
+    masking = "passes.masked.masking=uniform"
+    with pytest.raises(ConfigError, match="unknown option 'keep'") as refused:
+        resolved(override(RECIPES["a-clip"], [masking]))
+    way_out = re.search(r"--set 'recipe\.(.*)'", str(refused.value))
+    assert way_out is not None
+    for assignments in ([masking, way_out[1]], [way_out[1], masking]):
+        strategy = resolved(override(RECIPES["a-clip"], assignments)).passes[1].strategy
+        assert (type(strategy), strategy.block_size) == (UniformMasking, 2)
 
 
 def test_scores_come_from_the_same_view_where_there_is_one() -> None:

@@ -43,6 +43,10 @@ class TrainingError(AclipError):
     """A run that cannot go on."""
 
 
+class OutOfMemoryError(TrainingError):
+    """A training step that does not fit into the memory."""
+
+
 class UnsupportedModelError(AclipError):
     """A model that cannot do what was asked (say, score patches without attention)."""
 

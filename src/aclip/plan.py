@@ -5,6 +5,7 @@ is run.
 """
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -234,8 +235,15 @@ def build_strategy(p: Pass) -> MaskingStrategy:
     """Return the pass's masking strategy."""
     if p.masking not in MASKING:
         raise ConfigError(f"pass '{p.name}': {unknown_name('masking', p.masking, MASKING)}")
-    strategy: MaskingStrategy = _build(
-        MASKING[p.masking], {"mask_ratio": p.mask_ratio}, p.masking_options, f"masking '{p.masking}'")
+    cls, given = MASKING[p.masking], {"mask_ratio": p.mask_ratio}
+    try:
+        strategy: MaskingStrategy = _build(cls, given, p.masking_options, f"masking '{p.masking}'")
+    except ConfigError as error:
+        taken = {name: p.masking_options[name] for name in _options_of(cls, given) if name in p.masking_options}
+        if len(taken) == len(p.masking_options):
+            raise
+        raise ConfigError(f"pass '{p.name}': {error}; to have others than it has now, set all of them at once, e.g. "
+                          f"--set 'recipe.passes.{p.name}.masking_options={json.dumps(taken)}'") from error
     return strategy
 
 
@@ -292,9 +300,14 @@ def text_macs(shape: TowerShape, tokens: float | None = None) -> float:
     return shape.text_layers * block_macs(length, shape.text_width, shape.text_mlp_width)
 
 
+def _options_of(cls: Any, given: Mapping[str, Any]) -> list[str]:
+    """Return the arguments that `cls` takes besides those `given`."""
+    return [name for name in inspect.signature(cls).parameters if name not in given]
+
+
 def _build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: str) -> Any:
     """Return `cls(**given, **options)`; `options` are the user's, and mistakes in them are explained."""
-    known = [name for name in inspect.signature(cls).parameters if name not in given]
+    known = _options_of(cls, given)
     for name in options:
         if name not in known:
             raise ConfigError(f"{what} does not take these options: {unknown_name('option', name, known)}")

@@ -1,12 +1,15 @@
 """`aclip bench step`: what is timed, and what is told of it."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from aclip.cli import bench_step, main
-from aclip.engine import timing
+from aclip.cli import main
+from aclip.engine import memory, timing
+from aclip.engine.trainer import Trainer
+from aclip.structs import Batch, StepOutput
 
 BRIEFLY = ["bench", "step", "--model", "vit-micro", "--rounds", "2", "--device", "cpu"]
 
@@ -44,21 +47,41 @@ def test_steps_that_know_their_scores_count_for_the_epochs_in_which_they_do(
     assert json.loads(capsys.readouterr().out)["speeds"][0]["seconds"] == 5.0
 
 
-def test_a_batch_that_does_not_fit_ends_the_search(
+def test_a_batch_that_does_not_fit_ends_the_search_and_what_came_before_was_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = bench_step._take
+    take, told = Trainer._take_step, []
 
-    def fits(trainer, batch):
+    def fits(trainer: Trainer, batch: Batch) -> StepOutput:
         if batch.size > 2:
+            told.append(capsys.readouterr().err)
             raise torch.OutOfMemoryError
-        take(trainer, batch)
+        return take(trainer, batch)
 
-    monkeypatch.setattr(bench_step, "_take", fits)
+    monkeypatch.setattr(Trainer, "_take_step", fits)
     assert main([*BRIEFLY, "--batch-sizes", "2", "4", "8"]) == 0
-    out = capsys.readouterr().out
-    assert "batch 4 and larger do not fit" in out
-    assert "most pairs a second: batch 2." in out
+    assert re.search(r"batch 2: [\d,]+ ms in its first steps, [\d,.]+ pairs/s, peak memory ", told[0])
+    found = capsys.readouterr()
+    assert "batch 4 and larger do not fit" in found.err
+    assert "most pairs a second: batch 2." in found.out
+
+
+def test_batches_that_are_estimated_not_to_fit_are_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Trainer._take_step
+
+    def fits(trainer: Trainer, batch: Batch) -> StepOutput:
+        assert batch.size == 2
+        return take(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "_take_step", fits)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2**30)
+    assert main([*BRIEFLY, "--batch-sizes", "2", "65536", "131072"]) == 0
+    found = capsys.readouterr()
+    assert re.search(r"batch 65536 and larger are left out: a step is estimated to take [\d.]+ GiB of memory beside "
+                     r"the model, and 1\.0 GiB are free", found.err)
+    assert "most pairs a second: batch 2." in found.out
 
 
 @pytest.mark.parametrize(("more", "sentence"), [

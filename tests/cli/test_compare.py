@@ -12,8 +12,9 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
-from aclip.cli import main
+from aclip.cli import compose_comparison, main
 from aclip.cli.compare import common_arguments
 from aclip.cli.compose_comparison import Comparison
 from aclip.engine.comparison import ComparisonFolder, Measured
@@ -197,6 +198,37 @@ def comparison(arguments: list[str]) -> Comparison:
 
     args = build_parser().parse_args(arguments)
     return Comparison(args, common_arguments(args))
+
+
+@pytest.mark.parametrize(("listed", "gpus", "more", "expected"), [
+    (None, 2, [], ["0", "1"]),
+    ("3,5", 2, [], ["3", "5"]),
+    ("GPU-8d1f, GPU-77a0,-1,GPU-0", 2, ["--device", "cuda"], ["GPU-8d1f", "GPU-77a0"]),
+    (None, 1, [], []),
+    (None, 0, [], []),
+    (None, 2, ["--device", "cpu"], []),
+])
+def test_jobs_take_the_visible_gpus_in_turns(
+    listed: str | None, gpus: int, more: list[str], expected: list[str], pictures: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compose_comparison, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    made = comparison(options(pictures, tmp_path / "made", "--recipes", "clip", "--epochs", "1", "--jobs", "3", *more))
+    children = made._children(0)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in children.slots] == expected
+    assert children.environment.get("CUDA_VISIBLE_DEVICES") == listed
+
+
+def test_an_option_for_several_processes_is_none_of_a_comparison(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(options(pictures, tmp_path / "made", "--recipes", "clip", "--epochs", "1", "--parallel", "fsdp"))
+    assert "unrecognized arguments: --parallel fsdp" in capsys.readouterr().err
 
 
 def test_minutes_become_pairs_by_the_measured_step_and_stay_so(pictures: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,10 @@ import torch
 from PIL import Image
 
 import aclip
-from aclip.cli import main
+from aclip.cli import build_parser, compose, main
 from aclip.engine import launch
+from aclip.engine.run_config import RESUMABLE
+from aclip.engine.trainer import Trainer
 from bad_samples import USED, check_skipped, make_mixed_folder
 
 SMALL = ("--model", "vit-tiny", "--precision", "fp32", "--log-every", "1",
@@ -201,6 +204,13 @@ def test_wrong_usage_is_one_sentence(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("words", ["abc", "-4", "8.5"])
+def test_a_micro_batch_is_a_number_or_auto(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", f"--micro-batch={words}"])
+    assert f"argument --micro-batch: '{words}' is not a number of pairs, nor auto" in capsys.readouterr().err
+
+
 def test_a_second_run_does_not_overwrite_the_first(
     finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,12 +254,65 @@ def test_options_that_a_resumed_run_cannot_take_are_refused(
     finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--resume", str(finished), "--epochs", "7", "--lr", "0.1"]) == 2
-    assert "other settings (recipe, epochs)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "other settings (recipe, epochs)" in error
+    assert "takes no others than --data, --validation, --workers, --device, --parallel," in error
+    assert f"start a new run from the weights of this one, with --model {finished}" in error
 
 
-def under_torchrun(ranks: int, arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+def test_every_setting_that_a_resumed_run_may_change_is_an_option_and_in_the_docs() -> None:
+    scale = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    documented = re.findall(r"`--([a-z-]+)", scale[scale.index("A resumed run takes"):].partition("\n\n")[0])
+    assert {name.replace("-", "_") for name in documented} - {"resume", "model", "set", "output"} == set(RESUMABLE)
+    known = vars(build_parser().parse_args(["train"]))
+    assert set(RESUMABLE) <= known.keys()
+
+
+def test_a_run_goes_on_with_the_same_numbers_where_its_data_were_moved_and_its_machinery_is_another(
+    finished: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Everything that a resumed run may change at once, but what changes rounding."""
+    run, moved = tmp_path / "moved", shutil.copytree(pictures, tmp_path / "elsewhere")
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("final", "step-00000018", "report.html"))
+    command = ["train", "--resume", "--output", str(run), "--data", str(moved), "--validation", f"held={moved}",
+               "--workers", "0", "--device", "cpu", "--parallel", "fsdp", "--log-every", "2", "--evaluate-every", "0",
+               "--save-every", "0.5", "--keep-checkpoints", "1", "--keep-every", "3", "--tensorboard"]
+    _, errors = (resumed := in_another_process(command)).communicate(timeout=300)
+    assert resumed.returncode == 0, errors.decode()
+    theirs = [record for record in journal(finished) if record["step"] <= 15 or record["step"] % 2 == 0]
+    assert without_timings(journal(run)) == without_timings(theirs)
+    assert journal(run, "evaluations") == journal(finished, "evaluations")
+    ours, whole = aclip.load(run).state_dict(), aclip.load(finished).state_dict()
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (run, finished))
+    assert (config["data"], config["workers"], config["log_every"]) == ([str(moved)], 0, 2)
+    changes = config.pop("changes")
+    assert changes == [{"step": 15, "before": {name: before[name] for name in RESUMABLE
+                                               if before[name] != config[name]}}]
+    assert changes[0]["before"].keys() == set(RESUMABLE) - {"micro_batch", "recompute", "compile"}
+    assert config.keys() == before.keys()
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    (["--data", "{}[:23]"], "the data of {} had 24 pairs when the run was started and has 23 now"),
+    (["--validation", "held={}[:23]"], "held-out set 'held' of {} had 24 pairs when the run was started and has 23"),
+    (["--data", "{}[:12]=2", "{}[12:]=1"], "--data names other sources or weights than the run in {}"),
+])
+def test_other_pairs_are_not_resumed_on(
+    changes: list[str], sentence: str, finished: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "config.json").read_bytes()
+    assert main(["train", "--resume", str(finished), *(word.format(pictures) for word in changes)]) == 2
+    assert sentence.format(finished) in capsys.readouterr().err
+    assert (finished / "config.json").read_bytes() == before
+
+
+def under_torchrun(
+    ranks: int, arguments: Sequence[str], program: tuple[str, ...] = ("-m", "aclip")
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "aclip",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program,
          *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
 
 
@@ -287,7 +350,27 @@ def test_processes_under_torchrun_train_as_one_does(pictures: Path, tmp_path: Pa
 def test_a_batch_that_does_not_divide_is_refused_by_all(pictures: Path, tmp_path: Path) -> None:
     done = under_torchrun(2, options(pictures, tmp_path / "run", "--batch-size", "7", "--device", "cpu"))
     assert done.returncode != 0
-    assert "not 7 for 2" in done.stderr
+    assert done.stderr.count("not 7 for 2") == 1  # though both have met it
+
+
+def test_an_error_before_the_processes_meet_is_told_once(tmp_path: Path) -> None:
+    done = under_torchrun(2, ["train", "--resume", str(tmp_path / "nowhere")])
+    assert done.returncode != 0
+    assert done.stderr.count("holds no run to resume") == 1
+
+
+def test_an_error_that_one_process_meets_alone_is_told_with_its_rank(pictures: Path, tmp_path: Path) -> None:
+    code = ("import os, sys; from aclip.cli import compose, main; from aclip.errors import DataError\n"
+            "def opens(specs):\n"
+            "    if os.environ['RANK'] == '1': raise DataError('gone on this machine')\n"
+            "    return opened(specs)\n"
+            "opened, compose.open_training = compose.open_training, opens\n"
+            "sys.exit(main(sys.argv[1:]))\n")
+    (tmp_path / "alone.py").write_text(code)
+    done = under_torchrun(2, options(pictures, tmp_path / "run", "--device", "cpu"),
+                          program=(str(tmp_path / "alone.py"),))
+    assert done.returncode != 0
+    assert done.stderr.count("aclip: rank 1: gone on this machine") == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
@@ -298,6 +381,45 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert "the loss is no longer finite at step" in error
     assert "try a lower --lr" in error
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize(("error", "more", "remedies"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), [],
+     "--micro-batch auto, --recompute or a smaller --batch-size"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                  "to allocate 137438953472 bytes. Error code 12"), ["--micro-batch", "4", "--recompute"],
+     "a smaller --micro-batch or a smaller --batch-size"),
+])
+def test_memory_that_is_short_is_told_before_and_when_it_runs_out(
+    error: RuntimeError, more: list[str], remedies: str, pictures: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(compose, "available_memory", lambda device: 2**20)
+    monkeypatch.setattr(Trainer, "_take_step", runs_out)
+    command = ["train", "--data", str(pictures), "--output", str(tmp_path / "run"), "--recipe", "clip", "--model",
+               "vit-micro", "--workers", "0", *more]
+    assert main(command) == 1
+    warning, sentence = capsys.readouterr().err.strip().split("\n")
+    assert re.fullmatch(r"aclip: a step is estimated to take \d+ MiB of memory beside the model, and 1 MiB are free: "
+                        rf"if that is too little, use {re.escape(remedies)}", warning)
+    assert sentence.startswith("aclip: a training step does not fit into the memory, estimated at about ")
+    assert sentence.endswith(f": use {remedies}")
+
+
+def test_other_errors_in_a_step_are_no_shortage_of_memory(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(Trainer, "_take_step", breaks)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        main(["train", "--data", str(pictures), "--output", str(tmp_path / "run"), "--recipe", "clip", "--model",
+              "vit-micro", "--workers", "0"])
+    assert "memory beside the model" not in capsys.readouterr().err
 
 
 def test_data_that_has_grown_is_not_resumed_on(

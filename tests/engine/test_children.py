@@ -62,6 +62,24 @@ def test_jobs_run_at_once_with_the_environment_given(tmp_path: Path) -> None:
     assert ["a", "b"] in witness.at_work
 
 
+def test_slots_are_taken_in_turns_and_again_when_they_are_free(tmp_path: Path) -> None:
+    """Three at a time over two slots; the fourth job has the slot of the one that ended, in both of its commands."""
+    def tells(*others: str) -> tuple[str, ...]:
+        return python(f"import os, pathlib, time\nprint(os.environ['GPU'])\nplace = pathlib.Path({str(tmp_path)!r})\n"
+                      f"while not all((place / name).exists() for name in {others}): time.sleep(0.01)")
+
+    def touch(name: str) -> tuple[str, ...]:
+        return python(f"import pathlib; pathlib.Path({str(tmp_path)!r}, {name!r}).touch()")
+
+    jobs = [Job("a", (tells("d"),), tmp_path / "a.log"), Job("b", (tells(),), tmp_path / "b.log"),
+            Job("c", (tells("d"),), tmp_path / "c.log"), Job("d", (tells(), tells(), touch("d")), tmp_path / "d.log")]
+    witness = Witness()
+    witness.work(Children(3, os.environ, slots=[{"GPU": "first"}, {"GPU": "second"}]), jobs)
+    assert set(witness.ends.values()) == {None}
+    told = {job.name: job.log.read_text().split() for job in jobs}
+    assert told == {"a": ["first"], "b": ["second"], "c": ["first"], "d": ["second", "second"]}
+
+
 def interrupt_when(path: Path) -> None:
     def wait() -> None:
         deadline = time.monotonic() + 60

@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
+from aclip.engine import launch
 from aclip.engine.launch import Place, find_place, fresh_store
 from aclip.errors import ConfigError
 
@@ -50,3 +51,17 @@ def test_processes_that_start_anew_find_nothing_of_those_that_are_gone(monkeypat
         assert not stores[0].check(["address"])
         stores[0].set("address", "here")
         assert [store.get("address") for store in stores] == [b"here"] * 3
+
+
+@pytest.mark.parametrize(("rank", "waits", "sentence"), [("0", [], "no data"), ("3", [launch.RANK_0_SPEAKS],
+                                                                             "rank 3: no data")])
+def test_rank_0_speaks_first_and_the_others_say_who_they_are(
+    rank: str, waits: list[float], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError) as found, launch.speaking_in_turn():
+        raise ConfigError("no data")
+    assert (str(found.value), waited) == (sentence, waits)

@@ -67,8 +67,18 @@ def cpu_flags(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_bf16_is_chosen_where_it_is_fast(cpu_flags: str | None) -> None:
     expected = "bf16" if cpu_flags and "bf16" in cpu_flags else "fp32"
     assert settled(config(), 10_000, CPU).precision == expected
-    assert settled(config(), 10_000, CUDA).precision == "bf16"
     assert settled(config(), 10_000, torch.device("mps")).precision == "fp32"
+
+
+@pytest.mark.parametrize(("capability", "hip", "expected"), [
+    ((7, 5), None, "fp16"), ((8, 0), None, "bf16"), ((12, 0), None, "bf16"), ((6, 0), "6.2", "bf16"),
+], ids=["T4", "A100", "RTX 50", "ROCm"])
+def test_gpus_that_only_emulate_bf16_take_fp16(
+    capability: tuple[int, int], hip: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert settled(config(), 10_000, CUDA).precision == expected
 
 
 @pytest.mark.parametrize(("pairs", "batch_size"), [(10_000, 256), (100, 100), (1, 2)])

@@ -64,6 +64,22 @@ def test_captions_are_the_classes_where_labels_are_missing(table_model, picture_
     assert result.counts["classes"] == 2
 
 
+@pytest.mark.parametrize(("captions", "labels", "classes", "warns"), [
+    (["a", "b", "a"], None, None, True),
+    (["a", "b", "a", "b"], None, None, False),  # two pictures a class
+    (["a", "b", "a"], ["a", "b", "a"], None, False),
+    (["a", "b", "a"], None, ("a", "b"), False),
+])
+def test_captions_that_are_nearly_as_many_as_pictures_are_no_classes(
+    captions, labels, classes, warns, table_model, picture_set, cpu, caplog
+):
+    texts = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
+    model = table_model(torch.eye(2)[[captions.index(caption) for caption in captions]], texts)
+    with caplog.at_level(logging.WARNING, logger="aclip"):
+        ZeroShot(classes=classes, templates=("{}",)).run(model, picture_set(captions, labels), cpu)
+    assert ("zero_shot takes captions for classes: 2 for 3 pictures" in caplog.text) == warns
+
+
 def test_pictures_of_other_classes_are_left_out_and_counted(task, cpu, caplog):
     model, pictures, classes = task
     with caplog.at_level(logging.WARNING, logger="aclip"):

@@ -57,8 +57,8 @@ def register(actions: Any) -> None:
     parser.add_argument("--recipe", default="a-clip", help="see `aclip recipes` (default: %(default)s)")
     parser.add_argument("--model", default="vit-tiny", help="as for `aclip train` (default: %(default)s)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the input (default: the model's own)")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="pairs in a step (default: "
-                        "16 64 256, on a GPU 64 256 1024)")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="pairs in a step; those that are "
+                        "estimated not to fit are left out (default: 16 64 256, on a GPU 64 256 1024)")
     parser.add_argument("--pairs", type=int, metavar="N", help="size of your dataset, to say how long a run takes")
     parser.add_argument("--epochs", type=float, default=25.0, help="of that run (default: 25)")
     parser.add_argument("--text-tokens", type=float, default=14.0, metavar="N",
@@ -100,56 +100,65 @@ def run(args: argparse.Namespace) -> None:
     config = settled(RunConfig(recipe, args.model, data="", output="", image_size=args.image_size,
                                batch_size=sizes[0], samples=sizes[0] * LENGTH, precision=args.precision),
                      sizes[0] * LENGTH, device)
-    speeds, failed = measure(config, sizes, device, args)
+    speeds = measure(config, sizes, device, args)
     if args.json:
         sys.stdout.write(json.dumps(summary_of(config, device, speeds), indent=2) + "\n")
     else:
         print_speeds(Console(highlight=False), config, device, speeds, args)
-    if failed and not args.json:
-        Console(highlight=False).print(f"batch {failed} and larger do not fit into this GPU's memory", soft_wrap=True)
 
 
 def measure(
     config: RunConfig, sizes: Sequence[int], device: torch.device, args: argparse.Namespace
-) -> tuple[list[Speed], int | None]:
-    """Time steps at every batch size that fits, in turns; also return the first that did not.
+) -> list[Speed]:
+    """Time steps at every batch size that fits, in turns.
 
+    What each size has shown in its first steps is told on standard error before a larger one is tried, which may be
+    the end of the process; so is the first size that does not fit.
     Where scores serve for several epochs, a step is the mean of those that compute them and those that know them.
     """
+    from dataclasses import replace
     from functools import partial
 
     import torch
 
     from aclip.cli.bars import counting_bar
     from aclip.cli.compose import build_trainer
-    from aclip.engine.memory import peak_memory
+    from aclip.engine.memory import available_memory, estimate, in_units, peak_memory, shortage
     from aclip.engine.timing import summary, time_in_turns
     from aclip.engine.trial import made_batch, with_known_scores
+    from aclip.errors import OutOfMemoryError
 
     trainer = build_trainer(config, sizes[0] * LENGTH, device)
     if trainer.method.frequencies is not None:
         trainer.method.frequencies.fill_(1.0 / trainer.method.plan.shape.vocab_size)
     resolved = trainer.method.plan
     share = resolved.scoring_share
-    steps, memory, failed = {}, {}, None
+    free = available_memory(device)  # before any step, whose memory torch keeps
+    steps, memory = {}, {}
     with counting_bar("steps") as bar:
-        task = bar.add_task("timing", total=len(sizes) * (WARMUP + args.rounds) * (1 if share == 1.0 else 2))
+        rounds = (WARMUP + args.rounds) * (1 if share == 1.0 else 2)
+        task = bar.add_task("timing", total=len(sizes) * (WARMUP + rounds))
+        timed = partial(time_in_turns, device=device, advance=lambda: bar.advance(task))
         for size in sizes:  # ascending, so that the highest mark of a process is that of the step just taken
+            too_large = shortage(estimate(trainer.method, replace(config, batch_size=size), size), free)
+            if too_large:
+                bar.console.print(f"batch {size} and larger are left out: {too_large}", soft_wrap=True)
+                break
             batch = made_batch(resolved, size, text_tokens=args.text_tokens).to(device)
             step = partial(_take, trainer, batch)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             try:
-                step()
-            except torch.OutOfMemoryError:
-                failed = size
+                first = timed({str(size): step}, warmup=WARMUP - 1, rounds=1)[str(size)][-1]
+            except OutOfMemoryError:
+                bar.console.print(f"batch {size} and larger do not fit into the memory", soft_wrap=True)
                 break
             steps[str(size)], memory[size] = step, peak_memory(device)
+            bar.console.print(f"batch {size}: {1e3 * first:,.0f} ms in its first steps, {size / first:,.1f} pairs/s, "
+                              f"peak memory {in_units(memory[size])}", soft_wrap=True)
             if share < 1.0:
                 steps[f"{size}, scores known"] = partial(_take, trainer, with_known_scores(batch, resolved))
-            bar.advance(task)
-        times = time_in_turns(steps, warmup=WARMUP - 1, rounds=args.rounds, device=device,
-                              advance=lambda: bar.advance(task))
+        times = timed(steps, warmup=WARMUP, rounds=args.rounds)
     speeds = []
     for size in memory:
         scoring = times[str(size)]
@@ -159,7 +168,7 @@ def measure(
         hours = args.pairs * args.epochs / pairs / 3600 if args.pairs else None
         speeds.append(Speed(size, found["median"], (found["first_quartile"], found["third_quartile"]), pairs, hours,
                             memory[size]))
-    return speeds, failed
+    return speeds
 
 
 def _take(trainer: Trainer, batch: Any) -> None:

@@ -54,7 +54,7 @@ def register(verbs: Any) -> None:
     what.add_argument("--evaluate-on", nargs="+", metavar="[NAME=]SOURCE",
                       help="sets of --evaluators, e.g. labelled ones for the probes (default: those of --validation)")
     what.add_argument("--jobs", type=int, default=1, metavar="N",
-                      help="runs at a time; they share the cores (default: %(default)s)")
+                      help="runs at a time; they share the cores, and take the GPUs in turns (default: %(default)s)")
     what.add_argument("--timing-rounds", type=int, default=10, metavar="N",
                       help="timed steps of every recipe, taken in turns (default: %(default)s)")
     what.add_argument("--dry-run", action="store_true", help="print the runs and the arithmetic, do nothing")

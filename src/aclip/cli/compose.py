@@ -1,6 +1,7 @@
 """Putting the layers together: from a configuration to a finished run. Only the command line composes."""
 
 import io
+import logging
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from aclip.config import to_dict
 from aclip.data.fetch import resolve_spec
 from aclip.engine.console import ProgressSink, TensorBoardSink
 from aclip.engine.loop import Sink, fit, resume
-from aclip.engine.memory import note_peak_memory
-from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
+from aclip.engine.memory import available_memory, note_peak_memory, remedies, shortage
+from aclip.engine.run_config import RESUMABLE, RunConfig, Timetable, choose_device, saved_config, settled
 from aclip.engine.run_folder import RunFolder
 from aclip.engine.score_cache import open_caches
 from aclip.engine.trainer import Trainer
@@ -34,6 +35,8 @@ from aclip.report import take_snapshot, write_report
 from aclip.rng import generator
 
 SNAPSHOT_PICTURES = 8
+
+_log = logging.getLogger(__name__)
 
 
 def open_held_out(specs: Sequence[str]) -> list[HeldOut]:
@@ -98,21 +101,26 @@ def train_run(
     held_out = open_held_out(config.validation)
 
     trainer = build_trainer(config, len(source), device)
+    too_large = shortage(trainer.estimate, available_memory(device))
     model, resolved, timetable = trainer.wrapped.shown.model, trainer.method.plan, trainer.timetable
 
     dataflow = dataflow_table(resolved, config.model, text_tokens=14)
     if resumed:
-        check_same_data(folder, len(source))
+        check_same_data(folder, config, len(source), held_out)
         resume(trainer, folder)
+        if dist.rank() == 0:
+            note_changes(folder, config, held_out, trainer.step)
     elif dist.rank() == 0:
         folder.create()
         folder.write_json("config.json", to_dict(config) | {
-            "num_pairs": len(source), "command": command, "dataflow": plain_text(dataflow),
-            "versions": versions(device)})
+            "num_pairs": len(source), "held_out_pairs": sizes(held_out), "command": command,
+            "dataflow": plain_text(dataflow), "versions": versions(device)})
     if trainer.step < timetable.total_steps:
         trainer.score_caches = open_caches(folder.path, resolved, samples=len(source),
                                            steps_per_epoch=timetable.steps_per_epoch, fresh=not resumed)
     print_header(console, config, trainer, dataflow, len(source))
+    if too_large and dist.rank() == 0:
+        _log.warning("%s: if that is too little, use %s", too_large, remedies(config))
 
     tokenizer = data.CaptionTokenizer(towers.tokenizer_of(config.model))
     encoder = towers.LoadedModel(model, tokenizer)
@@ -177,16 +185,41 @@ def open_batches(trainer: Trainer, dataset: data.PairDataset, total_steps: int, 
     )
 
 
-def check_same_data(folder: RunFolder, num_pairs: int) -> None:
-    """Refuse to resume on a source that has grown or shrunk: its order would be another.
+def sizes(held_out: Sequence[HeldOut]) -> dict[str, int]:
+    """Return the number of pairs of every set, by its name."""
+    return {held.name: len(held.source) for held in held_out}
+
+
+def check_same_data(folder: RunFolder, config: RunConfig, num_pairs: int, held_out: Sequence[HeldOut]) -> None:
+    """Refuse to resume on pairs that have grown or shrunk, or are mixed otherwise: their order would be another.
 
     Raises:
-        ConfigError: another number of pairs than when the run was started.
+        ConfigError: another number of pairs than when the run was started, in training or in a held-out set of the
+            same name, or other weights of a mixture.
     """
-    before = folder.read_json("config.json").get("num_pairs", num_pairs)
-    if before != num_pairs:
-        raise ConfigError(f"the data of {folder.path} had {before:,} pairs when the run was started and has "
-                          f"{num_pairs:,} now: put it back to resume, or start a new run")
+    before = folder.read_json("config.json")
+    known = {"the data": before.get("num_pairs")} | {
+        f"held-out set '{name}'": size for name, size in before.get("held_out_pairs", {}).items()}
+    now = {"the data": num_pairs} | {f"held-out set '{name}'": size for name, size in sizes(held_out).items()}
+    for what, size in now.items():
+        if known.get(what) not in (None, size):
+            raise ConfigError(f"{what} of {folder.path} had {known[what]:,} pairs when the run was started and has "
+                              f"{size:,} now: put it back to resume, or start a new run")
+    if data.weights_of(saved_config(folder).data) != data.weights_of(config.data):
+        raise ConfigError(f"--data names other sources or weights than the run in {folder.path} was started with: a "
+                          "resumed run takes as many, with the same weights, from another place")
+
+
+def note_changes(folder: RunFolder, config: RunConfig, held_out: Sequence[HeldOut], step: int) -> None:
+    """Write to `config.json` which settings a resumed run has otherwise from here on, and in `changes` the old ones."""
+    saved, now = to_dict(saved_config(folder)), to_dict(config)
+    old = {name: saved[name] for name in RESUMABLE if saved[name] != now[name]}
+    if not old:
+        return
+    written = folder.read_json("config.json")
+    folder.write_json("config.json", written | now | {
+        "held_out_pairs": written.get("held_out_pairs", {}) | sizes(held_out),
+        "changes": [*written.get("changes", []), {"step": step, "before": old}]})
 
 
 def finish(folder: RunFolder, console: Console) -> None:

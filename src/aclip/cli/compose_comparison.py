@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -90,8 +91,7 @@ class Comparison:
             Interrupted: on SIGINT or SIGTERM, after the runs at work have saved themselves.
         """
         with self.folder.lock() as descriptor:
-            surroundings = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
-            self.children = Children(self.args.jobs, surroundings, (descriptor,))
+            self.children = self._children(descriptor)
             self.write()
             first, *others = self.args.seeds
             with RunsProgress(self.console) as self.progress:
@@ -109,6 +109,12 @@ class Comparison:
             name, error = next(iter(self.errors.items()))
             raise TrainingError(f"{len(self.errors)} of the runs failed, the first is {name}: {error}; what they said "
                                 f"is in {self.folder.logs}, and the same command tries them again")
+
+    def _children(self, descriptor: int) -> Children:
+        """Return what runs the jobs, which share threads and GPUs and hold the folder's lock."""
+        surroundings = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus_to_share(self.args.device or "auto")]
+        return Children(self.args.jobs, surroundings, (descriptor,), slots)
 
     def lrs(self, name: str) -> list[float]:
         """Return the learning rates that a recipe tries."""
@@ -437,3 +443,11 @@ def usable_threads() -> int:
     if allowed.isdigit() and int(allowed) > 0:
         return int(allowed)
     return usable_cores()
+
+
+def gpus_to_share(device: str) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls the GPUs here, if there are several and `device` names none of them."""
+    number = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = listed.split(",") if listed else list(map(str, range(number)))
+    return [name.strip() for name in names[:number]] if number > 1 else []

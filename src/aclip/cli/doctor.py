@@ -117,10 +117,10 @@ def devices() -> Iterable[Finding]:
     import torch
 
     from aclip.data.workers import usable_cores
-    from aclip.engine.run_config import multiplies_bf16
+    from aclip.engine.run_config import fast_precision
 
     cores = usable_cores()
-    bf16 = "multiplies bf16" if multiplies_bf16(torch.device("cpu")) else "no bf16 products: trains in fp32"
+    bf16 = "multiplies bf16" if fast_precision(torch.device("cpu")) == "bf16" else "no bf16 products: trains in fp32"
     yield Finding("CPU", f"{cores} cores, torch uses {torch.get_num_threads()} threads, "
                   f"{torch.backends.cpu.get_cpu_capability()}, {bf16}{_memory()}")
     if not torch.cuda.is_available():
@@ -129,7 +129,8 @@ def devices() -> Iterable[Finding]:
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         yield Finding(f"cuda:{number}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute "
-                      f"capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}{_driver()}")
+                      f"capability {properties.major}.{properties.minor}, trains in "
+                      f"{fast_precision(torch.device('cuda', number))}, CUDA {torch.version.cuda}{_driver()}")
     if torch.backends.mps.is_available():
         yield Finding("mps", "available")
 

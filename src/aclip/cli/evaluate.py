@@ -98,12 +98,13 @@ def run(args: argparse.Namespace) -> None:
 
     Processes that torchrun or Slurm has started each take their share of the pictures and captions.
     """
-    check_names(args.evaluators, with_training=args.train is not None)
-    options = evaluator_options(args)
-    masked = masking(args)
-    from aclip.engine.launch import joined
+    from aclip.engine.launch import joined, speaking_in_turn
     from aclip.evaluation import together
 
+    with speaking_in_turn():
+        check_names(args.evaluators, with_training=args.train is not None)
+        options = evaluator_options(args)
+        masked = masking(args)
     with joined(args.device) as device_name, together.together():
         measure(args, options, masked, device_name)
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from aclip.engine.run_config import RunConfig
 
 DEFAULT_RECIPE, DEFAULT_MODEL = "a-clip", "vit-tiny"
-MACHINERY = {"parallel", "micro_batch", "recompute", "compile"}
-"""Settings that change nothing but speed, memory and rounding, so that a resumed run may have others."""
 
 EXAMPLES = """\
 examples:
@@ -89,6 +87,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--samples", type=int, help="pairs to train on, instead of --epochs")
     how.add_argument("--lr", type=float, help="peak learning rate (default: the recipe's)")
     how.add_argument("--seed", type=int, help="of weights, order, crops and masks (default: 0)")
+    how.add_argument("--parallel", choices=["ddp", "fsdp"], help="over several processes (torchrun, srun): everything "
+                     "on each, or a share of it on each (default: ddp)")
     add_settings(how)
 
 
@@ -107,9 +107,8 @@ def add_settings(how: Any) -> list[argparse.Action]:
                          metavar="SHARE:RESOLUTION", help="small images first: shares of the steps with the image side "
                          "relative to the recipe's own, e.g. 0.5:0.5 0.3:0.75 (default: whole images throughout)"),
         how.add_argument("--precision", choices=["fp32", "bf16", "fp16"],
-                         help="of the towers' arithmetic (default: bf16 where the device multiplies in it, else fp32)"),
-        how.add_argument("--parallel", choices=["ddp", "fsdp"], help="over several processes (torchrun, srun): "
-                         "everything on each, or a share of it on each (default: ddp)"),
+                         help="of the towers' arithmetic (default: bf16 where the device multiplies in it, fp16 on "
+                         "GPUs below compute capability 8.0, else fp32)"),
         how.add_argument("--micro-batch", type=pairs_or_auto, metavar="PAIRS|auto", help="pairs that a process holds "
                          "at a time; the step stays that of the whole batch; auto: as many as fit (default: all)"),
         how.add_argument("--recompute", action="store_true", default=None,
@@ -146,6 +145,8 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 def pairs_or_auto(text: str) -> int | str:
     """Return a number of pairs, or "auto"."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of pairs, nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -166,10 +167,12 @@ def run(args: argparse.Namespace) -> None:
     if args.overfit_one_batch is not None:
         _overfit(args)
         return
-    config, folder, resumed = _settle(args)
+    from aclip.engine.launch import joined, speaking_in_turn
+
+    with speaking_in_turn():
+        config, folder, resumed = _settle(args)
     from aclip import dist
     from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
-    from aclip.engine.launch import joined
     from aclip.engine.run_folder import RunFolder
 
     command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
@@ -206,7 +209,7 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
     """Return the run's configuration, its folder, and whether it is to be resumed."""
     import dataclasses
 
-    from aclip.engine.run_config import saved_config
+    from aclip.engine.run_config import RESUMABLE, saved_config
     from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError
 
@@ -224,11 +227,14 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
         return _new_config(args), folder, False
     saved = saved_config(RunFolder(folder))
     wanted = _with_options(saved, args)
-    changed = [f.name for f in dataclasses.fields(saved)
-               if f.name not in MACHINERY and getattr(saved, f.name) != getattr(wanted, f.name)]
+    here = dataclasses.replace(saved, output=wanted.output if Path(wanted.output) == folder else saved.output)  # moved
+    changed = [f.name for f in dataclasses.fields(here)
+               if f.name not in RESUMABLE and getattr(here, f.name) != getattr(wanted, f.name)]
     if changed:
-        raise ConfigError(f"the run in {folder} was started with other settings ({', '.join(changed)}): a resumed "
-                          "run keeps its own; leave the options out, or choose another --output")
+        others = ", ".join("--" + name.replace("_", "-") for name in RESUMABLE)
+        raise ConfigError(f"the run in {folder} was started with other settings ({', '.join(changed)}): a resumed run "
+                          f"keeps its own, and takes no others than {others}; leave the rest out, or start a new run "
+                          f"from the weights of this one, with --model {folder} and another --output")
     return wanted, folder, True
 
 

@@ -8,7 +8,7 @@ from aclip.data.frequencies import token_frequencies
 from aclip.data.loader import BatchLoader, build_loader
 from aclip.data.order import BatchSampler, Request, epoch_order
 from aclip.data.sources import READERS, RawSample, Source, open_source, split_query, split_slice
-from aclip.data.sources.mixture import Mixture, open_mixture
+from aclip.data.sources.mixture import Mixture, open_mixture, weights_of
 from aclip.data.workers import suitable_workers
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "split_slice",
     "suitable_workers",
     "token_frequencies",
+    "weights_of",
 ]

@@ -36,6 +36,7 @@ class Child:
     job: Job
     log: IO[bytes]
     left: deque[tuple[str, ...]]
+    slot: int  # its place among those at work
     process: "subprocess.Popen[bytes]"
     begun: int  # where in the log the command at work begins
 
@@ -48,12 +49,15 @@ class Children:
         at_once: how many.
         environment: of the children.
         keep_open: file descriptors that they inherit.
+        slots: what the environments have besides, in turns by the jobs' places among those at work; none is the same
+            for all.
         stopped: whether SIGINT or SIGTERM ended the work early.
     """
 
     at_once: int
     environment: Mapping[str, str]
     keep_open: tuple[int, ...] = ()
+    slots: Sequence[Mapping[str, str]] = ()
     stopped: bool = field(default=False, init=False)
 
     def work(
@@ -81,7 +85,9 @@ class Children:
             try:
                 while running or (waiting and not stop.requested):
                     while waiting and len(running) < self.at_once and not stop.requested:
-                        running.append(self._start(waiting.popleft()))
+                        taken = {child.slot for child in running}
+                        slot = next(number for number in range(self.at_once) if number not in taken)
+                        running.append(self._start(waiting.popleft(), slot))
                     watch([child.job.name for child in running])
                     time.sleep(SECONDS_BETWEEN_LOOKS)
                     if stop.requested and not self.stopped:
@@ -97,17 +103,18 @@ class Children:
                     child.log.close()
         self.stopped = stop.requested
 
-    def _start(self, job: Job) -> Child:
+    def _start(self, job: Job, slot: int) -> Child:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         log = job.log.open("ab")
         left = deque(job.commands)
-        return Child(job, log, left, begun=log.tell(), process=self._run(left.popleft(), log))
+        return Child(job, log, left, slot, begun=log.tell(), process=self._run(left.popleft(), log, slot))
 
-    def _run(self, command: tuple[str, ...], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    def _run(self, command: tuple[str, ...], log: IO[bytes], slot: int) -> "subprocess.Popen[bytes]":
+        own = self.slots[slot % len(self.slots)] if self.slots else {}
         # Unbuffered, or what a command printed before its error would come after it in the log, at its exit.
         # A session of its own: the terminal's Ctrl-C would reach it besides our signal, and the second one kills.
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                env={**self.environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+                                env={**self.environment, **own, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
                                 pass_fds=self.keep_open)
 
     def _goes_on(self, child: Child, ended: Callable[[Job, str | None], None]) -> bool:
@@ -117,7 +124,7 @@ class Children:
             return True
         if code == 0 and child.left and not self.stopped:
             child.begun = child.job.log.stat().st_size  # children have moved the end, not our position
-            child.process = self._run(child.left.popleft(), child.log)
+            child.process = self._run(child.left.popleft(), child.log, child.slot)
             return True
         child.log.close()
         if code == 0 and not child.left:

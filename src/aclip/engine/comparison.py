@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from aclip.config import to_dict
-from aclip.engine.run_config import RunConfig, saved_config
+from aclip.engine.run_config import RESUMABLE, RunConfig, saved_config
 from aclip.engine.run_folder import RunFolder
 from aclip.errors import ConfigError
 
-WORDS = ("output", "recipe.title", "recipe.paper")
-"""Fields of a configuration that change nothing in what is computed."""
+WORDS = {"output", "recipe.title", "recipe.paper", *RESUMABLE} - {"data", "validation"}
+"""Fields of a configuration that change nothing in what is computed; a run that was resumed by hand may have others."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from aclip.errors import ConfigError
+from aclip.errors import AclipError, ConfigError
 
 PATIENCE = timedelta(hours=1)
 """How long a process waits for the others; while one of them evaluates, they wait."""
+RANK_0_SPEAKS = 5.0
+"""Seconds in which rank 0 may say what all have met, and the launcher end the others."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,27 @@ def joined(device: str) -> Iterator[str]:
     torch_dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=fresh_store(place), rank=place.rank,
                                   world_size=place.world_size, timeout=PATIENCE)
     try:
-        yield f"cuda:{place.local_rank}" if gpus else device
+        with speaking_in_turn():
+            yield f"cuda:{place.local_rank}" if gpus else device
     finally:
         torch_dist.destroy_process_group()
+
+
+@contextmanager
+def speaking_in_turn() -> Iterator[None]:
+    """Let an error that all processes meet in this context be told once, and one that a process meets alone, too.
+
+    Those after rank 0 wait before theirs goes on. Where rank 0 has met it as well, the launcher ends them meanwhile;
+    else the others, still joined, wait for them, and the error goes on with the rank in front.
+    """
+    try:
+        yield
+    except AclipError as error:
+        rank = find_place(os.environ).rank
+        if rank == 0:
+            raise
+        time.sleep(RANK_0_SPEAKS)
+        raise type(error)(f"rank {rank}: {error}") from error
 
 
 def fresh_store(place: Place) -> Store:

@@ -89,7 +89,7 @@ def fit(
 
     Raises:
         Interrupted: on SIGINT, SIGTERM or SIGUSR1 to any rank, after saving a checkpoint; on all ranks together.
-        TrainingError: the loss stays without a finite value; on all ranks together.
+        TrainingError: the loss stays without a finite value; on all ranks together. Or the memory of one runs out.
     """
     with StopRequest(below_launcher(dist.world_size())) as stop, folder.patient():
         loop = _Loop(trainer, folder, sinks, evaluate, stop)
@@ -152,7 +152,7 @@ class _Loop:
         for batch in batches:
             self._clock.waited += time.perf_counter() - fetching
             lr, momentum = trainer.learning_rate(), trainer.ema_momentum()
-            output = trainer.train_step(batch.to(trainer.device))
+            output = trainer.train_step(batch)
             step, last = trainer.step, trainer.step == table.total_steps
             self._clock.samples += batch.size * dist.world_size()
             self._bad_samples.note(batch, step)

@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from aclip import dist
 from aclip.engine.run_config import RunConfig
 from aclip.engine.run_folder import RunFolder
+from aclip.errors import OutOfMemoryError
 from aclip.method import Method
 from aclip.objectives.functional import LOGITS_AT_ONCE
 
@@ -41,6 +44,11 @@ class Estimate:
     def total(self) -> int:
         """All together."""
         return sum(int(getattr(self, part.name)) for part in fields(self))
+
+    @property
+    def beside_model(self) -> int:
+        """What is not there yet when the model is."""
+        return self.total - self.weights - self.average
 
     def __str__(self) -> str:
         """Say it in one line."""
@@ -119,6 +127,46 @@ def available_memory(device: torch.device) -> int:
         free = 1024 * next(int(line.split()[1]) for line in listed.read_text().splitlines()
                            if line.startswith("MemAvailable"))
     return free // dist.processes_here()
+
+
+def shortage(expected: Estimate, available: int) -> str:
+    """Return in words that a step is not expected to fit beside the model, which is there already, or nothing.
+
+    What counts is the rank with the least; all must call it.
+    """
+    free = min(dist.collect(available))
+    if expected.beside_model <= free:
+        return ""
+    return (f"a step is estimated to take {in_units(expected.beside_model)} of memory beside the model, and "
+            f"{in_units(free)} are free")
+
+
+@contextmanager
+def telling_of_shortage(expected: Estimate, config: RunConfig) -> Iterator[None]:
+    """Within this context, where a step is taken, say in a sentence that memory has run out.
+
+    Raises:
+        OutOfMemoryError: it has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise OutOfMemoryError(f"a training step does not fit into the memory, estimated at {expected}: use "
+                               f"{remedies(config)}") from error
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Return whether torch got no memory: CUDA's error is a class of its own, those of others have but their words."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(some in str(error) for some in words)
+
+
+def remedies(config: RunConfig) -> str:
+    """Return the options that make a step of this run smaller, in words."""
+    parts = "--micro-batch auto" if config.micro_batch is None else "a smaller --micro-batch"
+    return f"{parts}{'' if config.recompute else ', --recompute'} or a smaller --batch-size"
 
 
 def in_units(number: int) -> str:

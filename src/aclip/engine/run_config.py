@@ -60,8 +60,8 @@ class RunConfig:
         seed: of weights, order, crops, captions and masks.
         workers: loader processes; None is what suits the cores and the device, see `aclip.data.suitable_workers`.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        precision: of the towers' arithmetic; weights, losses and optimizer are always fp32. None is bf16
-            where the device multiplies in it (GPUs; CPUs with AMX or AVX512-BF16), else fp32.
+        precision: of the towers' arithmetic; weights, losses and optimizer are always fp32. None is the one in which
+            the device is fast, see `fast_precision`.
         parallel: over several processes, "ddp" holds everything on each, "fsdp" a share of it on each.
         micro_batch: pairs whose activations a process holds at a time; None: its whole share of the batch, "auto": as
             many as the memory is estimated to hold (`engine.memory`). The step is the same but for rounding, and takes
@@ -131,25 +131,35 @@ class RunConfig:
             raise ConfigError(f"epochs must be positive, not {self.epochs}")
 
 
+RESUMABLE = ("data", "validation", "workers", "device", "parallel", "micro_batch", "recompute", "compile", "log_every",
+             "evaluate_every", "save_every", "keep_checkpoints", "keep_every", "tensorboard")
+"""Settings that a resumed run may have otherwise: where the same pairs lie, what computes, and how often it is told of.
+They change the training by rounding at most."""
+
+
 DEFAULT_BATCH_SIZE = 256
 
 
 def settled(config: RunConfig, num_pairs: int, device: torch.device) -> RunConfig:
     """Return `config` with what it leaves open decided by the data and the device."""
     batch_size = config.batch_size or max(2, min(DEFAULT_BATCH_SIZE, num_pairs))
-    precision = config.precision or ("bf16" if multiplies_bf16(device) else "fp32")
+    precision = config.precision or fast_precision(device)
     return replace(config, batch_size=batch_size, precision=precision)
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Return whether bf16 is the fast choice: on CUDA, and on CPUs with instructions for its products.
+def fast_precision(device: torch.device) -> Precision:
+    """Return bf16 where the device multiplies in it, fp16 on older GPUs, which only emulate that, and else fp32.
 
+    bf16: NVIDIA's GPUs from compute capability 8.0 on (not T4, V100, RTX 20), AMD's, and CPUs with AMX or AVX512-BF16.
     A step of `clip` on `vit-micro` takes 1.8 times as long in fp32 on one core of an EPYC with AVX512-BF16.
     """
-    if device.type == "cpu":
-        flags = Path("/proc/cpuinfo")
-        return flags.exists() and any(name in flags.read_text() for name in ("amx_bf16", "avx512_bf16"))
-    return device.type == "cuda"
+    if device.type == "cuda":
+        emulated = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+        return "fp16" if emulated else "bf16"
+    flags = Path("/proc/cpuinfo")
+    if device.type == "cpu" and flags.exists():
+        return "bf16" if any(name in flags.read_text() for name in ("amx_bf16", "avx512_bf16")) else "fp32"
+    return "fp32"
 
 
 def saved_config(folder: RunFolder) -> RunConfig:

@@ -13,7 +13,7 @@ from aclip.engine import checkpoint
 from aclip.engine.accumulation import accumulate
 from aclip.engine.gradients import clip_to, total_norm
 from aclip.engine.health import Guard
-from aclip.engine.memory import available_memory, estimate, fitting_micro_batch
+from aclip.engine.memory import available_memory, estimate, fitting_micro_batch, telling_of_shortage
 from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
 from aclip.engine.run_config import RunConfig, Timetable
 from aclip.engine.schedule import momentum_cosine, warmup_cosine
@@ -100,7 +100,14 @@ class Trainer:
         """Take one optimizer step; afterwards the gradients are still there to be looked at.
 
         A step whose loss or gradient is not finite on any rank changes nothing but the count of steps (`health.Guard`).
+
+        Raises:
+            OutOfMemoryError: the memory does not hold it; the trainer's state is not to be used any more.
         """
+        with telling_of_shortage(self.estimate, self.config):
+            return self._take_step(batch.to(self.device))
+
+    def _take_step(self, batch: Batch) -> StepOutput:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate() * group["lr_factor"]
         momentum, phase = self.ema_momentum(), self.timetable.phase(self.step)

@@ -4,6 +4,7 @@ The embedding of a class is the L2-normalised mean, over prompt templates, of th
 the filled-in prompts (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from aclip.evaluation.texts import TextEncoder
 
 DEFAULT_TEMPLATES = ("{}", "a picture of {}", "a photo of a {}", "an image of {}", "a drawing of {}")
 """Prompts for classes of any kind; `{}` stands for the class name."""
+
+_log = logging.getLogger(__name__)
 
 _PROMPTS_AT_ONCE = 4096  # bounds the features held while templates are averaged
 
@@ -61,6 +64,10 @@ class Named(Evaluator):
             labels = [caption or str(label) for caption, label in zip(pictures.captions, pictures.labels, strict=True)]
         classes = self.classes or classes_of(labels)
         assert isinstance(classes, ClassList)
+        if self.classes is None and None in pictures.labels and 2 * len(classes.names) > pictures.size:
+            _log.warning("pictures have no label, so that %s takes captions for classes: %d for %d pictures, which "
+                         "tells nothing of classification; name the classes with --classes, or evaluate retrieval",
+                         self.name, len(classes.names), pictures.size)
         kept, numbers = among(classes.numbers(labels), len(classes.names), classes.title)
         if classes.present_only:
             present = sorted(set(numbers))

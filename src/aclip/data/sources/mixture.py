@@ -109,6 +109,11 @@ def open_mixture(specs: str | Sequence[str], open_one: Callable[[str], Source]) 
     return Mixture(name, sources, weights or [len(source) for source in sources])
 
 
+def weights_of(specs: str | Sequence[str]) -> list[float | None]:
+    """Return the weight of each of some sources, or None where it has none."""
+    return [split_weight(spec)[1] for spec in ([specs] if isinstance(specs, str) else specs)]
+
+
 def split_weight(spec: str) -> tuple[str, float | None]:
     """Return a source's specification without its weight, and the weight, or None where it has none.
 
