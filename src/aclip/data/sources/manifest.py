@@ -36,7 +36,7 @@ LABEL_COLUMNS = ("label", "class", "category")
 """Likewise for the class."""
 
 _LOOKED_FOR = 20
-"""Pictures that are looked for when a list is opened; one that is there will do, and the others are bad samples."""
+"""Pictures, evenly over a list, that are looked for when it is opened; one will do, the others are bad samples."""
 
 _LOOKED_INTO = 1000
 """Entries of a folder among which one with the pictures is sought."""
@@ -106,7 +106,7 @@ class ManifestSource:
         """Keep `rows`; paths of pictures are relative to `folder`, else to that of `path`.
 
         Raises:
-            DataError: no rows, or no pictures: all of them are URLs, or none of the first few is there.
+            DataError: no rows, or no pictures: all of them are URLs, or none of some is there.
         """
         self.name = str(path)
         self.folder = path.parent if folder is None else folder
@@ -180,17 +180,16 @@ class ManifestSource:
         """
         absent: list[str] = []
         url = ""
-        for image in (self._images[index] for index in range(len(self)) if index not in self._problems):
+        spread = range(0, len(self), -(-len(self) // _LOOKED_FOR))
+        for image in (self._images[index] for index in spread if index not in self._problems):
             if "://" in image:
                 url = url or image
             elif image and os.path.isfile(self.folder / self.file(image)):
                 return
             elif image:
                 absent.append(self.file(image))
-            if len(absent) == _LOOKED_FOR:
-                break
         if absent:
-            raise DataError(f"{path}: none of its first {len(absent)} pictures is there, looked for "
+            raise DataError(f"{path}: none of {len(absent)} of its pictures is there, looked for "
                             f"{full_path(self.folder / absent[0])} first: {_where_else(path, absent[0])}")
         if url:
             raise DataError(f"{path}: its pictures are URLs, such as {url}: {_DOWNLOAD}")
