@@ -151,10 +151,10 @@ class Trainer:
         return replace(batch, known=found)
 
     def _keep_scores(self, batch: Batch, output: StepOutput) -> None:
-        """Keep the scores that this step has computed for later ones."""
+        """Keep the scores that this step has computed for later ones; none where it removes nothing by them."""
         for name, cache in self.score_caches.items():
             missing = batch.known[name].missing
-            if missing:
+            if missing and name in output.passes:
                 scores = output.passes[name].scores
                 assert scores is not None
                 cache.keep(batch.numbers, missing, to_bytes(scores[0]), self.batch_number)
