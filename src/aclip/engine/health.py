@@ -49,21 +49,21 @@ class Guard:
     """Keeps steps with a loss or gradient that is not finite from changing anything.
 
     The optimizer leaves weights and moments as they are where its `found_inf` says so (torch's fused optimizers),
-    averages of weights where `Ema.update` is told so, and running statistics are put back.
+    averages of weights where `Ema.update` is told so, and buffers, which forward passes write, are put back: running
+    statistics, counts of captions.
 
     Args:
-        module: whose batch norms have running statistics.
+        module: whose buffers these are, all of them, for they are few and small.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._statistics = [b for norm in norms for b in norm.buffers(recurse=False)]
+        self._buffers = list(module.buffers())
         self._before: list[Tensor] = []
         self._readings: deque[tuple[int, tuple[str, ...], Tensor, Any]] = deque()
 
     def begin(self) -> None:
-        """Before the forward pass: keep the running statistics."""
-        self._before = [b.clone() for b in self._statistics]
+        """Before the forward pass: keep the buffers."""
+        self._before = [b.clone() for b in self._buffers]
 
     @torch.no_grad()
     def judge(self, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Tensor]:
@@ -77,10 +77,10 @@ class Guard:
         bad = ~(own & torch.isfinite(norm))
         summed = dist.sum_over_ranks(torch.stack([bad.float(), loss.detach().float()]))
         found = (summed[0] > 0).float()
-        if self._statistics:
-            torch._foreach_copy_(self._statistics, [
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, [
                 torch.where(found > 0, before, now)
-                for before, now in zip(self._before, self._statistics, strict=True)])
+                for before, now in zip(self._before, self._buffers, strict=True)])
         return found, torch.stack([found, summed[1] / dist.world_size(), norm.detach().float(), own.float()])
 
     def note(self, step: int, keys: tuple[str, ...], measured: Tensor) -> None:
