@@ -61,6 +61,16 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(recipe: str) ->
     assert any(not torch.equal(tensor, after[name]) for name, tensor in state(trainer).items())
 
 
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_chance_is_that_of_the_captions_of_the_step(micro_batch: int | None) -> None:
+    trainer = build(micro_batch=micro_batch)
+    batch = replace(a_batch(trainer.method, 8), caption_ids=torch.tensor([5, 5, 5, 5, 5, 5, 1, 2]))
+    record = trainer.record(trainer.train_step(batch), 0.1, None)
+    assert record["chance_loss"] == pytest.approx((6 * math.log(3) + 2 * math.log(8)) / 8)
+    assert record["loss"] == pytest.approx(sum(
+        objective.weight * record["parts"][objective.name] for objective in trainer.config.recipe.objectives), rel=1e-5)
+
+
 def test_a_frozen_scale_stays_where_it_came_from() -> None:
     """SigLIP's released weights hold one above the largest that training allows."""
     trainer = build("clip")

@@ -129,8 +129,8 @@ class Spikes:
 
 
 class ChanceLevel:
-    """Notices a contrastive loss that sits at ln(batch), where nothing has been learned: `CHANCE_RECORDS` records in a
-    row above `CHANCE_SHARE` of it, after `CHANCE_STEPS` steps and the warm-up; says so once."""
+    """Notices a contrastive loss that sits where guessing does (`functional.chance_loss`): `CHANCE_RECORDS` records in
+    a row above `CHANCE_SHARE` of that, after `CHANCE_STEPS` steps and the warm-up; says so once."""
 
     def __init__(self, warmup_steps: int) -> None:
         self._after = max(CHANCE_STEPS, warmup_steps)
@@ -144,7 +144,7 @@ class ChanceLevel:
         self._in_a_row = self._in_a_row + 1 if loss > CHANCE_SHARE * chance else 0
         if self._in_a_row != CHANCE_RECORDS:
             return ""
-        return (f"after {record['step']} steps the contrastive loss is {loss:.2f}, and guessing gives ln(batch) = "
+        return (f"after {record['step']} steps the contrastive loss is {loss:.2f}, and guessing gives "
                 f"{chance:.2f}: nothing is being learned. Look first whether the model can learn one batch, with "
                 "aclip train --overfit-one-batch and the same options. If it can, look at the data: do pictures and "
                 "captions belong together? If it cannot, try a lower --lr, a longer warm-up, or a larger batch")

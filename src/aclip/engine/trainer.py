@@ -23,6 +23,7 @@ from aclip.errors import CheckpointError, ConfigError
 from aclip.masking import to_bytes
 from aclip.method import Method
 from aclip.objectives import OBJECTIVES
+from aclip.objectives.functional import chance_loss
 from aclip.structs import Batch, StepOutput
 from aclip.tensor_files import StoredTensors
 
@@ -52,6 +53,7 @@ class Trainer:
         self.step = 0
         self.samples_seen = 0
         self.grad_norm: Tensor | None = None  # of the latest step, before clipping
+        self.caption_ids = torch.empty(0, dtype=torch.int64)  # of the latest step
         self.measured = torch.empty(0)  # what `guard` measured of it
         self.skipped_batches = 0  # by how many batches the data are ahead of the steps, after rollbacks
         self.skipped_steps = 0  # because they were not finite
@@ -138,6 +140,7 @@ class Trainer:
             self.ema.update(momentum, skipped=found)
 
         self.step += 1
+        self.caption_ids = batch.caption_ids
         self.samples_seen += batch.size * dist.world_size()
         self.cut_captions += batch.truncated
         return replace(output, passes={})  # nobody reads them after the step, and they hold its largest tensors
@@ -173,8 +176,9 @@ class Trainer:
 
         Losses are means, counts are sums over ranks, which all must call it. Starts the count of cut captions anew.
         """
-        losses = torch.stack([output.loss.detach(), *output.parts.values()]).float()
-        loss, *parts = (dist.sum_over_ranks(losses) / dist.world_size()).tolist()
+        chance = chance_loss(self.caption_ids)  # here and not in the step, for it is wanted here alone
+        losses = torch.stack([chance, output.loss.detach(), *output.parts.values()]).float()
+        chance_level, loss, *parts = (dist.sum_over_ranks(losses) / dist.world_size()).tolist()
         assert self.grad_norm is not None
         record: dict[str, Any] = {
             "step": self.step,
@@ -189,7 +193,7 @@ class Trainer:
         if self.method.plan.uses_text:
             record["logit_scale"] = towers.logit_scale_of(self.method.model).exp().item()
         if "contrastive" in output.parts:
-            record["chance_loss"] = math.log(self.config.batch_size or 1)
+            record["chance_loss"] = chance_level
         if momentum is not None:
             record |= {"ema_momentum": momentum, "ema_distance": self.ema.distance().item()}
         return record

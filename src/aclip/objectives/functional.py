@@ -58,6 +58,21 @@ def clip_loss(
         return (contrast(image, dist.gather(text)) + contrast(text, dist.gather(image))) / (2 * len(image))
 
 
+def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Return what `clip_loss` is where all features are alike, for this rank's rows, without waiting for the device.
+
+    mean_i log(1 + number of pairs j with another caption than i), over the pairs of all ranks: ln(batch) where all
+    captions differ. It is the same in both directions and for every view.
+
+    Args:
+        caption_ids: (B,) int64, as for `clip_loss`.
+    """
+    everyone = dist.gather(caption_ids).sort().values
+    own = caption_ids.contiguous()
+    equal = torch.searchsorted(everyone, own, right=True) - torch.searchsorted(everyone, own)
+    return torch.log(1.0 + len(everyone) - equal).mean()
+
+
 def sum_over_rows(
     loss: Callable[[Tensor, Tensor], Tensor], rows: Float[Tensor, "B D"], labels: Int[Tensor, " B"], *, columns: int
 ) -> Float[Tensor, ""]:
