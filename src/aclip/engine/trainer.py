@@ -40,6 +40,7 @@ class Trainer:
         device: where batches go.
 
     Attributes:
+        plans: resolution -> plan, of all phases of the timetable.
         score_caches: pass name -> where its scores are kept; without one, they are computed in every step.
     """
 
@@ -50,6 +51,8 @@ class Trainer:
         self.device = device
         self.score_caches: Mapping[str, ScoreCache] = {}
         check_processes(method.plan, config.parallel)
+        # of all phases, so that what cannot be trained is refused before the first
+        self.plans = {size: method.plan_at(size) for size in (*(size for _, size in timetable.resolutions), 1.0)}
         self.step = 0
         self.samples_seen = 0
         self.grad_norm: Tensor | None = None  # of the latest step, before clipping
