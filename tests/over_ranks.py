@@ -60,8 +60,8 @@ def a_batch(method: Method, rows: int, seed: int = 0) -> Batch:
 
 
 @contextmanager
-def in_double(method: Method) -> Iterator[None]:
-    """Have everything that a method computes in fp32 computed in fp64, so that what rounding hides is seen."""
+def in_double(method: torch.nn.Module) -> Iterator[None]:
+    """Have all that a method (or objective) computes in fp32 computed in fp64, so that what rounding hides is seen."""
     method.double()
     with pytest.MonkeyPatch.context() as patch:
         applied = augment.apply

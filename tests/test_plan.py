@@ -150,6 +150,30 @@ def test_notes_say_what_was_adapted() -> None:
     assert any("text runs at full length" in note for note in resolved("clip", text_cut=False).notes)
 
 
+def test_a_mask_that_removes_nothing_is_noted() -> None:
+    (note,) = resolve(RECIPES["a-clip"], VIT_B_16, 1 / 7).notes
+    assert note == "pass 'masked': mask_ratio 0.5 removes nothing of the 2 x 2 grid in blocks of 2 x 2"
+    (note,) = resolved(override(RECIPES["flip"], ["passes.masked.mask_ratio=0.001"])).notes
+    assert note == "pass 'masked': mask_ratio 0.001 removes nothing of the 14 x 14 grid"
+    assert resolved(override(RECIPES["flip"], ["passes.masked.mask_ratio=0"])).notes == ()  # as asked
+
+
+@pytest.mark.parametrize(("name", "objective"), [
+    ("mae", "reconstruction"), ("simmim", "reconstruction"), ("maskclip", "masked_distillation")])
+def test_an_objective_that_asks_for_what_is_hidden_needs_something_hidden(name: str, objective: str) -> None:
+    for ratio in (0, 0.001):
+        with pytest.raises(ConfigError, match=f"objective '{objective}' asks for nothing but removed patches"):
+            resolved(override(RECIPES[name], [f"passes.masked.mask_ratio={ratio}"]))
+    with pytest.raises(ConfigError, match="pass 'masked' removes none of its 1 x 1 grid at mask_ratio 0"):
+        resolve(RECIPES[name], VIT_B_16, 1 / 14)
+
+
+def test_unmasked_steps_cost_what_a_ratio_of_0_does() -> None:
+    for name in ("a-clip", "flip", "attentive-1x50"):
+        assert resolved(name).unmasked().macs(14) == resolved(
+            override(RECIPES[name], ["passes.masked.mask_ratio=0"])).macs(14)
+
+
 def changed_pass(recipe: str, index: int, **changes: Any) -> Recipe:
     passes = list(RECIPES[recipe].passes)
     passes[index] = replace(passes[index], **changes)

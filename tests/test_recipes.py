@@ -110,7 +110,8 @@ def test_encodes_exactly_the_declared_tokens(stepped: tuple[Method, Batch, StepO
             assert encoded.keep_indices is None
 
 
-def test_ratio_0_equals_no_masking(name: str) -> None:
+def test_ratio_0_equals_no_masking(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_check_asks", lambda *_: None)  # which refuses losses that are 0, as some are here
     recipe = RECIPES[name]
     masked = [p for p in recipe.passes if p.masking != "none"]
     if not masked:
@@ -125,7 +126,8 @@ def test_ratio_0_equals_no_masking(name: str) -> None:
     torch.testing.assert_close(step(at_zero)[2].loss, step(unmasked)[2].loss, rtol=0, atol=0)
 
 
-def test_an_unmasked_step_equals_ratio_0(name: str) -> None:
+def test_an_unmasked_step_equals_ratio_0(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_check_asks", lambda *_: None)  # which refuses losses that are 0, as some are here
     method = build(RECIPES[name])
     batch = random_batch(method.plan, batch_size=4)
     recipe = RECIPES[name]

@@ -148,7 +148,7 @@ class Method(nn.Module):
                 passes[p.spec.name] = self.score(p, batch)
                 continue
             views = [resized(images[view], p.image_size) for view in p.spec.views]
-            if not (masked and p.num_keep < p.num_patches):
+            if not (masked and p.removes):
                 keep = None
             elif seen is not None:
                 kept = seen.passes[p.spec.name].keep_indices

@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ class PassPlan:
     def num_patches(self) -> int:
         """N, before anything is removed."""
         return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def removes(self) -> bool:
+        """Whether its mask hides any patch."""
+        return self.num_keep < self.num_patches
 
     @property
     def learns(self) -> bool:
@@ -117,8 +122,14 @@ class Plan:
             p: one of `passes`.
             masked: whether anything is masked in these steps.
         """
-        chooses = any(o.spec.scores_from == p.spec.name and o.num_keep < o.num_patches for o in self.passes)
+        chooses = any(o.spec.scores_from == p.spec.name and o.removes for o in self.passes)
         return (masked and chooses) or not p.scores_only
+
+    def unmasked(self) -> "Plan":
+        """Return the plan of steps in which nothing is masked (unmasked tuning)."""
+        passes = (replace(p, num_keep=p.num_patches, num_tokens=p.num_patches + self.shape.num_prefix_tokens)
+                  for p in self.passes)
+        return replace(self, passes=tuple(passes), texts=tuple(replace(text, reduction=None) for text in self.texts))
 
     @property
     def scoring_share(self) -> float:
@@ -172,7 +183,8 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
             serve for several epochs keeps its size, for other steps are to use them.
 
     Raises:
-        ConfigError: an unknown masking, view, objective or option, each with what exists instead.
+        ConfigError: an unknown masking, view, objective or option, each with what exists instead; an objective that
+            asks for nothing but what its pass hides, which hides nothing.
         UnsupportedModelError: scores are read from a model in which no token asks for the patches.
     """
     pipeline = build_pipeline(recipe)
@@ -208,10 +220,14 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
             scores_only=gives_scores and not readers,
         ))
         _check_score_layers(recipe, p, shape)
+        if p.mask_ratio > 0 and not passes[-1].removes:
+            notes.append(f"pass '{p.name}': mask_ratio {p.mask_ratio:g} removes nothing of the {grid[0]} x {grid[1]} "
+                         f"grid{_in_blocks(strategy, grid)}")
         if p.refresh > 1:
             notes.append(f"pass '{p.name}': scores serve for {p.refresh} epochs, so that view '{p.views[0]}' is the "
                          "whole picture")
     _check_score_sources(recipe, passes, shape)
+    _check_asks(recipe, passes)
     texts = _text_plans(recipe, shape)
     uses_text = any(text.encoded for text in texts)
     if uses_text and not shape.text_cut:
@@ -348,6 +364,24 @@ def _view_sizes(passes: list[PassPlan]) -> dict[str, tuple[int, int]]:
     return sizes
 
 
+def _in_blocks(strategy: MaskingStrategy, grid: tuple[int, int]) -> str:
+    """Return in what a grid is masked, in words that follow it."""
+    block = fitting_block_size(strategy.block_size, grid)
+    return f" in blocks of {block} x {block}" if block > 1 else ""
+
+
+def _check_asks(recipe: Recipe, passes: list[PassPlan]) -> None:
+    """Refuse an objective that asks for nothing but hidden patches where none are hidden: its loss would be 0."""
+    for o in recipe.objectives:
+        read = [p for p in passes if p.spec.name in o.reads]
+        if objective_class(o).needs_masking and read and not any(p.removes for p in read):
+            p = read[0]
+            grid = f"{p.grid_size[0]} x {p.grid_size[1]} grid{_in_blocks(p.strategy, p.grid_size)}"
+            raise ConfigError(f"recipe '{recipe.name}', objective '{o.name}' asks for nothing but removed patches, and "
+                              f"pass '{p.spec.name}' removes none of its {grid} at mask_ratio {p.spec.mask_ratio:g}: "
+                              "raise the ratio, or the resolution")
+
+
 def _check_score_layers(recipe: Recipe, p: Pass, shape: TowerShape) -> None:
     """Refuse to count the layers of scores that nobody takes, or more layers than there are."""
     if p.score_layers is None:
@@ -384,7 +418,7 @@ def _check_score_sources(recipe: Recipe, passes: list[PassPlan], shape: TowerSha
     for plan in passes:
         if plan.gives_scores and not shape.scored:
             raise UnsupportedModelError(f"recipe '{recipe.name}', pass '{plan.spec.name}': {NOBODY_ASKS}")
-        if plan.gives_scores and plan.num_keep < plan.num_patches:
+        if plan.gives_scores and plan.removes:
             raise ConfigError(f"recipe '{recipe.name}', pass '{plan.spec.name}': others take scores from it, so it "
                               "must see every patch: leave its masking at 'none'")
     sources = {p.name: p for p in recipe.passes}

@@ -85,7 +85,7 @@ def test_a_loss_at_chance_is_said_in_words_once() -> None:
     spoken = [text for text in said if text]
     assert len(spoken) == 1
     assert said.index(spoken[0]) == CHANCE_STEPS // 10 - 1 + CHANCE_RECORDS - 1
-    assert "ln(batch) = 4.16" in spoken[0]
+    assert "guessing gives 4.16" in spoken[0]
     assert "--overfit-one-batch" in spoken[0]
 
 

@@ -78,6 +78,19 @@ def test_activations_are_about_what_is_estimated(recipe: str, recompute: bool, p
     assert expected.optimizer == 8 * sum(p.numel() for p in method.parameters() if p.requires_grad)
 
 
+def test_logits_over_codewords_are_counted_up_to_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = test_recipes.build(RECIPES["maskclip"], "vit-micro")
+    config = RunConfig(recipe=RECIPES["maskclip"], model="vit-micro", data="", output="", batch_size=16)
+    held = [memory.estimate(method, config, 1).batch]
+    for most in (10_000, 0):
+        monkeypatch.setattr(memory, "LOGITS_AT_ONCE", most)
+        held.append(memory.estimate(method, config, 1).batch)
+    p = method.plan.passes[1]
+    made = 16 * (p.num_patches - p.num_keep) * len(method.objectives["masked_distillation"].quantizer.codewords)
+    assert held[0] - held[2] == 16 * (16 * 16 + made)
+    assert held[1] - held[2] == 16 * (16 * 16 + 10_000)
+
+
 def test_the_largest_micro_batch_that_fits() -> None:
     method = test_recipes.build(RECIPES["clip"], "vit-micro")
     config = RunConfig(recipe=RECIPES["clip"], model="vit-micro", data="", output="", batch_size=96, precision="fp32")

@@ -14,6 +14,7 @@ from typing import Any
 import made_training
 import pytest
 import torch
+from made_training import ROWS
 from torch import Tensor
 
 from aclip import dist
@@ -300,3 +301,20 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "scores cannot be kept (No space left on device)" in caplog.text
     assert [one.scored[number] for number in range(EPOCH + 3)] == [8] * (EPOCH + 3)
+
+
+@pytest.mark.parametrize("change", ["passes.masked.mask_ratio=0", "passes.masked.mask_ratio=0.01"])
+def test_where_nothing_is_removed_nothing_is_scored(tmp_path: Path, change: str) -> None:
+    run = Watched(tmp_path, f"{RECIPE} {change}").train(until=2)
+    assert run.trainer.step == 2
+    assert not any(run.scored.values())
+    assert not run.kept
+
+
+def test_scores_begin_with_the_resolution_at_which_they_choose(tmp_path: Path) -> None:
+    run = Watched(tmp_path)
+    assert run.trainer.method.plan_at(0.25).passes[1].grid_size == (2, 2)  # one block of 2 x 2, which stays
+    run.trainer.timetable = replace(run.trainer.timetable, resolutions=((2, 0.25),))
+    run.train(until=4)
+    assert dict(run.scored) == {0: 0, 1: 0, 2: ROWS, 3: ROWS}
+    assert sorted(run.kept) == [2, 3]

@@ -116,11 +116,21 @@ def test_several_captions_equal_the_literal_protocol(five_captions, protocol, ea
         assert result.metrics[f"image_to_text_r{k}"] == pytest.approx(to_text, abs=1e-12)
         assert result.metrics[f"text_to_image_r{k}"] == pytest.approx(to_image, abs=1e-12)
     assert 0.2 < result.metrics["text_to_image_r1"] < 0.9
-    assert result.counts == {"pictures": 23, "captions": 114 if each == 6 else 113, "skipped": 0}
+    assert result.counts == {"pictures": 23, "captions": 114 if each == 6 else 113, "skipped": 0, "shared": 0}
     expected = np.mean([min(len(own), each) / result.counts["captions"] for own in captions])
     assert result.chance["image_to_text_r1"] == pytest.approx(expected)
     assert result.chance["text_to_image_r1"] == pytest.approx(1 / 23)
     assert all(example.rank >= 1 for example in result.examples)
+
+
+def test_captions_that_several_pictures_share_are_counted(table_model, picture_set, cpu):
+    texts = {"a dog": torch.eye(3)[0], " A  dog": torch.eye(3)[0], "a cat": torch.eye(3)[1], "a boat": torch.eye(3)[2]}
+    images = torch.eye(3)[[0, 0, 1]]
+    pictures = picture_set(["a dog", " A  dog", "a cat"], others=[["a dog"], [], ["a boat"]])
+    result = Retrieval(protocol="all").run(table_model(images, texts), pictures, cpu)
+    assert result.counts == {"pictures": 3, "captions": 5, "skipped": 0, "shared": 3}
+    assert result.metrics["image_to_text_r1"] == pytest.approx(1 / 3)  # for a model that could do no better
+    assert "shared" not in Retrieval().run(table_model(images, texts), pictures, cpu).counts
 
 
 def test_folds_are_means_over_whole_folds(five_captions, cpu, monkeypatch):

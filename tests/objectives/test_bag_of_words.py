@@ -16,9 +16,10 @@ from aclip.config import ObjectiveConfig, Pass, Recipe
 from aclip.data import augment
 from aclip.errors import ConfigError
 from aclip.method import Method
-from aclip.objectives import BagOfWords
+from aclip.objectives import BagOfWords, functional
 from aclip.objectives.bag_of_words import distinct_words
 from aclip.structs import EncodedText, StepContext
+from over_ranks import in_double
 from tests_support import random_batch
 
 LENGTH = 9
@@ -181,6 +182,20 @@ def test_the_gradient_is_softmax_minus_target() -> None:
         probabilities = objective.head(means[b]).softmax(dim=0)
         expected += (probabilities - torch.tensor([target.get(c, 0.0) for c in range(SHAPE.vocab_size)])) / B
     torch.testing.assert_close(objective.head.bias.grad, expected, rtol=0, atol=1e-6)
+
+
+def test_logits_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for at_once in (functional.LOGITS_AT_ONCE, 3 * SHAPE.vocab_size):
+        monkeypatch.setattr(functional, "LOGITS_AT_ONCE", at_once)
+        objective = build()
+        with in_double(objective):
+            context = context_of(BATCHES[0])
+            loss = objective(context)
+            read = (*objective.parameters(), context.passes["masked"].patches)
+            found.append([loss.detach(), *torch.autograd.grad(loss, read)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 def test_computes_in_float32_under_autocast() -> None:

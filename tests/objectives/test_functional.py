@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aclip.objectives import functional
-from aclip.objectives.functional import byol_loss, clip_loss, ntxent_loss, sigmoid_loss
+from aclip.objectives.functional import byol_loss, chance_loss, clip_loss, ntxent_loss, sigmoid_loss
 from golden_numbers import Golden
 
 GRADIENTS = ("image_embed", "text_embed", "image_ssl_embed", "byol_feats", "logit_scale")
@@ -206,6 +206,14 @@ def test_the_scale_is_a_multiplier_not_its_logarithm() -> None:
     losses = [clip_loss(features, features, scale).item() for scale in (0.0, 1.0, 10.0, 100.0)]
     assert losses[0] == pytest.approx(math.log(6), rel=1e-6)
     assert all(later < earlier for earlier, later in pairwise(losses))
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4, 5], [7, 3, 7, 3, 7, 1], [2] * 6, [2**40, 0, -1, 0, 2**40, 5]])
+def test_chance_is_the_loss_of_a_model_that_tells_nothing_apart(ids: list[int]) -> None:
+    alike = F.normalize(torch.ones(6, 5), dim=1)
+    chance = chance_loss(torch.tensor(ids))
+    assert chance.item() == pytest.approx(clip_loss(alike, alike, 14.0, torch.tensor(ids)).item(), abs=1e-6)
+    assert chance.item() == pytest.approx(sum(math.log(1 + sum(b != a for b in ids)) for a in ids) / 6, abs=1e-6)
 
 
 @pytest.mark.parametrize(("image", "text"), [((4, 5), (3, 5)), ((4, 5), (4, 6)), ((4, 5, 1), (4, 5))])

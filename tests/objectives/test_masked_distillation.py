@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_map_only
 from aclip.config import Pass
 from aclip.ema import Ema
 from aclip.errors import ConfigError
+from aclip.objectives import functional
 from aclip.objectives.decoder import PatchDecoder, sine_cosine
 from aclip.objectives.masked_distillation import MaskedDistillation, Quantizer, num_codewords, removed_indices
 from aclip.plan import resolve
 from aclip.recipes import RECIPES
 from aclip.structs import Encoded, StepContext
+from over_ranks import in_double
 from test_plan import VIT_B_16
 
 CODEWORDS = 7
@@ -156,8 +158,33 @@ def test_the_centre_takes_out_what_all_patches_share() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + torch.arange(CODEWORDS)
 
+        def mean(self, x: Tensor) -> Tensor:
+            return super().mean(x) + torch.arange(CODEWORDS)
+
     objective.ema_quantizer.__class__ = Shifted
     torch.testing.assert_close(objective(context), plain, rtol=0, atol=1e-4)
+
+
+def test_logits_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = build()
+    with in_double(objective):
+        context = step_context(student(), teacher())
+        loss = objective(context)
+        wanted = gradients(objective, context, loss)
+        monkeypatch.setattr(functional, "LOGITS_AT_ONCE", 5 * CODEWORDS)  # some patches at a time, the last time fewer
+        parts = objective(context)
+        for found, expected in ((parts, loss), *(
+                (gradient, wanted[name]) for name, gradient in gradients(objective, context, parts).items())):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_no_more_logits_are_made_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, rows = build(), []
+    monkeypatch.setattr(functional, "LOGITS_AT_ONCE", 5 * CODEWORDS)
+    for quantizer in (objective.quantizer, objective.ema_quantizer):
+        quantizer.register_forward_hook(lambda _, given, made: rows.append(len(made)))
+    objective(step_context(student(), teacher())).backward()
+    assert set(rows) == {5, objective.logits(B, [(2, NUM_PATCHES, round(NUM_PATCHES / 4))], 0) // CODEWORDS % 5} - {0}
 
 
 def test_the_quantizer_alone_has_an_average() -> None:

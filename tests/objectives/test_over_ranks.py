@@ -11,12 +11,14 @@ from made_passes import CAPTIONS, HIDDEN, SHAPE, made_pass, step_context
 from torch import Tensor, multiprocessing
 
 from aclip.objectives import BagOfWords, MaskedDistillation, MaskedLanguage, Objective, Reconstruction, Sigmoid
+from aclip.objectives.functional import chance_loss
 from aclip.structs import StepContext
 
 RANKS, ROWS = 2, 4
 STUDENT = made_pass("masked", ("a", "b"), masking="uniform", mask_ratio=0.75)
 TEACHER = made_pass("teacher", ("a", "b"), "ema")
 LOCAL = ("reconstruction",)  # each rank's loss is that of its rows alone
+CAPTION_IDS = (0, 1, 1, 0, 2)
 NAMES = ("masked_distillation", "masked_language", "sigmoid", "bag_of_words")
 
 
@@ -41,7 +43,7 @@ def context_of(name: str, rows: slice) -> StepContext:
         return {key: value[index].detach().clone().requires_grad_(value.requires_grad)
                 for key, value in fields.items() if isinstance(value, Tensor)}
 
-    whole = step_context(STUDENT, TEACHER, texts=(HIDDEN, CAPTIONS), caption_ids=(0, 1, 1, 0, 2))
+    whole = step_context(STUDENT, TEACHER, texts=(HIDDEN, CAPTIONS), caption_ids=CAPTION_IDS)
     whole.passes["masked"].features.requires_grad_()
     return replace(
         whole,
@@ -70,7 +72,8 @@ def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     own = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
-    torch.save({name: compute(name, own) for name in (*NAMES, *LOCAL)}, f"{folder}/{rank}.pt")
+    found: dict[str, Any] = {name: compute(name, own) for name in (*NAMES, *LOCAL)}
+    torch.save(found | {"chance": chance_loss(torch.tensor(CAPTION_IDS)[own])}, f"{folder}/{rank}.pt")
     torch_dist.destroy_process_group()
 
 
@@ -79,6 +82,11 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("ranks")
     multiprocessing.spawn(one_rank, args=(str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def test_chance_counts_the_captions_of_both(by_rank: list[dict]) -> None:
+    mean = torch.stack([result["chance"] for result in by_rank]).mean()
+    torch.testing.assert_close(mean, chance_loss(torch.tensor(CAPTION_IDS[:ROWS])), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *LOCAL])

@@ -277,6 +277,10 @@ def print_header(console: Console, config: RunConfig, trainer: Trainer, dataflow
     """Say what is about to happen."""
     table = trainer.timetable
     console.print(dataflow)
+    for resolution, plan_then in trainer.plans.items():
+        for note in plan_then.notes:
+            if note not in trainer.method.plan.notes:  # which the table above has
+                console.print(f"at resolution {resolution:g}: {note}", markup=False, soft_wrap=True)
     console.print(groups_table(trainer))
     ranks = f", {dist.world_size()} processes ({config.parallel})" if dist.world_size() > 1 else ""
     parts = f", {trainer.micro_batch} pairs at a time" if trainer.in_parts else ""

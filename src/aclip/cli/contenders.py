@@ -124,15 +124,12 @@ def contender_from(arguments: Sequence[str], num_pairs: int, device: torch.devic
 def stages_of(config: RunConfig, plan: Plan, num_pairs: int) -> tuple[Stage, ...]:
     """Return the stages of a run: its whole timetable, for shares do not depend on its length."""
     timetable = Timetable.of(replace(config, samples=NOMINAL_STEPS * (config.batch_size or 1)), num_pairs)
-    masks = any(p.num_keep < p.num_patches for p in plan.passes) or any(t.reduction is not None for t in plan.texts)
+    masks = any(p.removes for p in plan.passes) or any(t.reduction is not None for t in plan.texts)
     phases = [timetable.phase(step) for step in range(NOMINAL_STEPS)]
     counts = Counter((phase.masked or not masks, phase.resolution) for phase in phases)
-    recipe = plan.recipe
-    whole = replace(recipe, passes=tuple(replace(p, mask_ratio=0.0) for p in recipe.passes),
-                    texts=tuple(replace(text, reduction="none", reduction_options={}) for text in recipe.texts))
+    plans = {resolution: resolve(plan.recipe, plan.shape, resolution) for _, resolution in counts}
     return tuple(
-        Stage(number / NOMINAL_STEPS, masked, resolution,
-              resolve(recipe if masked else whole, plan.shape, resolution))
+        Stage(number / NOMINAL_STEPS, masked, resolution, plans[resolution] if masked else plans[resolution].unmasked())
         for (masked, resolution), number in counts.items())
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from aclip import data, towers
 from aclip.cli.compose import build_trainer, open_batches, open_dataset, open_training
 from aclip.engine.run_config import RunConfig, choose_device, settled
+from aclip.objectives.functional import chance_loss
 
 STEPS = 100
 FELL_CONTRASTIVE, FELL = 0.5, 0.9
@@ -51,7 +52,7 @@ def overfit(config: RunConfig, steps: int) -> bool:
             parts = ", ".join(f"{name} {part.item():.2f}" for name, part in output.parts.items())
             console.print(f"step {step}/{steps} loss {output.loss.item():.3f} ({parts}), "
                           f"{time.monotonic() - begun:.0f} s", markup=False)
-    sentence, fell = verdict(losses, math.log(batch.size) if "contrastive" in output.parts else None)
+    sentence, fell = verdict(losses, chance_loss(batch.caption_ids).item() if "contrastive" in output.parts else None)
     console.print(sentence, markup=False)
     return fell
 
@@ -61,14 +62,14 @@ def verdict(losses: list[float], chance: float | None) -> tuple[str, bool]:
 
     Args:
         losses: step by step.
-        chance: ln(batch) if they are the contrastive part, else None.
+        chance: what guessing gives if they are the contrastive part, else None.
     """
     first, last = losses[0], losses[-1]
     what = "loss" if chance is None else "contrastive loss"
     if not math.isfinite(last):
         return (f"the loss is no number any more after {len(losses)} steps on one batch: the learning rate is too "
                 "high (try a tenth of it), or there is a bug in the model", False)
-    guess = f" (guessing gives ln(batch) = {chance:.2f})" if chance is not None else ""
+    guess = f" (guessing gives {chance:.2f})" if chance is not None else ""
     if last < (FELL if chance is None else FELL_CONTRASTIVE) * first:
         return (f"the {what} fell from {first:.3f} to {last:.3f} on one batch{guess}: model, loss and learning rate "
                 "work. If a run stays at chance all the same, look at the data: do pictures and captions belong "

@@ -49,21 +49,21 @@ class Guard:
     """Keeps steps with a loss or gradient that is not finite from changing anything.
 
     The optimizer leaves weights and moments as they are where its `found_inf` says so (torch's fused optimizers),
-    averages of weights where `Ema.update` is told so, and running statistics are put back.
+    averages of weights where `Ema.update` is told so, and buffers, which forward passes write, are put back: running
+    statistics, counts of captions.
 
     Args:
-        module: whose batch norms have running statistics.
+        module: whose buffers these are, all of them, for they are few and small.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._statistics = [b for norm in norms for b in norm.buffers(recurse=False)]
+        self._buffers = list(module.buffers())
         self._before: list[Tensor] = []
         self._readings: deque[tuple[int, tuple[str, ...], Tensor, Any]] = deque()
 
     def begin(self) -> None:
-        """Before the forward pass: keep the running statistics."""
-        self._before = [b.clone() for b in self._statistics]
+        """Before the forward pass: keep the buffers."""
+        self._before = [b.clone() for b in self._buffers]
 
     @torch.no_grad()
     def judge(self, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Tensor]:
@@ -77,10 +77,10 @@ class Guard:
         bad = ~(own & torch.isfinite(norm))
         summed = dist.sum_over_ranks(torch.stack([bad.float(), loss.detach().float()]))
         found = (summed[0] > 0).float()
-        if self._statistics:
-            torch._foreach_copy_(self._statistics, [
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, [
                 torch.where(found > 0, before, now)
-                for before, now in zip(self._before, self._statistics, strict=True)])
+                for before, now in zip(self._before, self._buffers, strict=True)])
         return found, torch.stack([found, summed[1] / dist.world_size(), norm.detach().float(), own.float()])
 
     def note(self, step: int, keys: tuple[str, ...], measured: Tensor) -> None:
@@ -129,8 +129,8 @@ class Spikes:
 
 
 class ChanceLevel:
-    """Notices a contrastive loss that sits at ln(batch), where nothing has been learned: `CHANCE_RECORDS` records in a
-    row above `CHANCE_SHARE` of it, after `CHANCE_STEPS` steps and the warm-up; says so once."""
+    """Notices a contrastive loss that sits where guessing does (`functional.chance_loss`): `CHANCE_RECORDS` records in
+    a row above `CHANCE_SHARE` of that, after `CHANCE_STEPS` steps and the warm-up; says so once."""
 
     def __init__(self, warmup_steps: int) -> None:
         self._after = max(CHANCE_STEPS, warmup_steps)
@@ -144,7 +144,7 @@ class ChanceLevel:
         self._in_a_row = self._in_a_row + 1 if loss > CHANCE_SHARE * chance else 0
         if self._in_a_row != CHANCE_RECORDS:
             return ""
-        return (f"after {record['step']} steps the contrastive loss is {loss:.2f}, and guessing gives ln(batch) = "
+        return (f"after {record['step']} steps the contrastive loss is {loss:.2f}, and guessing gives "
                 f"{chance:.2f}: nothing is being learned. Look first whether the model can learn one batch, with "
                 "aclip train --overfit-one-batch and the same options. If it can, look at the data: do pictures and "
                 "captions belong together? If it cannot, try a lower --lr, a longer warm-up, or a larger batch")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -16,6 +17,7 @@ from aclip.engine.run_config import RunConfig
 from aclip.engine.run_folder import RunFolder
 from aclip.errors import OutOfMemoryError
 from aclip.method import Method
+from aclip.objectives import Objective
 from aclip.objectives.functional import LOGITS_AT_ONCE
 
 SHARE_TO_FILL = 0.8
@@ -30,7 +32,7 @@ class Estimate:
         weights: of model and heads. average: of what has a moving average.
         gradients, optimizer: of what is trained.
         activations: held for the backward pass of a micro-batch.
-        batch: pixels, and what is gathered and contrasted of the whole batch.
+        batch: pixels, and what is gathered and contrasted of the whole batch, logits over codewords and words among it.
     """
 
     weights: int
@@ -100,6 +102,11 @@ def estimate(method: Method, config: RunConfig, micro_batch: int) -> Estimate:
     pixels = sum(3 * height * width for height, width in method.plan.view_sizes.values())
     local = (config.batch_size or 0) // ranks
     logits = min(local * local * ranks, LOGITS_AT_ONCE)
+    for config_of, objective in zip(method.plan.recipe.objectives, method.objectives.values(), strict=True):
+        images = [(len(p.spec.views), p.num_patches, p.num_keep)
+                  for p in method.plan.passes if p.spec.name in config_of.reads]
+        made = cast(Objective, objective).logits(local, images, shape.context_length)
+        logits += min(made, LOGITS_AT_ONCE)
     batch = local * pixels + micro_batch * pixels * 4 * 2 + 4 * logits * 4 + 2 * ranks * local * shape.joint_dim * 4
     return Estimate(weights * 4 // share, average * 4 // share, trained * 4 // share, trained * 8 // share,
                     round(micro_batch * a_pair), batch)

@@ -23,6 +23,7 @@ from aclip.errors import CheckpointError, ConfigError
 from aclip.masking import to_bytes
 from aclip.method import Method
 from aclip.objectives import OBJECTIVES
+from aclip.objectives.functional import chance_loss
 from aclip.structs import Batch, StepOutput
 from aclip.tensor_files import StoredTensors
 
@@ -39,6 +40,7 @@ class Trainer:
         device: where batches go.
 
     Attributes:
+        plans: resolution -> plan, of all phases of the timetable.
         score_caches: pass name -> where its scores are kept; without one, they are computed in every step.
     """
 
@@ -49,9 +51,12 @@ class Trainer:
         self.device = device
         self.score_caches: Mapping[str, ScoreCache] = {}
         check_processes(method.plan, config.parallel)
+        # of all phases, so that what cannot be trained is refused before the first
+        self.plans = {size: method.plan_at(size) for size in (*(size for _, size in timetable.resolutions), 1.0)}
         self.step = 0
         self.samples_seen = 0
         self.grad_norm: Tensor | None = None  # of the latest step, before clipping
+        self.caption_ids = torch.empty(0, dtype=torch.int64)  # of the latest step
         self.measured = torch.empty(0)  # what `guard` measured of it
         self.skipped_batches = 0  # by how many batches the data are ahead of the steps, after rollbacks
         self.skipped_steps = 0  # because they were not finite
@@ -145,6 +150,7 @@ class Trainer:
             self.ema.update(momentum, skipped=found)
 
         self.step += 1
+        self.caption_ids = batch.caption_ids
         self.samples_seen += batch.size * dist.world_size()
         self.cut_captions += batch.truncated
         return replace(output, passes={})  # nobody reads them after the step, and they hold its largest tensors
@@ -158,10 +164,10 @@ class Trainer:
         return replace(batch, known=found)
 
     def _keep_scores(self, batch: Batch, output: StepOutput) -> None:
-        """Keep the scores that this step has computed for later ones."""
+        """Keep the scores that this step has computed for later ones; none where it removes nothing by them."""
         for name, cache in self.score_caches.items():
             missing = batch.known[name].missing
-            if missing:
+            if missing and name in output.passes:
                 scores = output.passes[name].scores
                 assert scores is not None
                 cache.keep(batch.numbers, missing, to_bytes(scores[0]), self.batch_number)
@@ -180,8 +186,9 @@ class Trainer:
 
         Losses are means, counts are sums over ranks, which all must call it. Starts the count of cut captions anew.
         """
-        losses = torch.stack([output.loss.detach(), *output.parts.values()]).float()
-        loss, *parts = (dist.sum_over_ranks(losses) / dist.world_size()).tolist()
+        chance = chance_loss(self.caption_ids)  # here and not in the step, for it is wanted here alone
+        losses = torch.stack([chance, output.loss.detach(), *output.parts.values()]).float()
+        chance_level, loss, *parts = (dist.sum_over_ranks(losses) / dist.world_size()).tolist()
         assert self.grad_norm is not None
         record: dict[str, Any] = {
             "step": self.step,
@@ -196,7 +203,7 @@ class Trainer:
         if self.method.plan.uses_text:
             record["logit_scale"] = towers.logit_scale_of(self.method.model).exp().item()
         if "contrastive" in output.parts:
-            record["chance_loss"] = math.log(self.config.batch_size or 1)
+            record["chance_loss"] = chance_level
         if momentum is not None:
             record |= {"ema_momentum": momentum, "ema_distance": self.ema.distance().item()}
         return record

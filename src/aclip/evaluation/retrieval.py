@@ -70,8 +70,11 @@ class Retrieval(Evaluator):
     """R@1, R@5, R@10 and the median rank, both ways.
 
     Metrics are `image_to_text_r1`, `_r5`, `_r10` (shares in [0, 1]), `image_to_text_median_rank`, and the
-    same with `text_to_image_`; counts are `pictures`, `captions` (candidates), `skipped`, and with folds `folds` and
-    `left_over`. The rule for ranks and ties is that of `aclip.evaluation.ranking`.
+    same with `text_to_image_`; counts are `pictures`, `captions` (candidates), `skipped`, with folds `folds` and
+    `left_over`, and where every caption is right for its own picture alone `shared`: candidates whose words another
+    picture has, too. Nothing tells these apart, and ties count against the model, so that no picture finds such a
+    caption first; the published protocols are kept as they are. The rule for ranks and ties is that of
+    `aclip.evaluation.ranking`.
 
     Attributes:
         examples: how many best and how many worst pictures to return (fewer where there are fewer).
@@ -114,14 +117,16 @@ class Retrieval(Evaluator):
         chance = {key: fmean(part[1][key] for part in found) for key in found[0][1]}
         counts = {"pictures": folds * fold, "captions": round(fmean(part[2] for part in found)),
                   "skipped": len(pictures.skipped)}
+        if protocol.captions != 0:
+            counts["shared"] = round(fmean(part[4] for part in found))
         if protocol.fold is not None:
             counts |= {"folds": folds, "left_over": pictures.size - folds * fold}
         return Evaluation(self.name, metrics, chance, counts, found[0][3])
 
     def _measure(
         self, encoder: TextEncoder, pictures: PictureFeatures, some: range
-    ) -> tuple[dict[str, float], dict[str, float], int, tuple[Example, ...]]:
-        """Return metrics, chance, the number of candidates and examples of a fold."""
+    ) -> tuple[dict[str, float], dict[str, float], int, tuple[Example, ...], int]:
+        """Return metrics, chance, the number of candidates, examples, and how many candidates are shared, of a fold."""
         asked = _candidates(pictures, some, PROTOCOLS[self.protocol].captions)
         texts = encoder.once(tuple(asked.texts), lambda: encoder.encode(asked.texts))
         images = pictures.features[some.start : some.stop]
@@ -139,7 +144,7 @@ class Retrieval(Evaluator):
                                                 Counter(right).items()) / len(right) for k in CUTOFFS}
         examples = tuple(_example(kind, i, pictures, some.start, asked, texts, int(found.queries[i]))
                          for kind, i in _choose(pictures, some, asked, found, self.examples))
-        return metrics, chance, len(asked.texts), examples
+        return metrics, chance, len(asked.texts), examples, _shared(asked)
 
 
 def _candidates(pictures: PictureFeatures, some: range, captions: int | None) -> _Candidates:
@@ -150,6 +155,15 @@ def _candidates(pictures: PictureFeatures, some: range, captions: int | None) ->
     given = [pictures.all_captions[i][:captions] for i in some]
     owners = torch.arange(len(given)).repeat_interleave(torch.tensor([len(own) for own in given]))
     return _Candidates([text for own in given for text in own], owners, torch.arange(len(given)))
+
+
+def _shared(asked: _Candidates) -> int:
+    """Return how many candidates are the same (`distinct`) as one of another group."""
+    _, numbers = distinct(asked.texts)
+    owners: dict[int, set[int]] = {}
+    for number, owner in zip(numbers, asked.of_text.tolist(), strict=True):
+        owners.setdefault(number, set()).add(owner)
+    return sum(len(owners[number]) > 1 for number in numbers)
 
 
 def distinct(captions: Sequence[str]) -> tuple[list[str], list[int]]:

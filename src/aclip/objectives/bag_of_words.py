@@ -10,6 +10,7 @@ from aclip import dist
 from aclip.config import Pass, TextPass
 from aclip.errors import ConfigError
 from aclip.objectives.base import Objective
+from aclip.objectives.functional import sum_over_rows
 from aclip.structs import StepContext, TowerShape
 from aclip.tokens import is_word
 
@@ -65,11 +66,21 @@ class BagOfWords(Objective):
         if self.training:
             self.count(tokens, words)
         targets = self.targets(tokens, words)
-        logits = self.head(patches.mean(dim=2)).float()
-        # the sum over the vocabulary is one over the caption: elsewhere y is 0
-        log_likelihood = logits.gather(2, tokens.expand(len(logits), -1, -1)) - logits.logsumexp(dim=2, keepdim=True)
-        loss: Tensor = -(targets * log_likelihood).sum(dim=2).mean()
-        return loss
+
+        def loss(seen: Tensor, captions: Tensor) -> Tensor:
+            logits = self.head(seen).float()
+            # the sum over the vocabulary is one over the caption: elsewhere y is 0
+            log_likelihood = logits.gather(1, tokens[captions]) - logits.logsumexp(dim=1, keepdim=True)
+            total: Tensor = -(targets[captions] * log_likelihood).sum(dim=1).sum()
+            return total
+
+        seen = patches.mean(dim=2).flatten(0, 1)
+        captions = torch.arange(len(tokens), device=tokens.device).repeat(len(patches))
+        return sum_over_rows(loss, seen, captions, columns=self.head.out_features) / len(seen)
+
+    def logits(self, pairs: int, images: Sequence[tuple[int, int, int]], text_tokens: int) -> int:
+        """Return one for every view and word of the vocabulary."""
+        return pairs * images[0][0] * self.head.out_features
 
     def count(self, tokens: Int[Tensor, "B T"], words: Bool[Tensor, "B T"]) -> None:
         """Add the captions of all ranks to the counts; every rank must bring equally many."""

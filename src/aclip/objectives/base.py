@@ -60,6 +60,16 @@ class Objective(nn.Module, ABC):
         """Take the model's bias, which `StepContext` will hold, in place of one's own; return whether it is read."""
         return False
 
+    def logits(self, pairs: int, images: Sequence[tuple[int, int, int]], text_tokens: int) -> int:
+        """Return how many logits over a vocabulary or codewords it makes of its captions or patches.
+
+        Args:
+            pairs: whose they are.
+            images: as for `decoder_macs`.
+            text_tokens: likewise.
+        """
+        return 0
+
     def decoder_macs(self, images: Sequence[tuple[int, int, int]], text_tokens: float) -> float:
         """Return multiply-accumulates of a decoder's forward pass per pair; MLP heads are not counted.
 

@@ -58,6 +58,21 @@ def clip_loss(
         return (contrast(image, dist.gather(text)) + contrast(text, dist.gather(image))) / (2 * len(image))
 
 
+def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Return what `clip_loss` is where all features are alike, for this rank's rows, without waiting for the device.
+
+    mean_i log(1 + number of pairs j with another caption than i), over the pairs of all ranks: ln(batch) where all
+    captions differ. It is the same in both directions and for every view.
+
+    Args:
+        caption_ids: (B,) int64, as for `clip_loss`.
+    """
+    everyone = dist.gather(caption_ids).sort().values
+    own = caption_ids.contiguous()
+    equal = torch.searchsorted(everyone, own, right=True) - torch.searchsorted(everyone, own)
+    return torch.log(1.0 + len(everyone) - equal).mean()
+
+
 def sum_over_rows(
     loss: Callable[[Tensor, Tensor], Tensor], rows: Float[Tensor, "B D"], labels: Int[Tensor, " B"], *, columns: int
 ) -> Float[Tensor, ""]:
@@ -151,32 +166,27 @@ def byol_loss(prediction: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) ->
 def codeword_loss(
     logits: Float[Tensor, "M W"],
     teacher_logits: Float[Tensor, "M W"],
+    centre: Float[Tensor, " W"],
     temperature: float,
     teacher_temperature: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy between soft codewords, as in DINO (Caron et al., arXiv 2104.14294, section 3.1).
+    """Cross-entropy between soft codewords, as in DINO (Caron et al., arXiv 2104.14294, section 3.1), summed over rows.
 
-        L = mean_m [-sum_w q_mw log p_mw]
-        p_m = softmax(s_m / tau),  q_m = softmax((t_m - mean_m' t_m') / tau_teacher)
+        L = sum_m [-sum_w q_mw log p_mw]
+        p_m = softmax(s_m / tau),  q_m = softmax((t_m - centre) / tau_teacher)
 
-    The centre is the mean over the rows of all ranks, who must bring equally many. The teacher carries no gradient.
-    Without rows the loss is 0, with a gradient of 0.
-
-    Deviation: DINO's centre is a moving average over steps. Here it is a function of the batch alone, so that a
-    resumed run needs no state for it.
+    The teacher carries no gradient. Without rows the loss is 0, with a gradient of 0.
 
     Args:
         logits: (M, W) the student's, s, over W codewords.
         teacher_logits: (M, W) the teacher's, t.
+        centre: (W,) what all rows of the teacher have in common.
         temperature: tau of the student.
         teacher_temperature: tau of the teacher, lower than the student's to keep its codewords sharp.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        rows = max(1, len(logits))
-        teacher = teacher_logits.detach().float()
-        centre = dist.sum_over_ranks(teacher.sum(dim=0)) / (rows * dist.world_size())
-        targets = ((teacher - centre) / teacher_temperature).softmax(dim=1)
-        return F.cross_entropy(logits.float() / temperature, targets, reduction="sum") / rows
+        targets = ((teacher_logits.detach().float() - centre) / teacher_temperature).softmax(dim=1)
+        return F.cross_entropy(logits.float() / temperature, targets, reduction="sum")
 
 
 def hidden_token_loss(

@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from aclip import dist
 from aclip.config import Pass
 from aclip.ema import frozen_copy
 from aclip.errors import ConfigError
 from aclip.objectives.base import Objective
 from aclip.objectives.decoder import PatchDecoder, missing_patches
-from aclip.objectives.functional import codeword_loss
+from aclip.objectives.functional import codeword_loss, sum_over_rows
 from aclip.structs import StepContext, TowerShape
 
 BOTTLENECK = 256  # width in which patches are compared with codewords: DINO's and iBOT's
@@ -38,7 +40,11 @@ class MaskedDistillation(Objective):
     - h(x) = cosine of Linear(C, 256)(x) and each codeword, without iBOT's two hidden layers of 2,048: at ViT-B/16 they
       would cost nearly as much as the decoder;
     - 8,192 codewords from width 768 on, in proportion below, see `num_codewords`;
-    - tau 0.1, tau_teacher 0.04, and `centre`, the mean logits of the batch, as in `functional.codeword_loss`.
+    - tau 0.1, tau_teacher 0.04, and `centre`, the mean logits of the batch, over all ranks, who must bring equally many
+      rows. DINO's is a moving average over steps; as a function of the batch alone it needs no state in a resumed run.
+
+    A logit for every removed patch and codeword is large: they are made some patches at a time, see
+    `functional.sum_over_rows`.
 
     Reads the online pass, then the teacher pass: the same views at the same resolution, whole.
 
@@ -71,7 +77,7 @@ class MaskedDistillation(Objective):
         self.teacher_temperature = teacher_temperature
         self.decoder = PatchDecoder(shape.width, shape.width, decoder_layers)
         self.quantizer = Quantizer(shape.width, codewords or num_codewords(shape))
-        self.ema_quantizer = frozen_copy(self.quantizer)
+        self.ema_quantizer = cast(Quantizer, frozen_copy(self.quantizer))
 
     def forward(self, context: StepContext) -> Float[Tensor, ""]:
         """Read the kept patches of the online pass `reads[0]` and all patches of the EMA pass `reads[1]`."""
@@ -85,12 +91,23 @@ class MaskedDistillation(Objective):
             keep = student.keep_indices.flatten(0, 1)
         decoded = self.decoder(student.cls.flatten(0, 1), student.patches.flatten(0, 1), keep, student.grid_size)
         removed = removed_indices(keep, math.prod(student.grid_size))
-        logits = self.quantizer(decoded.take_along_dim(removed[:, :, None], dim=1))
+        said, aimed = (x.take_along_dim(removed[:, :, None], dim=1).flatten(0, 1) for x in (decoded, targets))
         with torch.no_grad():
-            teacher_logits = self.ema_quantizer(targets.take_along_dim(removed[:, :, None], dim=1))
-        return codeword_loss(
-            logits.flatten(0, 1), teacher_logits.flatten(0, 1), self.student_temperature, self.teacher_temperature
-        )
+            centre = self.ema_quantizer.mean(aimed)
+
+        def loss(said: Tensor, rows: Tensor) -> Tensor:
+            with torch.no_grad():
+                teacher_logits = self.ema_quantizer(aimed[rows])
+            return codeword_loss(self.quantizer(said), teacher_logits, centre, self.student_temperature,
+                                 self.teacher_temperature)
+
+        rows = torch.arange(len(said), device=said.device)
+        return sum_over_rows(loss, said, rows, columns=len(self.quantizer.codewords)) / max(1, len(said))
+
+    def logits(self, pairs: int, images: Sequence[tuple[int, int, int]], text_tokens: int) -> int:
+        """Return one for every removed patch and codeword."""
+        views, num_patches, kept = images[0]
+        return pairs * views * (num_patches - kept) * len(self.quantizer.codewords)
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return the quantizer and its average; the decoder has none."""
@@ -122,8 +139,20 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B W"]:
         """Return (..., W) similarities in [-1, 1], in the precision around it."""
-        unit = F.normalize(self.bottleneck(x).float(), dim=-1)
-        return F.linear(unit, F.normalize(self.codewords, dim=-1))
+        return F.linear(self.unit(x), F.normalize(self.codewords, dim=-1))
+
+    def unit(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B E"]:
+        """Return what is compared with the codewords, float32 rows of unit length."""
+        return F.normalize(self.bottleneck(x).float(), dim=-1)
+
+    def mean(self, x: Float[Tensor, "M C"]) -> Float[Tensor, " W"]:
+        """Return the mean similarities over the rows of all ranks, float32; 0 without rows.
+
+        They are linear in `unit`, so that those of the single rows are not needed.
+        """
+        total = dist.sum_over_ranks(self.unit(x).sum(dim=0)) / max(1, len(x) * dist.world_size())
+        with torch.autocast(x.device.type, enabled=False):
+            return F.normalize(self.codewords.float(), dim=-1) @ total
 
 
 def num_codewords(shape: TowerShape) -> int:

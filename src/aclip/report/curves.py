@@ -22,9 +22,10 @@ def curves(run: RunFiles) -> Html:
                        note="smoothed; raw values behind it")]
     terms = [line for i, name in enumerate(names)
              for line in _smoothed(name, _points(parts, name), 1 + i % 6)]
-    terms.append(Series("chance, ln(batch size)", _points(records, "chance_loss"), 0, "dashed"))
+    terms.append(Series("chance", _points(records, "chance_loss"), 0, "dashed"))
     main.append(line_chart("Terms of the loss", terms,
-                           note="unweighted; chance is that of the contrastive term"))
+                           note="unweighted; chance is what guessing gives in the contrastive term: ln(batch size), "
+                                "or less where captions are equal"))
     small = [
         line_chart("Learning rate", [Series("learning rate", _points(records, "lr"))], from_zero=True),
         line_chart("EMA momentum", [Series("momentum", _points(records, "ema_momentum"), 3)], digits=5),

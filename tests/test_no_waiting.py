@@ -1,0 +1,42 @@
+"""No step reads a value back from the device: on one that holds no values, every recipe takes it."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from aclip.engine.accumulation import accumulate
+from aclip.objectives.functional import chance_loss
+from aclip.recipes import RECIPES
+from over_ranks import a_batch, build
+
+MORE = ("flip passes.masked.masking=cluster", "flip passes.masked.masking=edge", "flip passes.masked.masking=gaussian",
+        "clip texts.captions.reduction=frequency texts.captions.reduction_options.num_keep=2",
+        "attentive-2x50 passes.context.score_layers=1")
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *MORE])
+def test_a_step_reads_nothing_back(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
+    method = build(recipe)
+    batch = a_batch(method, 4).to(torch.device("meta"))
+    method.to("meta")
+    for masked, resolution in ((True, 1.0), (False, 0.5)):
+        method(batch, masked=masked, resolution=resolution).loss.backward()
+    accumulate(method, batch, 2, masked=True, resolution=1.0, autocast=nullcontext, scale=lambda loss: loss)
+    assert chance_loss(batch.caption_ids).is_meta
+
+
+def test_what_reads_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    method = build("clip")
+    judge = method.judge
+
+    def waiting(encoded, caption_ids):
+        output = judge(encoded, caption_ids)
+        return replace(output, loss=output.loss * (2.0 if output.loss > 3 else 1.0))
+
+    method.judge = waiting
+    with pytest.raises(RuntimeError, match="meta"):
+        method.to("meta")(a_batch(method, 4).to(torch.device("meta")))
