@@ -12,12 +12,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from tower_oracles import images, shake
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig
 
 from aclip import towers
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError
 from aclip.towers import network, sources
+from aclip.towers.released import _SIZES, released_config
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 16, "vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
@@ -178,6 +180,33 @@ def test_a_release_of_an_unknown_size_is_named(released, tmp_path):
     torch.save({name: t for name, t in state.items() if name != "ln_final.weight"}, tmp_path / "broken.pt")
     with pytest.raises(CheckpointError, match=r"the release's layout, but 'ln_final\.weight' is missing"):
         towers.create_model(tmp_path / "broken.pt")
+
+
+def release_of_size(width: int, layers: int, heads: int, patch: int) -> dict[str, torch.Tensor]:
+    """A state of the release's layout that has shapes and no numbers."""
+    with torch.device("meta"):
+        visual = VisionTransformer(img_size=224, patch_size=patch, embed_dim=width, depth=layers, num_heads=heads,
+                                   num_classes=0)
+        text = ReleasedText(64, 1, 24, 20)
+        state = {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}
+        return state | dict(text.state_dict()) | {"image_projection": torch.empty(width, 24)}
+
+
+RELEASED_SIZES = {"tiny": (192, 12, 3, 16), "base": (768, 12, 12, 16), "large": (1024, 24, 16, 16)}
+"""Width, layers, heads and patch as SLIP's and A-CLIP's models.py have them; tiny, which they do not have, as timm."""
+
+
+def test_every_size_of_the_release_gets_its_heads():
+    assert RELEASED_SIZES.keys() == set(_SIZES.values())
+    for width, layers, heads, patch in RELEASED_SIZES.values():
+        shape = towers.shape_of(released_config(release_of_size(width, layers, heads, patch), Path("release.pt")))
+        assert (shape.width, shape.layers, shape.heads) == (width, layers, heads)
+        assert (shape.patch_size, shape.image_size) == ((patch, patch), (224, 224))
+
+
+def test_the_releases_small_vit_is_refused_because_its_heads_are_others():
+    with pytest.raises(UnsupportedModelError, match=r"release\.pt are .* 12 heads where timm's .* has 6.*768 x 12"):
+        released_config(release_of_size(384, 12, 12, 16), Path("release.pt"))
 
 
 @pytest.mark.parametrize("asked", [True, False])
