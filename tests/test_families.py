@@ -125,6 +125,14 @@ def test_scores_need_somebody_who_asks() -> None:
         build("a-clip", "family-mean")
 
 
+def test_towers_that_pool_the_mean_have_nobody_who_asks_although_there_is_a_class_token() -> None:
+    shape = towers.shape_of(towers.model_config("ViT-L-14-CLIPA"))
+    assert not shape.scored
+    plan.resolve(RECIPES["flip"], shape)
+    with pytest.raises(UnsupportedModelError, match=r"pass 'context': .*learned which patches matter.* uniform"):
+        plan.resolve(RECIPES["a-clip"], shape)
+
+
 def test_where_nobody_asks_pictures_are_shown_without_scores(tmp_path: Path) -> None:
     method = build("flip", "family-mean")
     path = take_snapshot(method, [Image.new("RGB", (50, 40))], ["a picture"], 0, tmp_path)

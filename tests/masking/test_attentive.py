@@ -149,6 +149,7 @@ def test_sampled_takes_what_scores_nothing_last() -> None:
         (0.5, (4, 4), 2, 3),  # a whole number: the release keeps one more
         (0.6875, (8, 8), 5, 6),
         (0.9375, (2, 16), 1, 1),
+        (0.9, (4, 10), 1, 2),  # a whole number, of which 10 * (1 - 0.9) falls short in binary
         (0.0, (14, 14), 49, 49),  # never more than there are
     ],
 )

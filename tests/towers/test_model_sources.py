@@ -10,14 +10,27 @@ import open_clip
 import pytest
 import timm
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from tower_oracles import images, shake
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    ViTImageProcessor,
+)
 
 from aclip import towers
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError
-from aclip.towers import network, sources
+from aclip.export.tokenizer_files import write_tokenizer
+from aclip.towers import hugging_face, network, sources
+from aclip.towers.released import _SIZES, released_config
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 16, "vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
@@ -63,14 +76,74 @@ def test_hugging_face_folders_give_their_own_features(text, vision, tmp_path):
     assert towers.can_cut(ours) == (text.get("eos_token_id") != 40000)
 
 
-def test_hugging_face_folders_say_how_pictures_are_prepared(tmp_path):
-    hugging_face_folder(tmp_path / "clip", {}, {})
-    loaded = towers.load(tmp_path / "clip")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
-    theirs = CLIPImageProcessor.from_pretrained(tmp_path / "clip")(picture, return_tensors="pt")["pixel_values"][0]
-    assert tuple(towers.preprocess_config(loaded.model)["mean"]) == (0.1, 0.2, 0.3)
+SEES = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.2, 0.3, 0.4]}
+PROCESSORS = {
+    "written by transformers": (CLIPImageProcessor, SEES | {
+        "size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}),
+    "classic": (CLIPImageProcessor, SEES | {
+        "feature_extractor_type": "CLIPFeatureExtractor", "do_resize": True, "size": 24, "do_center_crop": True,
+        "crop_size": 24, "do_normalize": True, "resample": 3}),
+    "bilinear": (CLIPImageProcessor, SEES | {"size": 24, "crop_size": [24, 24], "resample": 2}),
+    "not normalised": (CLIPImageProcessor, {"size": 24, "crop_size": 24, "do_normalize": False}),
+    "squashed, cropped to the same": (CLIPImageProcessor, SEES | {
+        "size": {"height": 24, "width": 24}, "crop_size": 24}),
+    "SigLIP's": (SiglipImageProcessor, SEES | {
+        "image_processor_type": "SiglipImageProcessor", "size": {"height": 24, "width": 24}}),
+    "ViT's, one number": (ViTImageProcessor, SEES | {
+        "image_processor_type": "ViTImageProcessor", "size": 24, "resample": 2}),
+}
+"""Name -> what transformers reads it with, and what is in the file."""
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["own file", "nested"])
+@pytest.mark.parametrize(("processor", "given"), PROCESSORS.values(), ids=PROCESSORS)
+def test_hugging_face_folders_say_how_pictures_are_prepared(processor, given, nested, tmp_path):
+    other = {"size": 1, "image_mean": [0.9] * 3, "image_std": [0.9] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(other if nested else given))
+    (tmp_path / "processor_config.json").write_text(json.dumps(  # without nesting as transformers 4 has it
+        {"processor_class": "CLIPProcessor"} | ({"image_processor": given} if nested else {})))
+    ours = image_transform_v2(PreprocessCfg(size=24, **hugging_face.preprocess(tmp_path)), is_train=False)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8))
+    theirs = processor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"][0]
     # the resampling of two libraries: equal up to the rounding of pixels to bytes
-    assert (loaded.preprocess(picture) - theirs).abs().max() < 2.5 / 255 / 0.26
+    assert (ours(picture) - theirs).abs().max() < 2.5 / 255 / min(given.get("image_std", [1.0]))
+
+
+def test_what_a_processor_of_transformers_saves_is_read(tmp_path):
+    hugging_face_folder(tmp_path / "clip", {}, {})
+    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+    write_tokenizer(tmp_path / "clip", 16)
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24},
+                                                 image_mean=[0.1, 0.2, 0.3]),
+                              CLIPTokenizer.from_pretrained(tmp_path / "clip"))
+    processor.save_pretrained(tmp_path / "clip")
+    seen = towers.preprocess_config(towers.load(tmp_path / "clip").model)
+    assert (seen["mean"], seen["size"]) == ((0.1, 0.2, 0.3), (24, 24))
+
+
+@pytest.mark.parametrize(("change", "what"), [
+    ({"resample": 1}, r"resample 1, and open_clip has 2 \(bilinear\) and 3 \(bicubic\)"),
+    ({"do_rescale": False}, "other pixels than those from 0 to 1"),
+    ({"rescale_factor": 1 / 127.5}, "other pixels than those from 0 to 1"),
+    ({"size": {"longest_edge": 24}}, "a size by longest_edge, and open_clip has shortest_edge, or height and width"),
+    ({"do_resize": False}, "a crop and no resizing"),
+    ({"size": 32}, "a crop to 24 of pictures resized to 32, and open_clip resizes to what it crops"),
+])
+def test_pictures_that_open_clip_cannot_prepare_alike_are_refused(change, what, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(SEES | {"size": 24, "crop_size": 24} | change))
+    with pytest.raises(UnsupportedModelError, match=f"preprocessor_config.json' prepares pictures with {what}"):
+        hugging_face.preprocess(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("preprocessor_config.json", "{"), ("preprocessor_config.json", "[1]"), ("processor_config.json", "[1]"),
+    ("processor_config.json", '{"image_processor": {"size": 24}}'),
+    ("preprocessor_config.json", '{"size": [24], "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'),
+])
+def test_damaged_processors_are_named(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"/{name}' is damaged"):
+        hugging_face.preprocess(tmp_path)
 
 
 def test_hugging_face_folders_of_other_kinds_are_refused(tmp_path):
@@ -178,6 +251,33 @@ def test_a_release_of_an_unknown_size_is_named(released, tmp_path):
     torch.save({name: t for name, t in state.items() if name != "ln_final.weight"}, tmp_path / "broken.pt")
     with pytest.raises(CheckpointError, match=r"the release's layout, but 'ln_final\.weight' is missing"):
         towers.create_model(tmp_path / "broken.pt")
+
+
+def release_of_size(width: int, layers: int, heads: int, patch: int) -> dict[str, torch.Tensor]:
+    """A state of the release's layout that has shapes and no numbers."""
+    with torch.device("meta"):
+        visual = VisionTransformer(img_size=224, patch_size=patch, embed_dim=width, depth=layers, num_heads=heads,
+                                   num_classes=0)
+        text = ReleasedText(64, 1, 24, 20)
+        state = {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}
+        return state | dict(text.state_dict()) | {"image_projection": torch.empty(width, 24)}
+
+
+RELEASED_SIZES = {"tiny": (192, 12, 3, 16), "base": (768, 12, 12, 16), "large": (1024, 24, 16, 16)}
+"""Width, layers, heads and patch as SLIP's and A-CLIP's models.py have them; tiny, which they do not have, as timm."""
+
+
+def test_every_size_of_the_release_gets_its_heads():
+    assert RELEASED_SIZES.keys() == set(_SIZES.values())
+    for width, layers, heads, patch in RELEASED_SIZES.values():
+        shape = towers.shape_of(released_config(release_of_size(width, layers, heads, patch), Path("release.pt")))
+        assert (shape.width, shape.layers, shape.heads) == (width, layers, heads)
+        assert (shape.patch_size, shape.image_size) == ((patch, patch), (224, 224))
+
+
+def test_the_releases_small_vit_is_refused_because_its_heads_are_others():
+    with pytest.raises(UnsupportedModelError, match=r"release\.pt are .* 12 heads where timm's .* has 6.*768 x 12"):
+        released_config(release_of_size(384, 12, 12, 16), Path("release.pt"))
 
 
 @pytest.mark.parametrize("asked", [True, False])

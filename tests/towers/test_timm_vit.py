@@ -29,10 +29,10 @@ VARIANTS = {
     "no class token, pooled by attention": {"class_token": False, "global_pool": "map"},
     "registers, pooled by attention": {"class_token": False, "reg_tokens": 3, "global_pool": "map"},
     "class token, pooled by attention": {"global_pool": "map"},
-    "mean beside a class token": {"global_pool": "avg"},
 }
 UNSCORED = {
     "mean": {"class_token": False, "global_pool": "avg"},
+    "mean beside a class token": {"global_pool": "avg"},
     "registers, mean and largest": {"class_token": False, "reg_tokens": 2, "global_pool": "avgmax"},
 }
 ALL = VARIANTS | UNSCORED

@@ -25,14 +25,17 @@ VARIANTS = {
     "class token": {},
     "no ln_pre": {"no_ln_pre": True},
     "layer scale": {"ls_init_value": 0.3},
-    "mean": {"pool_type": "avg"},
-    "mean, then norm": {"pool_type": "avg", "final_ln_after_pool": True},
     "norm after pooling": {"final_ln_after_pool": True},
     "sine positions, square": {"pos_embed_type": "sin_cos_2d", "image_size": 16},
 }
+UNSCORED = {
+    "mean": {"pool_type": "avg"},
+    "mean, then norm": {"pool_type": "avg", "final_ln_after_pool": True},
+}
+ALL = VARIANTS | UNSCORED
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 def test_all_patches_equal_open_clips_forward_and_gradients(options):
     visual = small_vit(**options)
     pixels = images(3, visual.image_size)
@@ -43,7 +46,7 @@ def test_all_patches_equal_open_clips_forward_and_gradients(options):
     assert_same_gradients(gradients(visual, ours.features), gradients(visual, theirs))
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 def test_kept_patches_equal_embedding_all_and_indexing(options):
     visual = small_vit(**options)
     pixels, keep = images(3, visual.image_size), draw_kept(3, visual.grid_size[0] * visual.grid_size[1], 7)
@@ -80,6 +83,17 @@ def test_scores_equal_those_of_full_attention_maps(options):
     encoding = towers.encode_image(visual, pixels, return_scores=True)
     torch.testing.assert_close(encoding.scores, scores_from_full_maps(visual, pixels), rtol=0, atol=1e-6)
     torch.testing.assert_close(encoding.features, visual(pixels), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", UNSCORED.values(), ids=UNSCORED)
+def test_a_class_token_that_is_not_read_is_not_asked(options):
+    """The features do not depend on what the last block makes of it, so nothing trains its query."""
+    visual, pixels = small_vit(**options), images(2, (12, 20))
+    expected = visual(pixels)
+    visual.transformer.resblocks[-1].register_forward_hook(lambda _, __, x: x.index_fill(1, torch.tensor(0), 9.0))
+    assert torch.equal(visual(pixels), expected)
+    with pytest.raises(UnsupportedModelError, match=r"neither a class token nor attention pooling.* such as uniform"):
+        towers.encode_image(visual, pixels, return_scores=True)
 
 
 def test_scores_of_a_masked_image_are_refused():

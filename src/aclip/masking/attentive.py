@@ -16,6 +16,7 @@ from aclip.masking.base import (
     kept_blocks_to_patches,
     num_keep,
     pool_to_blocks,
+    share_kept,
 )
 
 Keep = Literal["highest", "lowest", "mixed", "sampled"]
@@ -62,7 +63,7 @@ class AttentiveMasking(MaskingStrategy):
             return num_keep(self.mask_ratio, grid_size, self.block_size)
         block = fitting_block_size(self.block_size, grid_size)
         blocks = grid_size[0] * grid_size[1] // block**2
-        return min(blocks, math.floor(blocks * (1.0 - self.mask_ratio)) + 1) * block**2
+        return min(blocks, math.floor(blocks * share_kept(self.mask_ratio)) + 1) * block**2
 
     def __call__(self, context: MaskingContext) -> Int[Tensor, "B K"]:
         """Choose by `context.scores`, (B, N) on the view's own grid.

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,12 @@ def fitting_block_size(block_size: int, grid_size: tuple[int, int]) -> int:
     """Return `block_size` if blocks of that side tile the grid exactly, else 1."""
     height, width = grid_size
     return block_size if height % block_size == 0 and width % block_size == 0 else 1
+
+
+def share_kept(mask_ratio: float) -> Fraction:
+    """Return 1 - mask_ratio without the noise of binary numbers, in which 1 - 0.9 is a little less than a tenth."""
+    # floats of decimals and of simple fractions, written or computed (1 - 0.7), are nowhere near 1e-9 from another such
+    return 1 - Fraction(mask_ratio).limit_denominator(10**9)
 
 
 def num_keep(mask_ratio: float, grid_size: int | tuple[int, int], block_size: int = 1) -> int:
@@ -43,7 +50,7 @@ def num_keep(mask_ratio: float, grid_size: int | tuple[int, int], block_size: in
     height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     block = fitting_block_size(block_size, (height, width))
     blocks = (height // block) * (width // block)
-    return max(1, math.floor(blocks * (1.0 - mask_ratio) + 0.5)) * block * block
+    return max(1, math.floor(blocks * share_kept(mask_ratio) + Fraction(1, 2))) * block * block
 
 
 @dataclass(frozen=True)

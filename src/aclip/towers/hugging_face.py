@@ -82,24 +82,73 @@ def open_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def preprocess(folder: Path) -> dict[str, Any]:
-    """Return open_clip's `preprocess_cfg` of a folder's `preprocessor_config.json`; empty where there is none.
+    """Return open_clip's `preprocess_cfg` of a folder's image processor; empty where there is none.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: a file is damaged.
+        UnsupportedModelError: pictures are prepared as open_clip has no words for.
     """
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    path, given = _image_processor(folder)
+    if given is None:
         return {}
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        squashed = given.get("do_center_crop") is False or "height" in (given.get("size") or {})
-        return {
-            "mean": tuple(map(float, given["image_mean"])), "std": tuple(map(float, given["image_std"])),
-            "interpolation": _RESAMPLING.get(given.get("resample", 3), "bicubic"),
-            "resize_mode": "squash" if squashed else "shortest",
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # CLIP's processors crop unless told otherwise, other models' (SigLIP's, ViT's) do not
+        clip = "CLIP" in given.get("image_processor_type", given.get("feature_extractor_type", "CLIP"))
+        size, cropped = _sides(given.get("size")), given.get("do_center_crop", clip)
+        what = _unlike_open_clip(given, size, _sides(given.get("crop_size")) if cropped else None)
+        if what:
+            raise UnsupportedModelError(f"'{path}' prepares pictures with {what}: write there what comes nearest, to "
+                                        "use the model with that")
+        mean, std = ((0.0,) * 3, (1.0,) * 3) if given.get("do_normalize") is False else (
+            tuple(map(float, given["image_mean"])), tuple(map(float, given["image_std"])))
+        return {"mean": mean, "std": std, "interpolation": _RESAMPLING[given.get("resample", 3)],
+                "resize_mode": "shortest" if cropped and "height" not in size else "squash"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"'{path}' is damaged: {error!r}") from error
+
+
+def _image_processor(folder: Path) -> tuple[Path, Any]:
+    """Return what a folder says of its image processor, and in which file; None where it says nothing.
+
+    transformers 5 writes it into `processor_config.json` and looks there first, as here; others have a file for it.
+    """
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        path = folder / name
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                found = found if key is None else found.get(key)
+            except (OSError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"'{path}' is damaged: {error!r}") from error
+            if found is not None:
+                return path, found
+    return folder, None
+
+
+def _sides(size: Any) -> dict[str, int]:
+    """Return a size by its sides: one number, as older files have it, is the shorter one."""
+    if isinstance(size, int):
+        return {"shortest_edge": size}
+    return dict(zip(("height", "width"), size, strict=True)) if isinstance(size, list) else dict(size or {})
+
+
+def _unlike_open_clip(given: Mapping[str, Any], size: Mapping[str, int], crop: Mapping[str, int] | None) -> str | None:
+    """Name what of an image processor open_clip cannot do, if anything; `crop` is None where nothing is cropped."""
+    if given.get("resample", 3) not in _RESAMPLING:
+        return f"resample {given['resample']}, and open_clip has 2 (bilinear) and 3 (bicubic)"
+    if given.get("do_rescale") is False or abs(255 * given.get("rescale_factor", 1 / 255) - 1) > 1e-6:
+        return "other pixels than those from 0 to 1, which are what open_clip normalises"
+    if size.keys() not in (set(), {"shortest_edge"}, {"height", "width"}):
+        return f"a size by {' and '.join(size)}, and open_clip has shortest_edge, or height and width"
+    if crop is not None and given.get("do_resize") is False:
+        return "a crop and no resizing, and open_clip always resizes"
+    if crop and size and set(crop.values()) != set(size.values()):
+        return f"a crop to {_by(crop)} of pictures resized to {_by(size)}, and open_clip resizes to what it crops"
+    return None
+
+
+def _by(size: Mapping[str, int]) -> str:
+    return " x ".join(map(str, size.values()))
 
 
 def weight_files(folder: Path) -> list[Path]:

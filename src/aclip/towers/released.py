@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from aclip.errors import CheckpointError
+from aclip.errors import CheckpointError, UnsupportedModelError
 
-_SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
-"""(width, layers) -> timm's word for it, all with heads 64 wide."""
+_SIZES = {(192, 12): "tiny", (768, 12): "base", (1024, 24): "large"}
+"""(width, layers) -> timm's word for it, all with heads 64 wide. The releases have base and large."""
+
+_SMALL = (384, 12)
+"""SLIP's and A-CLIP's ViT-S/16 has MoCo v3's 12 heads, timm's has 6. The tensors are the same, the features are not."""
 
 _TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale")
 
@@ -24,6 +27,7 @@ def released_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: a size that timm has no ViT for, or tensors that are not there.
+        UnsupportedModelError: a ViT-S, whose heads are narrower than those of timm's.
     """
     try:
         patch, positions = state["visual.patch_embed.proj.weight"], state["visual.pos_embed"]
@@ -34,10 +38,15 @@ def released_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"the weights {path} have the release's layout, but {error} is missing or broken"
                               ) from error
+    sizes = ", ".join(f"{w} x {n}" for w, n in _SIZES)
+    if (width, layers) == _SMALL:
+        raise UnsupportedModelError(f"the weights {path} are the release's ViT-S, which has 12 heads where timm's ViT "
+                                    "of its size, the one that an open_clip config can name, has 6, and would give "
+                                    f"wrong features: sizes that load are {sizes}")
     size = _SIZES.get((width, layers))
     if size is None:
         raise CheckpointError(f"the weights {path} have the release's layout, but timm has no ViT of width {width} and "
-                              f"{layers} layers: there are {', '.join(f'{w} x {n}' for w, n in _SIZES)}")
+                              f"{layers} layers: there are {sizes}")
     side = patch.shape[-1]
     return {
         "embed_dim": joint,

@@ -30,6 +30,7 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
         "heads": vision.width // vision.head_width,
         "mlp_width": int(vision.width * vision.mlp_ratio),
         "num_prefix_tokens": 1,
+        "scored": vision.pool_type == "tok",
     }
     return TowerShape(
         image_size=image_size,

@@ -297,7 +297,8 @@ def _folder_source(folder: Path) -> Source:
         except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"'{folder / hugging_face.CONFIG_NAME}' describes no model: {error!r}") from error
         return Source(str(folder), _checked(config, str(folder)), folder=folder, layout="hugging_face",
-                      weights=hugging_face.weight_files(folder)[0], preprocess=hugging_face.preprocess(folder))
+                      weights=hugging_face.weight_files(folder)[0],
+                      preprocess=_preprocessing(hugging_face.preprocess(folder), str(folder)))
     steps = [folder] if (folder / "state.json").is_file() else sorted((folder / "checkpoints").glob("step-*[0-9]"))
     if not steps:
         raise CheckpointError(f"'{folder}' holds no model: there is neither {CONFIG_NAME} (a saved model), "

@@ -37,8 +37,9 @@ class TimmVit(Vit):
         self.stack = trunk
         self.grid_size = tuple(trunk.patch_embed.grid_size)
         self.num_prefix_tokens = trunk.num_prefix_tokens
-        self.asker = "pool" if trunk.attn_pool is not None else "class token" if trunk.has_class_token else None
         self.reads_first = trunk.attn_pool is None and trunk.global_pool == "token"
+        asks = self.reads_first and trunk.has_class_token  # else the first token is a register or a patch
+        self.asker = "pool" if trunk.attn_pool is not None else "class token" if asks else None
 
     @property
     def patch_embedding(self) -> nn.Conv2d:

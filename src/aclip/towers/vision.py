@@ -16,8 +16,9 @@ from aclip.towers.vit import OpenClipVit, Vit
 SUPPORTED = ("supported are plain ViTs: open_clip's own, such as ViT-B-32, ViT-B-16, ViT-L-14, vit-small and vit-tiny, "
              "and timm's, such as ViT-B-16-SigLIP")
 
-NOBODY_ASKS = ("this image tower has neither a class token nor attention pooling, so nothing in it says which patches "
-               "matter: choose a masking that needs no scores, such as uniform, or another model, such as ViT-B-16")
+NOBODY_ASKS = ("the features of this image tower come from neither a class token nor attention pooling, so nothing in "
+               "it has learned which patches matter: choose a masking that needs no scores, such as uniform, or "
+               "another model, such as ViT-B-16")
 
 
 def encode_image(

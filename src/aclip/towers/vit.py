@@ -19,7 +19,8 @@ class Vit(ABC):
         stack: what holds the transformer blocks, for `blocks.run_blocks`.
         grid_size: patches (down, across) at the tower's own image size.
         num_prefix_tokens: P, class token and registers; they are never counted as patches and never removed.
-        asker: whose attention the scores are, None where no token asks for the patches.
+        asker: whose attention the scores are, None where no token asks for the patches. A class token that is not read
+            after the blocks does not: no loss sees its last query, and nothing makes the earlier ones look for content.
         reads_first: whether only the first token is read after the blocks.
     """
 
@@ -92,8 +93,8 @@ class OpenClipVit(Vit):
         self.stack = visual.transformer
         self.grid_size = tuple(visual.grid_size)
         self.num_prefix_tokens = 1
-        self.asker = "class token"
         self.reads_first = visual.pool_type == "tok"
+        self.asker = "class token" if self.reads_first else None
 
     @property
     def patch_embedding(self) -> nn.Conv2d:
