@@ -10,6 +10,7 @@ import torch
 
 from aclip.errors import ConfigError, MissingDependencyError
 from aclip.evaluation import ClassList, ZeroShot, class_names, find_classes, find_templates
+from aclip.evaluation.classes import classes_of
 
 
 @pytest.fixture
@@ -49,6 +50,16 @@ def test_classes_of_one_name_are_told_apart_by_their_order_alone(table_model, pi
     assert result.metrics["top1"] == pytest.approx(2 / 3)
     assert result.details["right"] == [1, 1, 0]
     assert result.details["confusions"] == [[2, 0, 1]]
+
+
+def test_case_tells_labels_apart_and_prompts_do_not(caplog):
+    classes = ClassList(("capital a", "small a", "seven"), labels=("A", "a", "7"))
+    assert classes.numbers(["a", "A", "7", "SEVEN"]) == [1, 0, 2, 2]
+    with caplog.at_level(logging.WARNING, logger="aclip"):
+        assert classes_of(["Cat", "dog", "red_fox", "red  fox"]).numbers(["cat", "dog"]) == [0, 1]
+        assert not caplog.text
+        assert classes_of(["A", "a", "b"]).names == ("A", "b")
+    assert "3 labels of the set make 2 classes, for prompts do not tell upper and lower case apart" in caplog.text
 
 
 def test_published_lists_and_templates_come_from_the_package(clip_benchmark, caplog):

@@ -78,6 +78,18 @@ def test_case_and_spacing_of_labels_do_not_matter(probe, task, cpu):
     assert learned.run(model, held, cpu).metrics == expected
 
 
+def test_labels_that_differ_in_case_alone_are_two_classes(probe, task, cpu):
+    """As EMNIST's 62, which case makes of 36."""
+    model, training, held = task()
+    spelled = {f"Class {i}": "aAbBcCd"[i] for i in range(7)}
+    expected = probe.learn(training).run(model, held, cpu).metrics
+    training = replace(training, labels=[spelled[label] for label in training.labels])
+    held.labels = [spelled[label].upper() if label == "Class 6" else spelled[label] for label in held.labels]
+    result = probe.learn(training).run(model, held, cpu)
+    assert (result.counts["classes"], result.counts["outside_classes"]) == (7, 0)
+    assert result.metrics == expected
+
+
 def test_pictures_of_other_classes_and_without_label_are_left_out_and_counted(probe, task, cpu, caplog):
     model, training, held = task()
     learned = probe.learn(training)

@@ -1,6 +1,7 @@
 """Which pictures of a set belong to which of some classes."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ class ClassList:
             raise ConfigError(f"zero-shot classification tells classes apart: {len(self.names)} of them "
                               f"({', '.join(self.names) or 'none'}) is not enough")
         given = self.names if self.labels is None else self.labels
-        twice = first_repeated([_key(name) for name in given])
+        # prompts do not tell upper and lower case apart, the labels of a set may (EMNIST's A and a)
+        twice = first_repeated([_key(name) if self.labels is None else _spaced(name) for name in given])
         if twice is not None:
             raise ConfigError(f"class '{given[twice]}' is named twice: every class of a zero-shot evaluation once")
 
@@ -53,15 +55,13 @@ class ClassList:
         Raises:
             ConfigError: no label is one, their sorted order cannot be matched, or nothing tells where numbers begin.
         """
-        called = {_key(name): i for i, name in reversed(list(enumerate(self.names)))}
-        if self.labels is not None:
-            called |= {_key(label): i for i, label in enumerate(self.labels)}
+        find = _Finder(self.names, self.labels or ())
         kinds = sorted(set(labels))
         if all(label.isdecimal() for label in kinds):
             kinds.sort(key=int)  # folders 1, 2, ..., 10 are in the order of their numbers, not 1, 10, 2
-        known = [label for label in kinds if _key(label) in called]
+        known = [label for label in kinds if find(label) is not None]
         if known and (len(known) == len(kinds) or not self.in_order):
-            return [called.get(_key(label)) for label in labels]
+            return [find(label) for label in labels]
         first = self._first_number(kinds)
         if first is not None and any(0 <= int(label) - first < len(self.names) for label in kinds):
             logger.info("labels %s to %s are taken for numbers of the %d %s classes, from %d", kinds[0], kinds[-1],
@@ -75,7 +75,7 @@ class ClassList:
             return [order[label] for label in labels]
         some = ", ".join(kinds[:5])
         if 2 * len(known) >= len(kinds):  # nearly the same names: not another way to call them
-            others = ", ".join([label for label in kinds if _key(label) not in called][:5])
+            others = ", ".join([label for label in kinds if find(label) is None][:5])
             raise ConfigError(f"{len(known)} of the set's {len(kinds)} classes are {self.title} classes by name, but "
                               f"not: {others}; give a file with lines of the set's label, a tab, and the class name")
         if self.in_order:
@@ -112,7 +112,12 @@ def classes_of(labels: Sequence[str]) -> ClassList:
     Raises:
         ConfigError: there is only one.
     """
-    spelled, _ = distinct([_spaced(label) for label in labels])
+    kinds, _ = told_apart(labels)
+    spelled, _ = distinct(kinds)
+    if len(spelled) < len(kinds):
+        logger.warning("%d labels of the set make %d classes, for prompts do not tell upper and lower case apart: a "
+                       "file for --classes, with lines of the label, a tab, and a class name, does", len(kinds),
+                       len(spelled))
     if len(spelled) < 2:
         raise ConfigError(f"zero-shot classification tells classes apart, and all {len(labels)} pictures of the set "
                           f"are of class '{spelled[0]}': name the others with --classes")
@@ -129,11 +134,21 @@ def first_repeated(names: Sequence[str]) -> int | None:
     return None
 
 
+def told_apart(labels: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return the distinct labels, spaces and underscores as single spaces, and the number of each picture's.
+
+    Case tells them apart: a set means what it writes, such as EMNIST with its 62 classes, A beside a.
+    """
+    first: dict[str, int] = {}
+    numbers = [first.setdefault(_spaced(label), len(first)) for label in labels]
+    return list(first), numbers
+
+
 def members(names: Sequence[str], classes: Sequence[str], kind: str) -> tuple[list[int], list[int]]:
     """Find the pictures that are of one of `classes`, and say how many are not.
 
     Args:
-        names: the class of every picture; case and spacing do not matter.
+        names: the class of every picture; spacing does not matter, nor does case where it tells no classes apart.
         classes: class names, each once.
         kind: what to call them in messages, e.g. "training".
 
@@ -143,9 +158,10 @@ def members(names: Sequence[str], classes: Sequence[str], kind: str) -> tuple[li
     Raises:
         ConfigError: no picture is of any of them.
     """
-    seen, numbers = distinct([*classes, *names])
-    return among([i if i < len(classes) else None for i in numbers[len(classes) :]], len(classes), kind,
-                 seen[len(classes) :])
+    find = _Finder(classes)
+    numbers = [find(name) for name in names]
+    others = dict.fromkeys(name for name, number in zip(names, numbers, strict=True) if number is None)
+    return among(numbers, len(classes), kind, list(others))
 
 
 def among(
@@ -160,6 +176,23 @@ def among(
         logger.warning("%d of %d pictures are of none of the %s classes and are left out",
                        len(numbers) - len(kept), len(numbers), kind)
     return kept, [number for number in numbers if number is not None]
+
+
+class _Finder:
+    """Finds the number of a class by one of its names: as written, or in other case where that means no other class.
+
+    Of a name that several classes of a list have, the first counts; later lists go before earlier ones.
+    """
+
+    def __init__(self, *lists: Sequence[str]) -> None:
+        self._numbers: dict[str, int] = {}
+        for names in lists:
+            written = {_spaced(name): i for i, name in reversed(list(enumerate(names)))}
+            spellings = Counter(map(_key, written))
+            self._numbers |= {_key(name): i for name, i in written.items() if spellings[_key(name)] == 1} | written
+
+    def __call__(self, label: str) -> int | None:
+        return self._numbers.get(_spaced(label), self._numbers.get(_key(label)))
 
 
 def _spaced(label: str) -> str:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from aclip.errors import ConfigError, DataError
 from aclip.evaluation.base import Evaluation, Evaluator
-from aclip.evaluation.classes import members
+from aclip.evaluation.classes import members, told_apart
 from aclip.evaluation.features import PictureFeatures
 from aclip.evaluation.ranking import chance_recall, class_ranks, mean_per_class, recall
-from aclip.evaluation.retrieval import distinct
 from aclip.evaluation.texts import TextEncoder
 from aclip.evaluation.zero_shot import confusions
 
@@ -83,7 +82,7 @@ class Probe(Evaluator):
         if len(labels) < training.size:
             raise DataError(f"{self.name} learns from labels, which {training.size - len(labels)} of "
                             f"{training.size} training pictures do not have")
-        classes, numbers = distinct(labels)
+        classes, numbers = told_apart(labels)
         if len(classes) < 2:
             raise DataError(f"{self.name} tells classes apart, and all {training.size} training pictures are of "
                             f"class '{classes[0]}'")
