@@ -379,7 +379,6 @@ def test_the_text_length_is_that_of_the_captions(pictures: Path, tmp_path: Path)
     (["--recipes", "clip", "--probe", "/nowhere.csv"], "/nowhere.csv"),
     (["--recipes", "clip", "--lr", "1e-3", "--set", 'recipe.optimization={"lr": 1.0}'],
      "'clip' at 0.001 has become 'clip' at 1"),
-    (["--recipes", "clip", "--evaluate-on", "held=/tmp"], "name them apart"),
     (["--recipes", "clip", "--probe", "/tmp", "--evaluators", "zero_shot"], "--evaluators names neither"),
     (["--recipes", "clip", "--jobs", "0"], "--jobs must be above 0"),
     (["--recipes", "clip", "--batch-size", "25"], "fewer than one batch of 25"),
@@ -404,6 +403,12 @@ def test_wrong_usage_is_one_sentence_before_anything_runs(
 def test_what_is_missing_is_named(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_one_name_is_one_set(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'held' is .* in --validation and .*\[:12\] in --evaluate-on"):
+        comparison(options(pictures, tmp_path / "made", "--recipes", "clip", "--epochs", "1",
+                           "--evaluate-on", f"held={pictures}[:12]"))
 
 
 def test_a_comparison_is_one_process(

@@ -281,7 +281,9 @@ def test_a_run_goes_on_with_the_same_numbers_where_its_data_were_moved_and_its_m
     assert resumed.returncode == 0, errors.decode()
     theirs = [record for record in journal(finished) if record["step"] <= 15 or record["step"] % 2 == 0]
     assert without_timings(journal(run)) == without_timings(theirs)
-    assert journal(run, "evaluations") == journal(finished, "evaluations")
+    of_training = [record for record in journal(finished, "evaluations")  # other tests have evaluated it since
+                   if (record["weights"], record["evaluator"]) == ("online", "retrieval")]
+    assert journal(run, "evaluations") == of_training
     ours, whole = aclip.load(run).state_dict(), aclip.load(finished).state_dict()
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 

@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
 def planned(folder: Path, steps: int) -> PlannedRun:
     config = RunConfig(recipe=RECIPES["clip"], model="vit-tiny", data="x", output=str(folder))
     folder.mkdir()
-    return PlannedRun((), config, steps, Measured((), ()), Measured((), ()))
+    return PlannedRun((), config, steps, 24, Measured((), ()), Measured((), ()))
 
 
 def test_the_end_of_every_run_is_told_with_the_time_left(tmp_path: Path, clock: Time) -> None:

@@ -125,8 +125,8 @@ def test_training_sets_that_teach_nothing_are_refused(probe, task):
     _, training, _ = task()
     with pytest.raises(DataError, match="which 1 of 210 training pictures do not have"):
         probe.learn(replace(training, labels=(None, *training.labels[1:])))
-    with pytest.raises(DataError, match="all 210 training pictures are of class 'cat'"):
-        probe.learn(replace(training, labels=("cat", "Cat") * 105))
+    with pytest.raises(DataError, match="all 210 training pictures are of class 'big cat'"):
+        probe.learn(replace(training, labels=("big_cat", "big  cat") * 105))
 
 
 def test_measures_only_after_it_has_learned(probe, task, cpu):
