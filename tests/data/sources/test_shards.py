@@ -307,6 +307,19 @@ def test_many_processes_index_what_one_does(
     assert len(found[0]) == 36
 
 
+def test_only_what_the_cache_does_not_have_is_handed_over(many: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading an index takes less than a worker's answer does."""
+    for path in many[3:6]:
+        index_shard(path)
+    handed: list[str] = []
+    monkeypatch.setattr(shards, "read_ahead", lambda read, paths, workers: (
+        handed.append(path.stem) or read(path) for path in paths))
+    source = ShardSource("many", [*many, many[0]])
+    assert [source.key(i) for i in range(4, 12)] == [f"{n}.tar/{n}-{i}" for n in range(2, 6) for i in range(2)]
+    assert len(source) == 38
+    assert handed == [str(n) for n in range(19) if n not in (3, 4, 5)] + ["0"]
+
+
 def test_a_process_of_a_run_first_reads_its_share(many: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     monkeypatch.setattr(shards, "index_shard", lambda path: (read.append(path.stem), index_shard(path))[1])

@@ -89,19 +89,33 @@ def index_shard(path: Path) -> ShardIndex:
         DataError: not a tar file, a compressed one, or one that cannot be read.
     """
     try:
-        status = path.stat()
+        size, cached = _size_and_cache(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    cached = cached_path("index", f"{_FORMAT} {path.absolute()} {status.st_size} {status.st_mtime_ns}", ".npz")
     index = _load(cached)
     if index is not None:
         return index
-    groups, sound = _read_headers(path, status.st_size)
+    groups, sound = _read_headers(path, size)
     members = np.array(list(groups.values()), dtype=np.int64).reshape(-1, len(ROLES), 2)
     index = ShardIndex(PackedStrings(groups), members)
     if sound:
         _save(cached, index)
     return index
+
+
+def is_indexed(path: Path) -> bool:
+    """Return whether the cache has an index of the shard as it is now, so that `index_shard` need not read headers."""
+    try:
+        return _size_and_cache(path)[1].exists()
+    except OSError:
+        return False
+
+
+def _size_and_cache(path: Path) -> tuple[int, Path]:
+    """Return a shard's size in bytes, and the file of the cache that belongs to the shard as it is now."""
+    status = path.stat()
+    identity = f"{_FORMAT} {path.absolute()} {status.st_size} {status.st_mtime_ns}"
+    return status.st_size, cached_path("index", identity, ".npz")
 
 
 def _load(path: Path) -> ShardIndex | None:

@@ -16,7 +16,7 @@ import numpy as np
 from aclip import dist
 from aclip.data.captions import caption_lines, decode_text
 from aclip.data.sources.base import PackedStrings, RawSample, printable
-from aclip.data.sources.shard_index import ABSENT, ROLES, ShardIndex, index_shard
+from aclip.data.sources.shard_index import ABSENT, ROLES, ShardIndex, index_shard, is_indexed
 from aclip.data.workers import read_ahead, usable_cores
 from aclip.errors import BadSampleError, DataError
 
@@ -24,7 +24,7 @@ MAX_LOST = 0.1
 """Share of the shards that may be unreadable, or out of reach, before a source is called unusable."""
 
 MANY = 32
-"""Shards from which on processes share in reading headers: starting them takes as long as reading some."""
+"""New shards from which on processes share in reading headers: starting them takes as long as reading some."""
 
 QUIET, PAUSE = 2.0, 30.0
 """Seconds before the first word on how far the headers are, and between words."""
@@ -60,7 +60,7 @@ class ShardSource:
         members: list[np.ndarray] = []
         shards: list[np.ndarray] = []
         lost: list[DataError] = []
-        for path, (index, why) in zip(paths, _indexed(name, paths), strict=True):
+        for path, (index, why) in zip(paths, _telling(_indexed(paths), name, len(paths)), strict=True):
             if index is None:
                 lost.append(DataError(why))
                 check_lost(name, lost, len(paths))
@@ -122,17 +122,22 @@ class ShardSource:
         )
 
 
-def _indexed(name: str, paths: Sequence[Path]) -> Iterator[tuple[ShardIndex | None, str]]:
+def _indexed(paths: Sequence[Path]) -> Iterator[tuple[ShardIndex | None, str]]:
     """Yield the index of every shard, or None and why there is none.
 
-    Many are read by as many processes as this one has cores. Of the processes of a run each first reads its share, so
-    that it finds the others' in the cache.
+    Those that the cache does not have are read by as many processes as this one has cores, if they are many; handing
+    over those that it has would take longer than loading them. Of the processes of a run each first reads its share of
+    the new ones, so that it finds the others' in the cache.
     """
-    workers = max(1, usable_cores() // dist.processes_here()) if len(paths) >= MANY else 0
+    new = [path for path in paths if not is_indexed(path)]
+    workers = max(1, usable_cores() // dist.processes_here()) if len(new) >= MANY else 0
     if dist.world_size() > 1:
-        for _ in read_ahead(_try, paths[dist.rank() :: dist.world_size()], workers=workers):
+        for _ in read_ahead(_try, new[dist.rank() :: dist.world_size()], workers=workers):
             pass
-    yield from _telling(read_ahead(_try, paths, workers=workers), name, len(paths))
+        new = [path for path in new if not is_indexed(path)]
+    read, unknown = read_ahead(_try, new, workers=workers), set(new)
+    for path in paths:
+        yield next(read) if path in unknown else _try(path)
 
 
 def _try(path: Path) -> tuple[ShardIndex | None, str]:
