@@ -158,12 +158,14 @@ class Plan:
         for config in self.recipe.objectives:
             with torch.device("meta"):
                 objective = build_objective(config, self)
-            images = [(len(p.spec.views), p.num_patches, p.num_keep)
-                      for p in self.passes if p.spec.name in config.reads]
             lengths = [text.length(text_tokens) for text in self.texts if text.spec.name in config.reads]
             length = shape.context_length if not lengths or lengths[0] is None else lengths[0]
-            total += 3.0 * objective.decoder_macs(images, length)
+            total += 3.0 * objective.decoder_macs(self.images_of(config), length)
         return total
+
+    def images_of(self, objective: ObjectiveConfig) -> list[tuple[int, int, int]]:
+        """Return views, patches and kept patches of each image pass that an objective reads (`decoder_macs`)."""
+        return [(len(p.spec.views), p.num_patches, p.num_keep) for p in self.passes if p.spec.name in objective.reads]
 
     def relative_cost(self, text_tokens: float | None = None) -> float:
         """Return `macs` over those of CLIP with one full view and the same text handling."""

@@ -371,11 +371,13 @@ class Comparison:
         if not self._length_is_known(name):
             return record | {"finished": False}
         run = self.planned(name, lr, seed)
-        found = outcome(run.folder.path) if run.is_trained() else {}
-        for part in ("metrics", "chance"):  # what else was measured by hand has no place beside the others
-            found |= {part: run.only_planned(found[part])} if found else {}
-        return record | found | {"finished": bool(found), "complete": run.is_finished(),
-                                 "error": self.errors.get(run.name), "total_steps": run.total_steps}
+        state = {"error": self.errors.get(run.name), "total_steps": run.total_steps}
+        if not run.is_trained():
+            return record | state | {"finished": False, "complete": False}
+        found = outcome(run.folder.path)
+        # what else was measured by hand has no place beside the others
+        found |= {part: run.only_planned(found[part]) for part in ("metrics", "chance")}
+        return record | found | state | {"finished": True, "complete": not run.missing(run.added)}
 
 
 def report(folder: Path) -> None:

@@ -135,8 +135,8 @@ def measure(
         held_out = open_held_out(args.data)
         training = open_held_out([args.train])[0] if args.train is not None else None
     # a last step that was skipped has no line among the metrics
-    known = [*folder.records("metrics"), *folder.records("evaluations")] if folder else []
-    last = max(known, key=lambda r: r["step"], default={})
+    known = (folder.last("metrics"), folder.last("evaluations")) if folder else ({},)
+    last = max(known, key=lambda record: record.get("step", 0))
     workers = suitable_workers(device, args.workers)
     evaluate_sets(model, held_out, evaluators, folder, console, device=device, workers=workers,
                   weights=args.weights, step=last.get("step", 0), samples_seen=last.get("samples_seen", 0),

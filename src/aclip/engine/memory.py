@@ -103,9 +103,7 @@ def estimate(method: Method, config: RunConfig, micro_batch: int) -> Estimate:
     local = (config.batch_size or 0) // ranks
     logits = min(local * local * ranks, LOGITS_AT_ONCE)
     for config_of, objective in zip(method.plan.recipe.objectives, method.objectives.values(), strict=True):
-        images = [(len(p.spec.views), p.num_patches, p.num_keep)
-                  for p in method.plan.passes if p.spec.name in config_of.reads]
-        made = cast(Objective, objective).logits(local, images, shape.context_length)
+        made = cast(Objective, objective).logits(local, method.plan.images_of(config_of), shape.context_length)
         logits += min(made, LOGITS_AT_ONCE)
     batch = local * pixels + micro_batch * pixels * 4 * 2 + 4 * logits * 4 + 2 * ranks * local * shape.joint_dim * 4
     return Estimate(weights * 4 // share, average * 4 // share, trained * 4 // share, trained * 8 // share,

@@ -127,7 +127,8 @@ class Retrieval(Evaluator):
         self, encoder: TextEncoder, pictures: PictureFeatures, some: range
     ) -> tuple[dict[str, float], dict[str, float], int, tuple[Example, ...], int]:
         """Return metrics, chance, the number of candidates, examples, and how many candidates are shared, of a fold."""
-        asked = _candidates(pictures, some, PROTOCOLS[self.protocol].captions)
+        protocol = PROTOCOLS[self.protocol]
+        asked = _candidates(pictures, some, protocol.captions)
         texts = encoder.once(tuple(asked.texts), lambda: encoder.encode(asked.texts))
         images = pictures.features[some.start : some.stop]
         found = rank_both_ways(images, texts, asked.of_picture.to(texts.device), asked.of_text.to(texts.device),
@@ -144,7 +145,8 @@ class Retrieval(Evaluator):
                                                 Counter(right).items()) / len(right) for k in CUTOFFS}
         examples = tuple(_example(kind, i, pictures, some.start, asked, texts, int(found.queries[i]))
                          for kind, i in _choose(pictures, some, asked, found, self.examples))
-        return metrics, chance, len(asked.texts), examples, _shared(asked)
+        shared = _shared(asked) if protocol.captions != 0 else 0
+        return metrics, chance, len(asked.texts), examples, shared
 
 
 def _candidates(pictures: PictureFeatures, some: range, captions: int | None) -> _Candidates:
