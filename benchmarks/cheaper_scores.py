@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from aclip import data, towers
+from aclip import data, models
 from aclip.masking import AttentiveMasking, MaskingContext
+from aclip.models.averaged import load_average
 from aclip.plan import image_macs
-from aclip.towers.averaged import load_average
 from scored_run import opened, options
 from step import markdown
 
@@ -33,9 +33,9 @@ def main() -> None:
     args = parser.parse_args()
 
     model, source = opened(args)
-    visual = towers.visual_of(model.model)
+    visual = models.visual_of(model.model)
     load_average(visual, args.run / "checkpoints")
-    shape = towers.shape_of(towers.model_config(args.run))
+    shape = models.shape_of(models.model_config(args.run))
     chosen = range(0, len(source), max(1, len(source) // args.pictures))[: args.pictures]
     pixels = torch.stack([model.preprocess(data.decode_image(source.read(i).image)) for i in chosen])
     mask = AttentiveMasking(args.mask_ratio)
@@ -48,18 +48,18 @@ def main() -> None:
     def ways() -> Iterator[tuple[str, Tensor, float]]:
         many = height * width
         for layers in range(1, shape.layers + 1):
-            found = towers.encode_image(visual, pixels, return_scores=True, score_layers=layers, scores_only=True)
+            found = models.encode_image(visual, pixels, return_scores=True, score_layers=layers, scores_only=True)
             macs = image_macs(shape, many, many + 1, layers - 1)
             yield f"first {layers} of {shape.layers} layers", found.scores, macs
         small = F.interpolate(pixels, (shape.image_size[0] // 2, shape.image_size[1] // 2), mode="bilinear",
                               antialias=True)
-        scores = towers.encode_image(visual, small, return_scores=True).scores
+        scores = models.encode_image(visual, small, return_scores=True).scores
         maps = F.interpolate(scores.view(-1, 1, height // 2, width // 2), grid, mode="bilinear", align_corners=False)
         few = height // 2 * (width // 2)
         yield "half resolution, all layers", maps.flatten(1), image_macs(shape, few, few + 1)
 
     with torch.inference_mode():
-        expected = kept(towers.encode_image(visual, pixels, return_scores=True).scores)
+        expected = kept(models.encode_image(visual, pixels, return_scores=True).scores)
         whole = image_macs(shape, height * width, height * width + 1)
         rows = [[name, f"{(kept(scores) & expected).sum() / expected.sum():.1%}", f"{macs / whole:.2f}"]
                 for name, scores, macs in ways()]

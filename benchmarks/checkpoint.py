@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from rich.console import Console
 from safetensors.torch import save_file
 
-from aclip import plan, towers
+from aclip import models, plan
 from aclip.data.augment import AUGMENTATIONS, draw
 from aclip.engine.checkpoint import list_checkpoints
 from aclip.engine.run_config import RunConfig, Timetable, choose_device, settled
@@ -45,8 +45,8 @@ def build(model_name: str, device: torch.device, batch_size: int) -> Trainer:
     """Return a trainer of `a-clip`."""
     config = settled(RunConfig(RECIPES["a-clip"], model_name, data="noise", output="none", batch_size=batch_size),
                      batch_size, device)
-    resolved = plan.resolve(config.recipe, towers.shape_of(towers.model_config(model_name)))
-    method = Method(towers.create_model(model_name), resolved, (0.5,) * 3, (0.25,) * 3).to(device).train()
+    resolved = plan.resolve(config.recipe, models.shape_of(models.model_config(model_name)))
+    method = Method(models.create_model(model_name), resolved, (0.5,) * 3, (0.25,) * 3).to(device).train()
     return Trainer(config, method, Timetable.of(replace(config, samples=10_000 * batch_size), batch_size), device)
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import multiprocessing, nn
 
-from aclip import dist, plan, towers
+from aclip import dist, models, plan
 from aclip.engine.wrap import transformers_of, wrap
 from aclip.method import Method
 from aclip.recipes import RECIPES
@@ -45,8 +45,8 @@ def noise(method: Method, rows: int) -> Batch:
 def build(recipe: str) -> Method:
     """Return a recipe on the model."""
     torch.manual_seed(0)
-    resolved = plan.resolve(RECIPES[recipe], towers.shape_of(towers.model_config(MODEL)))
-    return Method(towers.create_model(MODEL, with_text=resolved.uses_text), resolved, (0.5,) * 3, (0.25,) * 3).train()
+    resolved = plan.resolve(RECIPES[recipe], models.shape_of(models.model_config(MODEL)))
+    return Method(models.create_model(MODEL, with_text=resolved.uses_text), resolved, (0.5,) * 3, (0.25,) * 3).train()
 
 
 def formulas(method: Method, parallel: str, batch: int) -> Counter[str]:

@@ -17,7 +17,7 @@ import torch
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
-from aclip import plan, towers
+from aclip import models, plan
 from aclip.config import Recipe
 from aclip.data import augment
 from aclip.engine.memory import peak_memory
@@ -25,9 +25,9 @@ from aclip.engine.optim import build_optimizer, parameter_groups
 from aclip.engine.trial import made_batch, with_known_scores
 from aclip.engine.wrap import wrap
 from aclip.method import Method
+from aclip.models import text
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, TowerShape
-from aclip.towers import text
 
 WIDTHS = {f"ViT-B-16-of-width-{width}": width for width in (192, 384, 576)}
 """Models with ViT-B/16's tokens, depth, heads of 64 and ratio of text to image, and less width, which is 768 there."""
@@ -87,7 +87,7 @@ class Settings:
 
     def shape(self) -> TowerShape:
         """Return the sizes of the model."""
-        return towers.shape_of(towers.model_config(self.model, image_size=self.image_size))
+        return models.shape_of(models.model_config(self.model, image_size=self.image_size))
 
     def autocast(self) -> torch.autocast:
         """Return the precision of the towers."""
@@ -119,7 +119,7 @@ class OpenClip:
             lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
         self.batches = settings.batches(self.plan, cut_text=False)
         self.mean, self.std = (torch.tensor(value, device=settings.device) for value in
-                               (towers.sources.IMAGENET_MEAN, towers.sources.IMAGENET_STD))
+                               (models.sources.IMAGENET_MEAN, models.sources.IMAGENET_STD))
 
     def propagate(self, batch: Batch) -> None:
         """Forward pass, loss and backward pass."""
@@ -155,8 +155,8 @@ class Ours:
         torch.manual_seed(0)
         self.settings = settings
         self.plan = plan.resolve(recipe, settings.shape())
-        model = towers.create_model(settings.model, image_size=settings.image_size, with_text=self.plan.uses_text)
-        pixels = towers.preprocess_config(model)
+        model = models.create_model(settings.model, image_size=settings.image_size, with_text=self.plan.uses_text)
+        pixels = models.preprocess_config(model)
         self.method = Method(model, self.plan, pixels["mean"], pixels["std"]).to(settings.device).train()
         if settings.compiled:
             wrap(self.method, settings.device, compile_blocks=True)
@@ -176,7 +176,7 @@ class Ours:
         """Take the optimizer's step."""
         self.optimizer.step()
         with torch.no_grad():
-            towers.logit_scale_of(self.method.model).clamp_(0, math.log(100))
+            models.logit_scale_of(self.method.model).clamp_(0, math.log(100))
 
     def average(self) -> None:
         """Update the EMA."""

@@ -57,7 +57,7 @@ from aclip.data.order import BatchSampler
 from aclip.data.tar_files import Sample, write_tar
 from aclip.data.views import VIEWS
 from aclip.data.workers import read_ahead
-from aclip.towers import tokenizer_of
+from aclip.models import tokenizer_of
 
 SIDE, BATCH, SHARDS = 224, 64, 16
 WIDTH, HEIGHT = 500, 375

@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 class Features:
     """What clip-benchmark takes for a model: its pictures are features already."""
 
-    def __init__(self, model: aclip.towers.LoadedModel) -> None:
+    def __init__(self, model: aclip.models.LoadedModel) -> None:
         self.model = model
 
     def encode_image(self, features: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Loader:
             yield self.features[start : start + 500], self.targets[start : start + 500]  # type: ignore[index]
 
 
-def encode(model: aclip.towers.LoadedModel, spec: str, space: str) -> PictureFeatures:
+def encode(model: aclip.models.LoadedModel, spec: str, space: str) -> PictureFeatures:
     target = "label" if space == "trunk" or "cifar" in spec else "caption"
     pictures = data.EvaluationSet(data.open_source(resolve_spec(spec)), model.preprocess, batch_size=256, target=target)
     return encode_pictures(model, pictures, CPU, space=space)  # type: ignore[arg-type]

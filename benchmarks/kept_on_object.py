@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from aclip import data, towers
+from aclip import data, models
 from aclip.data.fetch import resolve_spec
 from aclip.engine.checkpoint import list_checkpoints, step_of
 from aclip.engine.run_config import saved_config
-from aclip.engine.run_folder import RunFolder
 from aclip.masking import MASKING, MaskingContext, num_keep
-from aclip.towers.averaged import load_average_at
+from aclip.models.averaged import load_average_at
+from aclip.run_folder import RunFolder
 from scored_run import options
 
 
@@ -53,8 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, pictures: Iterable[tuple[Image.Image, Image.Image]]) -> None:
     """Print what masks keep of pictures, each with its object's outline as a white area on black."""
-    model = towers.load(args.run)
-    visual = towers.visual_of(model.model)
+    model = models.load(args.run)
+    visual = models.visual_of(model.model)
     height, width = visual.image_size
     grid = height // visual.conv1.kernel_size[0], width // visual.conv1.kernel_size[1]
     mean, std = (torch.tensor(visual.preprocess_cfg[key])[:, None, None] for key in ("mean", "std"))

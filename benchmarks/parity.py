@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aclip import towers
+from aclip import models
 from aclip.data import CaptionTokenizer
 from aclip.errors import AclipError, UnsupportedModelError
-from aclip.export import EXPORTS, Subject, made_examples
-from aclip.export.check import compare
+from aclip.exporters import EXPORTS, Subject, made_examples
+from aclip.exporters.check import compare
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-B-16-SigLIP", "vit_medium_patch16_gap_256")
 FORMATS = ("open_clip", "huggingface", "onnx")
@@ -45,19 +45,19 @@ def main() -> None:
 def random_model(name: str) -> Subject:
     """Return a model with seeded weights, all of its vectors moved away from zeros and ones."""
     torch.manual_seed(0)
-    model = towers.create_model(name).eval()
+    model = models.create_model(name).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
-    config = towers.model_config(name)
-    return Subject(towers.LoadedModel(model, tokenizer(name, config["text_cfg"])), config, name)
+    config = models.model_config(name)
+    return Subject(models.LoadedModel(model, tokenizer(name, config["text_cfg"])), config, name)
 
 
-def tokenizer(name: str, text: dict[str, object]) -> towers.Tokenizer:
+def tokenizer(name: str, text: dict[str, object]) -> models.Tokenizer:
     """Return a model's tokenizer, or one that draws tokens where the model's would have to be fetched."""
     if not text.get("hf_tokenizer_name"):
-        return CaptionTokenizer(towers.tokenizer_of(name))
+        return CaptionTokenizer(models.tokenizer_of(name))
     shape = int(str(text["context_length"]))
 
     def draw(texts: list[str]) -> Tensor:

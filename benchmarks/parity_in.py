@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aclip import towers
-from aclip.towers.vision import vit_of
+from aclip import models
+from aclip.models.vision import vit_of
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-B-16-SigLIP", "vit_medium_patch16_gap_256",
           "MobileCLIP2-L-14")
@@ -40,12 +40,12 @@ def shaken(model: nn.Module, seed: int) -> nn.Module:
 def tokens_of(name: str, model: Any, seed: int) -> tuple[Tensor, Tensor]:
     """Return whole captions, and the same as our tower takes them: cut where it can be cut."""
     text = getattr(model, "text", model)
-    if towers.model_config(name)["text_cfg"].get("hf_tokenizer_name"):
+    if models.model_config(name)["text_cfg"].get("hf_tokenizer_name"):
         size = (4, text.context_length)
         tokens = torch.randint(1, text.vocab_size, size, generator=torch.Generator().manual_seed(seed))
     else:
-        tokens = towers.tokenizer_of(name)(CAPTIONS)
-    return tokens, towers.cut_after_eot(tokens) if towers.can_cut(model) else tokens
+        tokens = models.tokenizer_of(name)(CAPTIONS)
+    return tokens, models.cut_after_eot(tokens) if models.can_cut(model) else tokens
 
 
 def largest(ours: Tensor, theirs: Tensor) -> float:
@@ -74,16 +74,16 @@ def masked_by_hooks(visual: nn.Module, pixels: Tensor, keep: Tensor) -> Tensor:
 def against_open_clip(name: str, seed: int) -> list[str]:
     """Return a row: image, masked image and text features against open_clip's (and timm's) own forward."""
     torch.manual_seed(seed)
-    model: Any = shaken(towers.create_model(name), seed)
+    model: Any = shaken(models.create_model(name), seed)
     vit = vit_of(model.visual)
     pixels = torch.randn(4, 3, *(side * patch for side, patch in zip(vit.grid_size, vit.patch_size, strict=True)))
     patches = vit.grid_size[0] * vit.grid_size[1]
     keep = torch.rand(4, patches).argsort(dim=1)[:, : patches // 2].sort(dim=1).values
     whole, cut = tokens_of(name, model, seed)
-    image = largest(towers.encode_image(model.visual, pixels).features, model.encode_image(pixels))
-    masked = largest(towers.encode_image(model.visual, pixels, keep).features,
+    image = largest(models.encode_image(model.visual, pixels).features, model.encode_image(pixels))
+    masked = largest(models.encode_image(model.visual, pixels, keep).features,
                      masked_by_hooks(model.visual, pixels, keep))
-    text = largest(towers.encode_text(model, cut), model.encode_text(whole))
+    text = largest(models.encode_text(model, cut), model.encode_text(whole))
     return [name, "open_clip", f"{image:.1e}", f"{masked:.1e}", f"{text:.1e}"]
 
 
@@ -91,7 +91,7 @@ def against_transformers(name: str, seed: int) -> list[str]:
     """Return a row: a folder that transformers wrote of its own random `CLIPModel`, read by our code."""
     from transformers import CLIPConfig, CLIPModel
 
-    shape, config = towers.shape_of(towers.model_config(name)), towers.model_config(name)
+    shape, config = models.shape_of(models.model_config(name)), models.model_config(name)
     act = "quick_gelu" if config.get("quick_gelu") else "gelu"
     torch.manual_seed(seed)
     theirs: Any = shaken(CLIPModel(CLIPConfig(
@@ -104,11 +104,11 @@ def against_transformers(name: str, seed: int) -> list[str]:
                      "eos_token_id": 49407})), seed)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours: Any = towers.create_model(Path(folder)).eval()
-        whole = towers.tokenizer_of(Path(folder))(CAPTIONS)
+        ours: Any = models.create_model(Path(folder)).eval()
+        whole = models.tokenizer_of(Path(folder))(CAPTIONS)
     pixels = torch.randn(4, 3, *shape.image_size)
-    image = largest(towers.encode_image(ours.visual, pixels).features, theirs.get_image_features(pixels).pooler_output)
-    text = largest(towers.encode_text(ours, towers.cut_after_eot(whole)), theirs.get_text_features(whole).pooler_output)
+    image = largest(models.encode_image(ours.visual, pixels).features, theirs.get_image_features(pixels).pooler_output)
+    text = largest(models.encode_text(ours, models.cut_after_eot(whole)), theirs.get_text_features(whole).pooler_output)
     return [name, "transformers folder", f"{image:.1e}", "", f"{text:.1e}"]
 
 

@@ -31,7 +31,7 @@ from aclip import data
 from aclip.data.doctor import Limits, examine
 from aclip.data.fetch import resolve_spec
 from aclip.data.tar_files import Sample, write_tar
-from aclip.towers import tokenizer_of
+from aclip.models import tokenizer_of
 
 PICTURES = 600
 

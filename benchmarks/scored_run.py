@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from aclip import data, towers
+from aclip import data, models
 from aclip.data.fetch import resolve_spec
 
 
@@ -15,6 +15,6 @@ def options(about: str | None, pictures: str) -> argparse.ArgumentParser:
     return parser
 
 
-def opened(args: argparse.Namespace) -> tuple[towers.LoadedModel, data.Source]:
+def opened(args: argparse.Namespace) -> tuple[models.LoadedModel, data.Source]:
     """Return the trained model of the run, and the source of the pictures."""
-    return towers.load(args.run), data.open_source(resolve_spec(args.data))
+    return models.load(args.run), data.open_source(resolve_spec(args.data))

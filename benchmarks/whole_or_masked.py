@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from aclip import data, towers
+from aclip import data, models
 from aclip.evaluation.features import encode_texts
 from aclip.evaluation.ranking import ranks, recall
 from aclip.evaluation.retrieval import distinct
 from aclip.masking import AttentiveMasking, MaskingContext, MaskingStrategy, UniformMasking
-from aclip.towers.averaged import load_average
+from aclip.models.averaged import load_average
 from scored_run import opened, options
 
 
@@ -28,9 +28,9 @@ def main() -> None:
     args = parser.parse_args()
 
     model, source = opened(args)
-    visual = towers.visual_of(model.model)
-    scorer = towers.load(args.run)
-    load_average(towers.visual_of(scorer.model), args.run / "checkpoints")
+    visual = models.visual_of(model.model)
+    scorer = models.load(args.run)
+    load_average(models.visual_of(scorer.model), args.run / "checkpoints")
     height, width = (side // visual.conv1.kernel_size[0] for side in visual.image_size)
     batches = list(data.EvaluationSet(source, model.preprocess, batch_size=256, workers=2))
     captions, of_picture = distinct([caption for batch in batches for caption in batch.captions])
@@ -41,12 +41,12 @@ def main() -> None:
         def encode(pixels: Tensor) -> Tensor:
             keep = strategy(MaskingContext(len(pixels), (height, width), "cpu", scorer.attention_scores(pixels),
                                            generator=torch.Generator().manual_seed(0)))
-            return towers.encode_image(visual, pixels, keep).features
+            return models.encode_image(visual, pixels, keep).features
 
         return encode
 
     ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "whole pictures": lambda pixels: towers.encode_image(visual, pixels).features,
+        "whole pictures": lambda pixels: models.encode_image(visual, pixels).features,
         f"attentive mask, ratio {args.mask_ratio}": masked(AttentiveMasking(args.mask_ratio)),
         f"random mask, ratio {args.mask_ratio}": masked(UniformMasking(args.mask_ratio)),
     }

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, multiprocessing
 
-from aclip import plan, towers
+from aclip import models, plan
 from aclip.config import Recipe, override
 from aclip.data import augment
 from aclip.method import Method
@@ -43,8 +43,8 @@ def build(words: str) -> Method:
     """Return a recipe (`recipe_of`) on `vit-nano`."""
     register_nano()
     torch.manual_seed(0)
-    resolved = plan.resolve(recipe_of(words), towers.shape_of(towers.model_config("vit-nano")))
-    model = towers.create_model("vit-nano", with_text=resolved.uses_text)
+    resolved = plan.resolve(recipe_of(words), models.shape_of(models.model_config("vit-nano")))
+    model = models.create_model("vit-nano", with_text=resolved.uses_text)
     return Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
 
 

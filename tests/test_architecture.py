@@ -15,13 +15,13 @@ ROOT = Path(aclip.__file__).parent
 LEVELS = (
     {"errors"},
     {"structs", "config", "rng", "dist", "files", "tokens"},
-    {"tensor_files"},
+    {"tensor_files", "run_folder"},
     {"masking", "ema", "data"},
-    {"towers"},
+    {"models"},
     {"objectives"},
     {"plan"},
     {"method"},
-    {"recipes", "engine", "evaluation", "export", "report"},
+    {"recipes", "engine", "evaluation", "exporters", "report"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -14,18 +14,18 @@ from open_clip.loss import SigLipLoss
 from PIL import Image
 from torch import nn
 
-from aclip import plan, towers
+from aclip import models, plan
 from aclip.config import Recipe
 from aclip.engine.optim import parameter_groups
 from aclip.engine.wrap import wrap
 from aclip.errors import UnsupportedModelError
-from aclip.export import open_clip as exported
+from aclip.exporters import open_clip as exported
 from aclip.method import Method
+from aclip.models.shapes import timm_outline
 from aclip.plan import image_macs
 from aclip.recipes import RECIPES
 from aclip.report import take_snapshot
 from aclip.report.snapshots import read_snapshot
-from aclip.towers.shapes import timm_outline
 from tests_support import random_batch
 
 TEXT = {"width": 64, "heads": 1, "layers": 2}
@@ -62,8 +62,8 @@ def small(recipe: Recipe) -> Recipe:
 def build(recipe: str, model_name: str, image_size: int | None = None) -> Method:
     torch.manual_seed(0)
     resolved = plan.resolve(
-        small(RECIPES[recipe]), towers.shape_of(towers.model_config(model_name, image_size=image_size)))
-    model = towers.create_model(model_name, with_text=resolved.uses_text, image_size=image_size)
+        small(RECIPES[recipe]), models.shape_of(models.model_config(model_name, image_size=image_size)))
+    model = models.create_model(model_name, with_text=resolved.uses_text, image_size=image_size)
     return Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
 
 
@@ -83,7 +83,7 @@ def test_every_trainable_parameter_gets_a_gradient(recipe: str, family: str) -> 
     zero = [n for n, p in trainable.items() if p.grad is None or not p.grad.any()]
     # as in test_recipes: biases whose gradients vanish in exact arithmetic; mean pooling of a class token's tower
     assert all("bias" in name for name in zero), zero
-    embedding = towers.patch_embedding_of(towers.visual_of(method.model))
+    embedding = models.patch_embedding_of(models.visual_of(method.model))
     assert embedding.weight.requires_grad != bool(RECIPES[recipe].freeze)
     undecayed = {name for group in parameter_groups(method, 0.1) if group.weight_decay == 0 for name in group.names}
     assert not [name for name in trainable
@@ -98,16 +98,16 @@ def test_the_sigmoid_loss_begins_with_the_models_own_bias_and_trains_it(tmp_path
     nn.init.constant_(model.logit_scale, math.log(117.0))
     batch = random_batch(method.plan, batch_size=4)
     output = method(batch)
-    text = F.normalize(towers.encode_text(model, batch.tokens), dim=-1)
+    text = F.normalize(models.encode_text(model, batch.tokens), dim=-1)
     theirs = SigLipLoss()(output.passes["full"].features[0], text, model.logit_scale.exp(), model.logit_bias)
     torch.testing.assert_close(output.loss, theirs)
     assert not [name for name, _ in method.objectives.named_parameters()]
     output.loss.backward()
     torch.optim.SGD([model.logit_bias], lr=0.01).step()
     assert model.logit_bias != -12.9
-    exported.save(model, towers.model_config("family-siglip"), towers.preprocess_config(model),
-                  towers.tokenizer_of("family-siglip"), tmp_path / "final")
-    assert towers.create_model(tmp_path / "final").logit_bias == model.logit_bias
+    exported.save(model, models.model_config("family-siglip"), models.preprocess_config(model),
+                  models.tokenizer_of("family-siglip"), tmp_path / "final")
+    assert models.create_model(tmp_path / "final").logit_bias == model.logit_bias
 
 
 @pytest.mark.parametrize("way", [{"parallel": "fsdp"}, {"compile_blocks": True}], ids=["sharded", "compiled"])
@@ -126,7 +126,7 @@ def test_scores_need_somebody_who_asks() -> None:
 
 
 def test_towers_that_pool_the_mean_have_nobody_who_asks_although_there_is_a_class_token() -> None:
-    shape = towers.shape_of(towers.model_config("ViT-L-14-CLIPA"))
+    shape = models.shape_of(models.model_config("ViT-L-14-CLIPA"))
     assert not shape.scored
     plan.resolve(RECIPES["flip"], shape)
     with pytest.raises(UnsupportedModelError, match=r"pass 'context': .*learned which patches matter.* uniform"):
@@ -142,8 +142,8 @@ def test_where_nobody_asks_pictures_are_shown_without_scores(tmp_path: Path) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shape_and_cost_are_those_of_the_tower(family: str) -> None:
     """Count the products of every linear map and attention of a forward pass by hooks, and compare."""
-    config = towers.model_config(family)
-    shape, visual = towers.shape_of(config), towers.create_model(family).visual.eval()
+    config = models.model_config(family)
+    shape, visual = models.shape_of(config), models.create_model(family).visual.eval()
     trunk, patches = visual.trunk, shape.grid_size[0] * shape.grid_size[1]
     assert shape.grid_size == trunk.patch_embed.grid_size
     assert shape.num_prefix_tokens == trunk.num_prefix_tokens
@@ -166,7 +166,7 @@ def test_shape_and_cost_are_those_of_the_tower(family: str) -> None:
 
 
 def test_outlines_hold_no_weights() -> None:
-    outline = timm_outline(towers.model_config("family-token"))
+    outline = timm_outline(models.model_config("family-token"))
     assert {p.device.type for p in outline.parameters()} == {"meta"}
 
 
@@ -174,31 +174,31 @@ def test_outlines_hold_no_weights() -> None:
 @torch.no_grad()
 def test_models_equal_open_clips_own_forward_and_come_back(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = towers.create_model(family).eval()
-    config = towers.model_config(family)
-    exported.save(model, config, towers.preprocess_config(model), towers.tokenizer_of(config), tmp_path / "final")
-    again = towers.create_model(tmp_path / "final").eval()
+    model = models.create_model(family).eval()
+    config = models.model_config(family)
+    exported.save(model, config, models.preprocess_config(model), models.tokenizer_of(config), tmp_path / "final")
+    again = models.create_model(tmp_path / "final").eval()
     side = config["vision_cfg"]["image_size"]
     pixels = torch.randn(2, 3, side, side)
     tokens = torch.randint(1, 1000, (2, again.context_length))
-    assert towers.shape_of(towers.model_config(tmp_path / "final")) == towers.shape_of(config)
-    for ours, theirs in ((towers.encode_image(again.visual, pixels).features, model.encode_image(pixels)),
-                         (towers.encode_text(again, tokens), model.encode_text(tokens))):
+    assert models.shape_of(models.model_config(tmp_path / "final")) == models.shape_of(config)
+    for ours, theirs in ((models.encode_image(again.visual, pixels).features, model.encode_image(pixels)),
+                         (models.encode_text(again, tokens), model.encode_text(tokens))):
         torch.testing.assert_close(F.normalize(ours), F.normalize(theirs), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_timm_towers_at_another_size() -> None:
     torch.manual_seed(0)
-    model = towers.create_model("family-token", image_size=(64, 32))
+    model = models.create_model("family-token", image_size=(64, 32))
     assert model.visual.trunk.patch_embed.grid_size == (4, 2)
-    assert towers.preprocess_config(model)["size"] == (64, 32)
+    assert models.preprocess_config(model)["size"] == (64, 32)
     pixels = torch.randn(1, 3, 64, 32)
-    torch.testing.assert_close(towers.encode_image(model.visual.eval(), pixels).features, model.visual(pixels),
+    torch.testing.assert_close(models.encode_image(model.visual.eval(), pixels).features, model.visual(pixels),
                                rtol=0, atol=1e-5)
 
 
 def test_image_towers_of_timm_have_no_projection() -> None:
-    tower = towers.create_model("family-token", with_text=False)
+    tower = models.create_model("family-token", with_text=False)
     assert not [name for name, _ in tower.named_parameters() if "head" in name]
     assert tower.encode_image(torch.zeros(1, 3, 96, 96)).shape == (1, 64)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aclip import plan, towers
+from aclip import models, plan
 from aclip.config import EmaMomentum, ObjectiveConfig, Pass, TextPass, override
 from aclip.errors import ConfigError
 from aclip.masking import to_bytes
@@ -71,7 +71,7 @@ def literal_encode(visual: nn.Module, image: Tensor, keep: list[int] | None) -> 
 
 def literal_a_clip(method: Method, batch: Batch) -> Tensor:
     """Equations of the paper, sample by sample; heads and BatchNorm are the method's own modules."""
-    visual, ema = towers.visual_of(method.model), method.ema_visual
+    visual, ema = models.visual_of(method.model), method.ema_visual
     assert ema is not None
     grid, count = 8, batch.size
     images = {name: (view.pixels / 255.0 - 0.5) / 0.25 for name, view in batch.views.items()}
@@ -178,7 +178,7 @@ def test_scores_of_a_flipped_source_are_read_upright() -> None:
 
 def test_freezing_what_does_not_exist_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"no parameter of the model is called 'visual\.conv9\.'"):
-        freeze(towers.create_model("vit-tiny"), ("visual.conv9.",))
+        freeze(models.create_model("vit-tiny"), ("visual.conv9.",))
 
 
 def test_a_pattern_locks_a_tower() -> None:
@@ -221,7 +221,7 @@ def test_reduced_captions_are_what_is_encoded(reduction: str) -> None:
     assert seen.tokens.shape == (4, 5)
     context = TextReductionContext(seeds=batch.seeds, frequencies=method.frequencies)
     assert torch.equal(seen.tokens, TEXT_REDUCTIONS[reduction](3)(batch.tokens, context))
-    features = F.normalize(towers.encode_text(method.model, seen.tokens), dim=-1)
+    features = F.normalize(models.encode_text(method.model, seen.tokens), dim=-1)
     torch.testing.assert_close(seen.features, features, rtol=0, atol=0)
     assert torch.equal(method.encode_text(method.plan.texts[0], batch, masked=False).tokens, batch.tokens)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aclip import plan, towers
+from aclip import models, plan
 from aclip.config import Recipe, from_dict, to_dict
 from aclip.data.views import VIEWS
 from aclip.engine.optim import parameter_groups
@@ -25,9 +25,9 @@ def small(recipe: Recipe) -> Recipe:
 
 def build(recipe: Recipe, model_name: str = "vit-tiny") -> Method:
     torch.manual_seed(0)
-    shape = towers.shape_of(towers.model_config(model_name))
+    shape = models.shape_of(models.model_config(model_name))
     resolved = plan.resolve(small(recipe), shape)
-    model = towers.create_model(model_name, with_text=resolved.uses_text)
+    model = models.create_model(model_name, with_text=resolved.uses_text)
     return Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
 
 
@@ -162,7 +162,7 @@ def test_average_follows_the_optimizer_step(name: str) -> None:
     output.loss.backward()
     pairs = [pair for o in method.objectives.values() for pair in o.ema_pairs()]
     if method.ema_visual is not None:
-        pairs.append((towers.visual_of(method.model), method.ema_visual))
+        pairs.append((models.visual_of(method.model), method.ema_visual))
     before = [[t.clone() for t in average_of.parameters()] for _, average_of in pairs]
     with torch.no_grad():
         for p in method.parameters():

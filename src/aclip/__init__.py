@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aclip.evaluation import EVALUATORS
     from aclip.masking import MASKING
+    from aclip.models import load
     from aclip.objectives import OBJECTIVES
     from aclip.recipes import RECIPES
-    from aclip.towers import load
 
 __version__ = "0.1.0"
 __all__ = ["EVALUATORS", "MASKING", "OBJECTIVES", "RECIPES", "__version__", "load"]
@@ -21,7 +21,7 @@ _HOMES = {
     "MASKING": "aclip.masking",
     "OBJECTIVES": "aclip.objectives",
     "RECIPES": "aclip.recipes",
-    "load": "aclip.towers",
+    "load": "aclip.models",
 }
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from aclip import towers
+from aclip import models
 from aclip.data import augment
 from aclip.ema import Ema, frozen_copy
 from aclip.errors import ConfigError
@@ -62,7 +62,7 @@ class Method(nn.Module):
         self.plan = plan
         self._plans: dict[float, Plan] = {}
         self.model = model
-        self.ema_visual = frozen_copy(towers.visual_of(model)) if plan.recipe.uses_ema else None
+        self.ema_visual = frozen_copy(models.visual_of(model)) if plan.recipe.uses_ema else None
         freeze(model, plan.recipe.freeze)
         shape = plan.shape
         fills = any(p.spec.fill for p in plan.passes)
@@ -74,7 +74,7 @@ class Method(nn.Module):
         if bias is not None:
             adopted = [o.adopt_bias(bias) for o in cast(Iterable[Objective], self.objectives.values())]
             bias.requires_grad_(bias.requires_grad and any(adopted))
-        pool = towers.attention_pool_of(towers.visual_of(model))
+        pool = models.attention_pool_of(models.visual_of(model))
         if pool is not None and not any(o.needs_pooled for o in self.objectives.values()):
             pool.requires_grad_(False)  # without a gradient it has no place in DDP, nor in a checkpoint's optimizer
         counts = any(text.reduction is not None and text.reduction.needs_frequencies for text in plan.texts)
@@ -109,7 +109,7 @@ class Method(nn.Module):
 
     def judge(self, encoded: EncodedBatch, caption_ids: Int[Tensor, " B"]) -> StepOutput:
         """Step 3: objectives, over the whole batch."""
-        logit_scale = towers.logit_scale_of(self.model).exp() if self.plan.uses_text else None
+        logit_scale = models.logit_scale_of(self.model).exp() if self.plan.uses_text else None
         context = StepContext(encoded.passes, encoded.texts, caption_ids, logit_scale,
                               getattr(self.model, "logit_bias", None))
         losses = {name: objective(context) for name, objective in self.objectives.items()}
@@ -126,9 +126,9 @@ class Method(nn.Module):
         if self.text_mask_token is not None and text.spec.mask_ratio > 0:
             ratio = text.spec.mask_ratio if masked else 0.0
             seen = hide_tokens(tokens, ratio, batch.seeds, self.plan.shape.vocab_size, f"text/{text.spec.name}")
-            states = towers.encode_hidden_text(self.model, seen.tokens, seen.behind_mask, self.text_mask_token)
+            states = models.encode_hidden_text(self.model, seen.tokens, seen.behind_mask, self.text_mask_token)
             return EncodedText(tokens, hidden=seen.hidden, states=states)
-        return EncodedText(tokens, F.normalize(towers.encode_text(self.model, tokens).float(), dim=-1))
+        return EncodedText(tokens, F.normalize(models.encode_text(self.model, tokens).float(), dim=-1))
 
     def run_passes(
         self, batch: Batch, masked: bool = True, resolution: float = 1.0, seen: EncodedBatch | None = None
@@ -166,7 +166,7 @@ class Method(nn.Module):
         objectives = cast(Iterable[Objective], self.objectives.values())
         pairs = [pair for objective in objectives for pair in objective.ema_pairs()]
         if self.ema_visual is not None:
-            pairs.append((towers.visual_of(self.model), self.ema_visual))
+            pairs.append((models.visual_of(self.model), self.ema_visual))
         return Ema(pairs)
 
     def choose_patches(
@@ -236,11 +236,11 @@ class Method(nn.Module):
     ) -> Encoded:
         """Step 2c: run all views of a pass through its encoder in one batch."""
         online = p.spec.encoder == "online"
-        visual = towers.visual_of(self.model) if online else self.ema_visual
+        visual = models.visual_of(self.model) if online else self.ema_visual
         assert visual is not None
         with torch.set_grad_enabled(p.learns and torch.is_grad_enabled()):
             pixels = torch.cat(views)
-            out = towers.encode_image(
+            out = models.encode_image(
                 visual, pixels, keep, mask_token=self.mask_token if p.spec.fill else None,
                 return_scores=p.gives_scores, return_patches=p.gives_patches, score_layers=p.spec.score_layers,
                 scores_only=p.stops_early,
@@ -286,7 +286,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """
     for pattern in patterns:
         if pattern == "patch_embedding":
-            matched = list(towers.patch_embedding_of(towers.visual_of(model)).parameters())
+            matched = list(models.patch_embedding_of(models.visual_of(model)).parameters())
         else:
             matched = [
                 parameter for name, parameter in model.named_parameters()

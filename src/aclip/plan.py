@@ -18,10 +18,10 @@ from aclip.data.views import VIEWS, TwoCropsInContext, ViewPipeline
 from aclip.errors import ConfigError, UnsupportedModelError, unknown_name
 from aclip.masking import MASKING, MaskingStrategy, fitting_block_size
 from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReduction
+from aclip.models.vision import NOBODY_ASKS
 from aclip.objectives import OBJECTIVES, Objective
 from aclip.objectives.base import block_macs
 from aclip.structs import TowerShape
-from aclip.towers.vision import NOBODY_ASKS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aclip import export, towers
+from aclip import exporters, models
 from aclip.cli import compose_evaluation, main
 from aclip.evaluation import MaskedEncoder, together
 
@@ -34,10 +34,10 @@ def make_pictures(folder: Path, numbers: Sequence[int], *, captions: bool = True
 def make_run(folder: Path, *, with_text: bool) -> Path:
     """Write what `aclip evaluate` reads of a finished run."""
     torch.manual_seed(0)
-    model = towers.create_model("vit-tiny", with_text=with_text)
+    model = models.create_model("vit-tiny", with_text=with_text)
     folder.mkdir()
-    export.open_clip.save(model, towers.model_config("vit-tiny"), towers.preprocess_config(model),
-                          towers.tokenizer_of("vit-tiny"), folder / "final")
+    exporters.open_clip.save(model, models.model_config("vit-tiny"), models.preprocess_config(model),
+                          models.tokenizer_of("vit-tiny"), folder / "final")
     (folder / "config.json").write_text("{}")
     (folder / "metrics.jsonl").write_text('{"step": 7, "samples_seen": 70}\n')
     return folder
@@ -185,8 +185,8 @@ def test_classes_are_named_drawn_and_calibrated(run: Path, held_out: Path, tmp_p
 def test_texts_are_encoded_once_for_all_evaluators_sets_and_shares(
     run: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches, encode = [], towers.LoadedModel.encode_text
-    monkeypatch.setattr(towers.LoadedModel, "encode_text", lambda self, tokens, normalize=True: (
+    batches, encode = [], models.LoadedModel.encode_text
+    monkeypatch.setattr(models.LoadedModel, "encode_text", lambda self, tokens, normalize=True: (
         batches.append(len(tokens)), encode(self, tokens, normalize))[1])
     assert main(["evaluate", str(run), "--data", f"a={held_out}", f"b={held_out}", "--workers", "0", "--evaluators",
                  "zero_shot", "calibration", "retrieval", "--templates", "my {}", "a {}", "--keep", "1", "0.5"]) == 0
@@ -206,7 +206,7 @@ def test_masked_pictures_are_measured_apart(run: Path, held_out: Path) -> None:
 def test_of_masked_pictures_all_processes_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process may have had no picture of a small set, and then knows neither its patches nor a speed."""
     monkeypatch.setattr(together, "collect", lambda own: [own, (32, 64, 100, 0.5), (32, 64, 50, 0.5)])
-    idle = MaskedEncoder(Mock(towers.LoadedModel), 0.5, "uniform")
+    idle = MaskedEncoder(Mock(models.LoadedModel), 0.5, "uniform")
     told = compose_evaluation._masking(idle)
     assert (told["num_keep"], told["num_patches"], told["pictures_per_second"]) == (32, 64, 300.0)
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from aclip import export, towers
+from aclip import exporters, models
 from aclip.cli import main
 from aclip.config import to_dict
 from aclip.recipes import RECIPES
@@ -25,10 +25,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(pixels).save(tmp_path / "held" / f"{number}.png")
         (tmp_path / "held" / f"{number}.txt").write_text(f"picture {number}\n")
     torch.manual_seed(0)
-    model = towers.create_model("vit-micro")
+    model = models.create_model("vit-micro")
     folder = tmp_path / "runs" / "first"
-    export.open_clip.save(model, towers.model_config("vit-micro"), towers.preprocess_config(model),
-                          towers.tokenizer_of("vit-micro"), folder / "final")
+    exporters.open_clip.save(model, models.model_config("vit-micro"), models.preprocess_config(model),
+                          models.tokenizer_of("vit-micro"), folder / "final")
     average = {f"method/ema_visual.{name}": 2 * tensor for name, tensor in model.visual.state_dict().items()}
     (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
     save_file(average, folder / "checkpoints" / "step-00000007" / "state.safetensors")

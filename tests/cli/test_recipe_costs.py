@@ -2,7 +2,7 @@
 
 import pytest
 
-from aclip import plan, towers
+from aclip import models, plan
 from aclip.cli import main
 from aclip.cli.recipes import relative_to_padded
 from aclip.config import override
@@ -29,7 +29,7 @@ TOLERANCE = 0.03
 
 @pytest.mark.parametrize("name", COSTS)
 def test_costs_are_those_worked_out_by_hand(name: str) -> None:
-    resolved = plan.resolve(RECIPES[name], towers.shape_of(towers.model_config("ViT-B-16")))
+    resolved = plan.resolve(RECIPES[name], models.shape_of(models.model_config("ViT-B-16")))
     found = resolved.relative_cost(), resolved.relative_cost(14), relative_to_padded(resolved, 14)
     assert found == pytest.approx(COSTS[name], rel=TOLERANCE)
 
@@ -48,7 +48,7 @@ def test_what_makes_no_sense_is_named(
 
 def test_three_quarters_masked_cost_a_third() -> None:
     flip = override(RECIPES["flip"], ["passes.masked.mask_ratio=0.75"])
-    resolved = plan.resolve(flip, towers.shape_of(towers.model_config("ViT-B-16")))
+    resolved = plan.resolve(flip, models.shape_of(models.model_config("ViT-B-16")))
     found = resolved.relative_cost(), resolved.relative_cost(14), relative_to_padded(resolved, 14)
     assert found == pytest.approx((0.36, 0.27, 0.24), rel=TOLERANCE)
 

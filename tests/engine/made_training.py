@@ -11,8 +11,8 @@ import over_ranks
 from aclip import dist
 from aclip.engine.loop import fit, resume
 from aclip.engine.run_config import RunConfig, Timetable
-from aclip.engine.run_folder import RunFolder
 from aclip.engine.trainer import Trainer
+from aclip.run_folder import RunFolder
 from aclip.structs import Batch
 
 ROWS = 8

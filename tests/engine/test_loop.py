@@ -19,11 +19,11 @@ from aclip.engine import checkpoint, saving
 from aclip.engine.checkpoint import list_checkpoints
 from aclip.engine.health import MOST_ROLLBACKS
 from aclip.engine.loop import fit, resume
-from aclip.engine.run_folder import RunFolder
 from aclip.engine.stop import Interrupted, StopRequest
 from aclip.engine.trainer import Trainer
 from aclip.errors import CheckpointError, TrainingError
 from aclip.recipes import RECIPES
+from aclip.run_folder import RunFolder
 from aclip.structs import Batch
 from over_ranks import a_batch
 

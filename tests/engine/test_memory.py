@@ -13,10 +13,10 @@ import test_recipes
 from aclip.engine import memory
 from aclip.engine.memory import note_peak_memory, peak_memory
 from aclip.engine.run_config import Precision, RunConfig
-from aclip.engine.run_folder import RunFolder
 from aclip.engine.wrap import wrap
 from aclip.method import Method
 from aclip.recipes import RECIPES
+from aclip.run_folder import RunFolder
 from aclip.structs import Batch
 from tests_support import random_batch
 

@@ -17,9 +17,9 @@ from aclip.engine.run_config import (
     saved_config,
     settled,
 )
-from aclip.engine.run_folder import RunFolder
 from aclip.errors import ConfigError
 from aclip.recipes import RECIPES
+from aclip.run_folder import RunFolder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

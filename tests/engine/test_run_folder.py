@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aclip.engine.run_folder import RunFolder
 from aclip.errors import ConfigError
 from aclip.files import write_atomically
+from aclip.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from aclip.cli.compose import open_batches, open_dataset
 from aclip.data import CaptionTokenizer, PairDataset, RawSample
 from aclip.engine import checkpoint, score_cache
 from aclip.engine.loop import fit, resume
-from aclip.engine.run_folder import RunFolder
 from aclip.engine.score_cache import SETTLED, open_caches
 from aclip.errors import ConfigError
+from aclip.run_folder import RunFolder
 from aclip.structs import Batch
 from made_pictures import WordTokenizer, encode, picture
 from over_ranks import EOT, run_ranks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aclip import towers
+from aclip import models
 from aclip.engine.trial import caption_lengths, made_batch, made_tokens
 from aclip.plan import resolve
 from aclip.recipes import RECIPES
@@ -32,7 +32,7 @@ def test_tokens_end_where_they_should() -> None:
 
 @pytest.mark.parametrize("cut", [True, False])
 def test_batches_hold_what_the_plan_reads(cut: bool) -> None:
-    plan = resolve(RECIPES["a-clip-eff"], towers.shape_of(towers.model_config("vit-micro")))
+    plan = resolve(RECIPES["a-clip-eff"], models.shape_of(models.model_config("vit-micro")))
     batch = made_batch(plan, 4, cut_text=cut)
     assert {name: view.pixels.shape for name, view in batch.views.items()} == {
         name: (4, 3, *size) for name, size in plan.view_sizes.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from aclip import towers
+from aclip import models
 from aclip.errors import ConfigError
 from aclip.evaluation import KEPT_BY, MaskedEncoder
 
@@ -14,7 +14,7 @@ from aclip.evaluation import KEPT_BY, MaskedEncoder
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return towers.load("vit-micro")
+    return models.load("vit-micro")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_the_most_attended_patches_are_kept(model, pixels):
         assert keep.shape == (5, scores.shape[1] // 2)
         for row, score in zip(keep, scores, strict=True):
             assert set(row.tolist()) == set(score.argsort(descending=True)[: len(row)].tolist())
-        expected = towers.encode_image(model.model.visual, pixels, keep).features
+        expected = models.encode_image(model.model.visual, pixels, keep).features
         torch.testing.assert_close(masked.encode_image(pixels), F.normalize(expected, dim=-1))
 
 

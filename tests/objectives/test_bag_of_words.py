@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from made_passes import CAPTIONS, EOT, SHAPE, SOT, B, made_pass, step_context
 from torch import Tensor
 
-from aclip import plan, towers
+from aclip import models, plan
 from aclip.config import ObjectiveConfig, Pass, Recipe
 from aclip.data import augment
 from aclip.errors import ConfigError
@@ -213,9 +213,9 @@ def test_needs_no_text_tower_but_the_words() -> None:
         objectives=(ObjectiveConfig("bag_of_words", reads=("masked", "captions")),),
     )
     torch.manual_seed(0)
-    resolved = plan.resolve(recipe, towers.shape_of(towers.model_config("vit-tiny")))
+    resolved = plan.resolve(recipe, models.shape_of(models.model_config("vit-tiny")))
     assert not resolved.uses_text
-    method = Method(towers.create_model("vit-tiny", with_text=False), resolved, (0.5,) * 3, (0.25,) * 3).train()
+    method = Method(models.create_model("vit-tiny", with_text=False), resolved, (0.5,) * 3, (0.25,) * 3).train()
     batch = random_batch(resolved, batch_size=4)
     output = method(batch)
     output.loss.backward()
@@ -224,8 +224,8 @@ def test_needs_no_text_tower_but_the_words() -> None:
 
     seen = output.passes["masked"]
     pixels = augment.apply(batch.views["a"], method.mean, method.std)
-    patches = towers.encode_image(
-        towers.visual_of(method.model), pixels, seen.keep_indices[0], return_patches=True
+    patches = models.encode_image(
+        models.visual_of(method.model), pixels, seen.keep_indices[0], return_patches=True
     ).patches
     counts, total = LiteralCounts(), 0.0
     captions = tuple(tuple(row[1:-1]) for row in batch.tokens.tolist())

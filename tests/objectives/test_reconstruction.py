@@ -9,7 +9,7 @@ import torch
 from made_passes import SHAPE, B, made_pass, step_context
 from torch import Tensor, nn
 
-from aclip import towers
+from aclip import models
 from aclip.config import Pass
 from aclip.errors import ConfigError
 from aclip.objectives import Reconstruction
@@ -184,7 +184,7 @@ def literal_tokens(visual: Any, image: Tensor, keep: list[int], mask_token: Tens
 @pytest.mark.parametrize("name", ["mae", "simmim"])
 def test_step_equals_the_literal_paper(name: str) -> None:
     method = build_method(RECIPES[name])
-    visual, objective = towers.visual_of(method.model), method.objectives["reconstruction"]
+    visual, objective = models.visual_of(method.model), method.objectives["reconstruction"]
     drawn = random_batch(method.plan, batch_size=3, seed=5)
     # without colour changes, which have their own oracles
     batch: Batch = replace(drawn, views={n: ViewBatch(v.pixels, v.boxes, v.flipped) for n, v in drawn.views.items()})

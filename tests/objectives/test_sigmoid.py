@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_passes import CAPTIONS, SHAPE, B, made_pass, step_context
 
-from aclip import plan, towers
+from aclip import models, plan
 from aclip.config import ObjectiveConfig, Pass, Recipe
 from aclip.data import augment
 from aclip.method import Method
@@ -61,9 +61,9 @@ def test_a_step_trains_both_towers_scale_and_bias() -> None:
         passes=(Pass("full", views=("a",)),), objectives=(ObjectiveConfig("sigmoid", reads=("full", "captions")),),
     )
     torch.manual_seed(0)
-    resolved = plan.resolve(recipe, towers.shape_of(towers.model_config("vit-tiny")))
+    resolved = plan.resolve(recipe, models.shape_of(models.model_config("vit-tiny")))
     assert resolved.uses_text
-    method = Method(towers.create_model("vit-tiny"), resolved, (0.5,) * 3, (0.25,) * 3).train()
+    method = Method(models.create_model("vit-tiny"), resolved, (0.5,) * 3, (0.25,) * 3).train()
     batch = random_batch(resolved, batch_size=4)
     output = method(batch)
     output.loss.backward()
@@ -73,8 +73,8 @@ def test_a_step_trains_both_towers_scale_and_bias() -> None:
 
     with torch.no_grad():
         pixels = augment.apply(batch.views["a"], method.mean, method.std)
-        image = towers.encode_image(towers.visual_of(method.model), pixels).features
-        text = towers.encode_text(method.model, batch.tokens)
+        image = models.encode_image(models.visual_of(method.model), pixels).features
+        text = models.encode_text(method.model, batch.tokens)
         image, text = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
         logits = (method.model.logit_scale.exp() * image @ text.T - 10.0).tolist()
     total = sum(math.log1p(math.exp(-logits[i][j] if i == j else logits[i][j])) for i in range(4) for j in range(4))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from aclip.towers import LoadedModel
+    from aclip.models import LoadedModel
 
 EXAMPLES = """\
 examples:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
     from aclip.engine.run_config import choose_device
     from aclip.errors import ConfigError
-    from aclip.towers import load
+    from aclip.models import load
 
     for name in ("batch_sizes", "rounds"):
         if min([getattr(args, name)] if name == "rounds" else getattr(args, name)) < 1:
@@ -100,11 +100,11 @@ def encodings(
     """
     import torch
 
-    from aclip import towers
+    from aclip import models
     from aclip.masking import MaskingContext, UniformMasking
-    from aclip.towers.vision import vit_of
+    from aclip.models.vision import vit_of
 
-    visual = towers.visual_of(model.model)
+    visual = models.visual_of(model.model)
     height, width = model.image_size
     grid = vit_of(visual).grid_size
     works: dict[Work, Callable[[], object]] = {}
@@ -116,12 +116,12 @@ def encodings(
                 mask = UniformMasking(mask_ratio=1 - share)
                 kept = mask(MaskingContext(batch_size, grid, device))
             with torch.inference_mode():
-                tokens = towers.encode_image(visual, pixels, kept).num_tokens
+                tokens = models.encode_image(visual, pixels, kept).num_tokens
             works[Work("images", share, tokens, batch_size)] = _image_call(visual, pixels, kept)
         if model.has_text:
             texts = [CAPTIONS[i % len(CAPTIONS)] for i in range(max(batch_size, len(CAPTIONS)))]
             whole = model.tokenizer(texts)[-batch_size:]
-            lengths = [whole, towers.cut_after_eot(whole)] if towers.can_cut(model.model) else [whole]
+            lengths = [whole, models.cut_after_eot(whole)] if models.can_cut(model.model) else [whole]
             works |= {Work("texts", 1.0, ids.shape[1], batch_size): _text_call(model.model, ids.to(device))
                       for ids in lengths}
     return works
@@ -190,12 +190,12 @@ def print_speeds(console: Any, result: Mapping[str, Any]) -> None:
 
 
 def _image_call(visual: Any, pixels: torch.Tensor, kept: torch.Tensor | None) -> Callable[[], object]:
-    from aclip.towers import encode_image
+    from aclip.models import encode_image
 
     return lambda: encode_image(visual, pixels, kept)
 
 
 def _text_call(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
-    from aclip.towers import encode_text
+    from aclip.models import encode_text
 
     return lambda: encode_text(model, tokens)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import aclip
-from aclip import data, dist, export, plan, towers
+from aclip import data, dist, exporters, models, plan
 from aclip.cli.compose_evaluation import HeldOut, evaluate_sets, name_skipped
 from aclip.cli.recipes import dataflow_table
 from aclip.config import to_dict
@@ -25,7 +25,6 @@ from aclip.engine.console import ProgressSink, TensorBoardSink
 from aclip.engine.loop import Sink, fit, resume
 from aclip.engine.memory import available_memory, note_peak_memory, remedies, shortage
 from aclip.engine.run_config import RESUMABLE, RunConfig, Timetable, choose_device, saved_config, settled
-from aclip.engine.run_folder import RunFolder
 from aclip.engine.score_cache import open_caches
 from aclip.engine.trainer import Trainer
 from aclip.errors import BadSampleError, ConfigError, MissingDependencyError
@@ -33,6 +32,7 @@ from aclip.evaluation import Retrieval
 from aclip.method import Method
 from aclip.report import take_snapshot, write_report
 from aclip.rng import generator
+from aclip.run_folder import RunFolder
 
 SNAPSHOT_PICTURES = 8
 
@@ -122,8 +122,8 @@ def train_run(
     if too_large and dist.rank() == 0:
         _log.warning("%s: if that is too little, use %s", too_large, remedies(config))
 
-    tokenizer = data.CaptionTokenizer(towers.tokenizer_of(config.model))
-    encoder = towers.LoadedModel(model, tokenizer)
+    tokenizer = data.CaptionTokenizer(models.tokenizer_of(config.model))
+    encoder = models.LoadedModel(model, tokenizer)
     dataset = open_dataset(trainer, source, tokenizer)
     if trainer.method.frequencies is not None and trainer.step == 0:
         trainer.method.frequencies.copy_(data.token_frequencies(
@@ -148,21 +148,21 @@ def train_run(
     trainer.wrapped.refresh()
     if dist.rank() > 0:
         return
-    model_config = towers.model_config(config.model, image_size=config.image_size)
-    export.open_clip.save(model, model_config, towers.preprocess_config(model), tokenizer, folder.final)
+    model_config = models.model_config(config.model, image_size=config.image_size)
+    exporters.open_clip.save(model, model_config, models.preprocess_config(model), tokenizer, folder.final)
     finish(folder, console)
 
 
 def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> Trainer:
     """Return a settled run's trainer with a fresh model, at its first step."""
     torch.manual_seed(config.seed)
-    shape = towers.shape_of(towers.model_config(config.model, image_size=config.image_size))
+    shape = models.shape_of(models.model_config(config.model, image_size=config.image_size))
     resolved = plan.resolve(config.recipe, shape)
     if config.unmasked_tuning > 0 and plan.asks_only_of_masked(config.recipe):
         raise ConfigError(f"--unmasked-tuning has nothing to teach: recipe '{config.recipe.name}' asks for nothing but "
                           "what the mask hides")
-    model = towers.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text)
-    pixels = towers.preprocess_config(model)
+    model = models.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text)
+    pixels = models.preprocess_config(model)
     method = Method(model, resolved, pixels["mean"], pixels["std"]).to(device).train()
     return Trainer(config, method, Timetable.of(config, num_pairs), device)
 
@@ -180,7 +180,7 @@ def open_batches(trainer: Trainer, dataset: data.PairDataset, total_steps: int, 
         dataset, batch_size=trainer.config.batch_size, start_step=trainer.batch_number,
         total_steps=total_steps + trainer.skipped_batches,
         workers=workers, device=trainer.device,
-        cut_text=towers.cut_after_eot if trainer.method.plan.shape.text_cut else None,
+        cut_text=models.cut_after_eot if trainer.method.plan.shape.text_cut else None,
         rank=dist.rank(), world_size=dist.world_size(),
     )
 
@@ -235,7 +235,7 @@ class Examiner:
     """Evaluates the model in training on every held-out set, and keeps a picture of what it looks at."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, trainer: Trainer, encoder: towers.LoadedModel,
+        self, config: RunConfig, folder: RunFolder, trainer: Trainer, encoder: models.LoadedModel,
         held_out: Sequence[HeldOut], dataset: data.PairDataset, console: Console,
     ) -> None:
         self.config, self.folder, self.trainer, self.encoder = config, folder, trainer, encoder

@@ -9,8 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aclip import data, towers
-from aclip.engine.run_folder import RunFolder
+from aclip import data, models
 from aclip.evaluation import (
     Evaluation,
     Evaluator,
@@ -25,6 +24,7 @@ from aclip.evaluation import (
 )
 from aclip.evaluation.features import THUMBNAILS
 from aclip.evaluation.interface import Space
+from aclip.run_folder import RunFolder
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
@@ -45,7 +45,7 @@ class Masked:
     ways: tuple[str, ...] = ()
     block_size: int = 1
 
-    def encoders(self, model: towers.LoadedModel) -> Iterator[MaskedEncoder]:
+    def encoders(self, model: models.LoadedModel) -> Iterator[MaskedEncoder]:
         """Yield the model once for every share and way; a share of 1 only once, for nothing is chosen there."""
         for share in self.shares:
             for way in self.ways if share < 1.0 else self.ways[:1]:
@@ -84,7 +84,7 @@ class Journal:
 
 
 def evaluate_sets(
-    encoder: towers.LoadedModel, held_out: Sequence[HeldOut], evaluators: Sequence[Evaluator],
+    encoder: models.LoadedModel, held_out: Sequence[HeldOut], evaluators: Sequence[Evaluator],
     folder: RunFolder | None, console: Console, *, step: int, samples_seen: int, device: torch.device, workers: int,
     weights: str = "online", training: HeldOut | None = None, masked: Masked = Masked(),
 ) -> None:
@@ -101,8 +101,8 @@ def evaluate_sets(
     journal = Journal(folder, step, samples_seen, weights, training.name if training is not None else None)
     texts = TextEncoder(encoder, device)
     for held in held_out:
-        models: list[towers.LoadedModel | MaskedEncoder] = [encoder, *masked.encoders(encoder)]
-        for model in models:
+        encoders: list[models.LoadedModel | MaskedEncoder] = [encoder, *masked.encoders(encoder)]
+        for model in encoders:
             encoded: dict[Space, PictureFeatures] = {}
             for evaluator in evaluators:
                 if evaluator.space not in encoded:
@@ -114,7 +114,7 @@ def evaluate_sets(
 
 
 def encode_set(
-    encoder: towers.LoadedModel | MaskedEncoder, held: HeldOut, space: Space, target: data.Target, *,
+    encoder: models.LoadedModel | MaskedEncoder, held: HeldOut, space: Space, target: data.Target, *,
     console: Console, device: torch.device, workers: int,
 ) -> PictureFeatures:
     """Encode the pictures of a set under a progress bar, and name those that were skipped."""

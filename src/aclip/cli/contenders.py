@@ -7,7 +7,7 @@ from statistics import fmean
 
 import torch
 
-from aclip import data, towers
+from aclip import data, models
 from aclip.cli.train import config_from
 from aclip.config import Recipe
 from aclip.engine.run_config import RunConfig, Timetable, settled
@@ -113,7 +113,7 @@ def contender_from(arguments: Sequence[str], num_pairs: int, device: torch.devic
     """
     try:
         config = settled(config_from(arguments), num_pairs, device)
-        shape = towers.shape_of(towers.model_config(config.model, image_size=config.image_size))
+        shape = models.shape_of(models.model_config(config.model, image_size=config.image_size))
         plan = resolve(config.recipe, shape)
         stages = stages_of(config, plan, num_pairs)
     except ConfigError as error:
@@ -148,7 +148,7 @@ def mean_text_length(source: data.Source, config: RunConfig, cut: bool) -> float
         config: settled.
         cut: whether the tower allows text to be cut after the longest caption of the batch; else the context length.
     """
-    tokenizer = data.CaptionTokenizer(towers.tokenizer_of(config.model))
+    tokenizer = data.CaptionTokenizer(models.tokenizer_of(config.model))
     if not cut:
         return float(tokenizer.context_length)
     captions = []
@@ -162,4 +162,4 @@ def mean_text_length(source: data.Source, config: RunConfig, cut: bool) -> float
             continue
     tokens = tokenizer(captions or [""])
     batches = tokens.split(config.batch_size or len(tokens))
-    return fmean(towers.cut_after_eot(batch).shape[1] for batch in batches)
+    return fmean(models.cut_after_eot(batch).shape[1] for batch in batches)

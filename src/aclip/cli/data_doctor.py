@@ -97,7 +97,7 @@ def needs_of(model: str) -> tuple[Limits, CaptionTokenizer | None]:
 
     from aclip.data import CaptionTokenizer
     from aclip.data.doctor import Limits
-    from aclip.towers import model_config, shape_of, tokenizer_of
+    from aclip.models import model_config, shape_of, tokenizer_of
 
     config = model_config(model)
     size = shape_of(config).image_size

@@ -226,7 +226,7 @@ def _train_a_step(folder: Path, device: Any) -> str:
     from aclip.cli.compose import build_trainer, open_training
     from aclip.cli.step_times import read_batches
     from aclip.engine.run_config import RunConfig, settled
-    from aclip.export import made_examples
+    from aclip.exporters import made_examples
     from aclip.recipes import RECIPES
 
     for number, picture in enumerate(made_examples((32, 32)).pictures):
@@ -244,8 +244,8 @@ def _train_a_step(folder: Path, device: Any) -> str:
 
 
 def _encode_a_picture(device: Any) -> str:
-    from aclip.export import made_examples
-    from aclip.towers import LoadedModel, create_model, tokenizer_of
+    from aclip.exporters import made_examples
+    from aclip.models import LoadedModel, create_model, tokenizer_of
 
     model = LoadedModel(create_model("vit-micro").eval(), tokenizer_of("vit-micro")).to(device)
     features = model.encode_images(made_examples(model.image_size).pictures[:1])

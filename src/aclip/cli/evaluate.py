@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from aclip.cli.compose_evaluation import Masked
-    from aclip.engine.run_folder import RunFolder
     from aclip.evaluation import Evaluator
+    from aclip.run_folder import RunFolder
 
 EXAMPLES = """\
 examples:
@@ -120,8 +120,8 @@ def measure(
     from aclip.data import CaptionTokenizer, suitable_workers
     from aclip.engine.run_config import choose_device
     from aclip.evaluation import together
+    from aclip.models import load
     from aclip.report import write_report
-    from aclip.towers import load
 
     console = Console(highlight=False, quiet=together.rank() > 0)
     with together.common_fate():
@@ -204,11 +204,11 @@ def journal_folder(args: argparse.Namespace) -> tuple[RunFolder | None, bool]:
     Raises:
         ConfigError: --output for a run, which has a folder; one that is a run, or of another model.
     """
-    from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError
     from aclip.evaluation import together
-    from aclip.towers.hugging_face import read_config
-    from aclip.towers.sources import CONFIG_NAME
+    from aclip.models.hugging_face import read_config
+    from aclip.models.sources import CONFIG_NAME
+    from aclip.run_folder import RunFolder
 
     # a saved model may have a config.json too, of other tools: what makes a run is that its model is in final/
     path = Path(args.model)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aclip.engine.run_folder import RunFolder
-    from aclip.export import Examples, Parity, Subject, Training
+    from aclip.exporters import Examples, Parity, Subject, Training
+    from aclip.run_folder import RunFolder
 
 PICTURES = 8
 
@@ -57,10 +57,10 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from aclip.data import CaptionTokenizer
-    from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError, unknown_name
-    from aclip.export import EXPORTS, Subject, check_place, model_card, write_checked
-    from aclip.towers import load, model_config
+    from aclip.exporters import EXPORTS, Subject, check_place, model_card, write_checked
+    from aclip.models import load, model_config
+    from aclip.run_folder import RunFolder
 
     if args.to not in EXPORTS:
         raise ConfigError(unknown_name("format", args.to, EXPORTS))
@@ -100,7 +100,7 @@ def find_examples(folder: RunFolder | None, subject: Subject) -> Examples:
     """Return pictures and captions of a run's validation or training data if they can be read, else made ones."""
     from aclip.cli.compose import open_held_out, open_training, pick_pictures
     from aclip.errors import AclipError
-    from aclip.export import made_examples, real_examples
+    from aclip.exporters import made_examples, real_examples
 
     config = folder.read_json("config.json") if folder is not None else {}
     for source in [*config.get("validation", ()), config.get("data")]:
@@ -118,7 +118,7 @@ def find_examples(folder: RunFolder | None, subject: Subject) -> Examples:
 
 def read_training(folder: RunFolder, weights: str) -> Training:
     """Return what a run's folder says about how its model came to be."""
-    from aclip.export import Training
+    from aclip.exporters import Training
 
     last = folder.last("metrics")
     return Training(folder.read_json("config.json"), list(folder.records("evaluations")), weights,

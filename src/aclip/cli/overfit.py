@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from aclip import data, towers
+from aclip import data, models
 from aclip.cli.compose import build_trainer, open_batches, open_dataset, open_training
 from aclip.engine.run_config import RunConfig, choose_device, settled
 from aclip.objectives.functional import chance_loss
@@ -37,7 +37,7 @@ def overfit(config: RunConfig, steps: int) -> bool:
                      resolution_schedule=())
     trainer = build_trainer(config, len(source), device)
     trainer.timetable = replace(trainer.timetable, warmup_steps=math.ceil(steps / 10))
-    dataset = open_dataset(trainer, source, data.CaptionTokenizer(towers.tokenizer_of(config.model)))
+    dataset = open_dataset(trainer, source, data.CaptionTokenizer(models.tokenizer_of(config.model)))
     if trainer.method.frequencies is not None:
         trainer.method.frequencies.fill_(1.0 / len(trainer.method.frequencies))
     batch = next(iter(open_batches(trainer, dataset, 1, workers=0))).to(device)

@@ -79,14 +79,14 @@ def run_show(args: argparse.Namespace) -> None:
     """Print one recipe, resolved for a model."""
     from rich.console import Console
 
-    from aclip import config, plan, towers
+    from aclip import config, models, plan
     from aclip.errors import ConfigError, unknown_name
     from aclip.recipes import RECIPES
 
     if args.name not in RECIPES:
         raise ConfigError(unknown_name("recipe", args.name, RECIPES))
     recipe = config.override(RECIPES[args.name], args.assignments)
-    shape = towers.shape_of(towers.model_config(args.model, image_size=args.image_size))
+    shape = models.shape_of(models.model_config(args.model, image_size=args.image_size))
     check_text_tokens(args.text_tokens, shape)
     console = Console()
     console.print(dataflow_table(plan.resolve(recipe, shape), args.model, args.text_tokens))
@@ -96,14 +96,14 @@ def run_cost(args: argparse.Namespace) -> None:
     """Print tokens and arithmetic of several recipes."""
     from rich.console import Console
 
-    from aclip import config, plan, towers
+    from aclip import config, models, plan
     from aclip.errors import ConfigError, unknown_name
     from aclip.recipes import RECIPES
 
     for name in args.names:
         if name not in RECIPES:
             raise ConfigError(unknown_name("recipe", name, RECIPES))
-    shape = towers.shape_of(towers.model_config(args.model, image_size=args.image_size))
+    shape = models.shape_of(models.model_config(args.model, image_size=args.image_size))
     check_text_tokens(args.text_tokens, shape)
     plans = []
     for name in args.names or RECIPES:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from aclip import data, towers
+from aclip import data, models
 from aclip.cli.compose import build_trainer, open_batches, open_dataset, open_training
 from aclip.cli.compose_evaluation import COLUMNS
 from aclip.cli.contenders import BASELINE, Stage, contender_from
@@ -71,7 +71,7 @@ def write_step_times(path: Path, rounds: int) -> None:
 
 def read_batches(trainer: Trainer, source: data.Source) -> list[Batch]:
     """Return the first few batches of a run, on its device."""
-    tokenizer = data.CaptionTokenizer(towers.tokenizer_of(trainer.config.model))
+    tokenizer = data.CaptionTokenizer(models.tokenizer_of(trainer.config.model))
     dataset = open_dataset(trainer, source, tokenizer)
     batches = open_batches(trainer, dataset, BATCHES, workers=0)
     return [batch.to(trainer.device) for batch in batches]

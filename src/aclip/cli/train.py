@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
         config, folder, resumed = _settle(args)
     from aclip import dist
     from aclip.cli.compose import train_run  # after the options are known to be right: it imports everything
-    from aclip.engine.run_folder import RunFolder
+    from aclip.run_folder import RunFolder
 
     command = " ".join(["aclip", *map(shlex.quote, sys.argv[1:])])
     with joined(config.device) as device:
@@ -210,8 +210,8 @@ def _settle(args: argparse.Namespace) -> tuple[RunConfig, Path, bool]:
     import dataclasses
 
     from aclip.engine.run_config import RESUMABLE, saved_config
-    from aclip.engine.run_folder import RunFolder
     from aclip.errors import ConfigError
+    from aclip.run_folder import RunFolder
 
     if args.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         args.resume = ""  # torchrun has started this run anew after one of its processes ended

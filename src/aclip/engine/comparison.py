@@ -10,8 +10,8 @@ from typing import Any
 
 from aclip.config import to_dict
 from aclip.engine.run_config import RESUMABLE, RunConfig, saved_config
-from aclip.engine.run_folder import RunFolder
 from aclip.errors import ConfigError
+from aclip.run_folder import RunFolder
 
 WORDS = {"output", "recipe.title", "recipe.paper", *RESUMABLE} - {"data", "validation"}
 """Fields of a configuration that change nothing in what is computed; a run that was resumed by hand may have others."""

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from aclip.engine.comparison import PlannedRun
-from aclip.engine.run_folder import RunFolder
+from aclip.run_folder import RunFolder
 
 SECONDS_BETWEEN_LINES = 20.0
 BAR_WIDTH = 62

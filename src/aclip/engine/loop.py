@@ -10,11 +10,11 @@ from typing import Any, NoReturn, Protocol
 from aclip import dist
 from aclip.engine import checkpoint
 from aclip.engine.health import MOST_ROLLBACKS, ChanceLevel, Watch, say
-from aclip.engine.run_folder import RunFolder
 from aclip.engine.saving import Saver
 from aclip.engine.stop import Interrupted, StopRequest, below_launcher
 from aclip.engine.trainer import Trainer
 from aclip.errors import TrainingError
+from aclip.run_folder import RunFolder
 from aclip.structs import Batch, StepOutput
 
 _log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ import torch
 
 from aclip import dist
 from aclip.engine.run_config import RunConfig
-from aclip.engine.run_folder import RunFolder
 from aclip.errors import OutOfMemoryError
 from aclip.method import Method
 from aclip.objectives import Objective
 from aclip.objectives.functional import LOGITS_AT_ONCE
+from aclip.run_folder import RunFolder
 
 SHARE_TO_FILL = 0.8
 """Of the memory that is free, what a step may be estimated to take: the allocator and the libraries want some, too."""

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from aclip.config import Recipe, from_dict
-from aclip.engine.run_folder import RunFolder
 from aclip.errors import ConfigError
+from aclip.run_folder import RunFolder
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]

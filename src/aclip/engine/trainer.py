@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aclip import dist, towers
+from aclip import dist, models
 from aclip.engine import checkpoint
 from aclip.engine.accumulation import accumulate
 from aclip.engine.gradients import clip_to, total_norm
@@ -143,9 +143,9 @@ class Trainer:
             own.copy_(found)  # the scaler has looked at this rank's part alone
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.method.plan.uses_text and towers.logit_scale_of(self.method.model).requires_grad:
+        if self.method.plan.uses_text and models.logit_scale_of(self.method.model).requires_grad:
             with torch.no_grad():
-                towers.logit_scale_of(self.method.model).clamp_(0.0, self.max_log_scale)
+                models.logit_scale_of(self.method.model).clamp_(0.0, self.max_log_scale)
         if momentum is not None:
             self.ema.update(momentum, skipped=found)
 
@@ -201,7 +201,7 @@ class Trainer:
         }
         self.cut_captions = 0
         if self.method.plan.uses_text:
-            record["logit_scale"] = towers.logit_scale_of(self.method.model).exp().item()
+            record["logit_scale"] = models.logit_scale_of(self.method.model).exp().item()
         if "contrastive" in output.parts:
             record["chance_loss"] = chance_level
         if momentum is not None:

@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from aclip import dist
 from aclip.engine.run_config import Parallel
 from aclip.method import Method
+from aclip.models.blocks import blocks_of, call_as_modules, stacks_of
+from aclip.models.text import stack_of_open_clip
 from aclip.structs import StepOutput
-from aclip.towers.blocks import blocks_of, call_as_modules, stacks_of
-from aclip.towers.text import stack_of_open_clip
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are averaged in runs of this size where they are averaged after the backward pass."""

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from aclip.errors import ConfigError, unknown_name
 from aclip.masking import AttentiveMasking, MaskingContext, MaskingStrategy, UniformMasking, crop_scores
+from aclip.models import LoadedModel, encode_image, visual_of
+from aclip.models.vision import vit_of
 from aclip.structs import ImageEncoding
-from aclip.towers import LoadedModel, encode_image, visual_of
-from aclip.towers.vision import vit_of
 
 KEPT_BY = {
     "attentive": "the patches that the model's own [CLS] token attends to most, on the whole picture",

@@ -6,8 +6,8 @@ from open_clip.transformer import Transformer
 from torch import Tensor, nn
 
 from aclip.errors import ConfigError
+from aclip.models.blocks import run_blocks
 from aclip.objectives.base import block_macs
-from aclip.towers.blocks import run_blocks
 
 HEAD_WIDTH = 32  # MAE's decoder: 512 wide with 16 heads
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from aclip.config import TextPass
 from aclip.errors import ConfigError
+from aclip.models.blocks import run_blocks
 from aclip.objectives.base import Objective, block_macs
 from aclip.objectives.functional import hidden_token_loss
 from aclip.structs import StepContext, TowerShape
-from aclip.towers.blocks import run_blocks
 
 HEAD_WIDTH = 64  # of attention, as in CLIP's text towers
 

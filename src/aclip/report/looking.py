@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aclip import towers
+from aclip import models
 from aclip.data import augment
 from aclip.method import Method, resized
 from aclip.plan import PassPlan
@@ -54,7 +54,7 @@ def _scores(method: Method, batch: Batch, passes: dict[str, Encoded], shown: Pas
     if not method.plan.shape.scored:  # nobody asks for the patches: there is nothing to show
         return torch.zeros(batch.size, shown.num_patches)
     pixels = resized(augment.apply(view, method.mean, method.std), shown.image_size)
-    encoding = towers.encode_image(towers.visual_of(method.model), pixels, return_scores=True)
+    encoding = models.encode_image(models.visual_of(method.model), pixels, return_scores=True)
     assert encoding.scores is not None
     return encoding.scores
 

@@ -1,0 +1,41 @@
+"""The tokenizer that remembers words gives open_clip's tokens, and its memory has an end."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import SimpleTokenizer
+
+from aclip.models import tokenizer, tokenizer_of
+from aclip.models.tokenizer import RememberingTokenizer
+
+OURS, THEIRS = RememberingTokenizer(), SimpleTokenizer()
+PRINTABLE = st.characters(min_codepoint=32, max_codepoint=126)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(PRINTABLE, max_size=120) | st.text(max_size=60) | st.text("&amplt;#38 \x1b\x1c\x85'<>_n", max_size=40))
+@example("A photo of TWO dogs' 1st <start_of_text> don't &amp;amp;lt;")
+@example("l\u2019e\u0301te\u00a0\u3000x\u200bz \ufb01re \xc3\xa9")
+def test_tokens_are_those_of_open_clip(text: str) -> None:
+    for _ in range(2):  # looked up the second time
+        assert torch.equal(OURS([text]), THEIRS([text]))
+
+
+@pytest.mark.parametrize("clean", ["canonicalize", "whitespace"])
+def test_other_ways_to_clean_are_kept(clean: str) -> None:
+    texts = ["A  Photo, of_a Dog.", "x &lt; y"]
+    assert torch.equal(RememberingTokenizer(clean=clean)(texts), SimpleTokenizer(clean=clean)(texts))
+
+
+def test_memory_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "_REMEMBERED", 10)
+    monkeypatch.setattr(tokenizer, "_PIECES", 5)
+    ours = tokenizer_of("vit-micro")
+    texts = [f"word{chr(97 + i)} number{chr(97 + i)} x{'y' * 100}{i}" for i in range(26)]
+    assert torch.equal(ours(texts), THEIRS(texts))
+    assert len(ours._words) <= 10
+    assert len(ours.cache) <= 10
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(texts), ours(texts))
