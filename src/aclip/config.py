@@ -1,337 +1,444 @@
-"""Recipes as data, and how the command line changes any field of a frozen dataclass.
+"""Recipes and runs as data: frozen dataclasses that validate themselves and hold no code.
 
-A recipe says which views are drawn, which encoder sees them in which order and under which mask, and
-which objectives read the result. It is validated when it is built; it holds no code.
+A recipe says which views are drawn, which encoder sees them in which order and under which mask, and which objectives
+read the result. A run is a recipe on a model and data. Both are JSON on disk (`to_dict`, `from_dict`), and any field
+can be changed by its path (`override`).
 """
 
-import dataclasses
+import functools
+import inspect
 import json
-import math
-import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from aclip.errors import ConfigError, unknown_name
 
+T = TypeVar("T")
+Precision = Literal["fp32", "bf16", "fp16"]
+Parallel = Literal["ddp", "fsdp"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 
-@dataclass(frozen=True)
+
+@dataclass_transform(frozen_default=True)
+def config_class(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass that refuses unknown fields, wrong types, NaN and infinity with a `ConfigError`."""
+    rules = ConfigDict(extra="forbid", allow_inf_nan=False)
+    config: Any = pydantic_dataclass(cls, frozen=True, config=rules)
+    validate: Callable[..., None] = config.__init__
+
+    @functools.wraps(validate)
+    def __init__(self: T, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        try:
+            validate(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ConfigError(_sentence(config, error)) from None
+
+    config.__init__ = __init__
+    return config  # type: ignore[no-any-return]
+
+
+@config_class
 class Pass:
     """One run of an image encoder over some views.
 
     Attributes:
-        name: how objectives and later passes refer to it.
-        views: names of views of the recipe's view pipeline; all go through in one batch.
+        views: names of views of the recipe's view pipeline, encoded in one batch.
         encoder: "online" (trained) or "ema" (its moving average, no gradient).
         masking: name in `aclip.MASKING`.
         mask_ratio: fraction of patches removed, in [0, 1).
         masking_options: further arguments of the strategy, e.g. `{"block_size": 2, "keep": "lowest"}`.
         scores_from: name of an earlier pass whose CLS attention ranks this pass's patches.
-        score_padding: what lies outside the scored box: "border" clamps, "zeros" as the release does.
+        score_padding: scores outside the scored box: "border" clamps, "zeros" as the A-CLIP release does.
         resolution: image side relative to the model's own, rounded to whole patches.
         fill: removed patches stay in the sequence as a learned mask token (SimMIM) instead of leaving it.
-        score_layers: scores that others take from this pass are averaged over so many of its first layers; None is all
-            of them, as in the paper. A pass of which nothing else is read stops there.
-        refresh: epochs for which a sample's scores serve before they are computed anew; 1 computes them in every step,
-            as in the paper. Only for a pass of which nothing else is read; it then sees whole pictures.
     """
 
-    name: str
-    views: tuple[str, ...]
+    views: tuple[str, ...] = Field(min_length=1)
     encoder: Literal["online", "ema"] = "online"
     masking: str = "none"
-    mask_ratio: float = 0.0
-    masking_options: Mapping[str, Any] = field(default_factory=dict)
+    mask_ratio: Ratio = 0.0
+    masking_options: dict[str, Any] = Field(default_factory=dict)
     scores_from: str | None = None
     score_padding: Literal["border", "zeros"] = "border"
-    resolution: float = 1.0
+    resolution: Positive = 1.0
     fill: bool = False
-    score_layers: int | None = None
-    refresh: int = 1
-
-    def __post_init__(self) -> None:
-        if self.refresh < 1:
-            raise ConfigError(f"pass '{self.name}': refresh counts the epochs for which scores serve, at least 1, not "
-                              f"{self.refresh}")
-        if self.score_layers is not None and self.score_layers < 1:
-            raise ConfigError(f"pass '{self.name}': score_layers counts the first layers that scores come from, at "
-                              f"least 1, not {self.score_layers}")
-        if not self.views:
-            raise ConfigError(f"pass '{self.name}' encodes no view: name at least one")
-        if not 0.0 <= self.mask_ratio < 1.0:
-            raise ConfigError(f"pass '{self.name}': mask_ratio is the fraction removed, 0 <= ratio < 1, "
-                              f"not {self.mask_ratio}")
-        if self.resolution <= 0.0:
-            raise ConfigError(f"pass '{self.name}': resolution must be positive, not {self.resolution}")
 
 
-@dataclass(frozen=True)
+@config_class
 class TextPass:
     """One run of the text encoder over the captions.
 
     Attributes:
-        name: how objectives refer to it.
         reduction: name in `aclip.masking.TEXT_REDUCTIONS`, or "none": which of a caption's tokens are encoded.
         reduction_options: arguments of that strategy, e.g. `{"num_keep": 8}`.
-        mask_ratio: fraction of a caption's tokens that are hidden from the encoder, in [0, 1), as BERT hides them
-            (arXiv 1810.04805, section 3.1): 80 % behind a mask token, 10 % behind a random one, 10 % left as they are.
+        mask_ratio: fraction of a caption's tokens hidden from the encoder, in [0, 1), as in BERT (arXiv 1810.04805,
+            section 3.1): 80 % replaced by a mask token, 10 % by a random one, 10 % unchanged.
     """
 
-    name: str = "captions"
     reduction: str = "none"
-    reduction_options: Mapping[str, Any] = field(default_factory=dict)
-    mask_ratio: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.mask_ratio < 1.0:
-            raise ConfigError(f"text pass '{self.name}': mask_ratio is the fraction hidden, 0 <= ratio < 1, "
-                              f"not {self.mask_ratio}")
+    reduction_options: dict[str, Any] = Field(default_factory=dict)
+    mask_ratio: Ratio = 0.0
 
 
-@dataclass(frozen=True)
+@config_class
 class ObjectiveConfig:
-    """One weighted term of the loss.
+    """One weighted term of the loss; its key in the recipe is its name in `aclip.OBJECTIVES`.
 
     Attributes:
-        name: name in `aclip.OBJECTIVES`, and in the logs.
         reads: names of the passes it reads, text passes included, in the order that its class documents.
         weight: factor in the total loss.
         options: further arguments of its class (head widths, temperature).
     """
 
-    name: str
     reads: tuple[str, ...]
     weight: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@config_class
 class EmaMomentum:
     """EMA momentum, a cosine from `start` to `end` over all optimizer steps (equal values: constant).
 
     Attributes:
         start, end: of the cosine.
-        warmup: w > 0 begins with the momentum (1 + t) / (w + t) in step t until that reaches `start`, so that the
-            average soon leaves the random weights it began with and remembers about the last t / w steps. With w = 10
-            it reaches 0.996 after 2,240 steps. 0: the cosine from the first step on.
+        warmup: w >= 1 starts with momentum (1 + t) / (w + t) in step t until that reaches `start`, so that the average
+            soon forgets its random initialisation; with w = 10 it reaches 0.996 after 2,240 steps. 0: no warm-up.
     """
 
-    start: float = 0.996
-    end: float = 1.0
-    warmup: float = 0.0
+    start: Fraction = 0.996
+    end: Fraction = 1.0
+    warmup: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup != 0 and not 1 <= self.warmup < math.inf:
-            raise ConfigError(f"the warm-up of the EMA momentum is 0 or a number from 1, not {self.warmup}")
-        if not (0.0 <= self.start <= 1.0 and 0.0 <= self.end <= 1.0):
-            raise ConfigError(f"the EMA momentum lies between 0 and 1, not {self.start} -> {self.end}")
+        if 0.0 < self.warmup < 1.0:
+            raise ConfigError(f"the EMA momentum's warmup is 0 or at least 1, not {self.warmup}")
 
 
-@dataclass(frozen=True)
+@config_class
 class Optimization:
     """AdamW and its schedule; the defaults are A-CLIP's for YFCC15M at batch 4096.
 
     Attributes:
-        lr: peak learning rate. end_lr: last value of the cosine. warmup_start_lr: first value.
-        warmup_epochs: linear warm-up, at most a tenth of a run shorter than ten epochs.
+        lr: peak learning rate. end_lr: last value of the cosine. warmup_start_lr: first value of the warm-up.
+        warmup_epochs: linear warm-up, at most a tenth of the run.
         weight_decay: on matrices only; vectors, norms, biases, positions and logit_scale have none.
-        grad_clip: largest global gradient norm; 0 means none.
-        layer_decay: factor on the learning rate from a block of a tower to the one before it; 1 means none.
+        grad_clip: largest global gradient norm; 0 disables clipping.
+        layer_decay: factor on the learning rate from one block of a tower to the block before it; 1 disables it.
     """
 
-    lr: float = 5e-4
-    end_lr: float = 1e-5
-    warmup_epochs: float = 1.0
-    warmup_start_lr: float = 1e-6
-    weight_decay: float = 0.5
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    grad_clip: float = 0.0
-    layer_decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.layer_decay <= 1.0:
-            raise ConfigError(f"layer_decay lies above 0 and is at most 1, not {self.layer_decay}")
-        for name in ("lr", "eps"):
-            if not getattr(self, name) > 0.0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("end_lr", "warmup_epochs", "warmup_start_lr", "weight_decay", "grad_clip"):
-            if not getattr(self, name) >= 0.0:
-                raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ConfigError(f"betas lie in [0, 1), not {self.betas}")
+    lr: Positive = 5e-4
+    end_lr: NonNegative = 1e-5
+    warmup_epochs: NonNegative = 1.0
+    warmup_start_lr: NonNegative = 1e-6
+    weight_decay: NonNegative = 0.5
+    betas: tuple[Ratio, Ratio] = (0.9, 0.98)
+    eps: Positive = 1e-8
+    grad_clip: NonNegative = 0.0
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 
-@dataclass(frozen=True)
+@config_class
 class Recipe:
-    """A training method: what is seen, by whom, under which mask, and what is asked of it.
+    """A training method: what is seen, by which encoder, under which mask, and which losses it is trained with.
 
     Attributes:
         name: name in `aclip.RECIPES`.
         title: one line for lists.
         paper: where it comes from.
         views: name in `aclip.data.views.VIEWS`. view_options: arguments of that pipeline.
-        passes: run in this order. objectives: summed with their weights.
-        texts: the text passes; those that no objective reads are not run.
+        passes: name -> pass, run in this order.
+        objectives: name in `aclip.OBJECTIVES` -> its settings; the losses are summed with their weights.
+        texts: name -> text pass; those that no objective reads are not run.
         ema_momentum: needed if a pass uses the EMA encoder.
         freeze: parameters of the model that are not trained: names, prefixes ending in ".", patterns with "*", or
-            `patch_embedding`, the image tower's whatever it is called.
-        optimization: the settings of its paper where the recipe says so, else A-CLIP's; `aclip compare --lr` gives all
-            recipes the same choice of learning rates.
+            `patch_embedding`, the image tower's under any name.
+        optimization: the settings of its paper where the recipe says so, else A-CLIP's.
     """
 
     name: str
     title: str
     paper: str
     views: str
-    passes: tuple[Pass, ...]
-    objectives: tuple[ObjectiveConfig, ...]
-    view_options: Mapping[str, Any] = field(default_factory=dict)
+    passes: dict[str, Pass]
+    objectives: dict[str, ObjectiveConfig] = Field(min_length=1)
+    view_options: dict[str, Any] = Field(default_factory=dict)
     ema_momentum: EmaMomentum | None = None
-    texts: tuple[TextPass, ...] = (TextPass(),)
+    texts: dict[str, TextPass] = Field(default_factory=lambda: {"captions": TextPass()})
     freeze: tuple[str, ...] = ()
     optimization: Optimization = Optimization()
 
     def __post_init__(self) -> None:
-        earlier: dict[str, Pass | TextPass] = {}
-        for p in self.passes:
-            if p.name in earlier:
-                raise ConfigError(f"recipe '{self.name}': two passes are called '{p.name}'")
+        earlier: list[str] = []
+        for name, p in self.passes.items():
             if p.scores_from is not None and p.scores_from not in earlier:
-                raise ConfigError(f"recipe '{self.name}', pass '{p.name}': scores must come from an earlier "
-                                  f"pass; {unknown_name('pass', p.scores_from, earlier)}")
+                raise ConfigError(f"recipe '{self.name}', pass '{name}': scores_from must name an earlier pass; "
+                                  f"{unknown_name('pass', p.scores_from, earlier)}")
             if p.encoder == "ema" and self.ema_momentum is None:
-                raise ConfigError(f"recipe '{self.name}': pass '{p.name}' uses the EMA encoder, "
-                                  "so the recipe needs an ema_momentum")
-            earlier[p.name] = p
-        for text in self.texts:
-            if text.name in earlier:
-                raise ConfigError(f"recipe '{self.name}': two passes are called '{text.name}'")
-            earlier[text.name] = text
-        if not self.objectives:
-            raise ConfigError(f"recipe '{self.name}' has no objective")
-        names = [o.name for o in self.objectives]
-        for o in self.objectives:
-            if names.count(o.name) > 1:
-                raise ConfigError(f"recipe '{self.name}': two objectives are called '{o.name}'")
-            for read in o.reads:
-                if read not in earlier:
-                    raise ConfigError(f"recipe '{self.name}', objective '{o.name}': "
-                                      f"{unknown_name('pass', read, earlier)}")
+                raise ConfigError(f"recipe '{self.name}': pass '{name}' uses the EMA encoder, so the recipe needs an "
+                                  "ema_momentum")
+            earlier.append(name)
+        for name in self.texts:
+            if name in earlier:
+                raise ConfigError(f"recipe '{self.name}': a pass and a text pass are both called '{name}'")
+        known = [*earlier, *self.texts]
+        for name, objective in self.objectives.items():
+            for read in objective.reads:
+                if read not in known:
+                    raise ConfigError(f"recipe '{self.name}', objective '{name}': {unknown_name('pass', read, known)}")
 
     @property
     def uses_ema(self) -> bool:
         """Whether any pass runs the EMA encoder."""
-        return any(p.encoder == "ema" for p in self.passes)
+        return any(p.encoder == "ema" for p in self.passes.values())
 
 
-def to_dict(config: Any) -> Any:
-    """Return `config` (a dataclass) as plain JSON values."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, Mapping):
-        return {key: to_dict(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_dict(value) for value in config]
-    return config
-
-
-def from_dict(cls: type[Any], values: Any, where: str = "") -> Any:
-    """Build a dataclass `cls` from JSON values; the inverse of `to_dict`.
-
-    Raises:
-        ConfigError: an unknown field (with the closest known one), or a value of the wrong type.
-    """
-    return _convert(cls, values, where or cls.__name__)
-
-
-def override(config: Any, assignments: list[str]) -> Any:
-    """Return `config` with `path=value` assignments applied, e.g. `recipe.passes.masked.mask_ratio=0.75`.
-
-    Paths follow fields; members of a tuple of named dataclasses are addressed by their name, options by
-    their key. Values are JSON where they parse as JSON, else strings.
-
-    Raises:
-        ConfigError: a path that does not exist (with the closest that does), or a value of the wrong type.
-    """
-    for assignment in assignments:
-        path, separator, text = assignment.partition("=")
-        if not separator:
-            raise ConfigError(f"cannot set '{assignment}': write FIELD=VALUE, e.g. seed=1")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        config = _assign(config, path.split("."), value, path)
-    return config
-
-
-def _assign(config: Any, path: list[str], value: Any, full_path: str) -> Any:
-    head, rest = path[0], path[1:]
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        hints = typing.get_type_hints(type(config))
-        if head not in hints:
-            raise ConfigError(f"cannot set '{full_path}': {unknown_name('field', head, hints)}")
-        current = getattr(config, head)
-        new = _assign(current, rest, value, full_path) if rest else _convert(hints[head], value, full_path)
-        return dataclasses.replace(config, **{head: new})
-    if isinstance(config, tuple) and all(hasattr(item, "name") for item in config):
-        names = [item.name for item in config]
-        if head not in names:
-            raise ConfigError(f"cannot set '{full_path}': {unknown_name('name', head, names)}")
-        if not rest:
-            raise ConfigError(f"cannot set '{full_path}': name one of its fields")
-        return tuple(_assign(i, rest, value, full_path) if i.name == head else i for i in config)
-    if isinstance(config, Mapping):
-        if rest:
-            raise ConfigError(f"cannot set '{full_path}': options are one level deep")
-        return {**config, head: tuple(value) if isinstance(value, list) else value}
-    raise ConfigError(f"cannot set '{full_path}': there is nothing below '{type(config).__name__}' "
-                      f"to reach '{head}'")
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check and convert a JSON value to the annotated type `hint`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+def _split_phase(value: Any) -> Any:
+    """Parse "SHARE:RESOLUTION"."""
+    if not isinstance(value, str):
         return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
+    share, _, resolution = value.partition(":")
+    return {"share": share, "resolution": resolution}
+
+
+def _split_sides(value: Any) -> Any:
+    """Parse "192x256", height before width."""
+    return value.split("x") if isinstance(value, str) and "x" in value else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+@config_class
+class ResolutionPhase:
+    """Some steps on images of another size.
+
+    Attributes:
+        share: fraction of the run's optimizer steps, above 0.
+        resolution: image side relative to the recipe's own, rounded to whole patches.
+    """
+
+    share: Annotated[float, Field(gt=0.0, le=1.0)]
+    resolution: Positive
+
+
+@config_class
+class RunConfig:
+    """One execution of a recipe.
+
+    Attributes:
+        recipe: the method, by its name (see `aclip recipes`) or as a `Recipe`.
+        model: open_clip name, NAME:PRETRAINED, NAME:WEIGHT_FILE, a preset (vit-micro, vit-tiny, vit-small), a run, a
+            folder of open_clip's or Hugging Face's CLIP, or the A-CLIP release's checkpoint.
+        data: training sources, SOURCE or SOURCE=WEIGHT; several are mixed by their weights, or by their sizes.
+        output: the run's folder.
+        validation: sources to evaluate on, [NAME=]SOURCE.
+        image_size: input side in pixels, or HEIGHTxWIDTH; positions are interpolated (default: the model's own).
+        epochs: passes over the data; ignored if samples is set.
+        samples: pairs to train on.
+        batch_size: pairs per optimizer step, over all processes (default: 256, or all the data).
+        unmasked_tuning: fraction of the optimizer steps, at the end, in which nothing is masked (FLIP, section 3).
+        unmasked_lr: factor on the learning rate in those steps; FLIP's paper takes 0.01.
+        resolution_schedule: smaller images first, as SHARE:RESOLUTION, e.g. 0.5:0.5; steps after the last phase see
+            whole images.
+        seed: of weights, order, crops, captions and masks.
+        workers: loader processes (default: what suits the cores and the device).
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: of the towers' arithmetic; weights, losses and optimizer stay in fp32 (default: bf16 where the
+            device multiplies in it, fp16 on older GPUs, else fp32).
+        parallel: over several processes (torchrun): ddp holds everything on each, fsdp a shard.
+        micro_batch: pairs whose activations a process holds at a time (default: its share of the batch); the gradient
+            is that of the whole batch, at the price of a second forward pass.
+        recompute: save memory: keep only the inputs of the blocks, and run them again in the backward pass.
+        compile: compile the transformer blocks.
+        log_every: optimizer steps between lines of metrics.jsonl.
+        evaluate_every: epochs between evaluations; 0 evaluates only at the end.
+        save_every: epochs between checkpoints; 0 saves only at the end.
+        keep_checkpoints: how many of the newest checkpoints to keep.
+        keep_every: also keep every N-th checkpoint for good; 0 keeps none.
+        max_skipped: steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
+        tensorboard: also write TensorBoard events to the run's folder.
+    """
+
+    recipe: Recipe
+    model: str
+    data: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+    output: str
+    validation: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    image_size: Annotated[Count | tuple[Count, Count] | None, BeforeValidator(_split_sides)] = None
+    epochs: Positive = 25.0
+    samples: Count | None = None
+    batch_size: Annotated[int, Field(ge=2)] | None = None
+    unmasked_tuning: Fraction = 0.0
+    unmasked_lr: Positive = 1.0
+    resolution_schedule: tuple[Annotated[ResolutionPhase, BeforeValidator(_split_phase)], ...] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    workers: Natural | None = None
+    device: str = "auto"
+    precision: Precision | None = None
+    parallel: Parallel = "ddp"
+    micro_batch: Count | None = None
+    recompute: bool = False
+    compile: bool = False
+    log_every: Count = 10
+    evaluate_every: NonNegative = 1.0
+    save_every: NonNegative = 1.0
+    keep_checkpoints: Count = 2
+    keep_every: Natural = 0
+    max_skipped: Natural = 5
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ConfigError("data is missing: name a source of image-text pairs")
+        if self.unmasked_lr != 1.0 and self.unmasked_tuning == 0.0:
+            raise ConfigError("unmasked_lr has no effect without unmasked_tuning, the fraction of unmasked steps")
+        total = sum(phase.share for phase in self.resolution_schedule)
+        if total > 1.0 + 1e-9:
+            raise ConfigError(f"the shares of a resolution schedule add up to at most 1, not {total:g}")
+
+
+CHANGEABLE = ("data", "validation", "workers", "device", "parallel", "micro_batch", "recompute", "compile", "log_every",
+              "evaluate_every", "save_every", "keep_checkpoints", "keep_every", "tensorboard")
+"""Settings that may change on resume: data location, hardware, logging frequency. They change results by rounding at
+most."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain JSON values."""
+    values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return values
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a config from JSON values; the inverse of `to_dict`.
+
+    Args:
+        cls: a config class.
+        values: its fields.
+        where: what the values are, for the error message, e.g. a file's name.
+
+    Raises:
+        ConfigError: an unknown field, with the closest that exists, or a wrong value.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(cls, error)}" if where else _sentence(cls, error)) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+
+
+def override(config: T, assignments: Mapping[str, Any]) -> T:
+    """Return a config with some fields changed, by their paths.
+
+    Args:
+        config: a config.
+        assignments: path -> value, e.g. `{"recipe.passes.masked.mask_ratio": 0.75}`; of strings, those that are JSON
+            are parsed.
+
+    Raises:
+        ConfigError: a path that does not exist, with the closest that does, or a wrong value.
+    """
+    values = to_dict(config)
+    for path, value in assignments.items():
+        *parents, last = path.replace("-", "_").split(".")
+        node: Any = values
+        for name in parents:
+            node = node[_known(name, node, path)]
+        options = bool(parents) and parents[-1].endswith("options")
+        key = last if options else _known(last, node, path)
+        node[key] = _parsed(value)
+    return from_dict(type(config), values)
+
+
+def _known(name: str, node: Any, path: str) -> str:
+    if not isinstance(node, dict):
+        raise ConfigError(f"cannot set '{path}': nothing lies below '{path.split('.' + name)[0]}'")
+    for key in (name, name.replace("_", "-")):
+        if key in node:
+            return key
+    raise ConfigError(f"cannot set '{path}': {unknown_name('field', name, node)}")
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _sentence(cls: Any, error: ValidationError) -> str:
+    """Return the first of pydantic's findings as one sentence."""
+    first = error.errors(include_url=False)[0]
+    where = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "tuple[", "constrained-"))]
+    if where and where[0].isdigit():  # a positional argument
+        where[0] = fields(cls)[int(where[0])].name
+    path = ".".join(where) or getattr(cls, "__name__", "value")
+    if first["type"] == "unexpected_keyword_argument":
+        owner = _class_at(cls, where[:-1])
+        above = f" of {'.'.join(where[:-1])}" if where[:-1] else ""
+        return unknown_name(f"field{above}", where[-1], [f.name for f in fields(owner)] if is_dataclass(owner) else [])
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{path} is missing"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return f"{path} {message}, not {repr(first['input'])[:80]}"
+
+
+def _class_at(cls: Any, path: list[str]) -> Any:
+    """Return the config class that a path of fields and dict keys leads to."""
+    for name in path:
+        options = [cls, *typing.get_args(cls)]
+        owner = next((o for o in options if is_dataclass(o)), None)
+        if owner is None:
             return None
-        errors = []
-        for choice in arguments:
-            if choice is not type(None):
-                try:
-                    return _convert(choice, value, where)
-                except ConfigError as error:
-                    errors.append(error)
-        raise errors[0]
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(unknown_name(f"value for {where}", str(value), map(str, arguments)))
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
-        items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(items) != len(value):
-            raise ConfigError(f"{where} takes {len(items)} values, not {len(value)}")
-        return tuple(_convert(item, v, where) for item, v in zip(items, value, strict=True))
-    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if isinstance(value, hint):
-            return value
-        if isinstance(value, Mapping):
-            hints = typing.get_type_hints(hint)
-            for key in value:
-                if key not in hints:
-                    raise ConfigError(f"{where}: {unknown_name('field', str(key), hints)}")
-            try:
-                return hint(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in value.items()})
-            except TypeError as error:
-                raise ConfigError(f"{where}: {error}") from error
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{where} takes {getattr(hint, '__name__', hint)}, not {value!r}")
+        hint = typing.get_type_hints(owner).get(name)
+        if hint is not None:
+            cls = typing.get_args(hint)[-1] if typing.get_origin(hint) is dict else hint
+    return next((o for o in [cls, *typing.get_args(cls)] if is_dataclass(o)), None)
+
+
+def build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: str) -> Any:
+    """Return `cls(**given, **options)` with the options validated against the annotations of its signature.
+
+    Args:
+        cls: a masking strategy, text reduction, view pipeline or objective.
+        given: arguments that are not the user's.
+        options: the user's.
+        what: for the error message, e.g. "masking 'attentive'".
+
+    Raises:
+        ConfigError: an option that does not exist, with the closest that does, or has a wrong value or type.
+    """
+    parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name not in given}
+    owner = cls if is_dataclass(cls) else cls.__init__
+    try:
+        hints = typing.get_type_hints(owner, include_extras=True)
+    except NameError:  # an annotation that only a type checker can resolve
+        hints = {}
+    checked = {}
+    for name, value in options.items():
+        if name not in parameters:
+            raise ConfigError(f"{what}: {unknown_name('option', name, parameters)}")
+        try:
+            adapter = TypeAdapter(hints.get(name, Any), config=ConfigDict(allow_inf_nan=False))
+            checked[name] = adapter.validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"{what}: {name} {_sentence(cls, error).partition(' ')[2]}") from None
+    required = [name for name, p in parameters.items() if p.default is p.empty and name not in checked
+                and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if required:
+        raise ConfigError(f"{what} needs the option '{required[0]}'")
+    return cls(**given, **checked)

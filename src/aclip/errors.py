@@ -15,7 +15,7 @@ class AclipError(Exception):
         super().__init__(" ".join(line.strip() for line in message.strip().splitlines()))
 
 
-class ConfigError(AclipError, ValueError):
+class ConfigError(AclipError):
     """A setting, a recipe or a command line that does not make sense."""
 
 

@@ -9,7 +9,7 @@ same four steps with parts switched off.
        a. scores:   resample an earlier pass's [CLS] attention onto each view's own patch grid
        b. masking:  keep_indices = strategy(scores): the K patches of each view that stay
        c. encoding: v = norm(encoder(kept patches of all views)), encoder = online, or its EMA without
-                    gradient; of a pass that only scores, the scores alone, also those of an earlier epoch
+                    gradient
     3. objectives:  L = sum of weight * objective(passes, t)
     4. EMA:         after the optimizer step, theta_ema <- m theta_ema + (1 - m) theta
 
@@ -24,14 +24,14 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from aclip import models
 from aclip.data import augment
 from aclip.ema import Ema, frozen_copy
 from aclip.errors import ConfigError
-from aclip.masking import MaskingContext, crop_scores, from_bytes, hide_tokens, to_bytes
+from aclip.masking import MaskingContext, crop_scores, hide_tokens
 from aclip.masking.text_reduction import TextReductionContext
 from aclip.objectives import Objective
 from aclip.plan import PassPlan, Plan, TextPlan, build_objective, resolve
@@ -65,11 +65,11 @@ class Method(nn.Module):
         self.ema_visual = frozen_copy(models.visual_of(model)) if plan.recipe.uses_ema else None
         freeze(model, plan.recipe.freeze)
         shape = plan.shape
-        fills = any(p.spec.fill for p in plan.passes)
-        hides = any(text.encoded and text.spec.mask_ratio > 0 for text in plan.texts)
+        fills = any(p.spec.fill for p in plan.passes.values())
+        hides = any(text.encoded and text.spec.mask_ratio > 0 for text in plan.texts.values())
         self.mask_token = nn.Parameter(torch.randn(shape.width) * 0.02) if fills else None
         self.text_mask_token = nn.Parameter(torch.randn(shape.text_width) * 0.02) if hides else None
-        self.objectives = nn.ModuleDict({o.name: build_objective(o, plan) for o in plan.recipe.objectives})
+        self.objectives = nn.ModuleDict({name: build_objective(name, plan) for name in plan.recipe.objectives})
         bias = getattr(model, "logit_bias", None)
         if bias is not None:
             adopted = [o.adopt_bias(bias) for o in cast(Iterable[Objective], self.objectives.values())]
@@ -77,7 +77,7 @@ class Method(nn.Module):
         pool = models.attention_pool_of(models.visual_of(model))
         if pool is not None and not any(o.needs_pooled for o in self.objectives.values()):
             pool.requires_grad_(False)  # without a gradient it has no place in DDP, nor in a checkpoint's optimizer
-        counts = any(text.reduction is not None and text.reduction.needs_frequencies for text in plan.texts)
+        counts = any(text.reduction is not None and text.reduction.needs_frequencies for text in plan.texts.values())
         self.register_buffer("frequencies", torch.zeros(shape.vocab_size) if counts else None)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -91,7 +91,7 @@ class Method(nn.Module):
                 section 3).
             resolution: image side relative to the recipe's own (a resolution schedule starts with small images).
         """
-        return self.judge(self.encode_batch(batch, masked, resolution), batch.caption_ids)
+        return self.compute_loss(self.encode_batch(batch, masked, resolution), batch.caption_ids)
 
     def encode_batch(
         self, batch: Batch, masked: bool = True, resolution: float = 1.0, seen: EncodedBatch | None = None
@@ -102,18 +102,18 @@ class Method(nn.Module):
         result for these samples with the same weights, its masks and its passes without gradient are taken over.
         """
         # 1. text
-        texts = {text.spec.name: self.encode_text(text, batch, masked) for text in self.plan.texts}
+        texts = {name: self.encode_text(text, batch, masked) for name, text in self.plan.texts.items()}
 
         # 2. passes
         return EncodedBatch(texts, self.run_passes(batch, masked, resolution, seen))
 
-    def judge(self, encoded: EncodedBatch, caption_ids: Int[Tensor, " B"]) -> StepOutput:
+    def compute_loss(self, encoded: EncodedBatch, caption_ids: Int[Tensor, " B"]) -> StepOutput:
         """Step 3: objectives, over the whole batch."""
         logit_scale = models.logit_scale_of(self.model).exp() if self.plan.uses_text else None
         context = StepContext(encoded.passes, encoded.texts, caption_ids, logit_scale,
                               getattr(self.model, "logit_bias", None))
         losses = {name: objective(context) for name, objective in self.objectives.items()}
-        loss = torch.stack([o.weight * losses[o.name] for o in self.plan.recipe.objectives]).sum()
+        loss = torch.stack([o.weight * losses[name] for name, o in self.plan.recipe.objectives.items()]).sum()
         return StepOutput(loss, {name: part.detach() for name, part in losses.items()}, encoded.passes)
 
     def encode_text(self, text: TextPlan, batch: Batch, masked: bool = True) -> EncodedText:
@@ -125,7 +125,7 @@ class Method(nn.Module):
             return EncodedText(tokens)
         if self.text_mask_token is not None and text.spec.mask_ratio > 0:
             ratio = text.spec.mask_ratio if masked else 0.0
-            seen = hide_tokens(tokens, ratio, batch.seeds, self.plan.shape.vocab_size, f"text/{text.spec.name}")
+            seen = hide_tokens(tokens, ratio, batch.seeds, self.plan.shape.vocab_size, f"text/{text.name}")
             states = models.encode_hidden_text(self.model, seen.tokens, seen.behind_mask, self.text_mask_token)
             return EncodedText(tokens, hidden=seen.hidden, states=states)
         return EncodedText(tokens, F.normalize(models.encode_text(self.model, tokens).float(), dim=-1))
@@ -136,27 +136,24 @@ class Method(nn.Module):
         """Step 2: (score ->) mask -> encode, pass by pass."""
         plan = self.plan_at(resolution)
         passes: dict[str, Encoded] = {}
-        run = [p for p in plan.passes if plan.runs(p, masked)]
+        run = [p for p in plan.passes.values() if plan.runs(p, masked)]
         if seen is not None:  # no gradient reaches them: they are what they were
-            passes |= {p.spec.name: seen.passes[p.spec.name] for p in run if not p.learns}
-        todo = [p for p in run if p.spec.name not in passes]
+            passes |= {p.name: seen.passes[p.name] for p in run if not p.trains}
+        todo = [p for p in run if p.name not in passes]
         # what was drawn per sample in the loader is applied here, in batch, on the device
-        needed = {view for p in todo if p.spec.refresh == 1 for view in p.spec.views}
+        needed = {view for p in todo for view in p.spec.views}
         images = {name: augment.apply(batch.views[name], self.mean, self.std) for name in batch.views if name in needed}
         for p in todo:
-            if p.spec.refresh > 1:
-                passes[p.spec.name] = self.score(p, batch)
-                continue
             views = [resized(images[view], p.image_size) for view in p.spec.views]
             if not (masked and p.removes):
                 keep = None
             elif seen is not None:
-                kept = seen.passes[p.spec.name].keep_indices
+                kept = seen.passes[p.name].keep_indices
                 keep = kept.flatten(0, 1) if kept is not None else None
             else:
                 keep = self.choose_patches(plan, p, batch, passes, views)
-            passes[p.spec.name] = self.encode(p, views, keep)
-        return {p.spec.name: passes[p.spec.name] for p in run}
+            passes[p.name] = self.encode(p, views, keep)
+        return {p.name: passes[p.name] for p in run}
 
     def ema(self) -> Ema:
         """Step 4: return what averages the image encoder and the heads that have an EMA copy.
@@ -182,7 +179,7 @@ class Method(nn.Module):
                 scores=self.scores_for(plan, p, name, batch.views, passes),
                 images=pixels,
                 seeds=batch.seeds,
-                purpose=f"mask/{p.spec.name}/{name}",
+                purpose=f"mask/{p.name}/{name}",
             )))
         return torch.cat(chosen)
 
@@ -193,9 +190,9 @@ class Method(nn.Module):
         """Step 2a: return the scores of one view's patches, seen by the pass that it reads them from."""
         if p.spec.scores_from is None:
             return None
-        source = next(s for s in plan.passes if s.spec.name == p.spec.scores_from)
+        source = plan.passes[p.spec.scores_from]
         source_view = view if view in source.spec.views else source.spec.views[0]
-        scores = passes[source.spec.name].scores
+        scores = passes[source.name].scores
         assert scores is not None
         seen, wanted = batch_views[source_view], batch_views[view]
         maps = scores[source.spec.views.index(source_view)].unflatten(1, source.grid_size)
@@ -205,32 +202,6 @@ class Method(nn.Module):
             flipped=wanted.flipped, padding=p.spec.score_padding,
         )
 
-    def score(self, p: PassPlan, batch: Batch) -> Encoded:
-        """Step 2c of a pass whose scores serve for several epochs: run it for the samples that have none yet.
-
-        Known or new, scores are rounded to a byte a patch, so that what is chosen by them is the same.
-        """
-        (name,) = p.spec.views
-        view, known = batch.views[name], batch.known.get(p.spec.name)
-
-        def run(view: ViewBatch) -> UInt8[Tensor, "B N"]:
-            scores = self.encode(p, [resized(augment.apply(view, self.mean, self.std), p.image_size)], None).scores
-            assert scores is not None
-            return to_bytes(scores[0])
-
-        if known is None or len(known.missing) == batch.size:
-            maps = run(view)
-        elif known.missing:
-            rows = torch.tensor(known.missing)
-            if known.maps.is_cuda:  # pageable memory would be waited for
-                rows = rows.pin_memory().to(known.maps.device, non_blocking=True)
-            maps = known.maps.index_copy(0, rows, run(view.rows(rows)))
-        else:
-            maps = known.maps
-        scores = from_bytes(maps)[None]
-        nothing = scores[:, :, :0]
-        return Encoded(nothing, nothing, scores, keep_indices=None, num_tokens=p.num_tokens, grid_size=p.grid_size)
-
     def encode(
         self, p: PassPlan, views: list[Tensor], keep: Int[Tensor, "VB K"] | None
     ) -> Encoded:
@@ -238,14 +209,13 @@ class Method(nn.Module):
         online = p.spec.encoder == "online"
         visual = models.visual_of(self.model) if online else self.ema_visual
         assert visual is not None
-        with torch.set_grad_enabled(p.learns and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(p.trains and torch.is_grad_enabled()):
             pixels = torch.cat(views)
             out = models.encode_image(
                 visual, pixels, keep, mask_token=self.mask_token if p.spec.fill else None,
-                return_scores=p.gives_scores, return_patches=p.gives_patches, score_layers=p.spec.score_layers,
-                scores_only=p.stops_early,
+                return_scores=p.gives_scores, return_patches=p.gives_patches,
             )
-        if online and not p.learns:  # some versions of torch would hand on weights that were cast without gradient
+        if online and not p.trains:  # some versions of torch would hand on weights that were cast without gradient
             torch.clear_autocast_cache()
         width = 0 if p.scores_only else None  # of what nobody reads
         by_view = (len(views), -1)

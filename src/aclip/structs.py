@@ -61,28 +61,10 @@ class ViewBatch(_OnDevice):
     flipped: Bool[Tensor, " B"]
     augmentation: Float[Tensor, "B A"] | None = None
 
-    def rows(self, rows: slice | Int[Tensor, " M"]) -> "ViewBatch":
+    def rows(self, rows: slice) -> "ViewBatch":
         """Return the view of some of the samples."""
         return ViewBatch(self.pixels[rows], self.boxes[rows], self.flipped[rows],
                          None if self.augmentation is None else self.augmentation[rows])
-
-
-@dataclass(frozen=True)
-class KnownScores(_OnDevice):
-    """What is known from earlier steps of the scores of one pass.
-
-    Attributes:
-        maps: (B, N) uint8, see `aclip.masking.to_bytes`; rows in `missing` mean nothing.
-        missing: ascending, the rows of samples that have to be scored in this step; known on the host.
-    """
-
-    maps: UInt8[Tensor, "B N"]
-    missing: tuple[int, ...]
-
-    def rows(self, rows: slice) -> "KnownScores":
-        """Return what is known of some of the samples."""
-        first, end, _ = rows.indices(len(self.maps))
-        return KnownScores(self.maps[rows], tuple(row - first for row in self.missing if first <= row < end))
 
 
 @dataclass(frozen=True)
@@ -96,8 +78,6 @@ class Batch(_OnDevice):
             concept are not each other's negatives.
         seeds: (B,) int64, the per-sample, per-epoch seed of everything drawn on the device.
         keys: the samples' names, for reports.
-        numbers: the samples' numbers in the source, on the host; of one that took another's place, its own.
-        known: pass name -> scores of these samples from earlier steps, where a recipe has them serve for some epochs.
         skipped: (name, reason) of bad samples met while this batch was filled; others took their places.
         truncated: captions that fill the whole context, so that a tail of nearly all of them was cut.
     """
@@ -107,8 +87,6 @@ class Batch(_OnDevice):
     caption_ids: Int[Tensor, " B"]
     seeds: Int[Tensor, " B"]
     keys: tuple[str, ...] = ()
-    numbers: tuple[int, ...] = ()
-    known: Mapping[str, KnownScores] = field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
     truncated: int = 0
 
@@ -120,8 +98,7 @@ class Batch(_OnDevice):
     def rows(self, rows: slice) -> "Batch":
         """Return some of the samples, with tokens as long as the whole batch's; what was skipped stays behind."""
         return Batch({name: view.rows(rows) for name, view in self.views.items()}, self.tokens[rows],
-                     self.caption_ids[rows], self.seeds[rows], self.keys[rows], self.numbers[rows],
-                     {name: known.rows(rows) for name, known in self.known.items()})
+                     self.caption_ids[rows], self.seeds[rows], self.keys[rows])
 
 
 @dataclass(frozen=True)

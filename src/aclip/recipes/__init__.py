@@ -1,30 +1,76 @@
-"""The methods as data: one recipe a file, one line each in `RECIPES`; the paper's ablations share a file.
+"""The methods as data, each a `Recipe` of a few lines, and the configuration of a run from a recipe's name.
 
-To add one: a file that builds a `Recipe`, and a line in the table; the contract tests run over the table.
+To add one: build a `Recipe` and add it to the table, here or from a script (`aclip.RECIPES["mine"] = ...`).
 """
 
-from aclip.config import Recipe
-from aclip.recipes.a_clip import A_CLIP
-from aclip.recipes.a_clip_eff import A_CLIP_EFF
-from aclip.recipes.a_clip_released import A_CLIP_RELEASED
-from aclip.recipes.ablations import ABLATIONS
-from aclip.recipes.byol import BYOL
-from aclip.recipes.clip import CLIP
-from aclip.recipes.clip_words import CLIP_WORDS
-from aclip.recipes.flip import FLIP
-from aclip.recipes.mae import MAE
-from aclip.recipes.maskclip import MASKCLIP, MASKCLIP_TEXT
-from aclip.recipes.siglip import SIGLIP
-from aclip.recipes.simclr import SIMCLR
-from aclip.recipes.simmim import SIMMIM
-from aclip.recipes.slip import SLIP
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        CLIP, FLIP, SLIP, MASKCLIP, MASKCLIP_TEXT, A_CLIP, A_CLIP_EFF, A_CLIP_RELEASED, *ABLATIONS,
-        MAE, SIMMIM, SIMCLR, BYOL, SIGLIP, CLIP_WORDS,
-    )
-}
+from aclip.config import Recipe, RunConfig
+from aclip.errors import ConfigError, unknown_name
+from aclip.recipes.a_clip import A_CLIP_RECIPES
+from aclip.recipes.clip import CLIP_RECIPES
+from aclip.recipes.images import IMAGE_RECIPES
 
-__all__ = ["RECIPES"]
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*CLIP_RECIPES, *A_CLIP_RECIPES, *IMAGE_RECIPES)}
+
+
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """Return a recipe by its name in `RECIPES`; a `Recipe` is returned as it is.
+
+    Raises:
+        ConfigError: no recipe has this name.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ConfigError(unknown_name("recipe", recipe, RECIPES))
+    return RECIPES[recipe]
+
+
+def configure(
+    recipe: str | Recipe = "a-clip",
+    *,
+    model: str = "vit-tiny",
+    output: str | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    grad_clip: float | None = None,
+    layer_decay: float | None = None,
+    mask_ratio: float | None = None,
+    freeze: Sequence[str] = (),
+    **settings: Any,
+) -> RunConfig:
+    """Return the configuration of a run.
+
+    Args:
+        recipe: the method, by name or as a `Recipe`.
+        model: see `RunConfig`.
+        output: the run's folder; None is runs/RECIPE-MODEL.
+        lr, weight_decay, grad_clip, layer_decay: replace those of the recipe's optimization; None keeps them.
+        mask_ratio: fraction of patches removed in every masked pass; None keeps the recipe's.
+        freeze: parameters that are not trained, besides the recipe's.
+        settings: further fields of `RunConfig`; `data` is required.
+
+    Raises:
+        ConfigError: a field that does not exist, or a wrong value.
+    """
+    chosen = find_recipe(recipe)
+    optimization = {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay),
+                    ("grad_clip", grad_clip), ("layer_decay", layer_decay)) if value is not None}
+    passes = chosen.passes
+    if mask_ratio is not None:
+        if all(p.masking == "none" for p in passes.values()):
+            raise ConfigError(f"mask_ratio has no effect: recipe '{chosen.name}' masks nothing")
+        passes = {name: p if p.masking == "none" else replace(p, mask_ratio=mask_ratio) for name, p in passes.items()}
+    chosen = replace(chosen, passes=passes, optimization=replace(chosen.optimization, **optimization),
+                     freeze=tuple(dict.fromkeys((*chosen.freeze, *freeze))))
+    if not settings.get("data"):
+        raise ConfigError("data is missing: name a source of image-text pairs, or get one with `aclip data fetch emoji` "
+                          "and use emoji:train")
+    folder = output or f"runs/{chosen.name}-{model}".replace(":", "-")
+    return RunConfig(recipe=chosen, model=model, output=folder, **settings)
+
+
+__all__ = ["RECIPES", "configure", "find_recipe"]

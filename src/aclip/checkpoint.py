@@ -1,0 +1,251 @@
+"""Checkpoints: safetensors and JSON, written atomically, verified wherever they are read, loaded without pickle.
+
+    step-00001000/
+        rank-00000-of-00002.safetensors   one file a rank, in the layout of torch.distributed.checkpoint
+        rank-00001-of-00002.safetensors
+        state.json                        step, plain values, size and CRC-32 of every file
+
+A checkpoint is written beside its place and renamed into it, so a folder with that name was whole when it was written;
+the checksums tell what happened to it since. Any number of ranks can read what any other number has written.
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aclip import dist
+from aclip.errors import CheckpointError
+
+_NAME = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
+_STATE = "state.json"
+_BLOCK = 2**24
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, verified; tensors are read when asked for.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done.
+        values: plain JSON values, "samples_seen" among them.
+        shapes: name -> shape of every whole tensor.
+    """
+
+    path: Path
+    step: int
+    values: Mapping[str, Any]
+    shapes: Mapping[str, torch.Size]
+    _dtypes: Mapping[str, torch.dtype] = field(repr=False)
+
+    def load_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Copy stored tensors into `targets` in place, by name; a sharded `DTensor` reads its own part alone.
+
+        Raises:
+            CheckpointError: a name that is missing here or there, another shape, or an unreadable file.
+        """
+        from torch.distributed.checkpoint.state_dict_loader import load
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+        for name, target in targets.items():
+            if name not in self.shapes:
+                raise CheckpointError(f"the checkpoint {self.path} has no tensor '{name}'")
+            if self.shapes[name] != target.shape:
+                raise CheckpointError(f"'{name}' has shape {list(self.shapes[name])} in the checkpoint {self.path} "
+                                      f"and {list(target.shape)} here")
+        try:
+            state: dict[str, Any] = {name: target.detach() for name, target in targets.items()}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: no_dist
+                load(state, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=True)
+        except Exception as error:  # whatever torch's reader meets in a file
+            raise CheckpointError(f"the checkpoint {self.path} cannot be read: {error}") from error
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return the whole tensors below `prefix` on the CPU, by their names without it."""
+        names = [name for name in self.shapes if name.startswith(prefix)]
+        found = {name: torch.empty(self.shapes[name], dtype=self._dtypes[name]) for name in names}
+        self.load_into(found)
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint after verifying its checksums; no file of it can run code.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    try:
+        state = _verify(path)
+        metadata: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        return Checkpoint(path, int(state["step"]), state["values"], {name: m.size for name, m in metadata.items()},
+                          {name: m.properties.dtype for name, m in metadata.items()})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+def open_newest(folder: Path) -> Checkpoint:
+    """Open the newest undamaged checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for checkpoint, _ in newest_first(folder):
+        if checkpoint is not None:
+            return checkpoint
+    raise CheckpointError(f"there is no undamaged checkpoint in {folder}")
+
+
+def newest_first(folder: Path) -> Iterator[tuple[Checkpoint | None, str]]:
+    """Yield every checkpoint from the newest on, or None and what is wrong with it."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            yield open_checkpoint(path), ""
+        except CheckpointError as error:
+            yield None, str(error)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, oldest first, undamaged or not."""
+    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def own_part(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, list[int]]]:
+    """Return the tensors that this rank writes, each with its offset in the whole tensor.
+
+    Of a sharded tensor every rank writes its shard; replicated tensors are divided evenly over the ranks. No
+    communication: every rank computes the same division.
+    """
+    from torch.distributed.tensor import DTensor
+
+    mine: dict[str, tuple[Tensor, list[int]]] = {}
+    load = [0] * dist.world_size()
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements):
+            (chunk,) = tensor.__create_chunk_list__()
+            if local.numel():
+                mine[name] = local.detach(), list(chunk.offsets)
+            continue
+        writer = load.index(min(load))
+        load[writer] += local.nbytes
+        if writer == dist.rank():
+            mine[name] = local.detach(), [0] * local.ndim
+    return mine
+
+
+def write_rank_file(folder: Path, part: Mapping[str, tuple[Tensor, list[int]]]) -> Path:
+    """Write this rank's tensors, already on the CPU, into a checkpoint's temporary folder; return the file.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = folder / f"rank-{dist.rank():05}-of-{dist.world_size():05}.safetensors"
+    offsets = {name: {"saved_offsets": offset} for name, (_, offset) in part.items()}
+    metadata = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
+    try:
+        save_file({name: tensor.contiguous() for name, (tensor, _) in part.items()}, path, metadata)
+    except SafetensorError as error:  # its message holds the system's
+        raise OSError(str(error)) from error
+    _sync(path)
+    return path
+
+
+def commit(folder: Path, temporary: Path, step: int, values: Mapping[str, Any]) -> Path:
+    """Turn a temporary folder that holds the files of all ranks into the checkpoint of `step`; one rank calls it.
+
+    Raises:
+        OSError: it cannot be written; older checkpoints stay.
+    """
+    files = {path.name: {"size": path.stat().st_size, "crc32": _crc32(path)}
+             for path in sorted(temporary.iterdir()) if _FILE.fullmatch(path.name)}
+    content = {"step": step, "values": dict(values), "files": files}
+    (temporary / _STATE).write_text(json.dumps({**content, "crc32": _checksum(content)}, indent=2), encoding="utf-8")
+    _sync(temporary / _STATE)
+    _sync(temporary)
+    target = folder / f"step-{step:08d}"
+    if target.exists():
+        _remove(target)
+    temporary.rename(target)
+    _sync(folder)
+    return target
+
+
+def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the `keep` newest checkpoints; those at multiples of `keep_every` steps stay too (0: none)."""
+    for path in list_checkpoints(folder)[:-keep]:
+        if not (keep_every and step_of(path) % keep_every == 0):
+            _remove(path)
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """Return the content of `state.json` after comparing all sizes and checksums.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: something is missing or has changed.
+    """
+    content: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    if content.pop("crc32") != _checksum(content):
+        raise ValueError(f"{_STATE} has changed since it was written")
+    present = {p.name for p in path.iterdir() if p.suffix == ".safetensors"}
+    if present != set(content["files"]):
+        raise ValueError(f"it should hold {sorted(content['files'])} and holds {sorted(present)}")
+    for name, mark in content["files"].items():
+        size = (path / name).stat().st_size
+        if size != mark["size"]:
+            raise ValueError(f"{name} has {size:,} bytes instead of {mark['size']:,}")
+        if _crc32(path / name) != mark["crc32"]:
+            raise ValueError(f"{name} has changed since it was written")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _remove(path: Path) -> None:
+    """Rename before deleting, so that no half-deleted folder passes for a checkpoint."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's directory entries, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
