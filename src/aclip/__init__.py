@@ -1,5 +1,10 @@
 """attentive-clip: train CLIP models that look only at what matters.
 
+    import aclip
+    run = aclip.train(recipe="a-clip", model="ViT-B-16", data="pairs.csv", validation="held-out.csv", epochs=10)
+    run.evaluate(data="held-out.csv")
+    model = aclip.load("runs/first")
+
 Everything public is imported on first use, so that `import aclip` costs nothing.
 """
 
@@ -7,29 +12,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aclip.evaluation import EVALUATORS
+    from aclip.comparison import compare
+    from aclip.config import EmaMomentum, ObjectiveConfig, Optimization, Pass, Recipe, RunConfig, TextPass
+    from aclip.data import SETS, SOURCES
+    from aclip.evaluation import EVALUATORS, evaluate
+    from aclip.exporters import EXPORTERS, export
     from aclip.masking import MASKING
     from aclip.models import load
     from aclip.objectives import OBJECTIVES
-    from aclip.recipes import RECIPES
+    from aclip.objectives import functional as losses
+    from aclip.recipes import RECIPES, configure
+    from aclip.trainer import Run, train
 
 __version__ = "0.1.0"
-__all__ = ["EVALUATORS", "MASKING", "OBJECTIVES", "RECIPES", "__version__", "load"]
 
 _HOMES = {
-    "EVALUATORS": "aclip.evaluation",
+    **dict.fromkeys(("train", "Run"), "aclip.trainer"),
+    **dict.fromkeys(("evaluate", "EVALUATORS"), "aclip.evaluation"),
+    **dict.fromkeys(("export", "EXPORTERS"), "aclip.exporters"),
+    **dict.fromkeys(("configure", "RECIPES"), "aclip.recipes"),
+    **dict.fromkeys(("Recipe", "Pass", "TextPass", "ObjectiveConfig", "EmaMomentum", "Optimization", "RunConfig"),
+                    "aclip.config"),
+    **dict.fromkeys(("SETS", "SOURCES"), "aclip.data"),
+    "compare": "aclip.comparison",
+    "load": "aclip.models",
     "MASKING": "aclip.masking",
     "OBJECTIVES": "aclip.objectives",
-    "RECIPES": "aclip.recipes",
-    "load": "aclip.models",
 }
+__all__ = [
+    "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "ObjectiveConfig",
+    "Optimization", "Pass", "Recipe", "Run", "RunConfig", "TextPass", "compare", "configure", "evaluate", "export",
+    "load", "losses", "train",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return importlib.import_module("aclip.objectives.functional")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'aclip' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""A run's folder: its files, its line-by-line journals, and what a resume removes from them."""
+"""A run's folder: its files and its JSON-lines journals, which a resume cuts back to the checkpoint."""
 
 import errno
 import json
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from aclip.config import RunConfig, from_dict
 from aclip.errors import ConfigError
 from aclip.files import write_atomically
 
@@ -25,11 +26,11 @@ class RunFolder:
     """
 
     JOURNALS = ("metrics", "evaluations", "skipped")
-    """Those that tell what was computed, and follow it back to a checkpoint; `incidents` tells what has happened."""
+    """Those that are cut back on resume; `incidents` is not."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._patient = self._told = False
+        self._patient = self._warned = False
         self._unwritten: dict[str, list[bytes]] = {}
 
     @property
@@ -44,17 +45,32 @@ class RunFolder:
 
     @property
     def snapshots(self) -> Path:
-        """Folder of what the model looked at over training."""
+        """Folder of what the model attended to over training."""
         return self.path / "snapshots"
 
+    def exists(self) -> bool:
+        """Return whether the folder holds a run."""
+        return (self.path / "config.json").exists()
+
+    def config(self) -> RunConfig:
+        """Return the run's configuration.
+
+        Raises:
+            ConfigError: the folder is no run, or one of an incompatible version.
+        """
+        values = self.read_json("config.json")
+        known = RunConfig.__dataclass_fields__  # type: ignore[attr-defined]
+        return from_dict(RunConfig, {name: value for name, value in values.items() if name in known},
+                         where=f"{self.path}/config.json")
+
     def check_free(self) -> None:
-        """Refuse a folder that is taken.
+        """Refuse a folder that already holds a run.
 
         Raises:
             ConfigError: it holds a run already.
         """
-        if (self.path / "config.json").exists():
-            raise ConfigError(f"{self.path} holds a run already: continue it with --resume, or choose another --output")
+        if self.exists():
+            raise ConfigError(f"{self.path} already holds a run: continue it with --resume, or choose another --output")
 
     def create(self) -> None:
         """Make the folder.
@@ -69,7 +85,7 @@ class RunFolder:
             raise ConfigError(f"cannot make the run folder {self.path}: {error.strerror}") from error
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write `value` to a file of the folder, all or nothing."""
+        """Write `value` to a file of the folder, atomically."""
         write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, name: str) -> Any:
@@ -79,14 +95,14 @@ class RunFolder:
             ConfigError: the folder is no run, or the file is damaged.
         """
         try:
-            return json.loads((self.path / name).read_text())
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{self.path} is not a run folder: it has no {name}") from error
         except json.JSONDecodeError as error:
             raise ConfigError(f"{self.path / name} is damaged: {error}") from error
 
     def append(self, journal: str, record: Mapping[str, Any]) -> None:
-        """Add one line to a journal; a line is written in one call, so that at most the last is torn.
+        """Append one line to a journal, in one write, so that at most the last line is torn.
 
         Raises:
             OSError: it cannot be written, unless the folder is `patient`.
@@ -100,19 +116,19 @@ class RunFolder:
             if not self._patient:
                 waiting.clear()
                 raise
-            if not self._told:
-                _log.warning("%s.jsonl cannot be written (%s): its lines are kept and written when that is possible",
-                             journal, error.strerror or error)
-            self._told = True
+            if not self._warned:
+                _log.warning("%s.jsonl cannot be written (%s): its lines are kept in memory and retried", journal,
+                             error.strerror or error)
+            self._warned = True
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """Within this context journals that cannot be written, on a full disk, keep their lines until they can.
+        """Within this context lines that cannot be written, on a full disk, are kept in memory and retried.
 
         Raises:
-            OSError: at its end, they still cannot.
+            OSError: at its end they still cannot be written.
         """
-        self._patient, self._told = True, False
+        self._patient, self._warned = True, False
         try:
             yield
         finally:
@@ -123,7 +139,7 @@ class RunFolder:
                         _add_lines(file, self._unwritten[journal])
 
     def records(self, journal: str) -> Iterator[dict[str, Any]]:
-        """Yield a journal's records; a torn last line is left out."""
+        """Yield a journal's records without a torn last line."""
         path = self.path / f"{journal}.jsonl"
         if path.exists():
             # not splitlines: a caption may hold U+2028 and its like, which JSON leaves as they are
@@ -136,7 +152,7 @@ class RunFolder:
                     yield record
 
     def last(self, journal: str) -> dict[str, Any]:
-        """Return the newest whole record among the last few kilobytes of a journal, or an empty one."""
+        """Return the last whole record of a journal, or an empty one."""
         try:
             with (self.path / f"{journal}.jsonl").open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -156,8 +172,8 @@ class RunFolder:
         """Drop everything journalled after optimizer step `step`, and any torn line.
 
         Args:
-            step: done.
-            evaluated: whether its evaluation is done, too; otherwise what there is of it is dropped.
+            step: optimizer steps done.
+            evaluated: whether its evaluation was completed; otherwise its records are dropped too.
         """
         for journal in self.JOURNALS:
             self._unwritten.pop(journal, None)
@@ -170,7 +186,7 @@ class RunFolder:
 
 
 def _add_lines(file: BinaryIO, lines: list[bytes]) -> None:
-    """Write lines and take them off the list one by one; of a line that could not be written whole, nothing stays."""
+    """Write lines and remove them from the list one by one; a line that does not fit is truncated away again."""
     while lines:
         end = file.seek(0, os.SEEK_END)
         if file.write(lines[0]) < len(lines[0]):

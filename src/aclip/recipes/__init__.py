@@ -30,9 +30,10 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
 
 
 def configure(
-    recipe: str | Recipe = "a-clip",
     *,
-    model: str = "vit-tiny",
+    base: RunConfig | None = None,
+    recipe: str | Recipe | None = None,
+    model: str | None = None,
     output: str | None = None,
     lr: float | None = None,
     weight_decay: float | None = None,
@@ -45,18 +46,20 @@ def configure(
     """Return the configuration of a run.
 
     Args:
-        recipe: the method, by name or as a `Recipe`.
-        model: see `RunConfig`.
-        output: the run's folder; None is runs/RECIPE-MODEL.
-        lr, weight_decay, grad_clip, layer_decay: replace those of the recipe's optimization; None keeps them.
-        mask_ratio: fraction of patches removed in every masked pass; None keeps the recipe's.
+        base: what is not given keeps its value from here; None: the defaults of `RunConfig`.
+        recipe: the method, by name or as a `Recipe` (default: a-clip).
+        model: see `RunConfig` (default: vit-tiny).
+        output: the run's folder (default: runs/RECIPE-MODEL).
+        lr, weight_decay, grad_clip, layer_decay: replace those of the recipe's optimization.
+        mask_ratio: replaces the fraction of patches removed in every masked pass.
         freeze: parameters that are not trained, besides the recipe's.
         settings: further fields of `RunConfig`; `data` is required.
 
     Raises:
         ConfigError: a field that does not exist, or a wrong value.
     """
-    chosen = find_recipe(recipe)
+    chosen = find_recipe(recipe or (base.recipe if base else "a-clip"))
+    model = model or (base.model if base else "vit-tiny")
     optimization = {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay),
                     ("grad_clip", grad_clip), ("layer_decay", layer_decay)) if value is not None}
     passes = chosen.passes
@@ -66,10 +69,12 @@ def configure(
         passes = {name: p if p.masking == "none" else replace(p, mask_ratio=mask_ratio) for name, p in passes.items()}
     chosen = replace(chosen, passes=passes, optimization=replace(chosen.optimization, **optimization),
                      freeze=tuple(dict.fromkeys((*chosen.freeze, *freeze))))
+    if base is not None:
+        return replace(base, recipe=chosen, model=model, output=output or base.output, **settings)
     if not settings.get("data"):
         raise ConfigError("data is missing: name a source of image-text pairs, or get one with `aclip data fetch emoji` "
                           "and use emoji:train")
-    folder = output or f"runs/{chosen.name}-{model}".replace(":", "-")
+    folder = output or f"runs/{chosen.name}-{model.replace('/', '-')}".replace(":", "-")
     return RunConfig(recipe=chosen, model=model, output=folder, **settings)
 
 

@@ -1,4 +1,4 @@
-"""Large batches on small machines: gradients through cached representations."""
+"""Large batches in little memory: gradients through cached representations (GradCache)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,19 +12,19 @@ from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, StepOutput
 
 EncodedPart = TypeVar("EncodedPart", Encoded, EncodedText)
 
-LEARNS = {Encoded: ("features", "cls", "patches"), EncodedText: ("features", "states")}
+DIFFERENTIABLE = {Encoded: ("features", "cls", "patches"), EncodedText: ("features", "states")}
 """The fields that a gradient can reach."""
 
 
 class InParts(Protocol):
-    """A method that encodes a batch sample by sample and judges it as a whole."""
+    """A method that encodes a batch sample by sample and computes the loss on the whole batch."""
 
     def encode_batch(
         self, batch: Batch, masked: bool, resolution: float, seen: EncodedBatch | None = None
     ) -> EncodedBatch:
-        """Return what the towers make of some samples."""
+        """Encode some samples."""
 
-    def judge(self, encoded: EncodedBatch, caption_ids: Tensor) -> StepOutput:
+    def compute_loss(self, encoded: EncodedBatch, caption_ids: Tensor) -> StepOutput:
         """Return the loss of the whole batch."""
 
 
@@ -38,13 +38,13 @@ def accumulate(
     autocast: Callable[[], AbstractContextManager[Any]],
     scale: Callable[[Tensor], Tensor],
 ) -> StepOutput:
-    """Leave the gradients of a whole batch in the parameters, holding the activations of `micro_batch` samples at most.
+    """Compute the gradients of a whole batch while holding the activations of at most `micro_batch` samples.
 
     GradCache (Gao et al., arXiv 2101.06983), for every objective at once:
 
         1. encode the batch in parts without gradient:             r = f(x)
-        2. judge the whole batch:                                  L(r), dL/dr, and dL/dheads
-        3. encode every part again and send its share of dL/dr through the towers
+        2. compute the loss of the whole batch:                    L(r), dL/dr, and dL/dheads
+        3. encode every part again and backpropagate its share of dL/dr
 
     Loss and gradients are those of one pass over the batch, up to rounding: heads with batch statistics see the whole
     batch, over all ranks, once; masks and EMA passes of the first encoding are taken over by the second; augmentations
@@ -64,7 +64,7 @@ def accumulate(
         whole = joined([method.encode_batch(batch.rows(part), masked, resolution) for part in parts])
     leaves = detached(whole)
     with autocast():
-        output = method.judge(leaves, batch.caption_ids)
+        output = method.compute_loss(leaves, batch.caption_ids)
     scale(output.loss).backward()
     for part in parts:
         with autocast():
@@ -98,7 +98,7 @@ def detached(encoded: EncodedBatch) -> EncodedBatch:
 
     def leaf(part: EncodedPart) -> EncodedPart:
         return _with(part, {key: value.detach().requires_grad_() for key, value in _tensors(part).items()
-                            if key in LEARNS[type(part)]})
+                            if key in DIFFERENTIABLE[type(part)]})
 
     return EncodedBatch({name: leaf(text) for name, text in encoded.texts.items()},
                         {name: leaf(views) for name, views in encoded.passes.items()})
@@ -112,7 +112,7 @@ def gradients_of(again: EncodedBatch, leaves: EncodedBatch, rows: slice) -> tupl
         *((views, leaves.passes[name], (slice(None), rows)) for name, views in again.passes.items()),
     ]
     for part, whole, index in pairs:
-        for key in LEARNS[type(part)]:
+        for key in DIFFERENTIABLE[type(part)]:
             value, leaf = getattr(part, key), getattr(whole, key)
             if value is not None and value.requires_grad and leaf.grad is not None:
                 outputs.append(value)

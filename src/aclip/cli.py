@@ -1,0 +1,315 @@
+"""The command line: every verb is a public function, whose signature and docstring tyro turns into options.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (with the checkpoint saved).
+"""
+
+import functools
+import importlib
+import inspect
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from aclip.errors import AclipError, ConfigError, unknown_name
+
+HELP = """\
+usage: aclip VERB ...
+
+Train CLIP models that look only at what matters: attentive masking (A-CLIP) and its relatives, on your own images
+and captions, over open_clip.
+
+  train            train a model on image-text pairs
+  evaluate         measure a model on held-out images: retrieval, zero-shot classification, calibration, probes
+  compare          train several recipes on equal terms, and show which is best
+  export           hand a model to open_clip, transformers, ONNX Runtime or torch.export
+  report           write the report of a run or comparison again
+  recipes          list the methods; recipes show NAME: what one does; recipes cost: what a step of each costs
+  data             look SOURCE, fetch SET, pack SOURCE, doctor SOURCE
+  bench            step: how long training takes on this machine; model: how fast a trained model is
+  doctor           what is installed here, and what is missing for what
+
+examples:
+  aclip data look pairs.csv                                how your data is understood
+  aclip train --recipe a-clip --model vit-tiny --data pairs.csv --output runs/first
+  aclip evaluate runs/first --data held-out.csv
+  aclip recipes show a-clip --model ViT-B-16
+
+`aclip VERB --help` shows a verb's options; --debug shows tracebacks; --version.
+"""
+
+# verb -> (module, function, names of positional arguments)
+VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "evaluate": ("aclip.evaluation", "evaluate", ("model",)),
+    "export": ("aclip.exporters", "export", ("model",)),
+    "report": ("aclip.report", "write_report", ("folder",)),
+    "recipes": ("aclip.describe", "list_recipes", ()),
+    "recipes show": ("aclip.describe", "show_recipe", ("recipe",)),
+    "recipes cost": ("aclip.describe", "recipe_costs", ("recipes",)),
+    "data look": ("aclip.data", "look", ("source",)),
+    "data fetch": ("aclip.data", "fetch", ("name",)),
+    "data pack": ("aclip.data", "pack", ("source",)),
+    "data doctor": ("aclip.data", "doctor", ("source",)),
+    "bench step": ("aclip.bench", "bench_step", ()),
+    "bench model": ("aclip.bench", "bench_model", ("model",)),
+    "doctor": ("aclip.machine", "doctor", ()),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # printing must not fail in a locale that is not UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
+    _show_log(debug)
+    try:
+        return _run(given)
+    except SystemExit as exit_:  # tyro, after --help or a wrong option
+        return exit_.code if isinstance(exit_.code, int) else 2
+    except AclipError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"aclip: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"\naclip: {interrupt or 'interrupted'}\n")
+        return 130
+    except BrokenPipeError:
+        return 1
+    except OSError as error:  # a full disk, a folder without permission
+        if debug:
+            raise
+        sys.stderr.write(f"aclip: {error}\n")
+        return 1
+
+
+def _run(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return 0 if given else 2
+    if given[0] == "--version":
+        import aclip
+
+        sys.stdout.write(f"attentive-clip {aclip.__version__}\n")
+        return 0
+    if given[0] == "train":
+        _train(given[1:])
+    elif given[0] == "compare":
+        _compare(given[1:])
+    else:
+        two = " ".join(given[:2])
+        verb = two if two in VERBS else given[0]
+        if verb not in VERBS:
+            group = [name for name in VERBS if name.startswith(verb + " ")]
+            if group:
+                raise ConfigError(f"aclip {verb} needs an action: {', '.join(name.split()[1] for name in group)}")
+            raise ConfigError(unknown_name("verb", verb, ["train", "compare", *{v.split()[0] for v in VERBS}]))
+        module, name, positional = VERBS[verb]
+        rest = given[len(verb.split()):]
+        function = getattr(importlib.import_module(module), name)
+        extra: dict[str, Any] = {}
+        if "changes" in inspect.signature(function).parameters:
+            rest, changes = take_paths(rest)
+            extra["changes"] = changes
+        _call(function, rest, f"aclip {verb}", positional, extra)
+    return 0
+
+
+def _train(given: list[str]) -> None:
+    from aclip.config import override
+    from aclip.recipes import configure
+
+    given, paths = take_paths(given, prefix="recipe.")
+    given, resume = take_optional(given, "--resume", "")
+    given, steps = take_optional(given, "--overfit-one-batch", "100")
+    folder = resume or _value_of(given, "--output")
+    base = None
+    if resume is not None and folder and (Path(folder) / "config.json").exists():
+        from aclip.run_folder import RunFolder
+
+        base = RunFolder(Path(folder)).config()
+        given = [*given, "--output", folder] if resume else given
+    settings = parse_run_settings(given, "aclip train", base)
+    config = override(configure(base=base, **settings), paths)
+    if steps is not None:
+        from aclip.overfit import overfit_one_batch
+
+        overfit_one_batch(config, int(steps))
+        return
+    sys.stderr.write(f"aclip: loading PyTorch to train {config.recipe.name} on {config.model}\n")
+    from aclip.trainer import train
+
+    train(config, resume=resume or resume is not None)
+
+
+def _compare(given: list[str]) -> None:
+    from aclip.comparison import compare
+
+    given, paths = take_paths(given, prefix="recipe.")
+    _call(compare, given, "aclip compare", (), {"changes": paths} if paths else {})
+
+
+def parse_run_settings(given: Sequence[str], program: str, base: Any = None) -> dict[str, Any]:
+    """Return the arguments of `aclip.configure` from command-line options built from the fields of `RunConfig`.
+
+    Args:
+        given: the options.
+        program: for the usage message.
+        base: the configuration of a run that is resumed, whose values are the defaults.
+    """
+    import tyro
+
+    from aclip.config import RunConfig
+
+    hints = typing.get_type_hints(RunConfig)
+    simple = {"recipe": str, "image_size": str | None, "resolution_schedule": tuple[str, ...], "output": str | None}
+    first = {"recipe": "a-clip", "model": "vit-tiny", "data": (), "output": None}
+    members: list[Any] = []
+    for field in fields(RunConfig):  # type: ignore[arg-type]
+        default = first.get(field.name, None if field.default is MISSING else field.default)
+        if base is not None:
+            default = getattr(base, field.name)
+            default = {"recipe": base.recipe.name, "image_size": _sides(base.image_size), "resolution_schedule": tuple(
+                f"{p.share:g}:{p.resolution:g}" for p in base.resolution_schedule)}.get(field.name, default)
+        hint = simple.get(field.name, hints[field.name])
+        members.append((field.name, _option(hint, default), default))
+    members += [(name, _option(float | None, None), None) for name in SHORTHANDS]
+    members.append(("freeze", _option(tuple[str, ...], ()), ()))
+    arguments = make_dataclass("Arguments", members)
+    arguments.__doc__ = "Train a recipe on image-text pairs.\n\n" + str(RunConfig.__doc__).split("\n\n", 1)[1].rstrip()
+    arguments.__doc__ += "".join(f"\n        {name}: {text}" for name, text in {**SHORTHANDS, **OTHERS}.items())
+    parsed = tyro.cli(arguments, args=list(given), prog=program, description=TRAIN)
+    settings = {field.name: getattr(parsed, field.name) for field in fields(arguments)}
+    if base is not None and settings["recipe"] == base.recipe.name:
+        settings["recipe"] = base.recipe
+    return settings
+
+
+SHORTHANDS = {
+    "lr": "peak learning rate (default: the recipe's).",
+    "weight_decay": "AdamW's, on matrices (default: the recipe's).",
+    "grad_clip": "largest norm of the gradient; 0 disables clipping (default: the recipe's).",
+    "layer_decay": "factor on the learning rate, from one block of a tower to the block before it.",
+    "mask_ratio": "fraction of patches removed in every masked pass (default: the recipe's).",
+}
+OTHERS = {"freeze": "parameters that are not trained, besides the recipe's, e.g. 'visual.*' to lock the image tower."}
+
+TRAIN = """\
+Train any recipe on any open_clip ViT with your own image-text pairs. Everything about the run goes to its folder.
+
+  --resume [RUN]              continue a run exactly where it was saved; without RUN: the one in --output, if any
+  --overfit-one-batch [N]     train N steps (100) on one batch, write nothing, and say whether the loss fell
+  --recipe.PATH VALUE         any field of the recipe, e.g. --recipe.passes.masked.mask-ratio 0.6
+
+Sources: pairs.csv, pairs.jsonl, captions.json, 'parts/*.parquet', 'shards/{0000..0099}.tar', s3://..., a folder of
+images, emoji:train (`aclip data fetch emoji`); pairs.csv[:1000] is a part, a.csv=2 b.csv=1 a mixture."""
+
+
+def take_paths(given: Sequence[str], prefix: str = "") -> tuple[list[str], dict[str, str]]:
+    """Split `--some.path VALUE` and `--some.path=VALUE` options, whose names start with `prefix`, from the rest."""
+    rest: list[str] = []
+    paths: dict[str, str] = {}
+    words = iter(given)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and "." in name and name.startswith(prefix):
+            found = value if equals else next(words, None)
+            if found is None:
+                raise ConfigError(f"--{name} needs a value")
+            paths[name] = found
+        else:
+            rest.append(word)
+    return rest, paths
+
+
+def take_optional(given: Sequence[str], option: str, bare: str) -> tuple[list[str], str | None]:
+    """Split an option whose value may be left out from the rest; `bare` is its value then, None without the option."""
+    rest, value = list(given), None
+    for index, word in enumerate(given):
+        if word.startswith(option + "="):
+            value = word.partition("=")[2]
+            rest = [*given[:index], *given[index + 1:]]
+        elif word == option:
+            follows = index + 1 < len(given) and not given[index + 1].startswith("--")
+            value = given[index + 1] if follows else bare
+            rest = [*given[:index], *given[index + (2 if follows else 1):]]
+    return rest, value
+
+
+def _value_of(given: Sequence[str], option: str) -> str:
+    for index, word in enumerate(given):
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+        if word == option and index + 1 < len(given):
+            return given[index + 1]
+    return ""
+
+
+def _sides(size: int | tuple[int, int] | None) -> str | None:
+    return None if size is None else str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
+
+
+def _call(
+    function: Callable[..., Any], given: Sequence[str], program: str, positional: Sequence[str],
+    extra: Mapping[str, Any],
+) -> Any:
+    """Call a function with arguments parsed from the command line; `extra` ones are passed as they are."""
+    import tyro
+
+    hints = typing.get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if name in extra or name == "changes":
+            continue
+        hint = _option(hints[name], parameter.default)
+        if name in positional:
+            hint = tyro.conf.Positional[hint]
+        parameters.append(parameter.replace(annotation=hint))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return functools.partial(function, **extra)(*args, **kwargs)
+
+    call.__doc__ = function.__doc__
+    call.__name__ = function.__name__
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return tyro.cli(call, args=list(given), prog=program)
+
+
+def _option(hint: Any, default: Any) -> Any:
+    """Return the annotation of an option whose help says no more of its default than its text does."""
+    import tyro
+
+    if default not in (None, ()):
+        return hint
+    kinds = [kind for kind in typing.get_args(hint) if kind in (int, float, str)]
+    metavar = "|".join(kind.__name__.upper() for kind in kinds) if kinds and default is None else None
+    return typing.Annotated[hint, tyro.conf.arg(help_behavior_hint="", metavar=metavar)]
+
+
+class _ToStandardError(logging.Handler):
+    """Writes to what sys.stderr is at that moment, so that a progress bar can make room."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def _show_log(debug: bool) -> None:
+    handler = _ToStandardError()
+    handler.setFormatter(logging.Formatter("aclip: %(message)s"))
+    logger = logging.getLogger("aclip")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
+
+
+if "torch" not in sys.modules:  # idle OpenMP threads spin otherwise, which halves the speed on a shared machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,702 @@
+"""Training, top to bottom: a configuration, a `Trainer` with the state of a run, THE STEP, THE LOOP, a finished model."""
+
+import logging
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, nullcontext, suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import aclip
+from aclip import checkpoint, data, dist, evaluation, exporters, models, plan
+from aclip.config import CHANGEABLE, RunConfig, to_dict
+from aclip.describe import dataflow_table, parameter_table, plain_text
+from aclip.devices import choose_device, fast_precision
+from aclip.errors import AclipError, BadSampleError, CheckpointError, ConfigError, DataError, TrainingError
+from aclip.method import Method
+from aclip.objectives import OBJECTIVES
+from aclip.objectives.functional import chance_loss
+from aclip.recipes import configure
+from aclip.report import take_snapshot, write_report
+from aclip.rng import generator
+from aclip.run_folder import RunFolder
+from aclip.structs import Batch, StepOutput
+from aclip.training.accumulation import accumulate
+from aclip.training.distributed import wrap
+from aclip.training.guard import ChanceLevel, Guard
+from aclip.training.memory import explain_oom, write_peak_memory
+from aclip.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    empty_optimizer_state,
+    optimizer_state,
+    parameter_groups,
+    total_norm,
+)
+from aclip.training.progress import TensorBoard, TrainingProgress
+from aclip.training.saver import Saver
+from aclip.training.schedule import Timetable, momentum_cosine, warmup_cosine
+from aclip.training.stop import Interrupted, StopRequest
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_BATCH_SIZE = 256
+SNAPSHOT_IMAGES = 8
+
+_log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig | None = None, *, resume: bool | str = False, **settings: Any) -> "Run":
+    """Train a recipe on image-text pairs, evaluate it, and write model and report to the run's folder.
+
+        run = aclip.train(recipe="a-clip", model="ViT-B-16", data="pairs.csv", output="runs/first", epochs=10)
+
+    Under torchrun all processes call it, and train what one process with the whole batch would.
+
+    Args:
+        config: the run, or None to build it from `settings`.
+        resume: True continues the run in the output folder exactly where it was saved, if there is one; a folder
+            continues that run.
+        settings: arguments of `aclip.configure`: fields of `RunConfig`, lr, weight_decay, mask_ratio, ...
+
+    Raises:
+        ConfigError: a setting that does not exist or cannot work.
+        DataError: data that cannot be used.
+        TrainingError: the loss stays non-finite, or a step does not fit into memory.
+        Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint saved.
+    """
+    config, resumed = _prepare(config, resume, settings)
+    with dist.joined(config.device) as device:
+        config, resumed = dist.collect((config, resumed))[0]
+        _train(config, resumed, choose_device(device))
+    return Run(config.output)
+
+
+class Run:
+    """A run's folder.
+
+    Attributes:
+        folder: its path; `report.html` shows it, `final/` is the model for open_clip.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def model(self) -> models.LoadedModel:
+        """The trained model, see `aclip.load`."""
+        return models.load(str(self.folder))
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration, with all defaults resolved."""
+        return RunFolder(self.folder).config()
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl."""
+        return list(RunFolder(self.folder).records("metrics"))
+
+    def evaluate(self, **options: Any) -> list[evaluation.Result]:
+        """Evaluate the trained model; arguments as of `aclip.evaluate`."""
+        return evaluation.evaluate(str(self.folder), **options)
+
+
+def _prepare(config: RunConfig | None, resume: bool | str, settings: dict[str, Any]) -> tuple[RunConfig, bool]:
+    """Return the configuration, and whether its folder holds a run to continue."""
+    if isinstance(resume, str):
+        settings = {**settings, "output": resume}
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun, after a process died
+    wanted = config or (None if isinstance(resume, str) else configure(**settings))
+    folder = RunFolder(Path(wanted.output if wanted else str(resume)))
+    if not (resume or restarted) or not folder.exists():
+        if wanted is None:
+            raise ConfigError(f"{folder.path} holds no run to resume: it has no config.json")
+        folder.check_free()  # before the ranks meet
+        return wanted, False
+    saved = replace(folder.config(), output=str(folder.path))  # it may have moved
+    wanted = config or configure(base=saved, **settings)
+    before, now = to_dict(saved), to_dict(wanted)
+    unset = {name for name in ("batch_size", "precision") if now[name] is None}  # resolved when it was started
+    changed = [name for name in now if name not in CHANGEABLE and name not in unset and before[name] != now[name]]
+    if changed:
+        others = ", ".join("--" + name.replace("_", "-") for name in CHANGEABLE)
+        raise ConfigError(f"the run in {folder.path} was started with other settings ({', '.join(changed)}): on resume "
+                          f"only these may change: {others}; to start a new run from its weights, use --model "
+                          f"{folder.path} and another --output")
+    return replace(wanted, batch_size=saved.batch_size, precision=saved.precision), True
+
+
+def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
+    """Train from the start or the newest checkpoint; on every rank. Rank 0 evaluates, writes and prints."""
+    console = Console(highlight=False, quiet=dist.rank() > 0)
+    folder = RunFolder(Path(config.output))
+    source = data.open_training(config.data)
+    if len(set(dist.collect(source.digest()))) > 1:
+        raise DataError("the ranks opened different data: check that all machines see the same files")
+    config = resolve_defaults(config, len(source), device)
+    held_out = evaluation.open_sets(config.validation)
+    evaluation.check_sets(held_out)
+    trainer = build_trainer(config, len(source), device)
+    method, table = trainer.method, trainer.timetable
+    flow = dataflow_table(method.plan, config.model, text_tokens=14)
+    sizes = {held.name: len(held.source) for held in held_out}
+    if resumed:
+        _check_same_data(folder, config, len(source), sizes)
+        trainer.resume(folder)
+        if dist.rank() == 0:
+            _note_changes(folder, config, sizes, trainer.step)
+    elif dist.rank() == 0:
+        folder.create()
+        folder.write_json("config.json", to_dict(config) | {
+            "num_pairs": len(source), "held_out_pairs": sizes, "command": shlex.join(["aclip", *sys.argv[1:]]),
+            "dataflow": plain_text(flow), "versions": versions(device)})
+    _print_header(console, trainer, flow, len(source))
+
+    tokenizer = data.CaptionTokenizer(models.tokenizer_of(config.model))
+    dataset = data.PairDataset(source, method.plan.pipeline, tokenizer, sizes=method.plan.view_sizes, seed=config.seed)
+    workers = data.suitable_workers(device, config.workers)
+    if method.frequencies is not None and trainer.step == 0:
+        method.frequencies.copy_(data.token_frequencies(
+            source, tokenizer, method.plan.shape.vocab_size, seed=config.seed))
+    model = models.LoadedModel(trainer.wrapped.whole.model, tokenizer)
+    shown = _sample_images(held_out[0].source if held_out else source, config.seed)
+
+    def look(step: int) -> None:
+        """Keep an image of what the model attends to; all ranks call it."""
+        trainer.wrapped.refresh()
+        if shown and dist.rank() == 0:
+            images, captions = zip(*shown, strict=True)
+            take_snapshot(trainer.wrapped.whole, images, captions, step, folder.snapshots)
+
+    def evaluate(step: int) -> None:
+        look(step)
+        if method.plan.uses_text and dist.rank() == 0:
+            evaluation.evaluate_sets(model, held_out, (evaluation.Retrieval(),), folder, console, step=step,
+                                     samples_seen=trainer.samples_seen, device=device, workers=workers)
+
+    if trainer.step == 0:
+        look(0)
+    if trainer.step < table.total_steps or trainer.evaluation_due:
+        sink = TensorBoard(folder.path, trainer.step) if config.tensorboard and dist.rank() == 0 else None
+        with closing(sink) if sink else nullcontext(), TrainingProgress(console, table.total_steps, trainer.step) as bar:
+            fit(trainer, open_batches(trainer, dataset, workers), folder, bar, evaluate, sink)
+        if dist.rank() == 0:
+            write_peak_memory(folder, device)
+    trainer.wrapped.refresh()
+    if dist.rank() == 0:
+        _finish(trainer, model, folder, console)
+
+
+def resolve_defaults(config: RunConfig, num_pairs: int, device: torch.device) -> RunConfig:
+    """Return `config` with batch size and precision set, from the data and the device."""
+    batch_size = config.batch_size or max(2, min(DEFAULT_BATCH_SIZE, num_pairs))
+    return replace(config, batch_size=batch_size, precision=config.precision or fast_precision(device))
+
+
+def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "Trainer":
+    """Return the trainer of a run whose defaults are resolved, with a fresh model, at its first step."""
+    torch.manual_seed(config.seed)
+    shape = models.shape_of(models.model_config(config.model, image_size=config.image_size))
+    resolved = plan.resolve(config.recipe, shape)
+    if config.unmasked_tuning > 0 and plan.trains_only_masked(config.recipe):
+        raise ConfigError(f"unmasked_tuning has no effect: all losses of recipe '{config.recipe.name}' are computed on "
+                          "removed patches alone")
+    model = models.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text)
+    pixels = models.preprocess_config(model)
+    method = Method(model, resolved, pixels["mean"], pixels["std"]).to(device).train()
+    return Trainer(config, method, Timetable.of(config, num_pairs), device)
+
+
+def open_batches(trainer: "Trainer", dataset: data.PairDataset, workers: int) -> Iterable[Batch]:
+    """Return this rank's share of the batches from the trainer's next step to the last."""
+    assert trainer.config.batch_size is not None
+    return data.build_loader(
+        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step,
+        total_steps=trainer.timetable.total_steps, workers=workers, device=trainer.device,
+        cut_text=models.cut_after_eot if trainer.method.plan.shape.text_cut else None,
+        rank=dist.rank(), world_size=dist.world_size(),
+    )
+
+
+class Trainer:
+    """The state of a run: model, optimizer, EMA, and how far it is.
+
+    Args:
+        config: the run, defaults resolved.
+        method: on its device.
+        timetable: the run's length in steps.
+        device: where batches go.
+
+    Attributes:
+        step: optimizer steps done. samples_seen: pairs, over all ranks.
+        evaluation_due: whether this state is to be evaluated and is not yet.
+    """
+
+    def __init__(self, config: RunConfig, method: Method, timetable: Timetable, device: torch.device) -> None:
+        self.config, self.method, self.timetable, self.device = config, method, timetable, device
+        for resolution in {size for _, size in timetable.resolutions}:  # refuse what cannot be trained before step 1
+            method.plan_at(resolution)
+        self.step = 0
+        self.samples_seen = 0
+        self.evaluation_due = False
+        self.truncated = 0  # captions cut since the last record
+        share = max(1, (config.batch_size or 0) // dist.world_size())
+        self.micro_batch = min(config.micro_batch or share, share)
+        self.in_parts = self.micro_batch < share
+        self.wrapped = wrap(method, device, parallel=config.parallel, recompute=config.recompute,
+                            compile_blocks=config.compile, in_parts=self.in_parts)
+        settings = config.recipe.optimization
+        self.groups = parameter_groups(method, settings.weight_decay, settings.layer_decay)
+        if not self.groups:
+            raise ConfigError("nothing is left to train: freeze less")
+        self.optimizer: torch.optim.Optimizer = build_optimizer(self.groups, settings)
+        self.ema = method.ema()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.guard = Guard(method, self.scaler)
+        limits = [OBJECTIVES[name].max_logit_scale for name in config.recipe.objectives]
+        self._max_log_scale = math.log(min((limit for limit in limits if limit is not None), default=math.inf))
+        self._grad_norm = torch.zeros(())  # of the latest step, before clipping
+        self._caption_ids = torch.empty(0, dtype=torch.int64)  # of the latest step
+
+    def train_step(self, batch: Batch) -> StepOutput:
+        """THE STEP: forward, backward, optimizer, EMA. A non-finite step changes nothing but the step count.
+
+        Raises:
+            OutOfMemoryError: the step does not fit; the trainer is not usable any more.
+        """
+        with explain_oom(self.config, self.device):
+            batch = batch.to(self.device)
+            masked = self.timetable.masked(self.step)
+            resolution = self.timetable.resolution(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate() * group["lr_factor"]
+            self.optimizer.zero_grad(set_to_none=True)
+            self.guard.begin()
+
+            if self.in_parts:
+                output = accumulate(self.method, batch, self.micro_batch, masked=masked, resolution=resolution,
+                                    autocast=self.autocast, scale=self.scaler.scale)
+                self.wrapped.average_gradients()
+            else:
+                with self.autocast():
+                    output = self.wrapped.step(batch, masked=masked, resolution=resolution)
+                self.scaler.scale(output.loss).backward()
+
+            self.scaler.unscale_(self.optimizer)
+            gradients = [p.grad for group in self.groups for p in group.parameters.values() if p.grad is not None]
+            self._grad_norm = total_norm(gradients)
+            skip = self.guard.check(output.loss, self._grad_norm, self.step + 1, batch.keys)
+            if self.config.recipe.optimization.grad_clip > 0:
+                clip_gradients(gradients, self._grad_norm, self.config.recipe.optimization.grad_clip)
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused optimizers leave all as it is
+            for found in self.scaler._found_inf_per_device(self.optimizer).values() if self.scaler.is_enabled() else ():
+                found.copy_(skip)  # the scaler has seen this rank's gradients alone
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.method.plan.uses_text and models.logit_scale_of(self.method.model).requires_grad:
+                with torch.no_grad():
+                    models.logit_scale_of(self.method.model).clamp_(0.0, self._max_log_scale)
+            momentum = self.ema_momentum()
+            if momentum is not None:
+                self.ema.update(momentum, skipped=skip)
+
+        self.step += 1
+        self.samples_seen += batch.size * dist.world_size()
+        self.truncated += batch.truncated
+        self.evaluation_due = self.timetable.evaluates(self.step)
+        self._caption_ids = batch.caption_ids
+        return replace(output, passes={})  # they hold the step's largest tensors
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next step."""
+        settings, table = self.config.recipe.optimization, self.timetable
+        lr = warmup_cosine(self.step, table.total_steps, settings.lr, table.warmup_steps, settings.warmup_start_lr,
+                           settings.end_lr)
+        return lr if table.masked(self.step) else lr * table.unmasked_lr
+
+    def ema_momentum(self) -> float | None:
+        """Return the EMA momentum of the next step, or None without an EMA."""
+        momentum = self.config.recipe.ema_momentum
+        if momentum is None or not self.config.recipe.uses_ema:
+            return None
+        return momentum_cosine(self.step, self.timetable.total_steps, momentum.start, momentum.end, momentum.warmup)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the towers compute."""
+        precision = self.config.precision or "fp32"
+        return torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32")
+
+    def record(self, output: StepOutput, lr: float, momentum: float | None) -> dict[str, Any]:
+        """Return the line of metrics.jsonl for the step just taken; waits for the device. All ranks call it.
+
+        Losses are means over ranks, counts are sums.
+        """
+        losses = torch.stack([chance_loss(self._caption_ids), output.loss.detach(), *output.parts.values()]).float()
+        chance, loss, *parts = (dist.sum_over_ranks(losses) / dist.world_size()).tolist()
+        record: dict[str, Any] = {
+            "step": self.step, "samples_seen": self.samples_seen, "loss": loss,
+            "parts": dict(zip(output.parts, parts, strict=True)), "lr": lr, "grad_norm": self._grad_norm.item(),
+            "cut_captions": self._total_truncated(),
+        }
+        self.truncated = 0
+        if self.method.plan.uses_text:
+            record["logit_scale"] = models.logit_scale_of(self.method.model).exp().item()
+        if "contrastive" in output.parts:
+            record["chance_loss"] = chance
+        if momentum is not None:
+            record |= {"ema_momentum": momentum, "ema_distance": self.ema.distance().item()}
+        return record
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return everything a resume needs: tensors as they are, whole or sharded, and plain values. All ranks call it.
+        """
+        tensors = {f"method/{name}": value for name, value in self.method.state_dict().items()}
+        tensors |= {f"optimizer/{name}": value for name, value in optimizer_state(self.optimizer, self.groups).items()}
+        tensors["rng/torch"] = torch.get_rng_state()
+        values = {"samples_seen": self.samples_seen, "cut_captions": self._total_truncated(),
+                  "skipped_steps": self.guard.skipped, "evaluation_due": self.evaluation_due,
+                  "scaler": self.scaler.state_dict()}
+        return tensors, values
+
+    def load_state_dict(self, stored: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint, which any number of ranks may have written.
+
+        Raises:
+            CheckpointError: it belongs to another model or recipe.
+        """
+        tensors = {f"method/{name}": value for name, value in self.method.state_dict().items()}
+        unknown = [name for name in stored.shapes if name.startswith("method/") and name not in tensors]
+        if unknown:
+            raise CheckpointError(f"the checkpoint {stored.path} is of another model or recipe: it has '{unknown[0]}'")
+        tensors |= {f"optimizer/{name}": value for name, value in empty_optimizer_state(
+            self.optimizer, self.groups, stored, "optimizer/").items()}
+        tensors["rng/torch"] = torch.get_rng_state()
+        stored.load_into(tensors)
+        torch.set_rng_state(tensors["rng/torch"])
+        self.scaler.load_state_dict(stored.values["scaler"])
+        self.step, self.samples_seen = stored.step, int(stored.values["samples_seen"])
+        self.truncated = int(stored.values["cut_captions"]) if dist.rank() == 0 else 0
+        self.guard.skipped = int(stored.values["skipped_steps"])
+        self.evaluation_due = bool(stored.values["evaluation_due"])
+
+    def resume(self, folder: RunFolder) -> None:
+        """Continue from the newest undamaged checkpoint, or from the start if there is none; all ranks call it.
+
+        Damaged ones are reported, journalled and renamed; journals are cut back to the checkpoint.
+        """
+        path, damaged = dist.collect(_newest(folder.checkpoints) if dist.rank() == 0 else (None, []))[0]
+        if path is None and damaged:
+            raise CheckpointError(f"no checkpoint in {folder.checkpoints} is undamaged: {damaged[0][1]}")
+        if path is not None:
+            self.load_state_dict(checkpoint.open_checkpoint(path))
+        if folder.final.exists():
+            self.evaluation_due = False  # the last checkpoint of a finished run is from before its last evaluation
+        dist.barrier()
+        if dist.rank() == 0:
+            for bad, reason in damaged:
+                folder.append("incidents", {"step": self.step, "kind": "damaged_checkpoint", "name": bad.name,
+                                            "reason": reason})
+                _log.warning("%s; continuing from step %d", reason, self.step)
+                with suppress(OSError):
+                    bad.replace(bad.with_name(f"{bad.name}.damaged"))
+            folder.rewind(self.step, evaluated=not self.evaluation_due)
+        dist.barrier()
+
+    def _total_truncated(self) -> int:
+        return int(dist.sum_over_ranks(torch.tensor(self.truncated, device=self.device)))
+
+
+def fit(
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    folder: RunFolder,
+    progress: TrainingProgress,
+    evaluate: Callable[[int], None],
+    sink: TensorBoard | None = None,
+) -> None:
+    """THE LOOP: train to the end of the timetable, from wherever the trainer stands; on every rank.
+
+    Args:
+        trainer: fresh, or resumed.
+        batches: from the trainer's next step on, this rank's share of each.
+        folder: where metrics and checkpoints go; rank 0 writes journals.
+        progress: what the terminal shows.
+        evaluate: called with the number of steps done, every so often and at the end.
+        sink: also gets every record of metrics.jsonl.
+
+    Raises:
+        Interrupted: on SIGINT, SIGTERM or SIGUSR1 to any rank, after saving a checkpoint; on all ranks together.
+        TrainingError: the loss stays non-finite, on all ranks together; or a step runs out of memory.
+    """
+    config, table = trainer.config, trainer.timetable
+    saver = Saver(folder.checkpoints, config.keep_checkpoints, config.keep_every * table.save_every)
+    bad_samples, chance, stop_flag = BadSamples(folder), ChanceLevel(table.warmup_steps), dist.Flag()
+    clock = Clock()
+    save_due = False
+    with StopRequest() as stop, folder.patient(), closing(saver):
+        if trainer.evaluation_due:
+            _evaluate(trainer, folder, saver, stop, evaluate)
+        for batch in clock.waiting_for(batches):
+            lr, momentum = trainer.learning_rate(), trainer.ema_momentum()
+            output = trainer.train_step(batch)
+            step, last = trainer.step, trainer.step == table.total_steps
+            clock.samples += batch.size * dist.world_size()
+            bad_samples.add(batch, step)
+
+            log = last or step % config.log_every == 0
+            save_due |= trainer.evaluation_due or table.saves(step)
+            stopping = stop_flag.any_raised(stop.requested)
+
+            for incident in trainer.guard.incidents(wait=log or save_due or stopping):
+                _report(folder, incident, "step %d was skipped: its loss (%s) or gradient norm (%s) is not finite",
+                        step, incident["loss"], incident["grad_norm"])
+            failing = trainer.guard.skipped_in_a_row > config.max_skipped
+            record = None
+            if log and trainer.guard.skipped_in_a_row == 0:
+                record = trainer.record(output, lr, momentum) | bad_samples.journal() | {
+                    "skipped_steps": trainer.guard.skipped} | clock.restart()
+                if dist.rank() == 0:
+                    folder.append("metrics", record)
+                    chance.check(record)
+                    if sink is not None:
+                        sink.log(record)
+            progress.show(step, record)
+
+            if save_due or stopping or failing:  # skipped steps have left the weights as they were
+                bad_samples.journal()  # a resume from here does not meet them again
+                saver.save(step, *trainer.state_dict())
+                save_due = False
+            _report_failures(saver, folder)
+            if failing:
+                _fail(trainer, output, folder, saver)
+            if stopping:
+                _leave(trainer, folder, saver)
+            if trainer.evaluation_due:
+                with clock.paused():
+                    _evaluate(trainer, folder, saver, stop, evaluate)
+        saver.wait()
+        _report_failures(saver, folder)
+
+
+def _evaluate(
+    trainer: Trainer, folder: RunFolder, saver: Saver, stop: StopRequest, evaluate: Callable[[int], None]
+) -> None:
+    """Evaluate the state that was just saved. A stop request ends it at once; a failure does not end the training."""
+    saver.wait()
+    if any(dist.collect(stop.requested)):
+        _leave(trainer, folder, saver)
+    try:
+        with stop.immediately():
+            evaluate(trainer.step)
+    except Interrupted:
+        _leave(trainer, folder, saver, together=dist.world_size() == 1)
+    except (AclipError, OSError) as error:
+        _report(folder, {"step": trainer.step, "kind": "evaluation_failed", "reason": str(error)},
+                "the evaluation after step %d failed: %s", trainer.step, error)
+    trainer.evaluation_due = False
+
+
+def _leave(trainer: Trainer, folder: RunFolder, saver: Saver, *, together: bool = True) -> NoReturn:
+    """Stop, once the state that was just saved is on disk."""
+    if together:
+        saver.wait()
+    _report_failures(saver, folder)
+    steps = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder.checkpoints)]
+    newest = max(steps, default=0)
+    where = "" if newest == trainer.step else f", the newest checkpoint is of step {newest}"
+    raise Interrupted(f"stopped after step {trainer.step} of {trainer.timetable.total_steps}{where}; continue with "
+                      f"aclip train --resume {shlex.quote(str(folder.path))}")
+
+
+def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: Saver) -> NoReturn:
+    saver.wait()
+    _report_failures(saver, folder)
+    parts = ", ".join(f"{name} {part.item():g}" for name, part in output.parts.items())
+    raise TrainingError(
+        f"the loss became NaN or inf at step {trainer.step} ({parts}), and {trainer.guard.skipped_in_a_row} steps in a "
+        f"row were skipped: try a lower --lr or --precision fp32; their samples are in {folder.path}/incidents.jsonl, "
+        "the checkpoint of this step has the last finite weights")
+
+
+def _report_failures(saver: Saver, folder: RunFolder) -> None:
+    for step, reason in saver.failures():
+        _report(folder, {"step": step, "kind": "save_failed", "reason": reason},
+                "the checkpoint of step %d could not be written (%s): training goes on and tries again at the next",
+                step, reason)
+
+
+def _report(folder: RunFolder, incident: dict[str, Any], message: str, *values: object) -> None:
+    """Journal and log an incident, on rank 0."""
+    if dist.rank() == 0:
+        folder.append("incidents", incident)
+        _log.warning(message, *values)
+
+
+class Clock:
+    """Where the time since the last record went."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._started = time.perf_counter()
+        self._waited = 0.0
+
+    def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and count the time spent waiting for them."""
+        with closing(iter(batches)) as iterator:  # type: ignore[type-var]
+            while True:
+                begun = time.perf_counter()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                self._waited += time.perf_counter() - begun
+                yield batch
+
+    def paused(self) -> "_Pause":
+        """Do not count the time within this context."""
+        return _Pause(self)
+
+    def restart(self) -> dict[str, float]:
+        """Return samples per second and the fraction of time spent waiting for data; start anew."""
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        rates = {"samples_per_second": self.samples / elapsed, "data_wait": self._waited / elapsed}
+        self.samples, self._started, self._waited = 0, time.perf_counter(), 0.0
+        return rates
+
+
+class _Pause:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._clock._started += time.perf_counter() - self._begun
+
+
+class BadSamples:
+    """Journals bad samples by name, each once, whichever rank met them."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._known = {record["key"] for record in folder.records("skipped")}
+        self._met: list[dict[str, Any]] = []
+
+    def add(self, batch: Batch, step: int) -> None:
+        """Take the bad samples met while the batch of optimizer step `step` was filled."""
+        self._met += [{"step": step, "key": key, "reason": reason} for key, reason in batch.skipped]
+
+    def journal(self) -> dict[str, int]:
+        """Journal what was met since the last call; return how many were met so far. All ranks call it."""
+        for record in (record for of_rank in dist.collect(self._met) for record in of_rank):
+            if record["key"] not in self._known:
+                self._known.add(record["key"])
+                if dist.rank() == 0:
+                    self._folder.append("skipped", record)
+        self._met = []
+        return {"skipped_samples": len(self._known)}
+
+
+def _newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest undamaged checkpoint, and the damaged ones after it with what is wrong."""
+    damaged = []
+    for path in reversed(checkpoint.list_checkpoints(folder)):
+        try:
+            return checkpoint.open_checkpoint(path).path, damaged
+        except CheckpointError as error:
+            damaged.append((path, str(error)))
+    return None, damaged
+
+
+def _check_same_data(folder: RunFolder, config: RunConfig, num_pairs: int, sizes: dict[str, int]) -> None:
+    """Refuse to resume on pairs that have grown, shrunk or are mixed otherwise: their order would be another."""
+    before = folder.read_json("config.json")
+    known = {"the data": before.get("num_pairs")} | {
+        f"held-out set '{name}'": size for name, size in before.get("held_out_pairs", {}).items()}
+    for what, size in {"the data": num_pairs, **{f"held-out set '{name}'": n for name, n in sizes.items()}}.items():
+        if known.get(what) not in (None, size):
+            raise ConfigError(f"{what} of {folder.path} had {known[what]:,} pairs when the run was started and has "
+                              f"{size:,} now: put it back to resume, or start a new run")
+    if data.weights_of(folder.config().data) != data.weights_of(config.data):
+        raise ConfigError(f"--data names other sources or weights than the run in {folder.path} was started with: on "
+                          "resume the same sources may lie elsewhere, with the same weights")
+
+
+def _note_changes(folder: RunFolder, config: RunConfig, sizes: dict[str, int], step: int) -> None:
+    """Write changed settings to `config.json`, and the old ones to its `changes`."""
+    saved, now = to_dict(folder.config()), to_dict(config)
+    old = {name: saved[name] for name in CHANGEABLE if saved[name] != now[name]}
+    if old:
+        written = folder.read_json("config.json")
+        folder.write_json("config.json", written | now | {
+            "held_out_pairs": written.get("held_out_pairs", {}) | sizes,
+            "changes": [*written.get("changes", []), {"step": step, "before": old}]})
+
+
+def _sample_images(source: data.Source, seed: int) -> list[tuple[Any, str]]:
+    """Return a few usable (image, caption) pairs of a source, the same ones for the same seed."""
+    found: list[tuple[Any, str]] = []
+    for index in generator(seed, "snapshot").permutation(len(source))[: 8 * SNAPSHOT_IMAGES].tolist():
+        with suppress(BadSampleError):
+            raw = source.read(index)
+            found.append((data.decode_image(raw.image), data.clean_captions(raw.captions)[0]))
+        if len(found) == SNAPSHOT_IMAGES:
+            break
+    return found
+
+
+def _print_header(console: Console, trainer: Trainer, flow: Any, num_pairs: int) -> None:
+    """Say what is about to happen."""
+    config, table = trainer.config, trainer.timetable
+    console.print(flow)
+    for resolution in {size for _, size in table.resolutions}:
+        for note in trainer.method.plan_at(resolution).notes:
+            if note not in trainer.method.plan.notes:  # those are in the table above
+                console.print(f"at resolution {resolution:g}: {note}", markup=False, soft_wrap=True)
+    console.print(parameter_table(trainer.groups, trainer.method.model))
+    ranks = f", {dist.world_size()} processes ({config.parallel})" if dist.world_size() > 1 else ""
+    parts = f", {trainer.micro_batch} pairs at a time" if trainer.in_parts else ""
+    console.print(f"{config.precision} on {trainer.device}{ranks}{parts}", soft_wrap=True)
+    console.print(f"{num_pairs:,} pairs, batch {config.batch_size}, {table.total_steps:,} steps "
+                  f"({table.total_steps / table.steps_per_epoch:.1f} epochs), warm-up {table.warmup_steps}"
+                  + (f", unmasked after step {table.masked_steps:,}" if table.masked_steps < table.total_steps else "")
+                  + (f", from step {trainer.step:,}" if trainer.step else ""), soft_wrap=True)
+
+
+def _finish(trainer: Trainer, model: models.LoadedModel, folder: RunFolder, console: Console) -> None:
+    """Save the model, name what was skipped, write the report, and say where the results are."""
+    config = trainer.config
+    exporters.open_clip.save(
+        model.model, models.model_config(config.model, image_size=config.image_size),
+        models.preprocess_config(model.model), model.tokenizer, folder.final,
+        step=trainer.step, samples_seen=trainer.samples_seen)
+    bad = [(record["key"], record["reason"]) for record in folder.records("skipped")]
+    if bad:
+        console.print(f"{evaluation.name_skipped(bad)}; all in {folder.path}/skipped.jsonl", markup=False,
+                      soft_wrap=True)
+    report = write_report(folder.path)
+    console.print(f"done. model: {folder.final}  report: {report}", markup=False, soft_wrap=True)
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Return what a run's numbers depend on besides its configuration."""
+    from importlib.metadata import version
+
+    return {
+        "attentive-clip": aclip.__version__, "torch": torch.__version__, "open_clip": version("open_clip_torch"),
+        "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads",
+    }

@@ -1,0 +1,1 @@
+"""What surrounds a training step: schedule, optimizer, processes, checkpoints, non-finite steps, signals, progress."""

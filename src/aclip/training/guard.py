@@ -1,0 +1,129 @@
+"""Non-finite steps are skipped on all ranks together; a loss that stays at chance level is reported.
+
+Whether a step is taken is decided on the device, on all ranks alike; the host learns of it one step later on CUDA, and
+so never waits for the device, and at once elsewhere.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from aclip import dist
+
+CHANCE_STEPS, CHANCE_FRACTION, CHANCE_RECORDS = 300, 0.97, 5
+
+_log = logging.getLogger(__name__)
+
+
+class Guard:
+    """Keeps steps with a non-finite loss or gradient from changing anything but the step count.
+
+    The optimizer leaves weights and moments alone where its `found_inf` is 1 (torch's fused optimizers), the EMA where
+    `Ema.update` is told so; buffers, which the forward pass writes (running statistics), are restored here.
+
+    Args:
+        module: whose buffers are restored.
+        scaler: of fp16; overflows that it is about to scale away are counted, but not reported.
+
+    Attributes:
+        skipped: steps skipped so far. skipped_in_a_row: up to the latest step.
+    """
+
+    def __init__(self, module: nn.Module, scaler: torch.amp.GradScaler) -> None:
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self._scaler = scaler
+        self._buffers = list(module.buffers())
+        self._before: list[Tensor] = []
+        self._measured: deque[tuple[int, tuple[str, ...], Tensor, Any]] = deque()
+
+    def begin(self) -> None:
+        """Before the forward pass: keep the buffers."""
+        self._before = [b.clone() for b in self._buffers]
+
+    @torch.no_grad()
+    def check(
+        self, loss: Float[Tensor, ""], grad_norm: Float[Tensor, ""], step: int, keys: tuple[str, ...]
+    ) -> Float[Tensor, ""]:
+        """After the backward pass: return 1, on the device, if the step must be skipped, else 0.
+
+        Args:
+            loss: this rank's.
+            grad_norm: of the gradient averaged over ranks.
+            step: the number of the step.
+            keys: of this rank's samples.
+        """
+        own = torch.isfinite(loss)
+        summed = dist.sum_over_ranks(torch.stack([(~(own & torch.isfinite(grad_norm))).float(), loss.detach().float()]))
+        skip = (summed[0] > 0).float()
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, [torch.where(skip > 0, before, now) for before, now in zip(
+                self._before, self._buffers, strict=True)])
+        measured = torch.stack([skip, summed[1] / dist.world_size(), grad_norm.detach().float(), own.float()])
+        arrived = None
+        if measured.is_cuda:
+            host = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True)
+            measured, arrived = host.copy_(measured, non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._measured.append((step, keys, measured, arrived))
+        return skip
+
+    def incidents(self, *, wait: bool) -> list[dict[str, Any]]:
+        """Return a record of every skipped step since the last call; on all ranks together.
+
+        Args:
+            wait: for the latest step too; without it, CUDA's is left for the next call.
+        """
+        found = []
+        while self._measured:
+            step, keys, measured, arrived = self._measured[0]
+            if arrived is not None:
+                if len(self._measured) == 1 and not wait:
+                    break
+                arrived.synchronize()
+            self._measured.popleft()
+            skipped, loss, norm, own_finite = measured.tolist()
+            if not skipped:
+                self.skipped_in_a_row = 0
+                continue
+            self.skipped += 1
+            if math.isfinite(loss) and self._scaler.is_enabled() and self._scaler.get_scale() > 1.0:
+                continue
+            self.skipped_in_a_row += 1
+            ranks = dist.collect((bool(own_finite), keys))
+            found.append({
+                "step": step, "kind": "non_finite", "skipped_in_a_row": self.skipped_in_a_row,
+                "loss": loss if math.isfinite(loss) else str(loss),
+                "grad_norm": norm if math.isfinite(norm) else str(norm),
+                "ranks": [rank for rank, (finite, _) in enumerate(ranks) if not finite],
+                "keys": [list(keys) for _, keys in ranks],
+            })
+        return found
+
+
+class ChanceLevel:
+    """Notices a contrastive loss that stays at chance level (`functional.chance_loss`): `CHANCE_RECORDS` records in a
+    row above `CHANCE_FRACTION` of it, after `CHANCE_STEPS` steps and the warm-up."""
+
+    def __init__(self, warmup_steps: int) -> None:
+        self._after = max(CHANCE_STEPS, warmup_steps)
+        self._in_a_row = 0
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Take a record of metrics.jsonl; warn once."""
+        loss, chance = record.get("parts", {}).get("contrastive"), record.get("chance_loss")
+        if loss is None or chance is None or record["step"] < self._after:
+            return
+        self._in_a_row = self._in_a_row + 1 if loss > CHANCE_FRACTION * chance else 0
+        if self._in_a_row == CHANCE_RECORDS:
+            _log.warning(
+                "after %d steps the contrastive loss is %.2f, and chance is %.2f: nothing is being learned. First see "
+                "whether the model can learn one batch: add --overfit-one-batch. If it can, look at the data (aclip "
+                "data look): do images and captions belong together? If not, try a lower --lr, a longer warm-up, or a "
+                "larger batch", record["step"], loss, chance)

@@ -1,0 +1,147 @@
+"""AdamW with the parameter groups of CLIP training, its state by parameter name, and norms of sharded gradients."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from aclip import dist
+from aclip.checkpoint import Checkpoint
+from aclip.config import Optimization
+from aclip.errors import CheckpointError
+
+# By name, for parameters with two dimensions that are not matrices of a linear map.
+_NEVER_DECAYED = (
+    "positional_embedding", "class_embedding", "logit_scale", "logit_bias",
+    "pos_embed", "cls_token", "reg_token", "attn_pool.latent",  # timm's
+)
+_BLOCK = re.compile(r".*?\.(?:resblocks|trunk\.blocks)\.(\d+)\.")  # open_clip's and timm's
+_AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "visual.proj", "logit_scale", "logit_bias",
+                 "trunk.norm.", "trunk.fc_norm.", "trunk.attn_pool.", "trunk.head.", "visual.head.")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a weight decay and a factor on the learning rate."""
+
+    title: str
+    weight_decay: float
+    lr_factor: float
+    parameters: Mapping[str, nn.Parameter]
+
+    @property
+    def count(self) -> int:
+        """Number of scalars, over all ranks."""
+        return sum(p.numel() for p in self.parameters.values())
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[ParameterGroup]:
+    """Split the trainable parameters: matrices decay; vectors, norms, positions and logit_scale do not.
+
+    Args:
+        module: a method, or any part of it.
+        weight_decay: of the matrices.
+        layer_decay: d, on the learning rate: block i of a tower of n blocks learns at d^(n - i) of it, i = 1 .. n, its
+            embeddings at d^n (BEiT, arXiv 2106.08254, appendix); what follows the blocks, and heads, at all of it.
+    """
+    members: dict[tuple[bool, float], dict[str, nn.Parameter]] = {}
+    depths = _depths(module)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and not name.endswith(_NEVER_DECAYED)
+            factor = layer_decay ** _blocks_above(name, depths) if layer_decay != 1.0 else 1.0
+            members.setdefault((decays, factor), {})[name] = parameter
+    titles = {True: ("matrices", weight_decay), False: ("vectors, norms, positions, logit_scale", 0.0)}
+    return [ParameterGroup(*titles[decays], factor, members[decays, factor])
+            for decays, factor in sorted(members, reverse=True)]
+
+
+def build_optimizer(groups: Sequence[ParameterGroup], settings: Optimization) -> torch.optim.AdamW:
+    """Return fused AdamW over the groups; the schedule sets the learning rate before every step."""
+    split = []  # one call of the fused kernel takes sharded tensors or whole ones
+    for group in groups:
+        for sharded in (False, True):
+            members = [p for p in group.parameters.values() if isinstance(p, DTensor) == sharded]
+            if members:
+                split.append({"params": members, "weight_decay": group.weight_decay, "lr_factor": group.lr_factor})
+    return torch.optim.AdamW(split, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]) -> dict[str, Tensor]:
+    """Return the optimizer's state by name: `PARAMETER/KEY`."""
+    return {f"{name}/{key}": value for group in groups for name, parameter in group.parameters.items()
+            for key, value in optimizer.state[parameter].items()}
+
+
+def empty_optimizer_state(
+    optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], stored: Checkpoint, prefix: str
+) -> dict[str, Tensor]:
+    """Give every parameter the state that a checkpoint holds for it below `prefix`, zeros for now; return it by name.
+
+    What is shaped like its parameter lies where that lies, sharded or whole.
+
+    Raises:
+        CheckpointError: it holds state for other parameters.
+    """
+    keys: dict[str, list[str]] = {}
+    for path in stored.shapes:
+        if path.startswith(prefix):
+            name, _, key = path.removeprefix(prefix).rpartition("/")
+            keys.setdefault(name, []).append(key)
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            if keys and name not in keys:
+                raise CheckpointError(f"the checkpoint {stored.path} has no optimizer state for '{name}'")
+            state = optimizer.state[parameter] = {}
+            for key in keys.get(name, ()):
+                shape = stored.shapes[f"{prefix}{name}/{key}"]
+                if parameter.ndim and shape == parameter.shape:
+                    state[key] = torch.zeros_like(parameter.detach())
+                else:
+                    state[key] = torch.zeros(shape, device=parameter.device)
+    return optimizer_state(optimizer, groups)
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return the Euclidean norm of all tensors together, float32; the same on every rank.
+
+    Sharded tensors are summed over ranks, replicated ones counted once; the device is not waited for.
+    """
+    whole = [t for t in tensors if not isinstance(t, DTensor)]
+    shards = [t.to_local() for t in tensors if isinstance(t, DTensor)]
+    square = nn.utils.get_total_norm(whole, foreach=True).float().square()
+    if shards:
+        own = nn.utils.get_total_norm([t for t in shards if t.numel()], foreach=True).float().square()
+        square = square.to(shards[0].device) + dist.sum_over_ranks(own.to(shards[0].device))
+    return square.sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(tensors: Sequence[Tensor], norm: Float[Tensor, ""], max_norm: float) -> None:
+    """Scale all tensors in place so that their norm, which is `norm`, is at most `max_norm`."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([t.to_local() if isinstance(t, DTensor) else t for t in tensors], factor)
+
+
+def _depths(module: nn.Module) -> dict[str, int]:
+    """Return how many blocks each tower has: of the image tower "visual", of the text tower ""."""
+    depths: dict[str, int] = {}
+    for name, _ in module.named_parameters():
+        block = _BLOCK.match(name)
+        if block is not None and name.startswith("model."):
+            tower = "visual" if "visual." in name else ""
+            depths[tower] = max(depths.get(tower, 0), int(block[1]) + 1)
+    return depths
+
+
+def _blocks_above(name: str, depths: Mapping[str, int]) -> int:
+    """Return how many blocks of its tower follow a parameter; 0 for heads and for anything outside the towers."""
+    if not name.startswith("model.") or any(part in name for part in _AFTER_BLOCKS):
+        return 0
+    block = _BLOCK.match(name)
+    depth = depths.get("visual" if "visual." in name else "", 0)
+    return depth - (int(block[1]) + 1 if block is not None else 0)
