@@ -75,3 +75,29 @@ def test_online_modules_stay_untouched_and_no_graph_is_built() -> None:
 
 def test_nothing_to_average_is_allowed() -> None:
     Ema([]).update(0.5)
+
+
+def test_a_skipped_step_leaves_the_averages_as_they_are() -> None:
+    online = network()
+    average = frozen_copy(online)
+    moved(online)
+    before = copy.deepcopy(dict(average.named_parameters()))
+    ema = Ema([(online, average)])
+    ema.update(0.5, skipped=torch.ones(()))
+    assert all(torch.equal(p, before[name]) for name, p in average.named_parameters())
+    ema.update(0.5, skipped=torch.zeros(()))
+    for name, parameter in average.named_parameters():
+        torch.testing.assert_close(parameter, (before[name] + online.get_parameter(name)) / 2)
+
+
+def test_distance_is_relative_to_the_online_tensors() -> None:
+    online = network()
+    average = frozen_copy(online)
+    ema = Ema([(online, average)])
+    assert ema.distance() == 0.0
+    moved(online)
+    pairs = [(p, q) for p, q in zip([*online.parameters(), *online.buffers()],
+                                    [*average.parameters(), *average.buffers()], strict=True) if p.is_floating_point()]
+    difference, length = (torch.cat([t.flatten() for t in tensors]).norm()
+                          for tensors in ([q - p for p, q in pairs], [p for p, _ in pairs]))
+    torch.testing.assert_close(ema.distance(), difference / length)

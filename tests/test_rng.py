@@ -1,4 +1,4 @@
-"""Draws depend on what they are for, and on nothing else."""
+"""Draws are functions of seed, epoch, sample and purpose alone."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def test_uniform_is_uniform_and_uncorrelated_over_sequential_seeds() -> None:
         assert abs(torch.corrcoef(torch.stack([draws.flatten(), other.flatten()]))[0, 1]) < 0.015
 
 
-def test_global_generators_are_neither_read_nor_moved() -> None:
+def test_global_generators_are_neither_read_nor_advanced() -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - the state under test
     first = rng.uniform(torch.tensor([5]), 9, "x"), rng.generator(1, "crop", 2).random(9)
     torch.manual_seed(99)
@@ -85,7 +85,7 @@ def test_sample_seeds_fit_int64_and_differ() -> None:
     assert len(set(seeds)) == len(seeds)
     assert min(seeds) >= 0
     assert max(seeds) < 2**63
-    assert max(seeds) > 2**61  # the range is used
+    assert max(seeds) > 2**61  # most of the range is used
     assert any(b < a for a, b in pairwise(seeds))
 
 
@@ -95,7 +95,7 @@ def test_draws_are_the_same_in_another_process() -> None:
         "print(rng.sample_seed(1, 2, 3), rng.generator(1, 'crop', 4).integers(10**9), "
         "rng.uniform(torch.tensor([7]), 1, 'mask').item())"
     )
-    # Python randomises hash() per process, which must not leak in
+    # Python randomises hash() per process, which must have no effect
     out = subprocess.run(
         [sys.executable, "-c", code],
         check=True,

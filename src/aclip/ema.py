@@ -1,4 +1,4 @@
-"""The exponential moving average of modules: what scores patches and what BYOL regresses on."""
+"""The exponential moving average (EMA) of modules: it scores patches and gives BYOL's targets."""
 
 import copy
 from collections.abc import Iterable
@@ -13,19 +13,19 @@ from aclip import dist
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """Return a deep copy of `module` whose parameters take no gradient."""
+    """Return a deep copy of `module` whose parameters require no gradient."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 class Ema:
     """Averages pairs of modules in place: theta_ema <- m theta_ema + (1 - m) theta.
 
-    Parameters and floating-point buffers are averaged, integer buffers (batch counters) copied. One
-    `foreach` call for all of them, without host synchronisation. Over ranks, tensors sharded by FSDP are averaged where
-    they lie; build it after sharding.
+    Parameters and floating-point buffers are averaged, in one `foreach` call without host synchronisation; integer
+    buffers (batch counters) are copied. Across ranks, each rank averages its own shard of tensors sharded by FSDP, so
+    create this after sharding.
 
     Args:
-        pairs: (online module, its `frozen_copy`), in any number.
+        pairs: (online module, its `frozen_copy`), any number of them.
     """
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
@@ -42,13 +42,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, momentum: float, skipped: Float[Tensor, ""] | None = None) -> None:
-        """Move the averages; call once per optimizer step, after it.
+        """Update the averages; call once after each optimizer step.
 
         Args:
             momentum: m.
-            skipped: on the device, 1 where the step was not taken, so that the averages stay as they are; else 0.
+            skipped: () float on the device, 1 if the optimizer step was skipped, which leaves the averages as they are,
+                else 0. None: the step was taken.
         """
-        averages, online = [*map(_own_part, self._average)], [*map(_own_part, self._online)]
+        averages, online = [*map(_local, self._average)], [*map(_local, self._online)]
         if skipped is None:
             weights: Any = 1.0 - momentum
         else:
@@ -61,13 +62,13 @@ class Ema:
 
     @torch.no_grad()
     def distance(self) -> Float[Tensor, ""]:
-        """Return how far the averages are from what they average: |ema - online| / |online|, over all of them.
+        """Return |ema - online| / |online| over all averaged tensors: () float32, the same on every rank.
 
-        The same on every rank; all must call it where tensors are sharded.
+        Across ranks it is a collective: every rank must call it.
         """
         sharded, whole = torch.zeros(2, 2)
         for online, average in zip(self._online, self._average, strict=True):
-            ours, theirs = _own_part(online).float(), _own_part(average).float()
+            ours, theirs = _local(online).float(), _local(average).float()
             squares = torch.stack([(theirs - ours).square().sum(), ours.square().sum()])
             if isinstance(online, DTensor):
                 sharded = sharded.to(squares.device) + squares
@@ -78,8 +79,8 @@ class Ema:
         return distance
 
 
-def _own_part(tensor: Tensor) -> Tensor:
-    """Return what this rank holds: averaged tensors are sharded like what they average."""
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard; averages are sharded like the online tensors."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,7 +1,7 @@
 """The error tree.
 
-Every error that a user can cause is an `AclipError`; its message is one sentence that says what was
-wrong, where, and what exists instead. The command line prints it without a traceback.
+Every error that a user can cause is an `AclipError`. Its message is one sentence that says what is wrong, where, and
+what to type instead; the command line prints it without a traceback.
 """
 
 import difflib
@@ -9,25 +9,25 @@ from collections.abc import Iterable
 
 
 class AclipError(Exception):
-    """Base of all errors that a user can cause; line breaks in what other libraries say become spaces."""
+    """Base of all errors that a user can cause; line breaks in the message become spaces."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(line.strip() for line in message.strip().splitlines()))
 
 
 class ConfigError(AclipError):
-    """A setting, a recipe or a command line that does not make sense."""
+    """An invalid setting, recipe or command line."""
 
 
 class DataError(AclipError):
-    """A source that cannot be used at all (one bad sample is a `BadSampleError`)."""
+    """A source that cannot be used (a single bad sample is a `BadSampleError`)."""
 
 
 class BadSampleError(AclipError):
-    """One sample that cannot be used; it is skipped, counted and reported by name.
+    """A sample that cannot be used: it is skipped, counted and reported by name.
 
     Attributes:
-        reason: why, in a few words, without the sample's name; what is particular to the sample follows a colon.
+        reason: a few words without the sample's name; details of this sample follow a colon.
     """
 
     def __init__(self, reason: str) -> None:
@@ -40,19 +40,19 @@ class CheckpointError(AclipError):
 
 
 class TrainingError(AclipError):
-    """A run that cannot go on."""
+    """A run that cannot continue."""
 
 
 class OutOfMemoryError(TrainingError):
-    """A training step that does not fit into the memory."""
+    """A training step that does not fit into memory."""
 
 
 class UnsupportedModelError(AclipError):
-    """A model that cannot do what was asked (say, score patches without attention)."""
+    """A model without a required feature, e.g. attention that scores patches."""
 
 
 class ExportError(AclipError):
-    """An export that cannot be written, or whose features are not those of the model."""
+    """An export that cannot be written, or whose features differ from the model's."""
 
 
 class MissingDependencyError(AclipError):
@@ -60,7 +60,7 @@ class MissingDependencyError(AclipError):
 
 
 def category(reason: str) -> str:
-    """Return a reason of a `BadSampleError` without what is particular to one sample.
+    """Return the reason of a `BadSampleError` without the details of the sample.
 
     >>> category("image too large: 30000x30000 pixels, the limit is 100 million")
     'image too large'
@@ -69,7 +69,7 @@ def category(reason: str) -> str:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the sentence for a name that does not exist: the closest match, and all there are.
+    """Return the message for a name that does not exist: the closest match, and all that exist.
 
     >>> unknown_name("recipe", "aclip", ["clip", "a-clip"])
     "unknown recipe 'aclip': did you mean 'a-clip'? There are: a-clip, clip"

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, under names that any system takes."""
+"""Atomic file writes, and portable file names."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def as_file_name(name: str) -> str:
-    """Return a name with "_" for what does not belong in a file name.
+    """Return `name` with "_" in place of characters that are not portable in file names.
 
     >>> as_file_name("val[0:60], karpathy")
     'val_0_60_karpathy'
@@ -15,17 +15,17 @@ def as_file_name(name: str) -> str:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file so that it appears whole or not at all, also when the machine stops meanwhile.
+    """Write a file atomically: after a crash it has either its old or its new content.
 
     Args:
-        path: replaced if it is there; its folder is made if it is not.
+        path: created or replaced, with its parent folders.
         data: the content; text is written as UTF-8.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; what was there before stays.
+        OSError: the disk is full or the folder is not writable; an existing file stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two processes that write the same file apart.
+    # The process id separates processes that write the same file.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:

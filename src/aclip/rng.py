@@ -1,8 +1,7 @@
-"""Randomness that depends on what is drawn for, never on when or where.
+"""Counter-based randomness: every draw is a function of (seed, epoch, sample, purpose).
 
-Every draw is a function of (seed, epoch, sample, purpose). No generator is shared, so the same sample
-gets the same crop, colours and mask in any process, at any batch position, with any number of workers,
-with accumulation, and after a resume.
+No generator state is shared, so a sample gets the same crop, colours and mask in any process, at any position of a
+batch, with any number of workers or micro-batches, and after a resume.
 """
 
 import zlib
@@ -31,22 +30,22 @@ def generator(seed: int, *purpose: int | str) -> np.random.Generator:
 
 
 def _sequence(*words: int) -> np.random.SeedSequence:
-    """Return `SeedSequence(words)`, which takes half the time where every word has 32 bits and is known to."""
+    """Return `SeedSequence(words)`, built twice as fast from an array where every word has 32 bits."""
     small = min(words) >= 0 and max(words) < 2**32
     return np.random.SeedSequence(np.array(words, dtype=np.uint32) if small else words)
 
 
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
-    """Return the non-negative 63-bit seed from which the device draws for this sample in this epoch."""
+    """Return the non-negative 63-bit seed of all draws on the device for this sample in this epoch."""
     state = _sequence(seed, epoch, sample, stable_hash("device")).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
 def uniform(seeds: Int[Tensor, " B"], count: int, purpose: str) -> Float[Tensor, "B count"]:
-    """Return counter-based uniform draws in [0, 1), row b a function of (seeds[b], purpose) alone.
+    """Return uniform draws in [0, 1), row b a function of (seeds[b], purpose) alone.
 
-    The splitmix64 finaliser of `seed * mix + (hash(purpose) + i + 1) * gamma`, in wrapping int64 arithmetic:
-    the same bits on every device, without a generator's state and without a host synchronisation.
+    The splitmix64 finaliser of `seed * mix + (hash(purpose) + i + 1) * gamma` in wrapping int64 arithmetic: the same
+    bits on every device, without generator state and without host synchronisation.
 
     Args:
         seeds: (B,) int64, one per sample, see `sample_seed`.
@@ -57,7 +56,7 @@ def uniform(seeds: Int[Tensor, " B"], count: int, purpose: str) -> Float[Tensor,
         (B, count) float32 with 24 random bits each.
     """
     counter = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64) * _GAMMA
-    offset = (stable_hash(purpose) * _GAMMA + 2**63) % 2**64 - 2**63  # wrapped as the tensors wrap
+    offset = (stable_hash(purpose) * _GAMMA + 2**63) % 2**64 - 2**63  # wrapped like int64 tensors
     x = seeds[:, None] * _MIX_1 + offset + counter
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
@@ -66,5 +65,5 @@ def uniform(seeds: Int[Tensor, " B"], count: int, purpose: str) -> Float[Tensor,
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's >> on int64 keeps the sign."""
+    """Shift logically; torch's >> on int64 is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

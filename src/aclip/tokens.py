@@ -1,4 +1,4 @@
-"""How open_clip's tokenizers for CLIP lay out a caption."""
+"""The token layout of open_clip's tokenizers for CLIP."""
 
 import torch
 from jaxtyping import Bool, Int
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def is_word(tokens: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Return which tokens belong to the caption: not SOT (the first), EOT (the highest id of its row), or padding.
+    """Return which tokens are words of the caption: all but SOT (the first), EOT (the highest id), and padding.
 
-    By place, since padding shares its id with a word. Nothing is read back to the host.
+    By position, since padding shares its id with a word. No host synchronisation.
 
     Args:
         tokens: (B, T) int64, rows of SOT, the caption, EOT, then padding.
     """
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    return (place > 0) & (place < tokens.argmax(dim=1, keepdim=True))
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    return (position > 0) & (position < tokens.argmax(dim=1, keepdim=True))
