@@ -31,8 +31,7 @@ from aclip import models
 from aclip.data import augment
 from aclip.ema import Ema, frozen_copy
 from aclip.errors import ConfigError
-from aclip.masking import MaskingContext, crop_scores, hide_tokens
-from aclip.masking.text_reduction import TextReductionContext
+from aclip.masking import MaskingContext, TextReductionContext, crop_scores, hide_tokens
 from aclip.objectives import Objective
 from aclip.plan import PassPlan, Plan, TextPlan, build_objective, resolve
 from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, StepContext, StepOutput, ViewBatch
@@ -126,7 +125,7 @@ class Method(nn.Module):
         if self.text_mask_token is not None and text.spec.mask_ratio > 0:
             ratio = text.spec.mask_ratio if masked else 0.0
             seen = hide_tokens(tokens, ratio, batch.seeds, self.plan.shape.vocab_size, f"text/{text.name}")
-            states = models.encode_hidden_text(self.model, seen.tokens, seen.behind_mask, self.text_mask_token)
+            states = models.encode_hidden_text(self.model, seen.tokens, seen.masked, self.text_mask_token)
             return EncodedText(tokens, hidden=seen.hidden, states=states)
         return EncodedText(tokens, F.normalize(models.encode_text(self.model, tokens).float(), dim=-1))
 

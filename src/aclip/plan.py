@@ -12,8 +12,7 @@ import torch
 from aclip.config import ObjectiveConfig, Pass, Recipe, TextPass, build
 from aclip.data.views import VIEWS, ViewPipeline
 from aclip.errors import ConfigError, UnsupportedModelError, unknown_name
-from aclip.masking import MASKING, MaskingStrategy, fitting_block_size
-from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReduction
+from aclip.masking import MASKING, TEXT_REDUCTIONS, MaskingStrategy, TextReduction, fitting_block_size
 from aclip.models.vision import NO_ATTENTION_SCORES
 from aclip.objectives import OBJECTIVES, Objective
 from aclip.objectives.base import block_macs

@@ -1,4 +1,4 @@
-"""Captions as classes, against loops over captions and words, and the counts that weigh the words."""
+"""Captions as classes: loops over captions and words, and the counts behind the weights."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_passes import CAPTIONS, EOT, SHAPE, SOT, B, made_pass, step_context
+from synthetic_passes import CAPTIONS, EOT, SHAPE, SOT, B, masked, step_context
 from torch import Tensor
 
 from aclip import models, plan
@@ -23,7 +23,7 @@ from over_ranks import in_double
 from tests_support import random_batch
 
 LENGTH = 9
-# words repeat within a caption (7) and across captions (3); 0 is a word and also what pads; one caption is empty
+# words repeat within a caption (7) and across captions (3); 0 is both a word and padding; one caption is empty
 BATCHES = (
     ((3, 4, 5), (3,), (7, 7, 8, 7), (), (0, 3, 0)),
     ((3, 4), (3, 9, 10, 11, 12, 13, 14), (0,), (5, 6), (3, 3, 3)),
@@ -41,11 +41,7 @@ def tokens_of(captions: tuple[tuple[int, ...], ...] | list[list[int]], length: i
 
 def build(views: tuple[str, ...] = ("a", "b")) -> BagOfWords:
     torch.manual_seed(0)
-    return BagOfWords([masked(views), CAPTIONS], SHAPE).train()
-
-
-def masked(views: tuple[str, ...] = ("a", "b")) -> Pass:
-    return made_pass("masked", views, masking="uniform", mask_ratio=0.5)
+    return BagOfWords({**masked(views), **CAPTIONS}, SHAPE).train()
 
 
 def context_of(captions: tuple[tuple[int, ...], ...], views: tuple[str, ...] = ("a", "b")) -> StepContext:
@@ -64,7 +60,7 @@ class LiteralCounts:
             self.with_word.update(set(words))
 
     def targets(self, words: tuple[int, ...]) -> dict[int, float]:
-        """Equation 2 and what stands in for it where no weight is positive."""
+        """Equation 2; equal weights where none is positive."""
         weights = {c: max(0.0, math.log(self.seen / (1 + self.with_word[c]))) for c in set(words)}
         if sum(weights.values()) == 0:
             weights = dict.fromkeys(weights, 1.0)
@@ -97,7 +93,7 @@ def test_is_the_loop_over_captions_and_words(views: tuple[str, ...]) -> None:
         assert objective.captions_with.tolist() == [counts.with_word[c] for c in range(SHAPE.vocab_size)]
 
 
-def test_common_words_weigh_less_and_ubiquitous_ones_nothing() -> None:
+def test_common_words_weigh_less_and_ubiquitous_ones_0() -> None:
     objective = build()
     objective.captions_seen.fill_(100)
     objective.captions_with[torch.tensor([3, 4, 5])] = torch.tensor([100, 9, 0])
@@ -108,7 +104,7 @@ def test_common_words_weigh_less_and_ubiquitous_ones_nothing() -> None:
     assert weights[3].item() == pytest.approx(2 / 3, rel=1e-6)
 
 
-def test_words_of_no_weight_weigh_alike() -> None:
+def test_words_of_weight_0_weigh_equally() -> None:
     objective = build()
     tokens = tokens_of([[3, 4, 3], [5]])
     for seen in (0, 1):  # nothing counted yet, and log(1 / 1)
@@ -209,8 +205,8 @@ def test_computes_in_float32_under_autocast() -> None:
 def test_needs_no_text_tower_but_the_words() -> None:
     recipe = Recipe(
         name="superclass", title="", paper="", views="one_crop",
-        passes=(Pass("masked", views=("a",), masking="uniform", mask_ratio=0.5),),
-        objectives=(ObjectiveConfig("bag_of_words", reads=("masked", "captions")),),
+        passes={"masked": Pass(views=("a",), masking="uniform", mask_ratio=0.5)},
+        objectives={"bag_of_words": ObjectiveConfig(reads=("masked", "captions"))},
     )
     torch.manual_seed(0)
     resolved = plan.resolve(recipe, models.shape_of(models.model_config("vit-tiny")))
@@ -233,10 +229,10 @@ def test_needs_no_text_tower_but_the_words() -> None:
     for b, words in enumerate(captions):
         scores = method.objectives["bag_of_words"].head(patches[b].mean(dim=0)).log_softmax(dim=0)
         total -= sum(y * scores[c].item() for c, y in counts.targets(words).items())
-    assert patches.shape[1] == resolved.passes[0].num_keep == 32
+    assert patches.shape[1] == resolved.passes["masked"].num_keep == 32
     assert output.loss.item() == pytest.approx(total / 4, rel=1e-5)
 
 
 def test_refuses_a_text_tower_without_an_end() -> None:
     with pytest.raises(ConfigError, match="finds the end of a caption by its EOT"):
-        BagOfWords([masked(), CAPTIONS], replace(SHAPE, text_cut=False))
+        BagOfWords({**masked(), **CAPTIONS}, replace(SHAPE, text_cut=False))

@@ -5,18 +5,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made_passes import SHAPE, B, made_pass, step_context
+from synthetic_passes import SHAPE, B, step_context
 from torch import nn
 
+from aclip.config import Pass
 from aclip.ema import Ema
 from aclip.errors import ConfigError
 from aclip.objectives import Byol
 from aclip.objectives.functional import byol_loss
 
 
+def reads(online: tuple[str, ...], target: tuple[str, ...]) -> dict[str, Pass]:
+    return {"online": Pass(views=online), "target": Pass(views=target, encoder="ema")}
+
+
 def build(online: tuple[str, ...], target: tuple[str, ...]) -> Byol:
     torch.manual_seed(0)
-    return Byol([made_pass("online", online), made_pass("target", target, "ema")], SHAPE, hidden=16, out=4)
+    return Byol(reads(online, target), SHAPE, hidden=16, out=4)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +38,7 @@ def test_is_the_mean_over_view_and_target(
     online: tuple[str, ...], target: tuple[str, ...], pairs: list[tuple[int, int]]
 ) -> None:
     objective = build(online, target)
-    context = step_context(made_pass("online", online), made_pass("target", target, "ema"))
+    context = step_context(reads(online, target))
     seen, aimed = context.passes["online"].cls, context.passes["target"].cls
     # statistics over all views of a pass
     predictions = objective.predictor(objective.projector(seen.reshape(len(online) * B, -1))).reshape(-1, B, 4)
@@ -44,7 +49,7 @@ def test_is_the_mean_over_view_and_target(
 
 def test_only_the_online_side_learns() -> None:
     objective = build(("a", "b"), ("context",))
-    context = step_context(made_pass("online", ("a", "b")), made_pass("target", ("context",), "ema"))
+    context = step_context(reads(("a", "b"), ("context",)))
     aimed = context.passes["target"].cls.requires_grad_()
     objective(context).backward()
     assert aimed.grad is None
@@ -69,10 +74,7 @@ def test_the_projector_alone_has_an_average() -> None:
 
 def test_published_heads() -> None:
     with torch.device("meta"):
-        objective = Byol(
-            [made_pass("online", ("a",)), made_pass("target", ("context",), "ema")],
-            replace(SHAPE, width=1024),
-        )
+        objective = Byol(reads(("a",), ("context",)), replace(SHAPE, width=1024))
     for head, widths in (
         (objective.projector, [(4096, 1024), (256, 4096)]),
         (objective.predictor, [(4096, 256), (256, 4096)]),
@@ -85,4 +87,9 @@ def test_published_heads() -> None:
 
 def test_refuses_an_online_target() -> None:
     with pytest.raises(ConfigError, match="regresses on an EMA pass, but 'target' is online"):
-        Byol([made_pass("online", ("a",)), made_pass("target", ("a",))], SHAPE)
+        Byol({"online": Pass(views=("a",)), "target": Pass(views=("a",))}, SHAPE)
+
+
+def test_refuses_a_view_without_a_target() -> None:
+    with pytest.raises(ConfigError, match="a view of pass 'online' has no target: add another view to pass 'target'"):
+        Byol(reads(("a", "b", "c"), ("a", "a")), SHAPE)

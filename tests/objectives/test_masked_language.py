@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from made_passes import CAPTIONS, HIDDEN, LENGTH, SHAPE, B, step_context
+from synthetic_passes import CAPTIONS, HIDDEN, LENGTH, SHAPE, B, step_context
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from aclip.config import TextPass
 from aclip.errors import ConfigError
-from aclip.objectives.masked_language import MaskedLanguage, most_hidden
+from aclip.objectives.masked_language import MaskedLanguage, max_hidden
 from aclip.recipes import RECIPES
 from aclip.structs import EncodedText, StepContext
 from test_plan import VIT_B_16
@@ -22,13 +22,13 @@ from test_recipes import build as build_method
 from tests_support import random_batch
 
 
-def build(text: TextPass = HIDDEN, **options: Any) -> MaskedLanguage:
+def build(reads: dict[str, TextPass] = HIDDEN, **options: Any) -> MaskedLanguage:
     torch.manual_seed(0)
-    return MaskedLanguage([text], SHAPE, **options)
+    return MaskedLanguage(reads, SHAPE, **options)
 
 
 def context_of(**changes: Any) -> StepContext:
-    context = step_context(texts=(HIDDEN,))
+    context = step_context(HIDDEN)
     return replace(context, texts={"hidden": replace(context.texts["hidden"], **changes)})
 
 
@@ -99,23 +99,23 @@ def binomial_tail(count: int, p: float, above: int) -> float:
 
 @pytest.mark.parametrize("mask_ratio", [0.01, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("count", [1, 20, 100, 500])
-def test_takes_a_number_of_tokens_that_is_almost_never_exceeded(count: int, mask_ratio: float) -> None:
-    taken = most_hidden(count, mask_ratio)
+def test_the_number_of_hidden_tokens_almost_never_exceeds_the_bound(count: int, mask_ratio: float) -> None:
+    taken = max_hidden(count, mask_ratio)
     assert taken <= count
     assert binomial_tail(count, mask_ratio, taken) < 1e-9
 
 
-def test_takes_little_more_than_the_mean_of_a_large_batch() -> None:
-    assert 1.0 < most_hidden(256 * 14, 0.2) / (0.2 * 256 * 14) < 1.25
-    assert 1.0 < most_hidden(4096 * 77, 0.2) / (0.2 * 4096 * 77) < 1.03
+def test_the_bound_is_close_to_the_mean_in_a_large_batch() -> None:
+    assert 1.0 < max_hidden(256 * 14, 0.2) / (0.2 * 256 * 14) < 1.25
+    assert 1.0 < max_hidden(4096 * 77, 0.2) / (0.2 * 4096 * 77) < 1.03
 
 
 def test_if_exceeded_the_last_hidden_tokens_are_left_out() -> None:
-    rare = replace(HIDDEN, mask_ratio=0.01)
+    rare = {"hidden": TextPass(mask_ratio=0.01)}
     objective, context = build(rare), context_of()
     text = context.texts["hidden"]
     words = (torch.arange(LENGTH) > 0) & (torch.arange(LENGTH) < text.tokens.argmax(dim=1, keepdim=True))
-    taken = most_hidden(B * LENGTH, 0.01)
+    taken = max_hidden(B * LENGTH, 0.01)
     assert taken < words.sum()
     crowded = context_of(hidden=words)
     expected = literal_loss(objective, crowded.texts["hidden"], taken)
@@ -130,7 +130,7 @@ def test_half_precision_is_close() -> None:
     torch.testing.assert_close(rough, objective(context), rtol=0.02, atol=0)
 
 
-def test_nothing_is_read_back_to_the_host() -> None:
+def test_does_not_synchronise_with_the_host() -> None:
     objective, context = build(), context_of()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # tensors without data: reading one raises
         text = tree_map_only(Tensor, mode.from_tensor, vars(context.texts["hidden"]))
@@ -144,7 +144,7 @@ def test_refuses_a_text_pass_that_hides_nothing() -> None:
 
 def test_costs_the_blocks_and_the_vocabulary_of_hidden_tokens() -> None:
     with torch.device("meta"):
-        objective = MaskedLanguage([replace(HIDDEN, mask_ratio=0.2)], VIT_B_16)
+        objective = MaskedLanguage({"hidden": TextPass(mask_ratio=0.2)}, VIT_B_16)
     blocks = 4 * (14 * 12 * 512**2 + 2 * 14**2 * 512)
     assert objective.decoder_macs([], 14.0) == pytest.approx(blocks + 0.2 * 14 * 512 * 49408)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made_passes import SHAPE, B, made_pass, step_context
+from synthetic_passes import SHAPE, B, masked, step_context
 from torch import nn
 
 from aclip.errors import ConfigError
@@ -14,7 +14,7 @@ from aclip.objectives.functional import ntxent_loss
 
 def build(of: tuple[str, ...], **options: object) -> NtXent:
     torch.manual_seed(0)
-    return NtXent([made_pass("masked", of)], SHAPE, hidden=16, out=4, **options)
+    return NtXent(masked(of), SHAPE, hidden=16, out=4, **options)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_is_the_mean_over_pairs_of_views(
     views: tuple[str, ...], options: dict[str, object], pairs: list[tuple[int, int]], temperature: float
 ) -> None:
     objective = build(views, temperature=temperature, **options)
-    context = step_context(made_pass("masked", views))
+    context = step_context(masked(views))
     # one run of the head over all views, so that the statistics are those of V x B rows
     z = objective.head(context.passes["masked"].cls.reshape(len(views) * B, SHAPE.width)).reshape(len(views), B, 4)
     expected = sum(ntxent_loss(z[i], z[j], temperature) for i, j in pairs) / len(pairs)
@@ -41,7 +41,7 @@ def test_is_the_mean_over_pairs_of_views(
 
 def test_published_head() -> None:
     with torch.device("meta"):
-        objective = NtXent([made_pass("masked", ("a", "b"))], replace(SHAPE, width=768))
+        objective = NtXent(masked(), replace(SHAPE, width=768))
     linear = [layer for layer in objective.head if isinstance(layer, nn.Linear)]
     assert [tuple(layer.weight.shape) for layer in linear] == [(4096, 768), (4096, 4096), (256, 4096)]
     assert all(layer.bias is not None for layer in linear)
@@ -49,7 +49,7 @@ def test_published_head() -> None:
 
 
 def test_gradient_reaches_both_views() -> None:
-    objective, context = build(("a", "b")), step_context(made_pass("masked", ("a", "b")))
+    objective, context = build(("a", "b")), step_context(masked())
     objective(context).backward()
     gradient = context.passes["masked"].cls.grad
     assert gradient is not None

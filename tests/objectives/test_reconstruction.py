@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_passes import SHAPE, B, made_pass, step_context
+from synthetic_passes import SHAPE, B, masked, step_context
 from torch import Tensor, nn
 
 from aclip import models
@@ -23,13 +23,9 @@ MAE = {"decoder_layers": 2, "decoder_width": 32}
 SIMMIM = {"decoder_layers": 0, "normalize": False, "loss": "l1"}
 
 
-def masked(views: tuple[str, ...] = ("a", "b"), mask_ratio: float = 0.75, fill: bool = False) -> Pass:
-    return made_pass("masked", views, masking="uniform", mask_ratio=mask_ratio, fill=fill)
-
-
-def build(p: Pass, **options: Any) -> Reconstruction:
+def build(reads: dict[str, Pass], **options: Any) -> Reconstruction:
     torch.manual_seed(0)
-    return Reconstruction([p], SHAPE, **options)
+    return Reconstruction(reads, SHAPE, **options)
 
 
 def literal_patch(image: Tensor, patch: int, across: int, size: tuple[int, int]) -> list[float]:
@@ -75,9 +71,9 @@ def literal(objective: Reconstruction, context: StepContext) -> float:
 def test_is_the_loop_over_removed_pixels(
     views: tuple[str, ...], mask_ratio: float, normalize: bool, loss: str, layers: int
 ) -> None:
-    p = masked(views, mask_ratio, fill=layers == 0)
-    objective = build(p, decoder_layers=layers, decoder_width=32, normalize=normalize, loss=loss)
-    context = step_context(p, texts=())
+    reads = masked(views, mask_ratio, fill=layers == 0)
+    objective = build(reads, decoder_layers=layers, decoder_width=32, normalize=normalize, loss=loss)
+    context = step_context(reads)
     assert objective(context).item() == pytest.approx(literal(objective, context), rel=1e-5)
 
 
@@ -92,9 +88,9 @@ def test_patches_are_cut_row_by_row(grid: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("options", "fill"), [(MAE, False), (SIMMIM, True)])
 def test_reads_the_pixels_of_removed_patches_alone(options: dict[str, Any], fill: bool) -> None:
-    p = masked(fill=fill)
-    objective = build(p, **options)
-    context = step_context(p, texts=())
+    reads = masked(fill=fill)
+    objective = build(reads, **options)
+    context = step_context(reads)
     seen = context.passes["masked"]
     pixels = seen.pixels.clone().requires_grad_()
     objective(replace(context, passes={"masked": replace(seen, pixels=pixels)})).backward()
@@ -105,18 +101,18 @@ def test_reads_the_pixels_of_removed_patches_alone(options: dict[str, Any], fill
 
 @pytest.mark.parametrize(("options", "fill"), [(MAE, False), (SIMMIM, True)])
 def test_nothing_removed_is_0_with_a_gradient_of_0(options: dict[str, Any], fill: bool) -> None:
-    p = masked(mask_ratio=0.0, fill=fill)
-    objective = build(p, **options)
-    loss = objective(step_context(p, texts=()))
+    reads = masked(mask_ratio=0.0, fill=fill)
+    objective = build(reads, **options)
+    loss = objective(step_context(reads))
     loss.backward()
     assert loss.item() == 0.0
     assert all(q.grad is not None and not q.grad.any() for q in objective.parameters())
 
 
-def test_a_flat_patch_is_no_division_by_0() -> None:
-    p = masked()
-    objective = build(p, **MAE)
-    context = step_context(p, texts=())
+def test_a_flat_patch_gives_a_finite_loss() -> None:
+    reads = masked()
+    objective = build(reads, **MAE)
+    context = step_context(reads)
     flat = replace(context.passes["masked"], pixels=torch.full((2, B, 3, 32, 32), 0.3))
     loss = objective(replace(context, passes={"masked": flat}))
     loss.backward()
@@ -125,9 +121,9 @@ def test_a_flat_patch_is_no_division_by_0() -> None:
 
 
 def test_computes_errors_in_float32_under_autocast() -> None:
-    p = masked()
-    objective = build(p, **MAE)
-    context = step_context(p, texts=())
+    reads = masked()
+    objective = build(reads, **MAE)
+    context = step_context(reads)
     with torch.autocast("cpu", torch.bfloat16):
         loss = objective(context)
     assert loss.dtype == torch.float32
@@ -138,7 +134,7 @@ def test_computes_errors_in_float32_under_autocast() -> None:
 def test_decoder_is_two_thirds_of_the_tower_in_heads_of_32(width: int, expected: int) -> None:
     assert fitting_width(width) == expected
     with torch.device("meta"):
-        objective = Reconstruction([masked()], replace(SHAPE, width=width))
+        objective = Reconstruction(masked(), replace(SHAPE, width=width))
     assert objective.decoder is not None
     assert (objective.decoder.width, objective.decoder.layers) == (expected, 8)
     assert tuple(objective.head.weight.shape) == (3 * 8 * 8, expected)
@@ -146,8 +142,8 @@ def test_decoder_is_two_thirds_of_the_tower_in_heads_of_32(width: int, expected:
 
 def test_cost_is_the_decoder_on_all_patches_of_every_view() -> None:
     with torch.device("meta"):
-        mae = Reconstruction([masked()], replace(SHAPE, width=768))
-        simmim = Reconstruction([masked(fill=True)], replace(SHAPE, width=768), **SIMMIM)
+        mae = Reconstruction(masked(), replace(SHAPE, width=768))
+        simmim = Reconstruction(masked(fill=True), replace(SHAPE, width=768), **SIMMIM)
     # per block and view: 12 L d^2 + 2 L^2 d with L = 197, d = 512
     assert mae.decoder_macs([(2, 196, 49)], 77) == 2 * 8 * (12 * 197 * 512**2 + 2 * 197**2 * 512)
     assert simmim.decoder_macs([(2, 196, 80)], 77) == 0.0
@@ -158,14 +154,12 @@ def test_cost_is_the_decoder_on_all_patches_of_every_view() -> None:
     [
         (False, {"decoder_layers": 0}, "pass 'masked' does not fill: set fill to true"),
         (True, {}, "pass 'masked' fills: set fill to false, or decoder_layers to 0"),
-        (False, {"loss": "l2"}, "unknown loss 'l2': did you mean 'l1'"),
-        (False, {"decoder_layers": -1}, "at least one layer, not -1"),
-        (False, {"decoder_width": 100}, "a multiple of 32 wide"),
+        (False, {"decoder_width": 100}, "width is a multiple of 32"),
     ],
 )
 def test_refuses_what_makes_no_sense(fill: bool, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Reconstruction([masked(fill=fill)], SHAPE, **options)
+        Reconstruction(masked(fill=fill), SHAPE, **options)
 
 
 def literal_tokens(visual: Any, image: Tensor, keep: list[int], mask_token: Tensor | None) -> Tensor:

@@ -1,27 +1,26 @@
-"""Which patches a view keeps: one strategy a file, one line each in `MASKING`.
+"""Masking: which patches of a view, and which tokens of a caption, are encoded.
 
-A strategy is built from a `mask_ratio` and its options, and called with a `MaskingContext`; it returns
-`keep_indices`, (B, K) int64 ascending on the patch grid. To add one: a file with a class that follows
-`MaskingStrategy`, and a line in the table; the contract tests run over the table.
+A strategy scores the patches of a view; its base class keeps the K highest. To add one from a script:
+
+    import torch
+    from aclip.masking import MASKING, MaskingStrategy
+
+    class CentreMasking(MaskingStrategy):
+        def scores(self, context):
+            rows, columns = (torch.linspace(-1, 1, n, device=context.device) for n in context.grid_size)
+            return -(rows[:, None].abs() + columns.abs()).flatten().expand(context.batch_size, -1)
+
+    MASKING["centre"] = CentreMasking
+
+A pass of a recipe then names it: `masking="centre", mask_ratio=0.5`; further constructor arguments are its
+`masking_options`. `TEXT_REDUCTIONS` is the same table for captions.
 """
 
-from aclip.masking.attentive import AttentiveMasking, Keep
-from aclip.masking.base import (
-    MaskingContext,
-    MaskingStrategy,
-    fitting_block_size,
-    kept_blocks_to_patches,
-    num_keep,
-)
-from aclip.masking.cluster import ClusterMasking
-from aclip.masking.crop_scores import crop_scores
-from aclip.masking.edge import EdgeMasking
-from aclip.masking.gaussian import GaussianMasking
-from aclip.masking.hide_tokens import HiddenTokens, hide_tokens
-from aclip.masking.none import NoMasking
-from aclip.masking.score_bytes import from_bytes, to_bytes
-from aclip.masking.text_reduction import TEXT_REDUCTIONS, TextReduction, TextReductionContext
-from aclip.masking.uniform import UniformMasking
+from aclip.masking.attentive import AttentiveMasking, Keep, crop_scores
+from aclip.masking.base import MaskingContext, MaskingStrategy, NoMasking, fitting_block_size, num_keep
+from aclip.masking.content import ClusterMasking, EdgeMasking
+from aclip.masking.random import GaussianMasking, UniformMasking
+from aclip.masking.text import TEXT_REDUCTIONS, HiddenTokens, TextReduction, TextReductionContext, hide_tokens
 
 MASKING: dict[str, type[MaskingStrategy]] = {
     "none": NoMasking,
@@ -49,9 +48,6 @@ __all__ = [
     "UniformMasking",
     "crop_scores",
     "fitting_block_size",
-    "from_bytes",
     "hide_tokens",
-    "kept_blocks_to_patches",
     "num_keep",
-    "to_bytes",
 ]

@@ -1,23 +1,14 @@
-"""Attentive masking, the strategy of A-CLIP (Yang et al., arXiv 2212.08653, section 3)."""
+"""Attentive masking, the strategy of A-CLIP (Yang et al., arXiv 2212.08653, section 3), and its score maps."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from aclip.errors import ConfigError, unknown_name
-from aclip.masking.base import (
-    MaskingContext,
-    MaskingStrategy,
-    best_first,
-    fitting_block_size,
-    kept_blocks_to_patches,
-    num_keep,
-    pool_to_blocks,
-    share_kept,
-)
+from aclip.masking.base import MaskingContext, MaskingStrategy, best_first, keep_fraction
 
 Keep = Literal["highest", "lowest", "mixed", "sampled"]
 """Which scores survive, see `AttentiveMasking`."""
@@ -26,17 +17,20 @@ Keep = Literal["highest", "lowest", "mixed", "sampled"]
 class AttentiveMasking(MaskingStrategy):
     """Keeps the patches that the EMA encoder's [CLS] token attends to most.
 
-    Scores are mean-pooled over blocks of `block_size` x `block_size` patches and whole blocks are chosen;
-    ties go to the lower index. Where blocks do not tile the grid, single patches are chosen.
+    Scores are averaged over blocks of `block_size` x `block_size` patches, and whole blocks are kept.
 
-    `keep` says which scores survive: "highest"; "lowest", the paper's control that keeps the least
-    relevant ones; "mixed", half of the kept blocks (rounded up) by score and the rest uniformly among
-    the others (our definition); or "sampled" (not of the paper), blocks drawn one after the other without
-    replacement, each with a probability in proportion to its score among those left: the K largest of
-    log(u) / score, u uniform (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir").
+    Args:
+        mask_ratio: fraction of patches removed, in [0, 1).
+        block_size: side of a block, in patches.
+        keep: which scores survive. "highest"; "lowest", the paper's control; "mixed", half of the kept blocks (rounded
+            up) by score and the rest uniformly at random (our definition); "sampled" (not of the paper), blocks drawn
+            without replacement in proportion to their scores: the K largest of log(u) / score, u uniform (Efraimidis
+            and Spirakis 2006, "Weighted random sampling with a reservoir").
+        rounding: of the number of kept blocks. "nearest" as `masking.num_keep`; "released" as in the authors' release,
+            floor(blocks * (1 - mask_ratio)) + 1.
 
-    `rounding` is "nearest" (`masking.num_keep`) or "released": floor(blocks * (1 - mask_ratio)) + 1, as
-    the authors' release counts, which is one more where that product is less than half above a whole number.
+    Raises:
+        ConfigError: a ratio outside [0, 1), or a block size below 1.
     """
 
     needs_scores = True
@@ -48,47 +42,76 @@ class AttentiveMasking(MaskingStrategy):
         keep: Keep = "highest",
         rounding: Literal["nearest", "released"] = "nearest",
     ) -> None:
-        """Set the fraction removed, the block side in patches, which scores survive, and how to count."""
-        super().__init__(mask_ratio, block_size=block_size)
-        if keep not in get_args(Keep):
-            raise ConfigError(unknown_name("value for keep", keep, get_args(Keep)))
-        if rounding not in ("nearest", "released"):
-            raise ConfigError(unknown_name("value for rounding", rounding, ("nearest", "released")))
+        super().__init__(mask_ratio, block_size)
         self.keep = keep
         self.rounding = rounding
 
-    def num_keep(self, grid_size: tuple[int, int]) -> int:
-        """Return K on this grid, under the chosen rounding."""
+    def kept_blocks(self, blocks: int) -> int:
+        """Return how many of `blocks` blocks are kept, under the chosen rounding."""
         if self.rounding == "nearest":
-            return num_keep(self.mask_ratio, grid_size, self.block_size)
-        block = fitting_block_size(self.block_size, grid_size)
-        blocks = grid_size[0] * grid_size[1] // block**2
-        return min(blocks, math.floor(blocks * share_kept(self.mask_ratio)) + 1) * block**2
+            return super().kept_blocks(blocks)
+        return min(blocks, math.floor(blocks * keep_fraction(self.mask_ratio)) + 1)
 
-    def __call__(self, context: MaskingContext) -> Int[Tensor, "B K"]:
-        """Choose by `context.scores`, (B, N) on the view's own grid.
-
-        Raises:
-            ValueError: no scores, or scores of another grid.
-        """
-        if context.scores is None:
-            raise ValueError("attentive masking needs scores; pass MaskingContext(scores=...)")
-        if context.scores.shape[1] != context.grid_size[0] * context.grid_size[1]:
-            raise ValueError(f"{context.scores.shape[1]} scores do not fit the grid {context.grid_size}")
-        block = fitting_block_size(self.block_size, context.grid_size)
-        kept = self.num_keep(context.grid_size) // block**2
-        scores = pool_to_blocks(context.scores.float(), context.grid_size, block)
+    def scores(self, context: MaskingContext) -> Float[Tensor, "B M"]:
+        """Return `context.scores`, changed so that its highest values are those to keep."""
+        scores = context.scores
+        assert scores is not None
         if self.keep == "lowest":
-            order = best_first(-scores)
-        elif self.keep == "mixed":
-            by_score = math.ceil(kept / 2)
+            return -scores
+        if self.keep == "mixed":
             order = best_first(scores)
-            draws = context.uniform(order.shape[1] - by_score)
-            others = order[:, by_score:].gather(1, best_first(draws))
-            order = torch.cat([order[:, :by_score], others], dim=1)
-        elif self.keep == "sampled":
-            draws = context.uniform(scores.shape[1])
-            order = best_first(draws.log() / scores.clamp_min(torch.finfo(scores.dtype).tiny))
-        else:
-            order = best_first(scores)
-        return kept_blocks_to_patches(order[:, :kept], context.grid_size, block)
+            by_score = math.ceil(self.kept_blocks(context.num_patches) / 2)
+            first = torch.ones_like(scores[:, :by_score])  # above every draw
+            draws = context.uniform(context.num_patches - by_score)
+            return torch.empty_like(scores).scatter(1, order, torch.cat([first, draws], dim=1))
+        if self.keep == "sampled":
+            draws = context.uniform(context.num_patches)
+            return draws.log() / scores.clamp_min(torch.finfo(scores.dtype).tiny)
+        return scores
+
+
+def crop_scores(
+    scores: Float[Tensor, "B Nc"],
+    context_grid: tuple[int, int],
+    context_box: Float[Tensor, "B 4"],
+    view_box: Float[Tensor, "B 4"],
+    grid_size: tuple[int, int],
+    flipped: Bool[Tensor, " B"] | None = None,
+    padding: Literal["border", "zeros"] = "border",
+) -> Float[Tensor, "B N"]:
+    """Resample score maps from the scored crop onto each view's own patch grid.
+
+    The score of view patch (i, j) is the context map, bilinear between patch centres, at the source pixel
+        y = top + (i + 1/2) / h * height,   x = left + (j + 1/2) / w * width
+    of the view's box; in a flipped view, patch j shows source column w - 1 - j.
+
+    Args:
+        scores: (B, Nc) float, on the context's grid.
+        context_grid: patches (down, across) of the context.
+        context_box: (B, 4) float, the scored crop (top, left, height, width) in source pixels.
+        view_box: (B, 4) float, the view, in the same source pixels.
+        grid_size: patches (down, across) of the view.
+        flipped: (B,) bool, views mirrored left to right; None means none.
+        padding: scores beyond the context's outermost patch centres. "border" repeats the edge value; with "zeros",
+            patches whose centre lies outside the context box score 0, as in the A-CLIP release.
+
+    Returns:
+        (B, N) float32.
+    """
+    h, w = grid_size
+    maps = scores.float().reshape(-1, 1, *context_grid)
+    context, view = context_box.float(), view_box.float()
+    rows = (torch.arange(h, device=maps.device, dtype=torch.float32) + 0.5) / h
+    columns = (torch.arange(w, device=maps.device, dtype=torch.float32) + 0.5) / w
+    y = view[:, 0, None] + rows * view[:, 2, None]
+    x = view[:, 1, None] + columns * view[:, 3, None]
+    # grid_sample without align_corners: -1 and 1 are the outer edges of the map's corner pixels
+    y = (y - context[:, 0, None]) / context[:, 2, None] * 2 - 1
+    x = (x - context[:, 1, None]) / context[:, 3, None] * 2 - 1
+    if flipped is not None:
+        x = torch.where(flipped[:, None], x.flip(1), x)
+    points = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
+    sampled = F.grid_sample(maps, points, mode="bilinear", padding_mode="border", align_corners=False)
+    if padding == "zeros":
+        sampled = sampled * (points.abs() <= 1).all(dim=-1)[:, None]
+    return sampled.flatten(1)

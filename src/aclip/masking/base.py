@@ -1,8 +1,8 @@
-"""What every masking strategy shares: the count of kept patches, blocks, and the context they read."""
+"""What every masking strategy shares: the number of kept patches, blocks, and the context a strategy reads."""
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
@@ -20,20 +20,14 @@ def fitting_block_size(block_size: int, grid_size: tuple[int, int]) -> int:
     return block_size if height % block_size == 0 and width % block_size == 0 else 1
 
 
-def share_kept(mask_ratio: float) -> Fraction:
-    """Return 1 - mask_ratio without the noise of binary numbers, in which 1 - 0.9 is a little less than a tenth."""
-    # floats of decimals and of simple fractions, written or computed (1 - 0.7), are nowhere near 1e-9 from another such
-    return 1 - Fraction(mask_ratio).limit_denominator(10**9)
-
-
 def num_keep(mask_ratio: float, grid_size: int | tuple[int, int], block_size: int = 1) -> int:
-    """Return how many patches a view keeps; the one place where a ratio becomes a count.
+    """Return how many patches of a view are kept.
 
     kept blocks = floor(blocks * (1 - mask_ratio) + 0.5), at least 1; patches = blocks * block_size^2.
     Where blocks do not tile the grid, single patches are counted (`fitting_block_size`).
 
     Args:
-        mask_ratio: fraction removed, 0 <= mask_ratio < 1.
+        mask_ratio: fraction removed, in [0, 1).
         grid_size: patches (down, across), or one number for a square grid.
         block_size: side of a block, in patches.
 
@@ -49,24 +43,30 @@ def num_keep(mask_ratio: float, grid_size: int | tuple[int, int], block_size: in
         raise ConfigError(f"block_size is counted in patches, at least 1, not {block_size}")
     height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     block = fitting_block_size(block_size, (height, width))
-    blocks = (height // block) * (width // block)
-    return max(1, math.floor(blocks * share_kept(mask_ratio) + Fraction(1, 2))) * block * block
+    blocks = height * width // block**2
+    return max(1, math.floor(blocks * keep_fraction(mask_ratio) + Fraction(1, 2))) * block**2
+
+
+def keep_fraction(mask_ratio: float) -> Fraction:
+    """Return 1 - mask_ratio as an exact fraction: in binary floating point, 1 - 0.9 is less than a tenth."""
+    # Decimals and simple fractions, and what is computed from them, differ by far more than 1e-9.
+    return 1 - Fraction(mask_ratio).limit_denominator(10**9)
 
 
 @dataclass(frozen=True)
 class MaskingContext:
-    """What a strategy may look at to choose patches for one view of a batch.
+    """What a strategy may read to choose patches for one view of a batch.
 
     Attributes:
         batch_size: B.
         grid_size: patches (down, across); N = down * across.
-        device: where `keep_indices` are wanted.
+        device: of the resulting `keep_indices`.
         scores: (B, N) float, the relevance of each patch, on this view's own grid.
-        generator: source of randomness when `seeds` are absent; None is torch's default generator.
-        images: (B, 3, h, w) float, normalised, for strategies that look at pixels.
-        seeds: (B,) int64; with them every row's draw depends on its own seed and `purpose` alone, so
-            that masks do not change with batch size, process count, accumulation or resume.
-        purpose: separates the views and passes that share `seeds`.
+        generator: source of randomness where `seeds` is None; None is torch's default generator.
+        images: (B, 3, h, w) float, normalised pixels of the view.
+        seeds: (B,) int64. Each row's draws then depend on its own seed and `purpose` alone, so that masks are
+            independent of batch size, number of ranks, micro-batches and resuming.
+        purpose: separates the streams of views and passes that share `seeds`.
     """
 
     batch_size: int
@@ -78,54 +78,112 @@ class MaskingContext:
     seeds: Int[Tensor, " B"] | None = None
     purpose: str = "mask"
 
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid_size[0] * self.grid_size[1]
+
     def uniform(self, count: int) -> Float[Tensor, "B count"]:
-        """Return (B, count) draws in [0, 1), per sample where seeds are known."""
+        """Return (B, count) float32 draws in [0, 1)."""
         if self.seeds is not None:
             return rng.uniform(self.seeds, count, self.purpose)
         return torch.rand(self.batch_size, count, device=self.device, generator=self.generator)
 
+    def in_blocks(self, block_size: int) -> "MaskingContext":
+        """Return this context on the grid of blocks: a block is one large patch, its score the mean of its patches'.
+
+        Raises:
+            ConfigError: scores of another grid.
+        """
+        height, width = self.grid_size
+        grid = height // block_size, width // block_size
+        if self.scores is None:
+            return replace(self, grid_size=grid)
+        if self.scores.shape[1] != height * width:
+            raise ConfigError(f"{self.scores.shape[1]} scores do not fit the {height} x {width} grid: crop_scores "
+                              "resamples scores of another grid")
+        blocks = self.scores.float().unflatten(1, (grid[0], block_size, grid[1], block_size))
+        return replace(self, grid_size=grid, scores=blocks.mean(dim=(2, 4)).flatten(1))
+
 
 class MaskingStrategy(ABC):
-    """Chooses the patches that stay.
+    """Keeps the K patches, or blocks of patches, with the highest `scores`; ties go to the lower index.
+
+    Where blocks do not tile the grid, single patches are chosen.
+
+    Args:
+        mask_ratio: fraction of patches removed, in [0, 1).
+        block_size: side in patches of the blocks that are kept or removed as a whole.
 
     Attributes:
-        needs_scores: whether `MaskingContext.scores` must be given.
+        needs_scores: whether `MaskingContext.scores` must be given; a pass then needs `scores_from`.
+
+    Raises:
+        ConfigError: a ratio outside [0, 1), or a block size below 1.
     """
 
     needs_scores: ClassVar[bool] = False
 
-    def __init__(self, mask_ratio: float = 0.0, *, block_size: int = 1) -> None:
-        """Set the fraction removed and the side of a block in patches."""
-        num_keep(mask_ratio, 1, block_size)  # the same errors, at construction
+    def __init__(self, mask_ratio: float = 0.5, block_size: int = 1) -> None:
+        num_keep(mask_ratio, 1, block_size)  # checks both
         self.mask_ratio = mask_ratio
         self.block_size = block_size
 
+    @abstractmethod
+    def scores(self, context: MaskingContext) -> Float[Tensor, "B M"]:
+        """Return a score for every patch of `context.grid_size`: (B, M) float.
+
+        Args:
+            context: on the grid of blocks, see `MaskingContext.in_blocks`.
+        """
+
+    def kept_blocks(self, blocks: int) -> int:
+        """Return how many of `blocks` blocks, or single patches, are kept."""
+        return num_keep(self.mask_ratio, (1, blocks))
+
     def num_keep(self, grid_size: tuple[int, int]) -> int:
         """Return K on this grid."""
-        return num_keep(self.mask_ratio, grid_size, self.block_size)
+        block = fitting_block_size(self.block_size, grid_size)
+        return self.kept_blocks(grid_size[0] * grid_size[1] // block**2) * block**2
 
-    @abstractmethod
     def __call__(self, context: MaskingContext) -> Int[Tensor, "B K"]:
-        """Return `keep_indices`: (B, K) int64, ascending, without repeats, CLS not counted."""
+        """Return `keep_indices`: (B, K) int64, ascending, without repeats, CLS not counted.
+
+        Raises:
+            ConfigError: scores or images that the strategy needs are missing or do not fit the grid.
+        """
+        if self.needs_scores and context.scores is None:
+            raise ConfigError(f"{type(self).__name__} ranks patches by their scores: pass MaskingContext(scores=...)")
+        block = fitting_block_size(self.block_size, context.grid_size)
+        in_blocks = context.in_blocks(block)
+        best = best_first(self.scores(in_blocks))[:, : self.kept_blocks(in_blocks.num_patches)]
+        return blocks_to_patches(best, context.grid_size, block)
 
 
-def pool_to_blocks(
-    scores: Float[Tensor, "B N"], grid_size: tuple[int, int], block_size: int
-) -> Float[Tensor, "B M"]:
-    """Return the mean score of every block, blocks numbered row by row."""
-    if block_size == 1:
-        return scores
-    height, width = grid_size
-    blocks = scores.reshape(-1, height // block_size, block_size, width // block_size, block_size)
-    return blocks.mean(dim=(2, 4)).flatten(1)
+class NoMasking(MaskingStrategy):
+    """Keeps every patch.
+
+    Raises:
+        ConfigError: a mask ratio other than 0, which would have no effect.
+    """
+
+    def __init__(self, mask_ratio: float = 0.0, block_size: int = 1) -> None:
+        if mask_ratio != 0.0:
+            raise ConfigError(f"masking 'none' removes nothing, so mask_ratio must be 0, not {mask_ratio}: choose a "
+                              "masking strategy, e.g. 'uniform'")
+        super().__init__(mask_ratio, block_size)
+
+    def scores(self, context: MaskingContext) -> Float[Tensor, "B M"]:
+        """Return zeros."""
+        return torch.zeros(context.batch_size, context.num_patches, device=context.device)
 
 
 def best_first(scores: Float[Tensor, "B M"]) -> Int[Tensor, "B M"]:
-    """Return indices by falling score; ties go to the lower index, on every device."""
+    """Return indices by descending score; ties go to the lower index, on every device."""
     return scores.argsort(dim=1, descending=True, stable=True)
 
 
-def kept_blocks_to_patches(
+def blocks_to_patches(
     blocks: Int[Tensor, "B k"], grid_size: tuple[int, int], block_size: int
 ) -> Int[Tensor, "B K"]:
     """Return the patches of the chosen blocks, ascending; K = k * block_size^2."""

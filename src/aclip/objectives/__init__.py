@@ -1,19 +1,36 @@
-"""What is asked of the encoded passes: one objective a file, one line each in `OBJECTIVES`.
+"""Objectives: the terms of the loss, computed from encoded passes.
 
-An objective reads named passes of the step and returns one scalar; it owns its heads. To add one: a file
-with a class that follows `Objective`, and a line in the table; the contract tests run over the table.
+An objective is a module that reads named passes of the step, owns its heads, and returns one scalar. To add one from a
+script:
+
+    from aclip.config import Pass, TextPass
+    from aclip.objectives import OBJECTIVES, Objective
+
+    class Alignment(Objective):
+        takes = (Pass, TextPass)
+        needs_text = True
+
+        def forward(self, context):
+            image_pass, text_pass = self.reads
+            images, captions = context.passes[image_pass].features, context.texts[text_pass].features
+            return (images - captions).square().sum(dim=-1).mean()
+
+    OBJECTIVES["alignment"] = Alignment
+
+A recipe then names it: `objectives={"alignment": ObjectiveConfig(reads=("masked", "captions"))}`; further constructor
+arguments are its `options`. Each rank returns the mean over its own samples, and gradients are averaged over ranks;
+an objective that compares samples gathers those of other ranks with `aclip.dist.gather`, as `functional` does.
 """
 
 from aclip.objectives import functional
 from aclip.objectives.bag_of_words import BagOfWords
 from aclip.objectives.base import Objective
 from aclip.objectives.byol import Byol
-from aclip.objectives.contrastive import Contrastive
+from aclip.objectives.contrastive import Contrastive, Sigmoid
 from aclip.objectives.masked_distillation import MaskedDistillation
 from aclip.objectives.masked_language import MaskedLanguage
 from aclip.objectives.ntxent import NtXent
 from aclip.objectives.reconstruction import Reconstruction
-from aclip.objectives.sigmoid import Sigmoid
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,

@@ -1,6 +1,6 @@
-"""Captions as classes: the tokens of a caption, told from the image's patches (SuperClass)."""
+"""Captions as classes: the tokens of a caption, predicted from the image's patches (SuperClass)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,16 +21,16 @@ class BagOfWords(Objective):
         L = mean over views and samples of -sum_c y_c log softmax(W mean_k f_k + b)_c
         y_c = w_c / sum w over the distinct tokens c of the caption,  w_c = max(0, log(N / (1 + n_c)))
 
-    f are the patch tokens after the final norm (the kept ones, where some were removed), N the captions seen, n_c those
-    of them with token c. SOT, EOT and padding are no classes. Where all weights of a caption are 0, its tokens weigh
-    alike; a caption without tokens adds 0. No text tower is needed.
+    f are the (kept) patch tokens after the final norm, N the number of captions seen, n_c of those with token c. SOT,
+    EOT and padding are no classes. If all weights of a caption are 0, its tokens have equal weights; a caption without
+    tokens adds 0. No text tower is needed.
 
-    N and n_c are counted in training, each batch before it is weighted, over all ranks: these hold the same counts, and
-    the mean of the losses over ranks is that of the whole batch. They are saved in checkpoints.
+    N and n_c are counted during training over all ranks, each batch before it is weighted, so that every rank holds the
+    same counts and the mean over ranks is the loss of the whole batch. They are saved in checkpoints.
 
-    Deviations: the paper's formula has N and n_c of the whole data set, of which these running counts are an estimate
-    that repeats itself from the second epoch on; the weights are kept from falling below 0, which they do for tokens
-    of (nearly) all captions; the tokens are what the text pass leaves of a caption, in the model's own vocabulary.
+    Deviations from the paper: N and n_c are running counts, not those of the whole data set, and go on over epochs;
+    weights are clamped at 0, below which they fall for tokens of nearly all captions; the classes are the tokens that
+    the text pass leaves of a caption, in the model's own vocabulary.
 
     Reads the image pass, then the text pass.
 
@@ -39,7 +39,7 @@ class BagOfWords(Objective):
         captions_with: (vocabulary,) int64, n_c.
 
     Raises:
-        ConfigError: a text tower that does not read at EOT, the highest id: its captions cannot be told from padding.
+        ConfigError: a text tower that is not pooled at EOT, the highest id: its padding cannot be recognised.
     """
 
     takes = (Pass, TextPass)
@@ -49,41 +49,38 @@ class BagOfWords(Objective):
     captions_seen: Tensor
     captions_with: Tensor
 
-    def __init__(self, reads: Sequence[Pass | TextPass], shape: TowerShape) -> None:
+    def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape) -> None:
         super().__init__(reads, shape)
         if not shape.text_cut:
             raise ConfigError("objective 'bag_of_words' finds the end of a caption by its EOT, the highest id, as "
-                              "causal text towers pooled at EOT do: name a model such as ViT-B-16")
+                              "causal text towers pooled at EOT do: choose a model such as ViT-B-16")
         self.head = nn.Linear(shape.width, shape.vocab_size)
         self.register_buffer("captions_seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("captions_with", torch.zeros(shape.vocab_size, dtype=torch.int64))
 
     def forward(self, context: StepContext) -> Float[Tensor, ""]:
-        """Read the patch tokens of image pass `reads[0]` and the tokens of text pass `reads[1]`."""
-        patches, tokens = context.passes[self.reads[0]].patches, context.texts[self.reads[1]].tokens
+        """Read the patch tokens of the image pass and the tokens of the text pass."""
+        image_pass, text_pass = self.reads
+        patches, tokens = context.passes[image_pass].patches, context.texts[text_pass].tokens
         assert patches is not None
         words = distinct_words(tokens)
         if self.training:
             self.count(tokens, words)
         targets = self.targets(tokens, words)
 
-        def loss(seen: Tensor, captions: Tensor) -> Tensor:
-            logits = self.head(seen).float()
-            # the sum over the vocabulary is one over the caption: elsewhere y is 0
+        def loss(means: Tensor, captions: Tensor) -> Tensor:
+            logits = self.head(means).float()
+            # y is 0 outside the caption, so that the sum over the vocabulary is one over the caption's tokens
             log_likelihood = logits.gather(1, tokens[captions]) - logits.logsumexp(dim=1, keepdim=True)
             total: Tensor = -(targets[captions] * log_likelihood).sum(dim=1).sum()
             return total
 
-        seen = patches.mean(dim=2).flatten(0, 1)
+        means = patches.mean(dim=2).flatten(0, 1)
         captions = torch.arange(len(tokens), device=tokens.device).repeat(len(patches))
-        return sum_over_rows(loss, seen, captions, columns=self.head.out_features) / len(seen)
-
-    def logits(self, pairs: int, images: Sequence[tuple[int, int, int]], text_tokens: int) -> int:
-        """Return one for every view and word of the vocabulary."""
-        return pairs * images[0][0] * self.head.out_features
+        return sum_over_rows(loss, means, captions, columns=self.head.out_features) / len(means)
 
     def count(self, tokens: Int[Tensor, "B T"], words: Bool[Tensor, "B T"]) -> None:
-        """Add the captions of all ranks to the counts; every rank must bring equally many."""
+        """Add the captions of all ranks to the counts; every rank must pass equally many."""
         counts = torch.zeros_like(self.captions_with).scatter_add(0, tokens.flatten(), words.flatten().long())
         self.captions_with += dist.sum_over_ranks(counts)
         self.captions_seen += len(tokens) * dist.world_size()
@@ -97,8 +94,8 @@ class BagOfWords(Objective):
 
 
 def distinct_words(tokens: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Return where each word of a caption (`is_word`) stands first."""
-    place = torch.arange(tokens.shape[1], device=tokens.device)
+    """Return where each word of a caption (`is_word`) occurs for the first time."""
+    position = torch.arange(tokens.shape[1], device=tokens.device)
     words = is_word(tokens)
     same = (tokens[:, :, None] == tokens[:, None, :]) & words[:, None, :]
-    return words & ~(same & (place[:, None] > place)).any(dim=2)
+    return words & ~(same & (position[:, None] > position)).any(dim=2)

@@ -1,36 +1,93 @@
-"""The image-text contrast of CLIP, averaged over views."""
+"""The image-text contrast of CLIP and SigLIP, averaged over views."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from aclip.config import Pass, TextPass
-from aclip.objectives.base import Objective, check_whole_text
-from aclip.objectives.functional import clip_loss
+from aclip.errors import ConfigError
+from aclip.objectives.base import Objective
+from aclip.objectives.functional import clip_loss, sigmoid_loss
 from aclip.structs import StepContext, TowerShape
 
 
-class Contrastive(Objective):
-    """Mean over the V views of a pass of the symmetric InfoNCE with the captions.
+class ImageTextObjective(Objective):
+    """A contrast of the features of an image pass with those of a text pass, which it reads in this order.
 
-    A-CLIP, equation 2: 1/2 NCE(v1, t) + 1/2 NCE(v2, t); one view makes it CLIP's loss. Pairs that share a
-    caption are not each other's negatives. The multiplier is kept at 100 or less (CLIP, arXiv 2103.00020, section 2.5).
+    Raises:
+        ConfigError: a text pass that hides tokens, which has no feature of the caption.
     """
 
     takes = (Pass, TextPass)
     needs_text = True
-    max_logit_scale = 100.0
 
-    def __init__(self, reads: Sequence[Pass | TextPass], shape: TowerShape) -> None:
+    def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape) -> None:
         super().__init__(reads, shape)
-        check_whole_text(reads[1])
+        _, (name, text) = reads.items()
+        if text.mask_ratio > 0:
+            raise ConfigError(f"text pass '{name}' hides {text.mask_ratio:.0%} of the tokens and has no feature of the "
+                              "caption: contrast with a text pass whose mask_ratio is 0")
 
-    def forward(self, context: StepContext) -> Float[Tensor, ""]:
-        """Read the features of image pass `reads[0]` and of text pass `reads[1]`."""
-        images, captions = context.passes[self.reads[0]].features, context.texts[self.reads[1]].features
+    def features(
+        self, context: StepContext
+    ) -> tuple[Float[Tensor, "V B D"], Float[Tensor, "B D"], Float[Tensor, ""]]:
+        """Return image features of every view, text features, and the logit multiplier."""
+        image_pass, text_pass = self.reads
+        captions = context.texts[text_pass].features
         assert captions is not None
         assert context.logit_scale is not None
-        losses = [clip_loss(view, captions, context.logit_scale, context.caption_ids) for view in images]
-        return torch.stack(losses).mean()
+        return context.passes[image_pass].features, captions, context.logit_scale
+
+
+class Contrastive(ImageTextObjective):
+    """The mean over the V views of a pass of the symmetric InfoNCE with the captions (`functional.clip_loss`).
+
+    A-CLIP, equation 2: 1/2 NCE(v1, t) + 1/2 NCE(v2, t); with one view it is CLIP's loss. Pairs that share a caption are
+    not each other's negatives. The logit multiplier is clamped to 100 (CLIP, arXiv 2103.00020, section 2.5).
+    """
+
+    max_logit_scale = 100.0
+
+    def forward(self, context: StepContext) -> Float[Tensor, ""]:
+        """Read the features of both passes."""
+        images, captions, scale = self.features(context)
+        return torch.stack([clip_loss(view, captions, scale, context.caption_ids) for view in images]).mean()
+
+
+class Sigmoid(ImageTextObjective):
+    """The mean over the V views of a pass of SigLIP's sigmoid loss with the captions (`functional.sigmoid_loss`).
+
+    The multiplier is the model's `logit_scale`, from the value that the model has (1/0.07 in a fresh one; the paper
+    starts at 10) and without an upper limit: that of a pretrained SigLIP is about 117. The bias is the model's
+    `logit_bias` if it has one (about -13 in a pretrained SigLIP), saved with it. In other models it is a parameter of
+    this objective and is not exported: it shifts all similarities alike and changes no ranking.
+
+    Args:
+        reads, shape: see `Objective`.
+        init_bias: first value of the bias. None is the model's own if it has one, else the paper's -10, which says that
+            nearly all pairs are negative.
+    """
+
+    def __init__(
+        self, reads: Mapping[str, Pass | TextPass], shape: TowerShape, init_bias: float | None = None
+    ) -> None:
+        super().__init__(reads, shape)
+        self.init_bias = init_bias
+        first = torch.tensor(-10.0 if init_bias is None else float(init_bias))
+        self.logit_bias: nn.Parameter | None = nn.Parameter(first)
+
+    def adopt_bias(self, bias: nn.Parameter) -> bool:
+        """See `Objective.adopt_bias`."""
+        if self.init_bias is not None:
+            nn.init.constant_(bias, self.init_bias)
+        self.logit_bias = None
+        return True
+
+    def forward(self, context: StepContext) -> Float[Tensor, ""]:
+        """Read the features of both passes."""
+        images, captions, scale = self.features(context)
+        bias = context.logit_bias if self.logit_bias is None else self.logit_bias
+        assert bias is not None
+        return torch.stack([sigmoid_loss(view, captions, scale, bias, context.caption_ids) for view in images]).mean()

@@ -1,4 +1,4 @@
-"""The light decoder that fills in removed patches, from MAE (He et al., arXiv 2111.06377, section 3)."""
+"""The light decoder that predicts removed patches, from MAE (He et al., arXiv 2111.06377, section 3)."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,13 +13,13 @@ HEAD_WIDTH = 32  # MAE's decoder: 512 wide with 16 heads
 
 
 class PatchDecoder(nn.Module):
-    """Kept patch tokens in, tokens of all patches out: what is missing stands as a mask token at its position.
+    """Decodes kept patch tokens into tokens of all patches, a mask token in the place of each removed one.
 
-        x = embed(tokens), a learned mask token where a patch is missing, + fixed sine-cosine positions
+        x = embed(tokens), a learned mask token where a patch was removed, + fixed sine-cosine positions
         return norm(blocks([cls; x])) without cls
 
-    As in MAE the class token goes through the same embedding and has no position. Weights start as open_clip's blocks
-    and torch's linear layers do, not from MAE's Xavier initialisation.
+    As in MAE, the class token goes through the same embedding and has no position. Unlike MAE, weights have the default
+    initialisation of open_clip's blocks and torch's linear layers.
 
     Args:
         in_width: width C of the encoder.
@@ -27,15 +27,13 @@ class PatchDecoder(nn.Module):
         layers: number of blocks, at least 1.
 
     Raises:
-        ConfigError: another width or number of layers.
+        ConfigError: another width.
     """
 
     def __init__(self, in_width: int, width: int, layers: int) -> None:
         super().__init__()
         if width < 4 or width % (HEAD_WIDTH if width >= HEAD_WIDTH else 4):
-            raise ConfigError(f"a patch decoder is a multiple of {HEAD_WIDTH} wide, or of 4 below that, not {width}")
-        if layers < 1:
-            raise ConfigError(f"a patch decoder has at least one layer, not {layers}")
+            raise ConfigError(f"a patch decoder's width is a multiple of {HEAD_WIDTH}, or of 4 below that, not {width}")
         self.width, self.layers = width, layers
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
@@ -54,17 +52,17 @@ class PatchDecoder(nn.Module):
         Args:
             cls: (B, C) the class token after the encoder's final norm.
             patches: (B, K, C) the kept patches after it.
-            keep_indices: (B, K) int64 where they belong, without repeats. With all N kept the mask token has a
-                gradient of 0, not none.
+            keep_indices: (B, K) int64, their positions, without repeats. With all N kept, the mask token has a gradient
+                of 0, not None.
             grid_size: patches (down, across), N = down * across.
 
         Returns:
-            (B, N, W), patches row by row.
+            (B, N, W) patches row by row.
         """
         x = self.embed(patches)
         missing = self.mask_token.to(x.dtype).expand(len(x), grid_size[0] * grid_size[1], -1)
         x = missing.scatter(1, keep_indices[:, :, None].expand_as(x), x)
-        # in the precision of the parameters: under autocast the sum is float32, as it is in the encoder
+        # in the precision of the parameters: under autocast the sum is float32, as in the encoder
         x = x + sine_cosine(self.width, grid_size, x.device).to(self.mask_token.dtype)
         x = torch.cat([self.embed(cls)[:, None].to(x.dtype), x], dim=1)
         x, _ = run_blocks(self.transformer, x)
@@ -77,14 +75,9 @@ class PatchDecoder(nn.Module):
 
 
 def missing_patches(keep_indices: Int[Tensor, "*B K"], num_patches: int) -> Bool[Tensor, "*B N"]:
-    """Return which patches were removed: (..., N) bool.
-
-    Args:
-        keep_indices: (..., K) int64, those that were not.
-        num_patches: N.
-    """
-    everywhere = torch.ones(*keep_indices.shape[:-1], num_patches, dtype=torch.bool, device=keep_indices.device)
-    return everywhere.scatter(-1, keep_indices, False)
+    """Return which patches were removed: (..., N) bool, for `keep_indices` (..., K) int64 of N patches."""
+    missing = torch.ones(*keep_indices.shape[:-1], num_patches, dtype=torch.bool, device=keep_indices.device)
+    return missing.scatter(-1, keep_indices, False)
 
 
 def sine_cosine(width: int, grid_size: tuple[int, int], device: torch.device) -> Float[Tensor, "N W"]:
@@ -92,13 +85,13 @@ def sine_cosine(width: int, grid_size: tuple[int, int], device: torch.device) ->
 
         p(i, j) = [sin(j w), cos(j w), sin(i w), cos(i w)],  w_k = 10000^(-4 k / width), k < width / 4
 
-    Computed on the device, where a constant of open_clip's `get_2d_sincos_pos_embed` would have to be copied to it;
-    equal to that on square grids. On others rows and columns are counted in the same units.
+    Equal to open_clip's `get_2d_sincos_pos_embed` on square grids, but computed on the device. On other grids, rows and
+    columns have the same units.
 
     Args:
         width: W, a multiple of 4.
         grid_size: patches (down, across), N = down * across.
-        device: where.
+        device: of the result.
 
     Returns:
         (N, W) float32, patches row by row.

@@ -1,10 +1,11 @@
-"""The losses as pure functions of tensors; what they are computed from is in this package's classes.
+"""Losses as pure functions of tensors (`aclip.losses`).
 
-All are computed in float32 whatever the autocast state, since differences of logits near 100 do not
-survive 16-bit arithmetic. On several ranks the rows are gathered with gradient (`aclip.dist.gather`): each
-rank returns the loss of its own rows against everybody's, and the mean over ranks is the loss of the
-whole batch. Of the (WB, WB) logits a rank computes (B, WB), some rows at a time where these are many
-(`sum_over_rows`).
+All compute in float32 under any autocast state, since differences of logits near 100 do not survive 16-bit arithmetic.
+
+Across ranks: rows are gathered with their gradient (`aclip.dist.gather`), so every rank must pass equally many. Each
+rank returns the loss of its own rows against those of all ranks; the mean over ranks is the loss of the whole batch,
+and gradients averaged over ranks are its gradients. Of the (WB, WB) logits of W ranks with B rows, a rank computes
+(B, WB), in chunks of rows where these are many (`sum_over_rows`).
 """
 
 from collections.abc import Callable
@@ -17,10 +18,21 @@ from torch.utils.checkpoint import checkpoint
 
 from aclip import dist
 
-LOGITS_AT_ONCE = 2**24
-"""Logits that are held at a time, 64 MiB; their softmax and masks take some three times as much besides."""
+__all__ = [
+    "byol_loss",
+    "chance_loss",
+    "clip_loss",
+    "codeword_loss",
+    "hidden_token_loss",
+    "ntxent_loss",
+    "sigmoid_loss",
+    "sum_over_rows",
+]
 
-_NOT_A_TOKEN = -1
+# Logits held at a time, 64 MiB in float32; softmax and masks take about three times as much on top.
+LOGITS_AT_ONCE = 2**24
+
+_IGNORED = -1
 
 
 def clip_loss(
@@ -29,71 +41,56 @@ def clip_loss(
     logit_scale: Float[Tensor, ""] | float,
     caption_ids: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE (Radford et al., arXiv 2103.00020, figure 3).
+    """Return the symmetric InfoNCE of CLIP (Radford et al., arXiv 2103.00020, figure 3).
 
     L = 1/2 mean_i [-log softmax_j(s v_i . t_j)]_{j=i} + 1/2 mean_i [-log softmax_j(s t_i . v_j)]_{j=i}
 
+    Across ranks, j runs over the rows of all ranks, i over this rank's; the mean over ranks is the loss of the batch.
+
     Args:
-        image_features: (B, D) rows of unit length.
-        text_features: (B, D) rows of unit length.
-        logit_scale: the multiplier s (already exponentiated).
-        caption_ids: (B,) int64; where two different pairs have equal ids, neither is a negative of the
-            other: they are left out of each other's denominator.
+        image_features: (B, D) float, L2-normalised rows v.
+        text_features: (B, D) float, L2-normalised rows t.
+        logit_scale: s > 0, the multiplier itself and not its log (CLIP's parameter holds the log).
+        caption_ids: (B,) int64. Different pairs with equal ids are not each other's negatives: they are left out of
+            the denominators. None: all pairs differ.
+
+    Returns:
+        () float32, at least 0; log(batch) where all features are equal (`chance_loss`).
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = image_features.float(), text_features.float()
         labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
         all_ids = None if caption_ids is None else dist.gather(caption_ids)
 
-        def contrast(rows: Tensor, everyone: Tensor) -> Tensor:
+        def contrast(rows: Tensor, columns: Tensor) -> Tensor:
             def loss(rows: Tensor, labels: Tensor) -> Tensor:
-                logits = logit_scale * rows @ everyone.T
+                logits = logit_scale * rows @ columns.T
                 if all_ids is not None:
                     same = (all_ids[labels, None] == all_ids).scatter(1, labels[:, None], False)
                     logits = logits.masked_fill(same, float("-inf"))
                 return F.cross_entropy(logits, labels, reduction="sum")
 
-            return sum_over_rows(loss, rows, labels, columns=len(everyone))
+            return sum_over_rows(loss, rows, labels, columns=len(columns))
 
         return (contrast(image, dist.gather(text)) + contrast(text, dist.gather(image))) / (2 * len(image))
 
 
 def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-    """Return what `clip_loss` is where all features are alike, for this rank's rows, without waiting for the device.
+    """Return `clip_loss` for features that are all equal: the loss of a model that has learned nothing.
 
-    mean_i log(1 + number of pairs j with another caption than i), over the pairs of all ranks: ln(batch) where all
-    captions differ. It is the same in both directions and for every view.
+    mean_i log(1 + number of pairs j whose caption differs from that of i), j over the pairs of all ranks; log(batch)
+    where all captions differ. No host synchronisation.
 
     Args:
         caption_ids: (B,) int64, as for `clip_loss`.
+
+    Returns:
+        () float32, the mean over this rank's rows.
     """
     everyone = dist.gather(caption_ids).sort().values
     own = caption_ids.contiguous()
     equal = torch.searchsorted(everyone, own, right=True) - torch.searchsorted(everyone, own)
     return torch.log(1.0 + len(everyone) - equal).mean()
-
-
-def sum_over_rows(
-    loss: Callable[[Tensor, Tensor], Tensor], rows: Float[Tensor, "B D"], labels: Int[Tensor, " B"], *, columns: int
-) -> Float[Tensor, ""]:
-    """Return `loss(rows, labels)`, a sum over rows, computed for so many rows at a time as `LOGITS_AT_ONCE` allows.
-
-    Where that takes several times, the logits of each are computed again in the backward pass, one more product of
-    B x WB x D, so that never more than one part of them is held. What `loss` reads besides gets its gradient, too.
-
-    Args:
-        loss: of some rows, with (rows, columns) logits within.
-        rows: (B, D) float32.
-        labels: (B,) int64, passed on with them.
-        columns: logits of a row.
-    """
-    most = max(1, LOGITS_AT_ONCE // columns)
-    if len(rows) <= most:
-        return loss(rows, labels)
-    parts: list[Tensor] = [
-        checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(rows.split(most), labels.split(most), strict=True)]
-    return torch.stack(parts).sum()
 
 
 def sigmoid_loss(
@@ -103,17 +100,22 @@ def sigmoid_loss(
     logit_bias: Float[Tensor, ""] | float,
     caption_ids: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343, equation 1).
+    """Return the sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343, equation 1).
 
     L = -1/B sum_i sum_j log sigmoid(z_ij (s v_i . t_j + b)), z_ij = 1 where i = j, else -1
 
+    Across ranks, j runs over the rows of all ranks, i over this rank's; the mean over ranks is the loss of the batch.
+
     Args:
-        image_features: (B, D) rows of unit length.
-        text_features: (B, D) rows of unit length.
-        logit_scale: the multiplier s (already exponentiated).
+        image_features: (B, D) float, L2-normalised rows v.
+        text_features: (B, D) float, L2-normalised rows t.
+        logit_scale: s > 0, the multiplier itself and not its log.
         logit_bias: b.
-        caption_ids: (B,) int64; where two different pairs have equal ids, their cross terms are left out of the sum,
-            neither positive nor negative.
+        caption_ids: (B,) int64. Cross terms of different pairs with equal ids are left out of the sum. None: all pairs
+            differ.
+
+    Returns:
+        () float32, at least 0.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, all_text = image_features.float(), dist.gather(text_features.float())
@@ -131,13 +133,21 @@ def sigmoid_loss(
         return sum_over_rows(loss, image, labels, columns=len(all_text)) / len(image)
 
 
-def ntxent_loss(
-    z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature: float
-) -> Float[Tensor, ""]:
-    """NT-Xent (Chen et al., arXiv 2002.05709, equation 1), mean over the 2B anchors.
+def ntxent_loss(z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature: float) -> Float[Tensor, ""]:
+    """Return NT-Xent of SimCLR (Chen et al., arXiv 2002.05709, equation 1), the mean over the 2B anchors.
 
-    l(i, j) = -log( exp(z_i . z_j / tau) / sum_{k != i} exp(z_i . z_k / tau) ), z normalised to unit length,
-    j the other view of i, k over all 2B rows but i itself.
+    l(i, j) = -log( exp(z_i . z_j / tau) / sum_{k != i} exp(z_i . z_k / tau) ), z normalised to unit length, j the other
+    view of i, k over all 2B rows but i itself.
+
+    Across ranks, k runs over the rows of all ranks, i over this rank's; the mean over ranks is the loss of the batch.
+
+    Args:
+        z1: (B, D) float, projections of one view; normalised here.
+        z2: (B, D) float, those of the other view, in the same order.
+        temperature: tau > 0.
+
+    Returns:
+        () float32, at least 0; log(2 batch - 1) where all projections are equal.
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
@@ -149,15 +159,23 @@ def ntxent_loss(
             logits = (z @ everyone.T / temperature).scatter(1, own[:, None], float("-inf"))
             return F.cross_entropy(logits, (own + half) % (2 * half), reduction="sum")
 
-        total = sum(sum_over_rows(loss, z, own, columns=2 * half) for z, own in ((z1, rows), (z2, rows + half)))
-        assert isinstance(total, Tensor)
-        return total / (2 * len(z1))
+        first, second = (sum_over_rows(loss, z, own, columns=2 * half) for z, own in ((z1, rows), (z2, rows + half)))
+        return (first + second) / (2 * len(z1))
 
 
 def byol_loss(prediction: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-    """BYOL's regression (Grill et al., arXiv 2006.07733, equation 2): mean(2 - 2 cos(prediction, target)).
+    """Return BYOL's regression loss (Grill et al., arXiv 2006.07733, equation 2).
 
-    The target carries no gradient.
+    L = mean_i [2 - 2 cos(prediction_i, target_i)]
+
+    Across ranks it is local; the mean over ranks is the loss of the batch.
+
+    Args:
+        prediction: (B, D) float, normalised here.
+        target: (B, D) float, normalised here; receives no gradient.
+
+    Returns:
+        () float32 in [0, 4].
     """
     with torch.autocast(prediction.device.type, enabled=False):
         return (2 - 2 * F.cosine_similarity(prediction.float(), target.detach().float(), dim=1)).mean()
@@ -170,19 +188,22 @@ def codeword_loss(
     temperature: float,
     teacher_temperature: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy between soft codewords, as in DINO (Caron et al., arXiv 2104.14294, section 3.1), summed over rows.
+    """Return the cross-entropy between soft codewords, as in DINO (Caron et al., arXiv 2104.14294, section 3.1).
 
         L = sum_m [-sum_w q_mw log p_mw]
         p_m = softmax(s_m / tau),  q_m = softmax((t_m - centre) / tau_teacher)
 
-    The teacher carries no gradient. Without rows the loss is 0, with a gradient of 0.
+    Across ranks it is local, apart from `centre`, which the caller computes over all of them.
 
     Args:
-        logits: (M, W) the student's, s, over W codewords.
-        teacher_logits: (M, W) the teacher's, t.
-        centre: (W,) what all rows of the teacher have in common.
-        temperature: tau of the student.
-        teacher_temperature: tau of the teacher, lower than the student's to keep its codewords sharp.
+        logits: (M, W) float, the student's s over W codewords.
+        teacher_logits: (M, W) float, the teacher's t; receive no gradient.
+        centre: (W,) float, the teacher's mean logits.
+        temperature: tau > 0 of the student.
+        teacher_temperature: tau_teacher > 0, below tau so that the targets are sharp.
+
+    Returns:
+        () float32, the sum over rows; 0 with a gradient of 0 for M = 0.
     """
     with torch.autocast(logits.device.type, enabled=False):
         targets = ((teacher_logits.detach().float() - centre) / teacher_temperature).softmax(dim=1)
@@ -192,19 +213,45 @@ def codeword_loss(
 def hidden_token_loss(
     logits: Float[Tensor, "M W"], tokens: Int[Tensor, " M"], hidden: Bool[Tensor, " M"]
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the hidden tokens (BERT, Devlin et al., arXiv 1810.04805, section 3.1).
+    """Return the cross-entropy of hidden tokens (BERT, Devlin et al., arXiv 1810.04805, section 3.1).
 
         L = -1/n sum_{m hidden} log softmax(s_m)[token_m],  n = hidden tokens
 
-    n is counted over all ranks and divided by their number, so that the mean over ranks is the mean over all hidden
-    tokens, however many each rank has. With nothing hidden the loss is 0, with a gradient of 0.
+    Across ranks, n is the mean number of hidden tokens per rank. The mean over ranks is then the mean over all hidden
+    tokens, even where ranks have different numbers of them.
 
     Args:
-        logits: (M, W) s over a vocabulary of W.
-        tokens: (M,) int64 what stood there.
+        logits: (M, W) float, s over a vocabulary of W.
+        tokens: (M,) int64, the original tokens.
         hidden: (M,) bool, which rows count.
+
+    Returns:
+        () float32, at least 0; 0 with a gradient of 0 if nothing is hidden.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        targets = tokens.masked_fill(~hidden, _NOT_A_TOKEN)
-        total = F.cross_entropy(logits.float(), targets, ignore_index=_NOT_A_TOKEN, reduction="sum")
+        targets = tokens.masked_fill(~hidden, _IGNORED)
+        total = F.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="sum")
         return total * dist.world_size() / dist.sum_over_ranks(hidden.sum()).clamp(min=1)
+
+
+def sum_over_rows(
+    loss: Callable[[Tensor, Tensor], Tensor], rows: Float[Tensor, "B D"], labels: Int[Tensor, " B"], *, columns: int
+) -> Float[Tensor, ""]:
+    """Return `loss(rows, labels)`, a sum over rows, computed in chunks of at most `LOGITS_AT_ONCE` logits.
+
+    With more than one chunk, the backward pass recomputes the logits of each (one more product of B x WB x D), so that
+    only those of one chunk are held. Tensors that `loss` closes over receive their gradients as well.
+
+    Args:
+        loss: maps some rows and their labels to the sum of their losses, by way of (rows, columns) logits.
+        rows: (B, D) float32.
+        labels: (B,) int64.
+        columns: logits per row.
+    """
+    chunk = max(1, LOGITS_AT_ONCE // columns)
+    if len(rows) <= chunk:
+        return loss(rows, labels)
+    losses: list[Tensor] = [
+        checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(rows.split(chunk), labels.split(chunk), strict=True)]
+    return torch.stack(losses).sum()

@@ -1,4 +1,4 @@
-"""Cluster masking: similarities and choices against loops, and clusters that are seen to go."""
+"""Masking by pixels: gradients, similarities and choices against loops, and images whose answer is known."""
 
 import math
 
@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses import FakeTensorMode
 
 from aclip import rng
 from aclip.errors import ConfigError
-from aclip.masking import ClusterMasking, MaskingContext
+from aclip.masking import ClusterMasking, EdgeMasking, MaskingContext, MaskingStrategy
 from aclip.masking.base import best_first
-from aclip.masking.cluster import patch_similarity
+from aclip.masking.content import edge_scores, patch_similarity
+
+SOBEL = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=np.float64)
 
 
 def context_of(images: torch.Tensor, grid: tuple[int, int], first_seed: int = 0) -> MaskingContext:
@@ -25,8 +26,89 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def slow_scores(image: np.ndarray, grid: tuple[int, int]) -> list[float]:
+    """The definition, pixel by pixel, in float64."""
+    image = image.astype(np.float64)
+    luma = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+    h, w = luma.shape
+    totals = [0.0] * (grid[0] * grid[1])
+    for i in range(h):
+        for j in range(w):
+            x = y = 0.0
+            for a in range(3):
+                for b in range(3):
+                    pixel = luma[min(max(i + a - 1, 0), h - 1), min(max(j + b - 1, 0), w - 1)]
+                    x += SOBEL[a, b] * pixel
+                    y += SOBEL[b, a] * pixel
+            totals[i * grid[0] // h * grid[1] + j * grid[1] // w] += math.hypot(x, y)
+    return [total / (h * w / len(totals)) for total in totals]
+
+
+@pytest.mark.parametrize(("grid", "size"), [((4, 4), (16, 16)), ((2, 5), (6, 20)), ((1, 1), (3, 4)), ((3, 2), (3, 2))])
+def test_edge_scores_equal_the_definition(grid: tuple[int, int], size: tuple[int, int]) -> None:
+    images = noise(2, 3, *size)
+    expected = torch.tensor([slow_scores(image, grid) for image in images.numpy()])
+    torch.testing.assert_close(edge_scores(images, grid), expected, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 6), width=st.integers(1, 6), ratio=st.integers(0, 15), side=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_keeps_the_strongest_blocks(height: int, width: int, ratio: int, side: int, seed: int) -> None:
+    images = noise(2, 3, 3 * height, 3 * width, seed=seed)
+    keep = EdgeMasking(ratio / 16, block_size=side)(context_of(images, (height, width)))
+    block = side if height % side == 0 and width % side == 0 else 1
+    grid = (height // block, width // block)
+    for kept, image in zip(keep.tolist(), images.numpy(), strict=True):
+        scores = slow_scores(image, grid)  # a block is a larger patch
+        blocks = {patch // width // block * grid[1] + patch % width // block for patch in kept}
+        assert len(blocks) == max(1, math.floor(len(scores) * (1 - ratio / 16) + 0.5))
+        assert len(kept) == len(blocks) * block**2
+        removed = [scores[b] for b in range(len(scores)) if b not in blocks]
+        assert not removed or max(removed) <= min(scores[b] for b in blocks) + 1e-5
+
+
+def test_the_outline_of_a_square_is_kept() -> None:
+    images = torch.zeros(1, 3, 24, 24)
+    images[:, :, 4:20, 4:20] = 1.0  # on 6 x 6 patches of 4 pixels its edges lie between patches 0 | 1 and 4 | 5
+    seen = edge_scores(images, (6, 6)).reshape(6, 6)
+    assert (seen[2:4, 2:4] == 0).all()  # no edges inside
+    corners = seen[[0, 0, 5, 5], [0, 5, 0, 5]]
+    assert (corners < seen[seen > 0].median()).all()
+    keep = EdgeMasking(4 / 36)(context_of(images, (6, 6)))
+    assert set(range(36)) - set(keep[0].tolist()) == {14, 15, 20, 21}
+
+
+def test_a_plain_image_keeps_the_lower_indices() -> None:
+    images = torch.tensor([0.3, -1.7, 2.2])[:, None, None].expand(2, 3, 16, 16).contiguous()
+    assert (edge_scores(images, (4, 4)) == 0).all()
+    assert EdgeMasking(0.5)(context_of(images, (4, 4))).tolist() == [list(range(8))] * 2
+    assert EdgeMasking(0.75, block_size=2)(context_of(images, (4, 4))).tolist() == [[0, 1, 4, 5]] * 2
+
+
+def test_a_ramp_has_eight_times_its_slope() -> None:
+    images = (0.5 * torch.arange(12.0)).expand(1, 3, 12, 12)
+    scores = edge_scores(images, (4, 4)).reshape(4, 4)
+    torch.testing.assert_close(scores[:, 1:3], torch.full((4, 2), 4.0))
+    torch.testing.assert_close(scores[:, 0], torch.full((4,), 4.0 * 2.5 / 3))  # half the difference at the border
+
+
+def test_edge_scores_follow_mirroring_transposing_and_contrast() -> None:
+    images = noise(2, 3, 20, 20)
+    scores = edge_scores(images, (5, 5)).reshape(2, 5, 5)
+
+    def of(changed: torch.Tensor) -> torch.Tensor:
+        return edge_scores(changed, (5, 5)).reshape(2, 5, 5)
+
+    torch.testing.assert_close(of(images.flip(3)), scores.flip(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(of(images.mT), scores.mT, rtol=0, atol=1e-5)
+    torch.testing.assert_close(of(2 * images + 3), 2 * scores, rtol=0, atol=1e-4)
+
+
 def from_patches(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, N, 3, p, q) patches laid out as (B, 3, h, w) images."""
+    """Lay (B, N, 3, p, q) patches out as (B, 3, h, w) images."""
     rows = patches.unflatten(1, grid)
     return rows.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
 
@@ -65,7 +147,7 @@ def test_similarity_equals_the_cosine_of_normalised_patches(grid: tuple[int, int
     height=st.integers(1, 8), width=st.integers(1, 8), ratio=st.integers(0, 15), side=st.integers(1, 2),
     anchor_ratio=st.sampled_from([0.03, 0.1, 0.5, 1.0]), seed=st.integers(0, 999),
 )  # fmt: skip
-def test_equals_the_slow_definition(
+def test_cluster_equals_the_slow_definition(
     height: int, width: int, ratio: int, side: int, anchor_ratio: float, seed: int
 ) -> None:
     images = noise(3, 3, 2 * height, 2 * width, seed=seed)
@@ -87,11 +169,11 @@ def test_equals_the_slow_definition(
         assert not dropped or set(anchors) <= dropped
         nearness = [max((patches[a] * patches[b]).mean() for a in anchors) + draws[b] / 1024 for b in range(count)]
         others = [nearness[b] for b in dropped - set(anchors)]
-        # what stays is less near than what goes, to the precision of float32
+        # kept blocks are less similar than removed ones, to the precision of float32
         assert not others or max(nearness[b] for b in blocks) <= min(others) + 2e-6
 
 
-def test_a_whole_texture_goes_with_its_anchor() -> None:
+def test_a_whole_texture_is_removed_with_its_anchor() -> None:
     # two textures on 4 x 4 patches, each patch brighter or darker and with its own contrast
     places = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(s)) < 8 for s in range(40)])
     textures = noise(2, 3, 4, 4)
@@ -103,7 +185,7 @@ def test_a_whole_texture_goes_with_its_anchor() -> None:
     assert not kept_textures.all()
 
 
-def test_equal_patches_go_at_random() -> None:
+def test_equal_patches_are_removed_at_random() -> None:
     images = noise(1, 3, 4, 4).tile(4000, 1, 2, 3)
     keep = ClusterMasking(0.5)(context_of(images, (2, 3)))  # 3 of 6 equal patches
     counts = torch.bincount(keep.flatten(), minlength=6)
@@ -111,7 +193,7 @@ def test_equal_patches_go_at_random() -> None:
 
 
 @pytest.mark.parametrize(("mask_ratio", "removed"), [(0.01, 2), (0.0, 0)])
-def test_fewer_go_than_there_would_be_anchors(mask_ratio: float, removed: int) -> None:
+def test_no_more_anchors_than_removed_patches(mask_ratio: float, removed: int) -> None:
     context = context_of(noise(5, 3, 28, 28), (14, 14))
     keep = ClusterMasking(mask_ratio)(context)
     random_ones = best_first(context.uniform(196))[:, :removed]
@@ -133,27 +215,23 @@ def test_patches_without_contrast_are_similar_to_none() -> None:
     torch.testing.assert_close(similarity[0, 2:, 2:].diagonal(), torch.ones(2), rtol=0, atol=1e-5)
 
 
-def test_autocast_changes_nothing() -> None:
-    context = context_of(noise(8, 3, 28, 28), (7, 7))
-    plain = ClusterMasking(0.5)(context)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ClusterMasking(0.5)(context), plain)
-
-
-def test_reads_no_value_back_to_the_host() -> None:
-    with FakeTensorMode():  # tensors without values: what asks for one raises
-        context = MaskingContext(4, (7, 7), "cpu", images=torch.empty(4, 3, 28, 28), seeds=torch.arange(4))
-        assert ClusterMasking(0.5)(context).shape == (4, 25)
-
-
-def test_needs_images_that_the_grid_divides() -> None:
-    with pytest.raises(ValueError, match="compares pixels"):
-        ClusterMasking(0.5)(MaskingContext(2, (4, 4), "cpu"))
-    with pytest.raises(ValueError, match=r"\(30, 32\) pixels do not divide into the grid \(4, 4\)"):
-        ClusterMasking(0.5)(context_of(noise(1, 3, 30, 32), (4, 4)))
-
-
 @pytest.mark.parametrize("anchor_ratio", [0.0, -0.1, 1.1, math.nan])
 def test_refuses_other_anchor_ratios(anchor_ratio: float) -> None:
     with pytest.raises(ConfigError, match="0 < ratio <= 1"):
         ClusterMasking(0.5, anchor_ratio=anchor_ratio)
+
+
+@pytest.mark.parametrize("strategy", [EdgeMasking(0.5), ClusterMasking(0.5)])
+def test_autocast_changes_nothing(strategy: MaskingStrategy) -> None:
+    context = context_of(noise(8, 3, 28, 28), (7, 7))
+    plain = strategy(context)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(strategy(context), plain)
+
+
+@pytest.mark.parametrize("strategy", [EdgeMasking(0.5), ClusterMasking(0.5)])
+def test_needs_images_that_the_grid_divides(strategy: MaskingStrategy) -> None:
+    with pytest.raises(ConfigError, match="reads pixels"):
+        strategy(MaskingContext(2, (4, 4), "cpu"))
+    with pytest.raises(ConfigError, match="30 x 32 pixels do not divide into a 4 x 4 grid"):
+        strategy(context_of(noise(1, 3, 30, 32), (4, 4)))

@@ -1,6 +1,6 @@
-"""Encoded passes of noise, for objectives to read."""
+"""Encoded passes of noise for objectives to read."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,12 @@ SHAPE = TowerShape(
 )
 B, GRID, NUM_PATCHES, LENGTH = 5, (4, 4), 16, 9
 SOT, EOT = SHAPE.vocab_size - 2, SHAPE.vocab_size - 1
-CAPTIONS = TextPass("captions")
-HIDDEN = TextPass("hidden", mask_ratio=0.3)
+CAPTIONS = {"captions": TextPass()}
+HIDDEN = {"hidden": TextPass(mask_ratio=0.3)}
 
 
-def made_pass(name: str, views: tuple[str, ...], encoder: str = "online", **fields: Any) -> Pass:
-    """Return a pass; with masking="uniform", mask_ratio=..., its encoding keeps that share of the patches."""
-    return Pass(name, views, encoder=encoder, **fields)
+def masked(views: tuple[str, ...] = ("a", "b"), mask_ratio: float = 0.75, fill: bool = False) -> dict[str, Pass]:
+    return {"masked": Pass(views=views, masking="uniform", mask_ratio=mask_ratio, fill=fill)}
 
 
 def encoded(p: Pass, seed: int = 0) -> Encoded:
@@ -57,7 +56,7 @@ def encoded(p: Pass, seed: int = 0) -> Encoded:
 
 
 def encoded_text(text: TextPass) -> EncodedText:
-    """Captions of 1 to 7 words; a pass that hides tokens hides words 1 and 3 of every caption that has them."""
+    """Return captions of 1 to 7 words; a pass that hides tokens hides words 1 and 3 of each caption."""
     noise = torch.Generator().manual_seed(99)
     tokens = torch.zeros(B, LENGTH, dtype=torch.int64)
     for row, words in enumerate((7, 1, 4, 7, 3)):
@@ -65,18 +64,21 @@ def encoded_text(text: TextPass) -> EncodedText:
         tokens[row, 1 : words + 1] = torch.randint(1, SOT, (words,), generator=noise)
     if text.mask_ratio == 0:
         return EncodedText(tokens, F.normalize(torch.randn(B, SHAPE.joint_dim, generator=noise), dim=-1))
-    place = torch.arange(LENGTH)
-    hidden = ((place == 1) | (place == 3)) & (place < tokens.argmax(dim=1, keepdim=True))
+    position = torch.arange(LENGTH)
+    hidden = ((position == 1) | (position == 3)) & (position < tokens.argmax(dim=1, keepdim=True))
     states = torch.randn(B, LENGTH, SHAPE.text_width, generator=noise).requires_grad_(True)
     return EncodedText(tokens, hidden=hidden, states=states)
 
 
 def step_context(
-    *passes: Pass, texts: tuple[TextPass, ...] = (CAPTIONS,), caption_ids: tuple[int, ...] = (0, 1, 2, 3, 4)
+    reads: Mapping[str, Pass | TextPass], caption_ids: tuple[int, ...] = (0, 1, 2, 3, 4)
 ) -> StepContext:
+    """Return a step in which the passes `reads`, of images and captions, were encoded."""
+    images = {name: p for name, p in reads.items() if isinstance(p, Pass)}
+    texts = {name: encoded_text(p) for name, p in reads.items() if isinstance(p, TextPass)}
     return StepContext(
-        passes={p.name: encoded(p, seed) for seed, p in enumerate(passes)},
-        texts={text.name: encoded_text(text) for text in texts},
+        passes={name: encoded(p, seed) for seed, (name, p) in enumerate(images.items())},
+        texts=texts,
         caption_ids=torch.tensor(caption_ids),
         logit_scale=torch.tensor(12.0) if texts else None,
     )
