@@ -55,8 +55,8 @@ class Checkpoint:
         Raises:
             CheckpointError: a name that is missing here or there, another shape, or an unreadable file.
         """
-        from torch.distributed.checkpoint.state_dict_loader import load
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         for name, target in targets.items():
             if name not in self.shapes:

@@ -1,4 +1,4 @@
-"""Training, top to bottom: a configuration, a `Trainer` with the state of a run, THE STEP, THE LOOP, a finished model."""
+"""Training, top to bottom: configuration, `Trainer` (the state of a run), THE STEP, THE LOOP, the finished model."""
 
 import logging
 import math
@@ -189,8 +189,9 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
         look(0)
     if trainer.step < table.total_steps or trainer.evaluation_due:
         sink = TensorBoard(folder.path, trainer.step) if config.tensorboard and dist.rank() == 0 else None
-        with closing(sink) if sink else nullcontext(), TrainingProgress(console, table.total_steps, trainer.step) as bar:
-            fit(trainer, open_batches(trainer, dataset, workers), folder, bar, evaluate, sink)
+        progress = TrainingProgress(console, table.total_steps, trainer.step)
+        with closing(sink) if sink else nullcontext(), progress:
+            fit(trainer, open_batches(trainer, dataset, workers), folder, progress, evaluate, sink)
         if dist.rank() == 0:
             write_peak_memory(folder, device)
     trainer.wrapped.refresh()
