@@ -1,4 +1,4 @@
-"""Steps over several processes, compared inside them with what one process has found."""
+"""Steps of a tiny model, over several processes, and in double precision."""
 
 import functools
 import multiprocessing as forkserver
@@ -14,13 +14,12 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, multiprocessing
 
-from aclip import models, plan
 from aclip.config import Recipe, override
 from aclip.data import augment
 from aclip.method import Method
 from aclip.recipes import RECIPES
 from aclip.structs import Batch
-from test_recipes import small
+from tests_support import build as build_recipe
 from tests_support import random_batch
 
 SOT, EOT = 98, 99
@@ -28,29 +27,25 @@ SOT, EOT = 98, 99
 
 @functools.cache
 def register_nano() -> None:
-    """Tell open_clip about `vit-nano`, of a few thousand weights: a step of it takes milliseconds."""
+    """Register `vit-nano` with open_clip, a model of a few thousand weights whose step takes milliseconds."""
     open_clip.add_model_config(Path(__file__).parent / "models")
 
 
 def recipe_of(words: str) -> Recipe:
-    """Return a recipe with narrow heads from its name and changes to it: `a-clip passes.context.resolution=0.5`."""
+    """Return a recipe from its name and changes to it: `a-clip passes.context.resolution=0.5`."""
     name, *changes = words.split()
-    recipe: Recipe = override(small(RECIPES[name]), changes)
-    return recipe
+    return override(RECIPES[name], dict(change.split("=", 1) for change in changes))
 
 
 def build(words: str) -> Method:
-    """Return a recipe (`recipe_of`) on `vit-nano`."""
+    """Return a recipe (`recipe_of`) with narrow heads on `vit-nano`."""
     register_nano()
-    torch.manual_seed(0)
-    resolved = plan.resolve(recipe_of(words), models.shape_of(models.model_config("vit-nano")))
-    model = models.create_model("vit-nano", with_text=resolved.uses_text)
-    return Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
+    return build_recipe(recipe_of(words), "vit-nano")
 
 
 def a_batch(method: Method, rows: int, seed: int = 0) -> Batch:
-    """Return pictures of different colours for a method on `vit-nano`: of plain noise the tower makes nearly the same
-    for every sample, and a BatchNorm, which divides by the difference, would turn that into rounding."""
+    """Return images of different colours for a method on `vit-nano`: on plain noise its features barely differ between
+    samples, and a BatchNorm, which divides by the difference, would amplify rounding errors."""
     batch = random_batch(method.plan, rows, seed)
     colours = torch.rand(rows, 3, 1, 1, generator=torch.Generator().manual_seed(seed))
     views = {name: replace(view, pixels=(view.pixels * colours).to(torch.uint8)) for name, view in batch.views.items()}
@@ -61,7 +56,7 @@ def a_batch(method: Method, rows: int, seed: int = 0) -> Batch:
 
 @contextmanager
 def in_double(method: torch.nn.Module) -> Iterator[None]:
-    """Have all that a method (or objective) computes in fp32 computed in fp64, so that what rounding hides is seen."""
+    """Compute everything that a method (or objective) computes in float32 in float64."""
     method.double()
     with pytest.MonkeyPatch.context() as patch:
         applied = augment.apply
@@ -76,7 +71,7 @@ def in_double(method: torch.nn.Module) -> Iterator[None]:
 
 def run_ranks(ranks: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return what `work(folder, *arguments)` returns on each of some processes that form a gloo group."""
-    forkserver.set_forkserver_preload(["aclip.recipes", "aclip.engine.trainer"])  # imported once for all processes
+    forkserver.set_forkserver_preload(["aclip.recipes", "aclip.trainer"])  # imported once for all processes
     multiprocessing.start_processes(_one_rank, (ranks, folder, work, arguments), ranks, start_method="forkserver")
     return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(ranks)]
 

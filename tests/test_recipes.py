@@ -1,34 +1,19 @@
-"""The contract of every recipe, run over the table: what is declared is what is trained."""
+"""What every recipe of the table must hold: what is declared is what is trained."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 
 from aclip import models, plan
-from aclip.config import Recipe, from_dict, to_dict
+from aclip.config import Pass, Recipe, from_dict, to_dict
 from aclip.data.views import VIEWS
-from aclip.engine.optim import parameter_groups
 from aclip.method import Method
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, StepOutput
-from tests_support import random_batch
-
-SMALL_HEADS = {"ntxent": {"hidden": 32, "out": 16}, "byol": {"hidden": 32, "out": 16}}
-
-
-def small(recipe: Recipe) -> Recipe:
-    """Return the recipe with narrow heads: their width changes nothing that is tested."""
-    objectives = tuple(replace(o, options={**o.options, **SMALL_HEADS.get(o.name, {})}) for o in recipe.objectives)
-    return replace(recipe, objectives=objectives)
-
-
-def build(recipe: Recipe, model_name: str = "vit-tiny") -> Method:
-    torch.manual_seed(0)
-    shape = models.shape_of(models.model_config(model_name))
-    resolved = plan.resolve(small(recipe), shape)
-    model = models.create_model(model_name, with_text=resolved.uses_text)
-    return Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
+from aclip.training.optim import parameter_groups
+from tests_support import build, random_batch
 
 
 def step(recipe: Recipe, seed: int = 0) -> tuple[Method, Batch, StepOutput]:
@@ -59,7 +44,7 @@ def test_survives_json(name: str) -> None:
 
 def test_loss_is_finite_and_the_weighted_sum_of_its_parts(stepped: tuple[Method, Batch, StepOutput]) -> None:
     method, _, output = stepped
-    weights = {o.name: o.weight for o in method.plan.recipe.objectives}
+    weights = {key: o.weight for key, o in method.plan.recipe.objectives.items()}
     assert torch.isfinite(output.loss)
     assert set(output.parts) == set(weights)
     expected = sum(weights[key] * part for key, part in output.parts.items())
@@ -73,15 +58,15 @@ def test_every_trainable_parameter_gets_a_gradient(stepped: tuple[Method, Batch,
     # NT-Xent of a view with itself has no gradient through the positive pair but has one through negatives
     zero = [n for n, p in trainable.items() if p.grad is not None and not p.grad.any()]
     assert not without
-    # a bias before a BatchNorm shifts what is then centred, and a key's bias shifts all logits of a row
-    # alike: their gradients vanish in exact arithmetic
+    # A bias before a BatchNorm is centred away, and a key's bias shifts all logits of a row alike: their gradients
+    # vanish in exact arithmetic.
     assert all(n.endswith("bias") or "bias" in n for n in zero), zero
-    grouped = {n for group in parameter_groups(method, 0.1) for n in group.names}
+    grouped = {n for group in parameter_groups(method, 0.1) for n in group.parameters}
     assert grouped == set(trainable)
 
 
 def test_every_trainable_parameter_has_a_gradient_in_an_unmasked_step_too(name: str) -> None:
-    """It may be 0, never none: an optimizer's state and a resume do not depend on when a phase begins."""
+    """It may be 0, never None: the optimizer's state must not depend on when a phase begins."""
     method = build(RECIPES[name])
     method(random_batch(method.plan, batch_size=4), masked=False).loss.backward()
     assert [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -98,8 +83,8 @@ def test_averages_and_frozen_parameters_get_none(stepped: tuple[Method, Batch, S
 
 def test_encodes_exactly_the_declared_tokens(stepped: tuple[Method, Batch, StepOutput]) -> None:
     method, batch, output = stepped
-    for p in method.plan.passes:
-        encoded = output.passes[p.spec.name]
+    for key, p in method.plan.passes.items():
+        encoded = output.passes[key]
         assert encoded.num_tokens == p.num_tokens
         assert encoded.features.shape[:2] == (len(p.spec.views), batch.size)
         if p.num_keep < p.num_patches:
@@ -110,30 +95,34 @@ def test_encodes_exactly_the_declared_tokens(stepped: tuple[Method, Batch, StepO
             assert encoded.keep_indices is None
 
 
-def test_ratio_0_equals_no_masking(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_check_asks", lambda *_: None)  # which refuses losses that are 0, as some are here
-    recipe = RECIPES[name]
-    masked = [p for p in recipe.passes if p.masking != "none"]
-    if not masked:
+def unmasked(passes: Mapping[str, Pass]) -> dict[str, Pass]:
+    return {key: replace(p, masking="none", mask_ratio=0.0, masking_options={}) for key, p in passes.items()}
+
+
+@pytest.fixture
+def _allow_losses_of_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept objectives of masked patches where nothing is masked."""
+    monkeypatch.setattr(plan, "_check_masked_objectives", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_allow_losses_of_0")
+def test_ratio_0_equals_no_masking(name: str) -> None:
+    recipe, at_zero = RECIPES[name], {}
+    for key, p in recipe.passes.items():
+        options = {k: v for k, v in p.masking_options.items() if k != "rounding"}  # "released" keeps one block more
+        at_zero[key] = replace(p, mask_ratio=0.0, masking_options=options)
+    if all(p.masking == "none" for p in recipe.passes.values()):
         pytest.skip("masks nothing")
-    options = {"rounding": "nearest"} if "rounding" in masked[0].masking_options else {}
-    at_zero = replace(recipe, passes=tuple(
-        replace(p, mask_ratio=0.0, masking_options={**p.masking_options, **options}) if p in masked else p
-        for p in recipe.passes))
-    unmasked = replace(recipe, passes=tuple(
-        replace(p, masking="none", mask_ratio=0.0, masking_options={}) if p in masked else p
-        for p in recipe.passes))
-    torch.testing.assert_close(step(at_zero)[2].loss, step(unmasked)[2].loss, rtol=0, atol=0)
+    losses = [step(replace(recipe, passes=passes))[2].loss for passes in (at_zero, unmasked(recipe.passes))]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
-def test_an_unmasked_step_equals_ratio_0(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_check_asks", lambda *_: None)  # which refuses losses that are 0, as some are here
-    method = build(RECIPES[name])
-    batch = random_batch(method.plan, batch_size=4)
+@pytest.mark.usefixtures("_allow_losses_of_0")
+def test_an_unmasked_step_equals_ratio_0(name: str) -> None:
     recipe = RECIPES[name]
-    whole = build(replace(recipe, passes=tuple(
-        replace(p, masking="none", mask_ratio=0.0, masking_options={}) for p in recipe.passes)))
-    hides_words = any(text.mask_ratio > 0 for text in recipe.texts)  # which no recipe can do at ratio 0
+    method, whole = build(recipe), build(replace(recipe, passes=unmasked(recipe.passes)))
+    batch = random_batch(method.plan, batch_size=4)
+    hides_words = any(text.mask_ratio > 0 for text in recipe.texts.values())  # no recipe can do that at ratio 0
     expected = whole(batch, masked=not hides_words).loss
     torch.testing.assert_close(method(batch, masked=False).loss, expected, rtol=0, atol=0)
 
@@ -152,7 +141,7 @@ def test_masks_do_not_depend_on_the_rest_of_the_batch(name: str) -> None:
 
 def test_views_exist_in_its_pipeline(name: str) -> None:
     recipe = RECIPES[name]
-    used = {view for p in recipe.passes for view in p.views}
+    used = {view for p in recipe.passes.values() for view in p.views}
     assert used <= set(VIEWS[recipe.views].names)
 
 

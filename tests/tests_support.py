@@ -1,12 +1,36 @@
-"""What several test files build on."""
+"""Sources, models, recipes and batches that several test files use."""
+
+from dataclasses import replace
 
 import torch
 
+from aclip import models
+from aclip.config import Recipe
 from aclip.data import RawSample
 from aclip.data.augment import AUGMENTATIONS, draw
-from aclip.plan import Plan
+from aclip.method import Method
+from aclip.plan import Plan, resolve
 from aclip.rng import generator
-from aclip.structs import Batch, ViewBatch
+from aclip.structs import Batch, TowerShape, ViewBatch
+
+SOT, EOT = 49406, 49407
+VIT_B_16 = TowerShape(
+    image_size=(224, 224),
+    patch_size=(16, 16),
+    width=768,
+    layers=12,
+    heads=12,
+    mlp_width=3072,
+    joint_dim=512,
+    num_prefix_tokens=1,
+    text_width=512,
+    text_layers=12,
+    text_mlp_width=2048,
+    context_length=77,
+    vocab_size=49408,
+    text_cut=True,
+)
+SMALL_HEADS = {"ntxent": {"hidden": 32, "out": 16}, "byol": {"hidden": 32, "out": 16}}
 
 
 class Numbers:
@@ -29,7 +53,18 @@ class Numbers:
         return RawSample(str(index), b"", (str(index),))
 
 
-SOT, EOT = 49406, 49407
+def small(recipe: Recipe) -> Recipe:
+    """Return the recipe with narrow heads: their width changes nothing that is tested."""
+    return replace(recipe, objectives={name: replace(o, options={**o.options, **SMALL_HEADS.get(name, {})})
+                                       for name, o in recipe.objectives.items()})
+
+
+def build(recipe: Recipe, model_name: str = "vit-tiny", image_size: int | None = None) -> Method:
+    """Return a recipe, with narrow heads, on a small model."""
+    torch.manual_seed(0)
+    plan = resolve(small(recipe), models.shape_of(models.model_config(model_name, image_size=image_size)))
+    model = models.create_model(model_name, with_text=plan.uses_text, image_size=image_size)
+    return Method(model, plan, (0.5,) * 3, (0.25,) * 3).train()
 
 
 def random_batch(plan: Plan, batch_size: int, seed: int = 0, text_length: int = 9) -> Batch:

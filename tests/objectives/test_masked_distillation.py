@@ -21,7 +21,7 @@ from aclip.plan import resolve
 from aclip.recipes import RECIPES
 from aclip.structs import Encoded, StepContext
 from over_ranks import in_double
-from test_plan import VIT_B_16
+from tests_support import VIT_B_16
 
 CODEWORDS = 7
 

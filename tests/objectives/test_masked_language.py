@@ -17,9 +17,8 @@ from aclip.errors import ConfigError
 from aclip.objectives.masked_language import MaskedLanguage, max_hidden
 from aclip.recipes import RECIPES
 from aclip.structs import EncodedText, StepContext
-from test_plan import VIT_B_16
-from test_recipes import build as build_method
-from tests_support import random_batch
+from tests_support import VIT_B_16, random_batch
+from tests_support import build as build_method
 
 
 def build(reads: dict[str, TextPass] = HIDDEN, **options: Any) -> MaskedLanguage:

@@ -16,7 +16,7 @@ from aclip.objectives import Reconstruction
 from aclip.objectives.reconstruction import fitting_width, patch_pixels
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, StepContext, ViewBatch
-from test_recipes import build as build_method
+from tests_support import build as build_method
 from tests_support import random_batch
 
 MAE = {"decoder_layers": 2, "decoder_width": 32}
