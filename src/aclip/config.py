@@ -29,6 +29,14 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
 
+def _tuples(value: Any) -> Any:
+    """Return options with tuples for the lists that JSON has, so that a config equals its copy from a file."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(_tuples)]
+
+
 @dataclass_transform(frozen_default=True)
 def config_class(cls: type[T]) -> type[T]:
     """Make a frozen dataclass that refuses unknown fields, wrong types, NaN and infinity with a `ConfigError`."""
@@ -67,7 +75,7 @@ class Pass:
     encoder: Literal["online", "ema"] = "online"
     masking: str = "none"
     mask_ratio: Ratio = 0.0
-    masking_options: dict[str, Any] = Field(default_factory=dict)
+    masking_options: Options = Field(default_factory=dict)
     scores_from: str | None = None
     score_padding: Literal["border", "zeros"] = "border"
     resolution: Positive = 1.0
@@ -86,7 +94,7 @@ class TextPass:
     """
 
     reduction: str = "none"
-    reduction_options: dict[str, Any] = Field(default_factory=dict)
+    reduction_options: Options = Field(default_factory=dict)
     mask_ratio: Ratio = 0.0
 
 
@@ -102,7 +110,7 @@ class ObjectiveConfig:
 
     reads: tuple[str, ...]
     weight: float = 1.0
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
 
 
 @config_class
@@ -171,7 +179,7 @@ class Recipe:
     views: str
     passes: dict[str, Pass]
     objectives: dict[str, ObjectiveConfig] = Field(min_length=1)
-    view_options: dict[str, Any] = Field(default_factory=dict)
+    view_options: Options = Field(default_factory=dict)
     ema_momentum: EmaMomentum | None = None
     texts: dict[str, TextPass] = Field(default_factory=lambda: {"captions": TextPass()})
     freeze: tuple[str, ...] = ()

@@ -1,13 +1,13 @@
-"""Trainings over ranks, and on one process, on the same made batches: losses and weights."""
+"""Trainings over ranks, and on one process, on the same synthetic batches: losses and weights."""
 
 from pathlib import Path
 
 import torch
-from made_training import batches, build
+from synthetic_training import batches, build
 from torch import Tensor
 
 from aclip import dist
-from aclip.engine.wrap import whole
+from aclip.training.distributed import whole
 
 Case = tuple[str, str, str]
 """Recipe, way, optimizer."""
@@ -16,7 +16,7 @@ SGD_LR = 0.01
 
 
 class PlainSGD(torch.optim.SGD):
-    """SGD that is not told of steps to skip, which only torch's fused optimizers understand."""
+    """SGD without `found_inf`, which only torch's fused optimizers understand."""
 
     found_inf = property(lambda self: None, lambda self, value: None)
 
@@ -33,7 +33,7 @@ def train(recipe: str, way: str, optimizer: str) -> dict[str, Tensor]:
         groups = [{"params": g["params"], "lr_factor": 1.0} for g in trainer.optimizer.param_groups]
         trainer.optimizer = PlainSGD(groups, lr=SGD_LR)  # type: ignore[assignment]
         trainer.learning_rate = lambda: SGD_LR  # type: ignore[method-assign]
-    losses = [trainer.train_step(batch).loss.detach() for batch in batches(trainer)()]
+    losses = [trainer.train_step(batch).loss.detach() for batch in batches(trainer)]
     mean = dist.sum_over_ranks(torch.stack(losses)) / dist.world_size()
     return {"losses": mean, **{name: whole(p.detach()) for name, p in trainer.method.named_parameters()}}
 

@@ -7,30 +7,30 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import synthetic_training
 import torch
-from made_training import batches, build, numbers, poisoned, train
+from synthetic_training import batches, build, numbers, poisoned, train
 
-from aclip.engine import checkpoint, saving
-from aclip.engine.checkpoint import list_checkpoints
-from aclip.engine.health import MOST_ROLLBACKS
-from aclip.engine.loop import fit, resume
-from aclip.engine.stop import Interrupted, StopRequest
-from aclip.engine.trainer import Trainer
-from aclip.errors import CheckpointError, TrainingError
+from aclip import checkpoint
+from aclip.checkpoint import list_checkpoints
+from aclip.errors import CheckpointError, DataError, TrainingError
 from aclip.recipes import RECIPES
 from aclip.run_folder import RunFolder
 from aclip.structs import Batch
+from aclip.trainer import Trainer
+from aclip.training.stop import Interrupted, StopRequest
 from over_ranks import a_batch
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Return a copy of everything that a step may change."""
-    return {name: tensor.clone() for name, tensor in trainer.at_rest().tensors.items()}
+    return {name: tensor.clone() for name, tensor in trainer.state_dict()[0].items()}
 
 
 def steps_saved(run: Path) -> list[int]:
@@ -68,7 +68,7 @@ def test_chance_is_that_of_the_captions_of_the_step(micro_batch: int | None) -> 
     record = trainer.record(trainer.train_step(batch), 0.1, None)
     assert record["chance_loss"] == pytest.approx((6 * math.log(3) + 2 * math.log(8)) / 8)
     assert record["loss"] == pytest.approx(sum(
-        objective.weight * record["parts"][objective.name] for objective in trainer.config.recipe.objectives), rel=1e-5)
+        objective.weight * record["parts"][name] for name, objective in trainer.config.recipe.objectives.items()), rel=1e-5)
 
 
 def test_a_frozen_scale_stays_where_it_came_from() -> None:
@@ -108,57 +108,59 @@ def test_steps_that_the_scaler_skips_are_counted_and_not_logged(tmp_path: Path) 
     run = tmp_path / "run"
     trainer = train(run, build(precision="fp16"))
     logged = numbers(run)
-    assert trainer.skipped_steps > 0
-    assert len(logged) == 12 - trainer.skipped_steps
+    assert trainer.guard.skipped > 0
+    assert len(logged) == 12 - trainer.guard.skipped
     assert all(math.isfinite(record["grad_norm"]) for record in logged)
     assert not numbers(run, "incidents")
 
 
-def test_after_too_many_the_run_goes_back_and_on_with_other_batches(tmp_path: Path) -> None:
+def test_bad_samples_are_journalled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build()
+
+    def with_bad_samples() -> Iterator[Batch]:
+        for batch in batches(trainer):
+            yield replace(batch, skipped=(("torn.jpg", "cut off"),)) if trainer.step in (4, 9) else batch
+
+    monkeypatch.setattr(synthetic_training, "batches", lambda *_: with_bad_samples())
+    train(tmp_path / "run", trainer)
+    assert [(r["step"], r["key"]) for r in numbers(tmp_path / "run", "skipped")] == [(5, "torn.jpg")]
+    assert numbers(tmp_path / "run")[-1]["skipped_samples"] == 1
+
+
+def test_a_loss_that_stays_non_finite_stops_the_run_with_its_last_finite_weights(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer = train(run, build(most_skipped=2), is_bad=lambda number, rank: 5 <= number <= 7)
+    with pytest.raises(TrainingError, match=r"the loss became NaN or inf at step 7 .*3 steps in a row were skipped"):
+        train(run, build(max_skipped=2), is_bad=lambda number, rank: number >= 5)
+    assert [i["step"] for i in numbers(run, "incidents")] == [5, 6, 7]
+    assert steps_saved(run)[-1] == 7
+    stored = checkpoint.open_newest(run / "checkpoints").tensors()
+    whole = train(tmp_path / "short", build(total_steps=4)).state_dict()[0]
+    assert all(t.isfinite().all() for t in stored.values() if t.is_floating_point())
+    assert stored["method/model.logit_scale"].isfinite() and set(stored) == set(whole)
+    trainer = train(run, build(max_skipped=2))  # with other batches, or a lower rate, it goes on
     assert trainer.step == 12
-    assert trainer.skipped_batches == 3  # steps 5, 6, 7 took batches 8, 9, 10
-    assert [i["kind"] for i in numbers(run, "incidents")] == ["non_finite"] * 3 + ["rolled_back"]
-    assert [r["step"] for r in numbers(run)] == list(range(1, 13))
-    assert RunFolder(run).last("metrics")["step"] == 12
-
-    # a resume goes on with the same batches
-    again = tmp_path / "again"
-    shutil.copytree(run, again)
-    for path in list_checkpoints(again / "checkpoints")[1:]:
-        shutil.rmtree(path)
-    assert steps_saved(again) == [8]
-    train(again, build(most_skipped=2))
-    assert numbers(again)[7:] == numbers(run)[7:]
 
 
-def test_a_bad_sample_of_steps_taken_back_is_journalled_when_it_is_met_again(tmp_path: Path) -> None:
-    trainer = build(most_skipped=2)
-    opened = batches(trainer, is_bad=lambda number, rank: 6 <= number <= 8)
+def test_a_failing_evaluation_does_not_end_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def evaluate(step: int) -> None:
+        if step == 5:
+            raise DataError("all captions of 'val' are empty")
 
-    def open_batches() -> Iterator[Batch]:
-        for batch in opened():
-            number = batch.keys[0].partition("/")[0]
-            yield replace(batch, skipped=(("torn.jpg", "cut off"),)) if number in ("5", "10") else batch
-
-    tmp_path.joinpath("run").mkdir()
-    fit(trainer, open_batches, RunFolder(tmp_path / "run"), (), lambda step: None)
-    assert [(r["step"], r["key"]) for r in numbers(tmp_path / "run", "skipped")] == [(6, "torn.jpg")]
+    train(tmp_path / "run", build(evaluate_every=5), evaluate=evaluate)
+    assert [(i["kind"], i["step"]) for i in numbers(tmp_path / "run", "incidents")] == [("evaluation_failed", 5)]
+    assert "the evaluation after step 5 failed: all captions of 'val' are empty" in caplog.text
 
 
-def test_trouble_that_stays_stops_the_run_with_a_state(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with pytest.raises(TrainingError, match="the loss is no longer finite at step 7") as caught:
-        train(run, build(most_skipped=2), is_bad=lambda number, rank: number >= 5)
-    assert "incidents.jsonl, the newest checkpoint is of step 4" in str(caught.value)
-    kinds = [i["kind"] for i in numbers(run, "incidents")]
-    assert kinds.count("rolled_back") == MOST_ROLLBACKS
-    assert steps_saved(run)[-1] == 4
-
-    with pytest.raises(TrainingError, match="checkpoint is of step 3"):  # none was there to go back to
-        train(tmp_path / "early", build(most_skipped=2), is_bad=lambda number, rank: True)
-    assert steps_saved(tmp_path / "early") == [3]
+def test_training_outside_the_main_thread_leaves_signals_alone(
+    tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train, tmp_path / "run").result()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert numbers(tmp_path / "run") == numbers(whole[0])
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -177,12 +179,12 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
     for number, path in enumerate(list_checkpoints(run / "checkpoints")[1:]):
-        file = path / "state.safetensors"
+        file = path / "rank-00000-of-00001.safetensors"
         content = bytearray(file.read_bytes())
         content[-5 - number] ^= 1
         file.write_bytes(content)
     end = state(train(run))
-    assert "the checkpoint step-00000012 is damaged (state.safetensors has changed since it was written)" in caplog.text
+    assert "step-00000012 is damaged: rank-00000-of-00001.safetensors has changed" in caplog.text
     assert [i["name"] for i in numbers(run, "incidents")] == ["step-00000012", "step-00000010"]
     assert numbers(run) == numbers(whole[0])
     assert all(torch.equal(tensor, end[name]) for name, tensor in whole[1].items())
@@ -190,27 +192,27 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
 
     for path in list_checkpoints(run / "checkpoints"):
         (path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="no whole one among them: step-00000012"):
-        resume(build(), RunFolder(run))
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is undamaged: .*step-00000012"):
+        build().resume(RunFolder(run))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write = saving.write_shard
+    write = checkpoint.write_rank_file
 
     def failing(path: Path, pieces: Any) -> Any:
         if "00000004" in str(path):
-            path.write_bytes(b"half")
+            (path / "rank-00000-of-00001.safetensors").write_bytes(b"half")
             raise OSError(28, "No space left on device")
         return write(path, pieces)
 
-    monkeypatch.setattr(saving, "write_shard", failing)
+    monkeypatch.setattr(checkpoint, "write_rank_file", failing)
     run = tmp_path / "run"
     train(run, build(keep_checkpoints=9))
     assert steps_saved(run) == [2, 6, 8, 10, 12]
     assert [i["reason"] for i in numbers(run, "incidents")] == ["[Errno 28] No space left on device"]
-    assert "the checkpoint of step 4 could not be written, training goes on" in caplog.text
+    assert "the checkpoint of step 4 could not be written" in caplog.text
     assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -228,28 +230,16 @@ def test_an_evaluation_is_given_up_for_a_request_to_stop_and_made_up_for(
         evaluated.append(step)
         RunFolder(run).append("evaluations", {"step": step, "set": "whole"})
 
-    trainer = build()
-    trainer.timetable = replace(trainer.timetable, evaluate_every=5)
+    trainer = build(evaluate_every=5)
     begun = time.monotonic()
     with pytest.raises(Interrupted, match="stopped after step 5"):
         train(run, trainer, evaluate=long_evaluation)
     assert time.monotonic() - begun < 15
-    trainer = build()
-    trainer.timetable = replace(trainer.timetable, evaluate_every=5)
+    trainer = build(evaluate_every=5)
     train(run, trainer, evaluate=evaluate)
     assert evaluated == [5, 10, 12]
     assert [(r["step"], r["set"]) for r in numbers(run, "evaluations")] == [(s, "whole") for s in (5, 10, 12)]
     assert numbers(run) == numbers(whole[0])
-
-
-def test_a_request_to_stop_in_an_evaluation_of_skipped_steps_names_the_checkpoint_that_there_is(tmp_path: Path) -> None:
-    """A state of skipped steps is not saved before it is evaluated."""
-    trainer = build()
-    trainer.timetable = replace(trainer.timetable, evaluate_every=5)
-    with pytest.raises(Interrupted, match="after step 5 of 12 without a checkpoint of it, the newest is of step 4; "):
-        train(tmp_path / "run", trainer, is_bad=lambda number, rank: number == 5,
-              evaluate=lambda step: os.kill(os.getpid(), signal.SIGTERM))
-    assert steps_saved(tmp_path / "run") == [2, 4]
 
 
 def test_the_last_evaluation_of_a_finished_run_outlives_a_resume(tmp_path: Path) -> None:
@@ -266,8 +256,9 @@ def test_the_last_evaluation_of_a_finished_run_outlives_a_resume(tmp_path: Path)
     assert [record["step"] for record in numbers(run, "evaluations")] == [12]
 
 
-def test_what_a_launcher_repeats_is_one_request() -> None:
-    with StopRequest(below_launcher=True) as stop:
+def test_a_signal_repeated_by_torchrun_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    with StopRequest() as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
@@ -286,13 +277,13 @@ def test_a_second_request_is_not_waited_for() -> None:
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writing of step 2 ends only after a step that comes after it."""
-    write, later_step = saving.write_shard, threading.Event()
+    write, later_step = checkpoint.write_rank_file, threading.Event()
 
     def waiting(path: Path, pieces: Any) -> Any:
         assert later_step.wait(timeout=60)
         return write(path, pieces)
 
-    monkeypatch.setattr(saving, "write_shard", waiting)
+    monkeypatch.setattr(checkpoint, "write_rank_file", waiting)
     run = tmp_path / "run"
     train(run, before=lambda number: later_step.set() if number == 4 else None)
     assert steps_saved(run) == [8, 10, 12]

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from aclip import dist
-from aclip.engine import wrap
-from aclip.engine.accumulation import accumulate
-from aclip.engine.gradients import total_norm
+from aclip.training import distributed
+from aclip.training.accumulation import accumulate
+from aclip.training.optim import total_norm
 from aclip.method import Method
 from aclip.recipes import RECIPES
 from over_ranks import a_batch, build, in_double, run_ranks
@@ -47,7 +47,7 @@ def step(name: str, way: str, precision: str) -> dict[str, Tensor]:
     batch = a_batch(method, ROWS).rows(slice(dist.rank() * share, (dist.rank() + 1) * share))
     with in_double(method) if precision == "fp64" else nullcontext():
         parallel, _, parts = way.partition(" in ")
-        wrapped = wrap.wrap(method, torch.device("cpu"), parallel="fsdp" if parallel.startswith("fsdp") else "ddp",
+        wrapped = distributed.wrap(method, torch.device("cpu"), parallel="fsdp" if parallel.startswith("fsdp") else "ddp",
                             recompute=way.endswith("recomputed"), in_parts=bool(parts))
         if parts:
             output = accumulate(method, batch, -(-batch.size // int(parts)), masked=True, resolution=1.0,
@@ -65,7 +65,7 @@ def gradients(method: Method) -> dict[str, Tensor]:
     missing = [key for key, grad in trained.items() if grad is None]
     assert not missing, missing
     found: dict[str, Any] = {"norm": total_norm([*trained.values()])}  # type: ignore[list-item]
-    found |= {key: wrap.whole(grad) for key, grad in trained.items() if grad is not None}
+    found |= {key: distributed.whole(grad) for key, grad in trained.items() if grad is not None}
     return found | {key: value for key, value in method.named_buffers() if "running" in key}
 
 
@@ -148,7 +148,7 @@ def test_compiled_blocks_serve_every_length(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     plain, compiled = build(name), build(name)
-    wrapped = wrap.wrap(compiled, torch.device("cpu"), compile_blocks=True)
+    wrapped = distributed.wrap(compiled, torch.device("cpu"), compile_blocks=True)
     graphs = []
     for length in (9, 7, 12, 15, 8):
         batch = a_batch(plain, ROWS)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from aclip import checkpoint
+from aclip.checkpoint import Checkpoint
 from aclip.config import Optimization
-from aclip.engine.checkpoint import Checkpoint, load, save
-from aclip.engine.optim import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
 from aclip.errors import CheckpointError
-from aclip.tensor_files import StoredTensors
+from aclip.training.optim import build_optimizer, empty_optimizer_state, optimizer_state, parameter_groups, total_norm
 from over_ranks import build
 
 SETTINGS = Optimization(lr=0.1, weight_decay=0.5)
@@ -40,9 +40,9 @@ class Towers(nn.Module):
 def test_matrices_decay_and_nothing_else() -> None:
     matrices, others = parameter_groups(Towers(), weight_decay=0.5)
     assert matrices.weight_decay == 0.5
-    assert set(matrices.names) == {"conv.weight", "linear.weight", "token_embedding.weight"}
+    assert set(matrices.parameters) == {"conv.weight", "linear.weight", "token_embedding.weight"}
     assert others.weight_decay == 0.0
-    assert set(others.names) == {
+    assert set(others.parameters) == {
         "conv.bias",
         "norm.weight",
         "norm.bias",
@@ -58,7 +58,7 @@ def test_matrices_decay_and_nothing_else() -> None:
 def test_lower_blocks_learn_more_slowly() -> None:
     method = build("a-clip")  # two towers of two blocks
     groups = parameter_groups(method, weight_decay=0.5, layer_decay=0.5)
-    factors = {name: group.lr_factor for group in groups for name in group.names}
+    factors = {name: group.lr_factor for group in groups for name in group.parameters}
     assert {name: factors[name] for name in (
         "model.visual.positional_embedding", "model.token_embedding.weight",
         "model.visual.transformer.resblocks.0.ln_1.weight", "model.transformer.resblocks.0.mlp.c_fc.weight",
@@ -89,7 +89,7 @@ def test_layers_of_a_timm_tower_decay_too() -> None:
             place = getattr(place, part)
         place.register_parameter(last, nn.Parameter(torch.zeros(2)))
     groups = parameter_groups(module, 0.5, layer_decay=0.5)
-    factors = {name: group.lr_factor for group in groups for name in group.names}
+    factors = {name: group.lr_factor for group in groups for name in group.parameters}
     assert [factors[name] for name in names] == [0.25, 0.5, 1.0, 1.0, 1.0]
 
 
@@ -100,8 +100,8 @@ def test_an_open_clip_model_is_split_whole() -> None:
         text_cfg={"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
     )
     matrices, others = parameter_groups(model, 0.5)
-    assert sorted(matrices.names + others.names) == sorted(name for name, _ in model.named_parameters())
-    assert {name.removeprefix("visual.") for name in matrices.names} == {
+    assert sorted([*matrices.parameters, *others.parameters]) == sorted(name for name, _ in model.named_parameters())
+    assert {name.removeprefix("visual.") for name in matrices.parameters} == {
         "conv1.weight",
         "proj",
         "text_projection",
@@ -139,7 +139,7 @@ def test_steps_follow_the_definition_of_adamw() -> None:
             theta, m, v = state
             gradient = 2 * (theta + 1)
             m, v = beta1 * m + (1 - beta1) * gradient, beta2 * v + (1 - beta2) * gradient**2
-            decay = 0.5 if name in groups[0].names else 0.0
+            decay = 0.5 if name in groups[0].parameters else 0.0
             theta = theta * (1 - lr * decay)
             theta = theta - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + SETTINGS.eps)
             state[:] = theta, m, v
@@ -155,12 +155,12 @@ def stepped(model: Towers, optimizer: torch.optim.Optimizer, steps: int) -> None
         optimizer.step()
 
 
-def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> StoredTensors:
-    """Return the state of an optimizer as a checkpoint holds it."""
+def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    """Write the state of an optimizer into a checkpoint, and open it."""
+    (folder / "new").mkdir()
     named = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
-    found = load(save(folder, Checkpoint(1, named, {}), keep=1)).tensors
-    assert isinstance(found, StoredTensors)
-    return found
+    checkpoint.write_rank_file(folder / "new", checkpoint.own_part(named))
+    return checkpoint.open_checkpoint(checkpoint.commit(folder, folder / "new", 1, {}))
 
 
 def test_restored_state_continues_bit_for_bit(tmp_path: Path) -> None:
@@ -172,20 +172,24 @@ def test_restored_state_continues_bit_for_bit(tmp_path: Path) -> None:
     resumed = copy.deepcopy(model)
     resumed_groups = parameter_groups(resumed, 0.5)
     resumed_optimizer = build_optimizer(resumed_groups, SETTINGS)
-    saved = {name: t.clone() for name, t in optimizer_tensors(optimizer, groups).items()}
-    assert {"linear.weight/exp_avg", "linear.weight/exp_avg_sq", "linear.weight/step"} <= set(saved)
-    restore_optimizer(resumed_optimizer, resumed_groups, stored(tmp_path, saved))
+    saved = stored(tmp_path, optimizer_state(optimizer, groups))
+    state = empty_optimizer_state(resumed_optimizer, resumed_groups, saved, "optimizer/")
+    assert {"linear.weight/exp_avg", "linear.weight/exp_avg_sq", "linear.weight/step"} <= set(state)
+    saved.load_into({f"optimizer/{name}": tensor for name, tensor in state.items()})
 
     for m, o in ((model, optimizer), (resumed, resumed_optimizer)):
         stepped(m, o, 2)
     assert all(torch.equal(p, resumed.get_parameter(n)) for n, p in model.named_parameters())
-    # restored tensors are copies: training on does not change what was saved
-    assert saved["linear.weight/step"] == 3
-    assert not torch.equal(saved["linear.weight/exp_avg"], resumed_optimizer.state[resumed.linear.weight]["exp_avg"])
 
 
 def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
-    model = Towers()
-    groups = parameter_groups(model, 0.5)
-    with pytest.raises(CheckpointError, match="no state of the optimizer for"):
-        restore_optimizer(build_optimizer(groups, SETTINGS), groups, stored(tmp_path, {"o/step": torch.tensor(1.0)}))
+    groups = parameter_groups(Towers(), 0.5)
+    with pytest.raises(CheckpointError, match="has no optimizer state for"):
+        empty_optimizer_state(build_optimizer(groups, SETTINGS), groups, stored(tmp_path, {"o/step": torch.ones(())}),
+                              "optimizer/")
+
+
+def test_the_norm_is_that_of_all_tensors_together() -> None:
+    tensors = [torch.randn(3, 4), torch.randn(5), torch.randn(())]
+    expected = torch.cat([t.flatten() for t in tensors]).double().norm()
+    assert total_norm(tensors).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from made_training import ROWS, build, numbers, train
+from synthetic_training import ROWS, build, numbers, train
 from safetensors import safe_open
 from torch import nn
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from aclip import dist
-from aclip.engine import saving
-from aclip.engine.checkpoint import Checkpoint, list_checkpoints, load, load_newest
-from aclip.engine.gradients import total_norm
-from aclip.engine.health import Guard
-from aclip.engine.saving import Saver
-from aclip.engine.stop import Interrupted
-from aclip.engine.wrap import whole
+from aclip import checkpoint
+from aclip.checkpoint import list_checkpoints, open_checkpoint, open_newest
+from aclip.training.distributed import whole
+from aclip.training.guard import Guard
+from aclip.training.optim import total_norm
+from aclip.training.saver import Saver
+from aclip.training.stop import Interrupted
 from over_ranks import run_ranks
 
 
@@ -35,7 +35,7 @@ def ranks(work: Callable[..., Any], folder: Path, *arguments: Any, count: int = 
 def with_poison_on_one(_: Path, folder: Path, way: Any) -> dict[str, Any]:
     trainer = train(folder / "run", build(parallel=way), is_bad=lambda number, rank: number == 4 and rank == 1)
     finite = all(bool(torch.isfinite(whole(t)).all()) for t in trainer.method.state_dict().values())
-    weights = sum(float(whole(p.detach()).double().sum()) for p in trainer.trained())
+    weights = sum(float(whole(p.detach()).double().sum()) for g in trainer.groups for p in g.parameters.values())
     return {"step": trainer.step, "finite": finite, "weights": weights}
 
 
@@ -55,18 +55,17 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_both(tmp_path: Path
 def one_bad_rank(_: Path, folder: Path) -> tuple[Any, ...]:
     """A loss that is bad on rank 1 alone, with good gradients."""
     module = nn.BatchNorm1d(2)
-    guard = Guard(module)
+    guard = Guard(module, torch.amp.GradScaler("cpu", enabled=False))
     guard.begin()
     module(torch.randn(4, 2))
     loss = torch.tensor(float("inf") if dist.rank() == 1 else 2.0)
-    found, measured = guard.judge(loss, total_norm([torch.ones(2)]))
-    guard.note(1, ("a",), measured)
-    (reading,) = guard.readings(all_of_them=True)
-    return found.item(), reading.finite, reading.own_loss, module.running_mean.tolist()
+    skip = guard.check(loss, total_norm([torch.ones(2)]), 1, (f"sample {dist.rank()}",))
+    (incident,) = guard.incidents(wait=True)
+    return skip.item(), incident["ranks"], incident["keys"], module.running_mean.tolist()
 
 
 def test_the_verdict_is_the_same_on_all_ranks(tmp_path: Path) -> None:
-    assert ranks(one_bad_rank, tmp_path) == [(1.0, False, own, [0.0, 0.0]) for own in (True, False)]
+    assert ranks(one_bad_rank, tmp_path) == [(1.0, [1], [["sample 0"], ["sample 1"]], [0.0, 0.0])] * 2
 
 
 def with_a_signal_to_one(_: Path, folder: Path, way: Any) -> str:
@@ -88,7 +87,7 @@ def to_the_end(_: Path, folder: Path, way: Any) -> float:
 def test_a_signal_to_one_rank_stops_both_and_any_number_goes_on(tmp_path: Path, way: str) -> None:
     first, second = ranks(with_a_signal_to_one, tmp_path, way)
     assert first == second
-    saved = load_newest(tmp_path / "run" / "checkpoints")[0]
+    saved = open_newest(tmp_path / "run" / "checkpoints")
     assert saved.step in (5, 6)
     assert f"stopped after step {saved.step} of 12" in first
     shutil.copytree(tmp_path / "run", tmp_path / "alone" / "run")
@@ -106,14 +105,14 @@ def test_a_signal_to_one_rank_stops_both_and_any_number_goes_on(tmp_path: Path, 
 
 
 def with_a_full_disk_on_one(_: Path, folder: Path) -> None:
-    write = saving.write_shard
+    write = checkpoint.write_rank_file
 
     def failing(path: Path, *arguments: object) -> object:
         if dist.rank() == 1 and "00000006" in str(path):
             raise OSError(28, "No space left on device")
         return write(path, *arguments)
 
-    saving.write_shard = failing  # in this process alone
+    checkpoint.write_rank_file = failing  # in this process alone
     train(folder / "run")
 
 
@@ -139,18 +138,18 @@ def save_sharded(_: Path, folder: Path) -> None:
     tensors = {name: distribute_tensor(t, mesh, [Shard(0)]) if t.ndim and t.numel() else t
                for name, t in values().items()}
     saver = Saver(folder / "checkpoints", keep=1)
-    saver.save(Checkpoint(1, tensors, {}))
-    saver.finish()
+    saver.save(1, tensors, {})
+    saver.wait()
     assert saver.failures() == []
     saver.close()
 
 
 def load_sharded(_: Path, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (dist.world_size(),))
-    stored = load(folder / "checkpoints" / "step-00000001").tensors
+    stored = open_checkpoint(folder / "checkpoints" / "step-00000001")
     for name, tensor in values().items():
         target = distribute_tensor(torch.zeros_like(tensor), mesh, [Shard(0)]) if name != "scalar" else torch.zeros(())
-        stored.fill(name, target)
+        stored.load_into({name: target})
         whole = target.full_tensor() if name != "scalar" else target
         assert torch.equal(whole, tensor), name
 
@@ -159,10 +158,10 @@ def test_shards_are_read_by_any_number_of_ranks(tmp_path: Path) -> None:
     ranks(save_sharded, tmp_path)
     ranks(load_sharded, tmp_path, count=3)
     path = tmp_path / "checkpoints" / "step-00000001"
-    stored = load(path).tensors
+    stored = open_checkpoint(path).tensors()
     assert stored.keys() == SHAPES.keys()
     assert all(torch.equal(stored[name], tensor) for name, tensor in values().items())
     files = sorted(path.glob("*.safetensors"))
-    assert [file.name for file in files] == [f"state-0000{rank}-of-00002.safetensors" for rank in (0, 1)]
+    assert [file.name for file in files] == [f"rank-0000{rank}-of-00002.safetensors" for rank in (0, 1)]
     sizes = [safe_open(file, framework="pt").get_slice("matrix").get_shape() for file in files]
     assert sizes == [[3, 3], [2, 3]]  # each rank has written its part alone
