@@ -32,13 +32,13 @@ _OUTSIDE_BLOCKS = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
     "logit_scale": "logit_scale",
 }
+_TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 _IN_BLOCKS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
               "attn.out_proj": "self_attn.out_proj"}
-_TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 _SCALES = {"attn.out_proj": "ls_1.gamma", "mlp.c_proj": "ls_2.gamma"}
 """Linear layer -> the LayerScale after it."""
 
-_OPEN_CLIP_BLOCK = re.compile(r"(visual\.|)transformer\.resblocks\.(\d+)\.(.+)")
+_OPEN_CLIP_BLOCK = re.compile(r"((visual\.)?transformer\.resblocks\.(\d+)\.)(.+)[._](weight|bias|gamma)")
 _CLIP_MODEL_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -47,9 +47,8 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Names that `CLIPModel` does not have are passed on unchanged, for `load_state_dict` to report.
     """
-    outside = {theirs: ours for ours, theirs in _OUTSIDE_BLOCKS.items()}
-    inside = {theirs: ours for ours, theirs in _IN_BLOCKS.items()}
-    transposed = {theirs: ours for ours, theirs in _TRANSPOSED.items()}
+    inside, outside, transposed = (
+        {theirs: ours for ours, theirs in names.items()} for names in (_IN_BLOCKS, _OUTSIDE_BLOCKS, _TRANSPOSED))
     renamed: dict[str, Tensor] = {}
     stacks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -84,34 +83,22 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         block = _OPEN_CLIP_BLOCK.fullmatch(name)
-        if block and (entries := _split_block(*block.groups(), tensor, state)) is not None:
-            renamed |= entries
+        prefix, visual, number, module, kind = block.groups() if block else ("",) * 5
+        layer = f"{'vision' if visual else 'text'}_model.encoder.layers.{number}"
+        if module == "attn.in_proj":
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{layer}.self_attn.{letter}_proj.{kind}"] = third
+        elif module in _IN_BLOCKS:
+            scale = state.get(prefix + _SCALES[module]) if module in _SCALES else None
+            if scale is not None:
+                tensor = tensor * (scale[:, None] if kind == "weight" else scale)
+            renamed[f"{layer}.{_IN_BLOCKS[module]}.{kind}"] = tensor
         elif name in _TRANSPOSED:
             renamed[_TRANSPOSED[name]] = tensor.T
         elif name == "text_projection.weight":  # a linear layer, already (D, C)
             renamed[name] = tensor
         elif name in _OUTSIDE_BLOCKS:
             renamed[_OUTSIDE_BLOCKS[name]] = tensor
-        else:
+        elif kind != "gamma":
             raise UnsupportedModelError(f"transformers' CLIPModel has no place for the tensor {name}")
     return renamed
-
-
-def _split_block(
-    tower: str, number: str, part: str, tensor: Tensor, state: Mapping[str, Tensor]
-) -> dict[str, Tensor] | None:
-    """Return the entries that one tensor of a block becomes; None for a name that `CLIPModel` does not have."""
-    layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}"
-    if part in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        kind = part.rpartition("_")[2]
-        return {f"{layer}.self_attn.{letter}_proj.{kind}": third
-                for letter, third in zip("qkv", tensor.chunk(3), strict=True)}
-    if part in _SCALES.values():
-        return {}
-    module, _, kind = part.rpartition(".")
-    if module not in _IN_BLOCKS:
-        return None
-    scale = state.get(f"{tower}transformer.resblocks.{number}.{_SCALES.get(module)}")
-    if scale is not None:
-        tensor = tensor * (scale[:, None] if kind == "weight" else scale)
-    return {f"{layer}.{_IN_BLOCKS[module]}.{kind}": tensor}
