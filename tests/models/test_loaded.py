@@ -4,7 +4,6 @@ import doctest
 import json
 import logging
 import shutil
-from pathlib import Path
 
 import numpy as np
 import open_clip
