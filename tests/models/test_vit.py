@@ -19,7 +19,6 @@ from tower_oracles import (
 
 from aclip import models
 from aclip.errors import ConfigError, UnsupportedModelError
-from aclip.models.blocks import call_as_modules
 
 VARIANTS = {
     "class token": {},
@@ -248,30 +247,3 @@ def test_nothing_is_read_back_to_the_host(masked):
         pixels, keep = torch.empty(2, 3, 12, 20), torch.empty(2, 6, dtype=torch.int64)
         encoding = models.encode_image(visual, pixels, keep if masked else None, return_scores=not masked)
     assert encoding.features.shape == (2, 24)
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("called", [False, True], ids=["bare blocks", "called as modules"])
-def test_scores_of_the_first_layers_are_those_of_a_tower_cut_off_there(layers, called):
-    visual = small_vit()
-    pixels = images(3, visual.image_size)
-    cut_off = small_vit()
-    del cut_off.transformer.resblocks[layers:]
-    expected = scores_from_full_maps(cut_off, pixels)
-    if called:
-        call_as_modules(visual.transformer)
-    stopped = models.encode_image(visual, pixels, return_scores=True, score_layers=layers, scores_only=True)
-    torch.testing.assert_close(stopped.scores, expected, rtol=0, atol=1e-6)
-    whole = models.encode_image(visual, pixels, return_scores=True, score_layers=layers)
-    torch.testing.assert_close(whole.scores, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(whole.features, models.encode_image(visual, pixels).features, rtol=0, atol=1e-6)
-
-
-def test_a_pass_that_stops_runs_no_later_block():
-    visual = small_vit()
-    for block in visual.transformer.resblocks[1:]:
-        block.ln_1 = None  # whoever asks for it fails
-    stopped = models.encode_image(visual, images(1, (12, 20)), return_scores=True, score_layers=1, scores_only=True)
-    assert stopped.scores.shape == (1, 15)
-    with pytest.raises(TypeError):
-        models.encode_image(visual, images(1, (12, 20)), return_scores=True, score_layers=1)
