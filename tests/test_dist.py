@@ -1,14 +1,21 @@
 """Two processes with half of a batch each compute what one process computes with all of it."""
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing
+from torch.distributed import TCPStore
 
 from aclip import dist
+from aclip.errors import ConfigError
 from aclip.objectives.functional import clip_loss, ntxent_loss, sigmoid_loss
 
 RANKS, ROWS = 2, 10
@@ -98,3 +105,76 @@ def test_one_process_is_the_identity() -> None:
     assert torch.equal(dist.sum_over_ranks(x), x)
     assert not dist.sum_over_ranks(x).requires_grad
     assert (dist.rank(), dist.world_size()) == (0, 1)
+
+
+def test_processes_that_start_anew_find_no_keys_of_those_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torchrun: the store lives on, with the keys of processes that were killed."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    rank = threading.local()
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    class Environment(dict[str, str]):
+        def __getitem__(self, name: str) -> str:
+            return str(rank.number) if name == "RANK" else super().__getitem__(name)
+
+    monkeypatch.setattr(os, "environ", Environment({**os.environ, **environment}))
+    server.set("aclip/call/1", "of a process that was killed while it called")
+
+    def meet(number: int) -> Any:
+        rank.number = number
+        return dist._fresh_store(3)
+
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as ranks:
+            stores = list(ranks.map(meet, range(3)))
+        assert not stores[0].check(["address"])
+        stores[0].set("address", "here")
+        assert [store.get("address") for store in stores] == [b"here"] * 3
+
+
+def test_slurm_tasks_without_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="srun started 4 tasks .*: start one torchrun a machine"), dist.joined("cpu"):
+        pass
+    monkeypatch.delenv("SLURM_STEP_ID")  # an allocation without a step
+    with dist.joined("cpu") as device:
+        assert device == "cpu"
+
+
+@pytest.mark.parametrize(("rank", "waits", "sentence"), [(0, [], "no data"), (
+    3, [dist.RANK_0_REPORTS_FIRST], "rank 3: no data")])
+def test_rank_0_reports_first_and_the_others_name_themselves(
+    rank: int, waits: list[float], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(dist.time, "sleep", waited.append)
+    monkeypatch.setattr(dist, "_fresh_store", lambda ranks: None)
+    monkeypatch.setattr(dist, "rank", lambda: rank)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch_dist, name, lambda *_, **__: None)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError) as found, dist.joined("cpu"):
+        raise ConfigError("no data")
+    assert (str(found.value), waited) == (sentence, waits)
+
+
+@pytest.mark.parametrize(("local", "visible", "device"), [(1, 2, "cuda:1"), (3, 1, "cuda:0")])
+def test_every_process_takes_its_gpu_also_where_it_sees_one_alone(
+    local: int, visible: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "_fresh_store", lambda ranks: None)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch_dist, name, lambda *_, **__: None)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": str(local)}.items():
+        monkeypatch.setenv(name, value)
+    with dist.joined("auto") as chosen:
+        assert chosen == device
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="process 2 of this machine has no GPU: 2 exist"), dist.joined("auto"):
+        pass

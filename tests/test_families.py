@@ -1,8 +1,7 @@
-"""Recipes on models of other families: timm's ViTs with a class token, attention pooling, registers and mean."""
+"""Recipes on timm's ViTs, pooled by a class token, by attention (SigLIP), or by the mean (with a register)."""
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,15 @@ from PIL import Image
 from torch import nn
 
 from aclip import models, plan
-from aclip.config import Recipe
-from aclip.engine.optim import parameter_groups
-from aclip.engine.wrap import wrap
 from aclip.errors import UnsupportedModelError
 from aclip.exporters import open_clip as exported
-from aclip.method import Method
-from aclip.models.shapes import timm_outline
+from aclip.models.timm_vit import timm_outline
 from aclip.plan import image_macs
 from aclip.recipes import RECIPES
-from aclip.report import take_snapshot
-from aclip.report.snapshots import read_snapshot
-from tests_support import random_batch
+from aclip.report import read_snapshot, take_snapshot
+from aclip.training.distributed import wrap
+from aclip.training.optim import parameter_groups
+from tests_support import build, random_batch
 
 TEXT = {"width": 64, "heads": 1, "layers": 2}
 SIGLIP_TEXT = TEXT | {"context_length": 9, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
@@ -42,7 +38,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_cfg": {"timm_model_name": "vit_wee_patch16_reg1_gap_256", "timm_pool": "", "timm_proj": "linear",
                        "image_size": 64}},
 }
-SMALL_HEADS = {"ntxent": {"hidden": 32, "out": 16}, "byol": {"hidden": 32, "out": 16}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,46 +48,33 @@ def _registered(tmp_path_factory: pytest.TempPathFactory) -> None:
     open_clip.add_model_config(folder)
 
 
-def small(recipe: Recipe) -> Recipe:
-    """Return the recipe with narrow heads."""
-    objectives = tuple(replace(o, options={**o.options, **SMALL_HEADS.get(o.name, {})}) for o in recipe.objectives)
-    return replace(recipe, objectives=objectives)
-
-
-def build(recipe: str, model_name: str, image_size: int | None = None) -> Method:
-    torch.manual_seed(0)
-    resolved = plan.resolve(
-        small(RECIPES[recipe]), models.shape_of(models.model_config(model_name, image_size=image_size)))
-    model = models.create_model(model_name, with_text=resolved.uses_text, image_size=image_size)
-    return Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
-
-
 @pytest.mark.parametrize(("recipe", "family"), [
     ("a-clip", "family-token"), ("a-clip", "family-siglip"), ("a-clip-eff", "family-siglip"),
     ("flip", "family-mean"), ("simmim", "family-token"), ("simmim", "family-siglip"),
     ("mae", "family-siglip"), ("maskclip", "family-token"), ("siglip", "family-siglip"),
 ])
 def test_every_trainable_parameter_gets_a_gradient(recipe: str, family: str) -> None:
-    method = build(recipe, family)
+    method = build(RECIPES[recipe], family)
     batch = random_batch(method.plan, batch_size=4)
     output = method(batch)
     output.loss.backward()
-    for p in method.plan.passes:
-        assert output.passes[p.spec.name].num_tokens == p.num_tokens
+    for name, p in method.plan.passes.items():
+        assert output.passes[name].num_tokens == p.num_tokens
     trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
     zero = [n for n, p in trainable.items() if p.grad is None or not p.grad.any()]
     # as in test_recipes: biases whose gradients vanish in exact arithmetic; mean pooling of a class token's tower
     assert all("bias" in name for name in zero), zero
     embedding = models.patch_embedding_of(models.visual_of(method.model))
     assert embedding.weight.requires_grad != bool(RECIPES[recipe].freeze)
-    undecayed = {name for group in parameter_groups(method, 0.1) if group.weight_decay == 0 for name in group.names}
+    groups = parameter_groups(method, 0.1)
+    undecayed = {name for group in groups if group.weight_decay == 0 for name in group.parameters}
     assert not [name for name in trainable
                 if name.endswith(("cls_token", "pos_embed", "reg_token", "latent")) and name not in undecayed]
 
 
-def test_the_sigmoid_loss_begins_with_the_models_own_bias_and_trains_it(tmp_path: Path) -> None:
-    """As open_clip's does, and what is exported has the trained one."""
-    method = build("siglip", "family-siglip")
+def test_the_sigmoid_loss_starts_from_the_models_own_bias_and_trains_it(tmp_path: Path) -> None:
+    """As in open_clip; the trained bias is exported."""
+    method = build(RECIPES["siglip"], "family-siglip")
     model: Any = method.model
     nn.init.constant_(model.logit_bias, -12.9)
     nn.init.constant_(model.logit_scale, math.log(117.0))
@@ -112,20 +94,20 @@ def test_the_sigmoid_loss_begins_with_the_models_own_bias_and_trains_it(tmp_path
 
 @pytest.mark.parametrize("way", [{"parallel": "fsdp"}, {"compile_blocks": True}], ids=["sharded", "compiled"])
 def test_text_that_open_clip_runs_itself_is_wrapped_too(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """SigLIP's text cannot be cut: its blocks are called as open_clip calls them."""
+    """SigLIP's text is not cut: open_clip's own forward pass calls its blocks."""
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: None)
-    plain, wrapped = build("clip", "family-siglip"), build("clip", "family-siglip")
+    plain, wrapped = (build(RECIPES["clip"], "family-siglip") for _ in range(2))
     batch = random_batch(plain.plan, batch_size=4)
     output = wrap(wrapped, torch.device("cpu"), **way).step(batch)
     torch.testing.assert_close(output.loss, plain(batch).loss)
 
 
-def test_scores_need_somebody_who_asks() -> None:
+def test_scores_need_a_class_token_or_attention_pooling() -> None:
     with pytest.raises(UnsupportedModelError, match=r"recipe 'a-clip', pass 'context': .*neither a class token"):
-        build("a-clip", "family-mean")
+        build(RECIPES["a-clip"], "family-mean")
 
 
-def test_towers_that_pool_the_mean_have_nobody_who_asks_although_there_is_a_class_token() -> None:
+def test_towers_that_pool_the_mean_have_no_scores_even_with_a_class_token() -> None:
     shape = models.shape_of(models.model_config("ViT-L-14-CLIPA"))
     assert not shape.scored
     plan.resolve(RECIPES["flip"], shape)
@@ -133,15 +115,15 @@ def test_towers_that_pool_the_mean_have_nobody_who_asks_although_there_is_a_clas
         plan.resolve(RECIPES["a-clip"], shape)
 
 
-def test_where_nobody_asks_pictures_are_shown_without_scores(tmp_path: Path) -> None:
-    method = build("flip", "family-mean")
-    path = take_snapshot(method, [Image.new("RGB", (50, 40))], ["a picture"], 0, tmp_path)
+def test_snapshots_of_models_without_scores(tmp_path: Path) -> None:
+    method = build(RECIPES["flip"], "family-mean")
+    path = take_snapshot(method, [Image.new("RGB", (50, 40))], ["an image"], 0, tmp_path)
     assert not read_snapshot(path).scores.any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shape_and_cost_are_those_of_the_tower(family: str) -> None:
-    """Count the products of every linear map and attention of a forward pass by hooks, and compare."""
+    """Compare with the multiplications of all linear maps and attentions of a forward pass, counted by hooks."""
     config = models.model_config(family)
     shape, visual = models.shape_of(config), models.create_model(family).visual.eval()
     trunk, patches = visual.trunk, shape.grid_size[0] * shape.grid_size[1]
@@ -160,7 +142,7 @@ def test_shape_and_cost_are_those_of_the_tower(family: str) -> None:
     visual(torch.zeros(1, 3, *shape.image_size))
     counted[0] += patches * trunk.patch_embed.proj.weight.numel()
     counted[0] += shape.layers * 2 * tokens**2 * shape.width + (2 * patches * shape.width if trunk.attn_pool else 0)
-    if trunk.attn_pool is not None and trunk.pool_include_prefix:  # of this small model alone: SigLIP has no prefix
+    if trunk.attn_pool is not None and trunk.pool_include_prefix:  # in this small model; SigLIP has no prefix
         counted[0] -= 2 * shape.width**2 * shape.num_prefix_tokens
     assert image_macs(shape, patches, tokens) == pytest.approx(counted[0], rel=1e-6)
 
@@ -172,7 +154,7 @@ def test_outlines_hold_no_weights() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_models_equal_open_clips_own_forward_and_come_back(family: str, tmp_path: Path) -> None:
+def test_exported_models_equal_open_clips_own_forward(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = models.create_model(family).eval()
     config = models.model_config(family)

@@ -10,6 +10,7 @@ the checksums tell what happened to it since. Any number of ranks can read what 
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -91,10 +92,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         state = _verify(path)
         metadata: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        for name, tensor in metadata.items():
+            if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
+                raise ValueError(f"parts of '{name}' are missing")
         return Checkpoint(path, int(state["step"]), state["values"], {name: m.size for name, m in metadata.items()},
                           {name: m.properties.dtype for name, m in metadata.items()})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+    except Exception as error:  # whatever the readers of JSON and safetensors meet in a damaged file
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error or type(error).__name__}") from error
 
 
 def open_newest(folder: Path) -> Checkpoint:

@@ -29,14 +29,12 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
 
-def _with_tuples(options: Any) -> Any:
-    """Turn lists, as JSON has them, into tuples, as recipes are written, so that both compare equal."""
-    if not isinstance(options, Mapping):
-        return options
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+def _tuples(value: Any) -> Any:
+    """Return options with tuples for the lists that JSON has, so that a config equals its copy from a file."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
 
 
-Options = Annotated[dict[str, Any], BeforeValidator(_with_tuples)]
+Options = Annotated[dict[str, Any], BeforeValidator(_tuples)]
 
 
 @dataclass_transform(frozen_default=True)

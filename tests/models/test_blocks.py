@@ -1,11 +1,13 @@
-"""Blocks in which some tokens are not seen: against open_clip's own forward with a mask."""
+"""Blocks in which some tokens are not seen, and compiled ones: against open_clip's own forward."""
 
 import pytest
 import torch
 from open_clip.transformer import Transformer
-from tower_oracles import assert_same_gradients, gradients, shake
+from tower_oracles import assert_same_gradients, fresh_model, gradients, shake
 
-from aclip.models.blocks import run_blocks
+from aclip import models
+from aclip.models import text as text_module
+from aclip.models.blocks import call_as_modules, run_blocks
 
 HEADS = 4
 # a prefix, a gap, everything, a single token
@@ -60,3 +62,25 @@ def test_half_precision_is_close() -> None:
     with torch.autocast("cpu", torch.bfloat16):  # plain attention in place of the fused kernel
         rough, _ = run_blocks(transformer, x, visible=VISIBLE)
     assert torch.nn.functional.cosine_similarity(rough.float(), exact, dim=-1).min() > 0.999
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+def test_compiled_blocks_are_not_recompiled_as_the_text_length_varies(packs: bool, monkeypatch) -> None:
+    monkeypatch.setattr(text_module, "packs", lambda tokens: packs)
+    torch.compiler.reset()
+    model, plain = fresh_model("vit-micro"), fresh_model("vit-micro")
+    call_as_modules(model.transformer)
+    for block in model.transformer.resblocks:
+        block.compile(dynamic=True, fullgraph=True, backend="eager")  # what is compiled is decided before the backend
+    generator = torch.Generator().manual_seed(0)
+    for number, longest in enumerate((14, 30, 22, 77, 9, 41)):
+        ends = torch.randint(3, longest, (6, 1), generator=generator)
+        ends[0] = longest - 1
+        place = torch.arange(longest)
+        words = torch.randint(1, 49405, (6, longest), generator=generator)
+        tokens = torch.where(place < ends, words, torch.where(place == ends, 49407, 0))
+        with torch.compiler.set_stance("fail_on_recompile" if number > 1 else "default"):
+            ours = models.encode_text(model, tokens)
+        assert_same_gradients(gradients(model, ours), gradients(plain, models.encode_text(plain, tokens)))
+    torch.compiler.reset()

@@ -7,7 +7,6 @@ from tower_oracles import assert_same_gradients, fresh_model, gradients, shake
 from aclip import models
 from aclip.errors import UnsupportedModelError
 from aclip.models import text as text_module
-from aclip.models.models import ImageTower
 
 CAPTIONS = ["a cat", "", "a red heart with an arrow, love", "日本の旗 🇯🇵", "it's 3 o'clock!"]
 
@@ -132,7 +131,7 @@ def test_text_beyond_the_context_is_refused(model):
 
 
 def test_models_without_text_say_so(model):
-    image_only = ImageTower(model.visual)
+    image_only = models.ImageTower(model.visual)
     tokens = torch.ones(1, 2, dtype=torch.int64)
     for use in (models.logit_scale_of, models.can_cut, lambda m: models.encode_text(m, tokens)):
         with pytest.raises(UnsupportedModelError, match="has an image tower only"):
@@ -208,5 +207,5 @@ def test_tokens_can_be_hidden_in_towers_that_can_be_cut_alone():
     tokens = torch.tensor([[8, 3, 9], [8, 9, 0]])
     hidden, mask_token = tokens == 3, torch.zeros(32)
     assert models.encode_hidden_text(custom_text_model(), tokens, hidden, mask_token).shape == (2, 3, 32)
-    with pytest.raises(UnsupportedModelError, match="causal, EOT-pooled text towers only"):
+    with pytest.raises(UnsupportedModelError, match="a causal, EOT-pooled text tower"):
         models.encode_hidden_text(custom_text_model(no_causal_mask=True), tokens, hidden, mask_token)

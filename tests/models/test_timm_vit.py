@@ -17,7 +17,6 @@ from tower_oracles import (
 
 from aclip import models
 from aclip.errors import UnsupportedModelError
-from aclip.models.vision import vit_of
 
 VARIANTS = {
     "class token": {},
@@ -85,8 +84,8 @@ def test_another_resolution_equals_timm_resized(name):
     visual, pixels = small_timm(**ALL[name]), images(2, (20, 8))
     ours = models.encode_image(visual, pixels)
     resized = small_timm(**ALL[name])
-    models.models.resize_images(resized, (20, 8))
-    assert vit_of(resized).grid_size == (5, 2)
+    models.resize_images(resized, (20, 8))
+    assert models.vit_of(resized).grid_size == (5, 2)
     torch.testing.assert_close(models.encode_image(resized, pixels).features, ours.features, rtol=0, atol=1e-5)
     visual.trunk.set_input_size((20, 8))
     theirs = visual(pixels)
@@ -139,7 +138,7 @@ def test_half_precision_is_close_and_scores_stay_fp32(name):
 @pytest.mark.parametrize(("options", "what"), [
     ({"block_fn": ParallelScalingBlock}, "ParallelScalingBlock in place of plain blocks"),
     ({"attn_layer": DiffAttention}, "DiffAttention in place of plain blocks"),
-    ({"pos_embed": "none"}, "no positions that could be kept"),
+    ({"pos_embed": "none"}, "no position embeddings"),
     ({"global_pool": "prr"}, "pooling 'prr'"),
 ])
 def test_other_blocks_are_refused_by_name(options, what):

@@ -1,4 +1,4 @@
-"""The tokenizer that remembers words gives open_clip's tokens, and its memory has an end."""
+"""The caching tokenizer gives open_clip's tokens, and its caches are bounded."""
 
 import pickle
 
@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
 from aclip.models import tokenizer, tokenizer_of
-from aclip.models.tokenizer import RememberingTokenizer
+from aclip.models.tokenizer import CachingTokenizer
 
-OURS, THEIRS = RememberingTokenizer(), SimpleTokenizer()
+OURS, THEIRS = CachingTokenizer(), SimpleTokenizer()
 PRINTABLE = st.characters(min_codepoint=32, max_codepoint=126)
 
 
@@ -25,14 +25,14 @@ def test_tokens_are_those_of_open_clip(text: str) -> None:
 
 
 @pytest.mark.parametrize("clean", ["canonicalize", "whitespace"])
-def test_other_ways_to_clean_are_kept(clean: str) -> None:
+def test_other_cleaning_functions_are_kept(clean: str) -> None:
     texts = ["A  Photo, of_a Dog.", "x &lt; y"]
-    assert torch.equal(RememberingTokenizer(clean=clean)(texts), SimpleTokenizer(clean=clean)(texts))
+    assert torch.equal(CachingTokenizer(clean=clean)(texts), SimpleTokenizer(clean=clean)(texts))
 
 
-def test_memory_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "_REMEMBERED", 10)
-    monkeypatch.setattr(tokenizer, "_PIECES", 5)
+def test_caches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "_CACHED_WORDS", 10)
+    monkeypatch.setattr(tokenizer, "_CACHED_PIECES", 5)
     ours = tokenizer_of("vit-micro")
     texts = [f"word{chr(97 + i)} number{chr(97 + i)} x{'y' * 100}{i}" for i in range(26)]
     assert torch.equal(ours(texts), THEIRS(texts))

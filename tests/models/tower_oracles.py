@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmTrunk
 from torch import Tensor, nn
 
-from aclip import models
+from aclip import checkpoint, models
 
 
 def shake(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -84,6 +84,25 @@ def write_model(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> Pa
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
     return folder
+
+
+def write_checkpoint(run: Path, step: int, model: nn.Module, average: nn.Module | None = None) -> Path:
+    """Save a model, and the EMA of its image tower, as a run's checkpoint of `step`, on pairs in batches of 32."""
+    tensors = {f"method/model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if average is not None:
+        tensors |= {f"method/ema_visual.{name}": tensor for name, tensor in average.state_dict().items()}
+    temporary = run / "checkpoints" / ".temporary"
+    temporary.mkdir(parents=True)
+    part = {name: (tensor.detach().clone(), [0] * tensor.ndim) for name, tensor in tensors.items()}
+    checkpoint.write_rank_file(temporary, part)
+    return checkpoint.commit(run / "checkpoints", temporary, step, {"samples_seen": 32 * step})
+
+
+def flip_bit(path: Path) -> None:
+    """Damage a file in its middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
 
 
 def open_clip_alone(folder: Path, **options: Any) -> nn.Module:

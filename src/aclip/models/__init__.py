@@ -1,34 +1,56 @@
-"""The two towers: open_clip's models, with what they lack added from outside.
+"""Image and text towers: open_clip's models, with what they lack added from outside.
 
-A forward pass over kept patches, the class token's attention scores, positions at another resolution, and
-text cut after the longest caption. The modules stay open_clip's own (and timm's, in it) and so do their state dicts.
+A forward pass over kept patches, the class token's attention scores, positions at another resolution, and text cut
+after the longest caption. The modules and state dicts stay open_clip's own (and timm's, inside it).
+
+What needs open_clip, timm or torchvision, which take seconds to import, is imported on first use.
 """
 
-from aclip.models.loaded import LoadedModel, load
-from aclip.models.models import ImageTower, create_model, preprocess_config, visual_of
-from aclip.models.shapes import shape_of
-from aclip.models.sources import Tokenizer, list_models, model_config, tokenizer_of
-from aclip.models.text import can_cut, cut_after_eot, encode_hidden_text, encode_text, logit_scale_of
-from aclip.models.vision import attention_pool_of, encode_image, patch_embedding_of
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ImageTower",
-    "LoadedModel",
-    "Tokenizer",
-    "attention_pool_of",
-    "can_cut",
-    "create_model",
-    "cut_after_eot",
-    "encode_hidden_text",
-    "encode_image",
-    "encode_text",
-    "list_models",
-    "load",
-    "logit_scale_of",
-    "model_config",
-    "patch_embedding_of",
-    "preprocess_config",
-    "shape_of",
-    "tokenizer_of",
-    "visual_of",
-]
+from aclip.models.text import can_cut, cut_after_eot, encode_hidden_text, encode_text, logit_scale_of, text_tower_of
+from aclip.models.vit import (
+    NO_ATTENTION_SCORES,
+    attention_pool_of,
+    encode_image,
+    parse_image_size,
+    patch_embedding_of,
+    resize_images,
+    visual_of,
+    vit_of,
+)
+
+if TYPE_CHECKING:
+    from aclip.models.loaded import LoadedModel, check_finite, load
+    from aclip.models.loading import (
+        CONFIG_NAME,
+        WEIGHTS_NAME,
+        ImageTower,
+        Tokenizer,
+        create_model,
+        list_models,
+        model_config,
+        preprocess_config,
+        resolve_source,
+        tokenizer_of,
+    )
+    from aclip.models.shapes import shape_of
+
+__all__ = ["CONFIG_NAME", "NO_ATTENTION_SCORES", "WEIGHTS_NAME", "ImageTower", "LoadedModel", "Tokenizer",
+           "attention_pool_of", "can_cut", "check_finite", "create_model", "cut_after_eot", "encode_hidden_text",
+           "encode_image", "encode_text", "list_models", "load", "logit_scale_of", "model_config", "parse_image_size",
+           "patch_embedding_of", "preprocess_config", "resize_images", "resolve_source", "shape_of", "text_tower_of",
+           "tokenizer_of", "visual_of", "vit_of"]
+
+_HOMES = {"LoadedModel": "loaded", "check_finite": "loaded", "load": "loaded", "shape_of": "shapes"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'aclip.models' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"aclip.models.{_HOMES.get(name, 'loading')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""Attention on projected heads: which kernel computes it, and the one row that scores patches."""
+"""Attention on projected heads, and the single row of it that scores patches."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ LONGEST_PLAIN = 577
 """Longest sequence for which plain attention replaces the fused kernel, see `attention`."""
 
 HAS_AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-"""Whether this CPU multiplies bf16 matrices in tiles; torch says so, but not in public."""
+"""Whether this CPU multiplies bf16 matrices in tiles; torch has no public name for it."""
 
 
 def attention(
@@ -22,33 +22,22 @@ def attention(
 ) -> Float[Tensor, "B H M d"]:
     """Return softmax(q k^T / sqrt(d)) v (Vaswani et al., arXiv 1706.03762).
 
-    The fused kernel (`scaled_dot_product_attention`) computes it, with one exception: on a CPU, in half
-    precision, up to `LONGEST_PLAIN` keys, where a backward pass will follow or there is no AMX. There plain
-    matrix products win. Forward and backward of one layer, milliseconds on one core with AMX, torch 2.15,
-    heads 64 wide, about 8,000 tokens a batch with 3 heads and 4,000 with 12:
+    Computed by the fused kernel (`scaled_dot_product_attention`), except on a CPU in half precision with at most
+    `LONGEST_PLAIN` keys, if gradients are needed or there is no AMX: there, plain matrix products are faster. Forward
+    and backward of one layer in bf16, milliseconds on one core (with AMX: torch 2.15, 8,000 tokens; without, on
+    AVX512-BF16: torch 2.14, 1,600 tokens):
 
-        tokens x heads      17x3    65x3    257x3   577x3   50x12   197x12  577x12  1025x3
-        bf16, fused         118     100     71      132     187     137     255     105
-        bf16, plain          20      19     35       62      42      62     203     141
-        fp32, fused          27      33     62      119      78     113     267     149
-        fp32, plain          25      32     76      230      73     193     446     277
+        tokens x heads      17x3  65x3  257x3  577x3  1025x3        tokens x heads     17x2  65x3  197x6  577x12  1025x3
+        AMX, fused           118   100     71    132     105        no AMX, fused        11    28     41     145      80
+        AMX, plain            20    19     35     62     141        no AMX, plain         2     6     17      60      40
 
-    Without a backward pass, or in fp32, the fused kernel is as fast or faster there. On one core with
-    AVX512-BF16 and no AMX, torch 2.14, processor time, about 1,600 tokens a batch:
-
-        tokens x heads      17x2    50x6    65x3    101x6   197x6   197x12  577x12  1025x3
-        bf16, fused          11      18      28      44      41      83     145      80
-        bf16, plain           2       4       6      10      17      33      60      40
-        bf16, fused forward  0.8     2.0     3.9     6.9     9.4    18.8      36      26
-        bf16, plain forward  0.6     1.6     2.0     4.5     7.0    13.6      36      15
-
-    Both agree up to rounding.
+    With AMX and without gradients, or in fp32, the fused kernel is as fast or faster. Both agree up to rounding.
 
     Args:
         q: (B, H, M, d) queries, M = L or fewer rows.
         k, v: (B, H, L, d) keys and values.
         causal: query i sees keys 0..i only; needs M = L.
-        visible: (B, 1, 1, L) bool, keys that the queries of a sample see; not together with `causal`.
+        visible: (B, 1, 1, L) bool, the keys that the queries of a sample see; not together with `causal`.
 
     Returns:
         (B, H, M, d), dtype of `q`.
@@ -64,25 +53,38 @@ def attention(
     return torch.softmax(logits, dim=-1) @ v
 
 
+def first_row(q: Float[Tensor, "B H M d"], k: Float[Tensor, "B H L d"]) -> Float[Tensor, "B L"]:
+    """Return the attention of the first query to all keys, averaged over heads.
+
+    One row of each attention map, in fp32 under any autocast, without gradient.
+
+    Args:
+        q: (B, H, M, d) queries.
+        k: (B, H, L, d) keys.
+
+    Returns:
+        (B, L) float32 in [0, 1]; rows sum to 1.
+    """
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        logits = q[:, :, :1].float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+        row: Tensor = logits.softmax(dim=-1)[:, :, 0].mean(dim=1)
+    return row
+
+
 def cls_attention(q: Float[Tensor, "B H M d"], k: Float[Tensor, "B H L d"]) -> Float[Tensor, "B N"]:
-    """Return how much the first token attends to each of the others, averaged over heads.
+    """Return the attention of the first token to each of the others, averaged over heads.
 
         s_P = 1/H sum_h softmax(q_h(CLS) . k_h / sqrt(d))[P]    (A-CLIP, arXiv 2212.08653)
 
-    One row of each attention map, in fp32 whatever the precision around it; the softmax runs over all L
-    tokens and the CLS column is dropped afterwards, so a row sums to less than 1. No gradient.
+    The softmax runs over all L tokens and the CLS column is dropped afterwards, so a row sums to less than 1.
 
     Args:
-        q: (B, H, M, d) queries, the CLS token's first.
-        k: (B, H, L, d) keys, the CLS token's first.
+        q, k: as in `first_row`, the CLS token first.
 
     Returns:
         (B, L - 1) float32 in [0, 1].
     """
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        logits = q[:, :, :1].float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
-        scores: Tensor = logits.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
-    return scores
+    return first_row(q, k)[:, 1:]
 
 
 def _plain_is_faster(q: Tensor, k: Tensor) -> bool:

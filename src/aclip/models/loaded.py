@@ -1,4 +1,4 @@
-"""Trained models in use: pictures and captions in, features and attention out."""
+"""Trained models in use: images and texts in, features and attention out."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -6,47 +6,77 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aclip.data import CaptionTokenizer
+from aclip.data import CaptionTokenizer, decode_image
+from aclip.data.decode import as_rgb
 from aclip.data.workers import read_ahead
-from aclip.errors import ConfigError
+from aclip.errors import BadSampleError, CheckpointError, ConfigError, DataError
 from aclip.masking import AttentiveMasking, Keep, MaskingContext
-from aclip.models.averaged import load_average
-from aclip.models.models import ImageTower, create_model, preprocess_config, visual_of
-from aclip.models.pictures import BadPictures, Picture, PreparePictures
-from aclip.models.shapes import pair
-from aclip.models.sources import Tokenizer, resolve_source, tokenizer_of
+from aclip.models.loading import (
+    ImageTower,
+    Tokenizer,
+    WeightsOf,
+    build,
+    preprocess_config,
+    resolve_source,
+    tokenizer_of,
+)
 from aclip.models.text import can_cut, cut_after_eot, encode_text
-from aclip.models.vision import encode_image, grid_of, vit_of
+from aclip.models.vit import encode_image, grid_of, pair, visual_of, vit_of
 
 logger = logging.getLogger(__name__)
 
+ImageLike = str | Path | Image.Image | np.ndarray
+"""A path; a Pillow image of any mode; or a uint8 array, (h, w, 3) RGB, (h, w, 4) with alpha or (h, w) grey."""
+
+BadImages = Literal["raise", "nan"]
+"""An image that cannot be used raises an error, or gets a row of NaN."""
+
 
 class LoadedModel(nn.Module):
-    """A model as `aclip.load` returns it. It always sees whole pictures: there is nothing here to mask with.
+    """A model as `aclip.load` returns it; it always sees whole images.
 
     Attributes:
-        model: the open_clip model itself (or `ImageTower`, for a run without text).
+        model: the open_clip model itself (or `ImageTower`, of a run without text).
         preprocess: PIL image -> (3, h, w) float32, resized, cropped and normalised as the model expects.
         tokenizer: texts -> (B, T) int64 token ids.
+        name: what it was loaded from, for messages.
+        step, samples_seen: how far the loaded weights were trained; None if unknown.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, *, name: str = "this model", step: int | None = None,
+        samples_seen: int | None = None,
+    ) -> None:
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.name, self.step, self.samples_seen = name, step, samples_seen
         self.preprocess: Callable[[Any], Tensor] = image_transform_v2(
             PreprocessCfg(**preprocess_config(model)), is_train=False)
 
     @property
     def has_text(self) -> bool:
-        """Whether it can encode captions: a run of a recipe without text saves its image tower alone."""
+        """Whether it can encode texts; runs of recipes without text save their image tower alone."""
         return not isinstance(self.model, ImageTower)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its weights, on which it computes."""
+        return next(self.model.parameters()).device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of what `preprocess` returns, in pixels."""
+        return pair(preprocess_config(self.model)["size"])
 
     def encode_image(self, images: Float[Tensor, "B 3 h w"], normalize: bool = True) -> Float[Tensor, "B D"]:
         """Return image features in the joint space.
@@ -61,7 +91,7 @@ class LoadedModel(nn.Module):
     def encode_trunk(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C"]:
         """Return the pooled image token after the final norm, before the projection into the joint space.
 
-        What CLIP's (arXiv 2103.00020, appendix A.3) and SLIP's probes read; also of models without text.
+        This is what the linear probes of CLIP (arXiv 2103.00020, appendix A.3) and SLIP read.
 
         Args:
             images: as in `encode_image`.
@@ -86,26 +116,27 @@ class LoadedModel(nn.Module):
 
     @torch.no_grad()
     def encode_images(
-        self, pictures: Iterable[Picture], *, batch_size: int = 64, normalize: bool = True, progress: bool = False,
-        workers: int = 0, bad: BadPictures = "raise",
+        self, images: Iterable[ImageLike], *, batch_size: int = 64, normalize: bool = True, progress: bool = False,
+        workers: int = 0, bad: BadImages = "raise",
     ) -> Float[Tensor, "N D"]:
-        """Return the features of any number of pictures, whatever they come as, on the CPU.
+        """Return the features of any number of images, on the CPU.
 
         Args:
-            pictures: paths, Pillow images or arrays (see `aclip.models.pictures.Picture`), mixed as they come.
-            batch_size: pictures that are encoded at once; the features do not depend on it beyond rounding.
+            images: paths, Pillow images or uint8 arrays, in any mixture.
+            batch_size: images per forward pass; features do not depend on it beyond rounding.
             normalize: whether rows have L2 norm 1.
             progress: show a bar on standard error.
             workers: processes that read and resize; 0 does it in this one.
-            bad: "raise" stops at the first picture that cannot be used; "nan" gives it a row of NaN, so that row i
-                is still picture i.
+            bad: "raise" stops at the first image that cannot be used; "nan" gives it a row of NaN, so that row i is
+                always image i.
 
         Returns:
-            (N, D) float32 in the order of `pictures`.
+            (N, D) float32 in the order of `images`.
 
         Raises:
-            DataError: a picture that cannot be used, with its path (or its number) and the reason.
-            ConfigError: a batch size below 1, or an unknown value for `bad`.
+            DataError: an image that cannot be used, with its path (or number) and the reason.
+            CheckpointError: features that are NaN or inf.
+            ConfigError: a batch size below 1, or an unknown value of `bad`.
 
         Example:
             >>> import aclip
@@ -118,10 +149,10 @@ class LoadedModel(nn.Module):
         if bad not in ("raise", "nan"):
             raise ConfigError(f"bad is 'raise' or 'nan', not {bad!r}")
         height, width = self.image_size
-        read = PreparePictures(self.preprocess, bad, (3, height, width))
-        batches = read_ahead(read, _batches(enumerate(pictures), batch_size), workers=workers)
+        read = _Preprocess(self.preprocess, bad, (3, height, width))
+        batches = read_ahead(read, _batches(enumerate(images), batch_size), workers=workers)
         return self._gather(lambda pixels: self.encode_image(pixels, normalize), batches,
-                            torch.zeros(1, 3, height, width), pictures, "pictures", progress)
+                            torch.zeros(1, 3, height, width), images, "images", progress)
 
     @torch.no_grad()
     def encode_texts(
@@ -138,6 +169,7 @@ class LoadedModel(nn.Module):
 
         Raises:
             UnsupportedModelError: the model has no text tower.
+            CheckpointError: features that are NaN or inf.
 
         Example:
             >>> import aclip
@@ -148,30 +180,46 @@ class LoadedModel(nn.Module):
         if isinstance(texts, str):
             raise ConfigError("encode_texts takes a list of texts, not one text")
         tokenizer = self.tokenizer if isinstance(self.tokenizer, CaptionTokenizer) else CaptionTokenizer(self.tokenizer)
-        cut = cut_after_eot if self.has_text and can_cut(self.model) else _unchanged
-        tokens = (cut(tokenizer(batch)) for batch in _batches(texts, batch_size))
+        cuts = self.has_text and can_cut(self.model)
+        tokens = (cut_after_eot(ids) if cuts else ids for ids in map(tokenizer, _batches(texts, batch_size)))
         return self._gather(lambda ids: self.encode_text(ids, normalize), tokens,
                             tokenizer([""]), texts, "texts", progress)
 
     @torch.no_grad()
+    def attention_scores(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N"]:
+        """Return the attention of the class token to each patch, averaged over layers and heads.
+
+        Args:
+            images: (B, 3, h, w) normalised pixels.
+
+        Returns:
+            (B, N) float32 in [0, 1], patches row by row; see `aclip.models.encode_image`.
+
+        Raises:
+            UnsupportedModelError: a tower without attention scores.
+        """
+        scores = encode_image(visual_of(self.model), images, return_scores=True).scores
+        assert scores is not None
+        return scores
+
+    @torch.no_grad()
     def keep_mask(
-        self, images: Float[Tensor, "B 3 h w"], mask_ratio: float = 0.5,
-        keep: Keep = "highest", block_size: int = 2,
+        self, images: Float[Tensor, "B 3 h w"], mask_ratio: float = 0.5, keep: Keep = "highest", block_size: int = 2,
     ) -> Bool[Tensor, "B N"]:
         """Return which patches attentive masking would keep, by this model's own attention.
 
         Args:
             images: (B, 3, h, w) normalised pixels, see `preprocess`.
-            mask_ratio: share of the patches that is removed, in [0, 1).
+            mask_ratio: fraction of the patches that is removed, in [0, 1).
             keep: which scores survive, see `aclip.masking.AttentiveMasking`; "mixed" and "sampled" draw from torch's
                 default generator.
-            block_size: side of the blocks that are kept or removed, in patches; 1 where they do not tile the grid.
+            block_size: side in patches of the blocks that are kept or removed; 1 if they do not tile the grid.
 
         Returns:
             (B, N) bool, patches row by row, True where kept; every row keeps the same number.
 
         Raises:
-            ConfigError: a ratio, block size or `keep` that does not make sense.
+            ConfigError: a ratio, block size or `keep` out of range.
 
         Example:
             >>> import aclip
@@ -188,25 +236,11 @@ class LoadedModel(nn.Module):
         kept = masking(MaskingContext(len(images), grid, images.device, scores=scores))
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
 
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are, and what it computes on."""
-        return next(self.model.parameters()).device
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of what `preprocess` returns, in pixels."""
-        return pair(preprocess_config(self.model)["size"])
-
     def _gather(
         self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], example: Tensor, items: Iterable[Any],
         unit: str, progress: bool,
     ) -> Float[Tensor, "N D"]:
-        """Encode batch after batch on the model's device, under a bar if asked for, and collect on the CPU.
-
-        Args:
-            example: one row, which tells the width where there are no batches.
-            items, unit: what is encoded, and what it is called.
+        """Encode batches on the model's device and collect the features on the CPU; without any, of `example`'s width.
         """
         from rich.console import Console
         from rich.progress import Progress
@@ -215,41 +249,29 @@ class LoadedModel(nn.Module):
         with Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task(f"encoding {unit}", total=len(items) if isinstance(items, Sized) else None)
             for batch in batches:
-                found.append(encode(batch.to(self.device, non_blocking=True)).float().cpu())
+                features = encode(batch.to(self.device, non_blocking=True)).float().cpu()
+                usable = batch.flatten(1).isfinite().all(dim=1)  # rows of images that could not be used are NaN
+                check_finite(features[usable], self.name)
+                found.append(features)
                 bar.advance(task, len(batch))
         return torch.cat(found) if found else encode(example.to(self.device)).float().cpu()[:0]
 
-    @torch.no_grad()
-    def attention_scores(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N"]:
-        """Return how much the class token attends to each patch, averaged over layers and heads.
-
-        Args:
-            images: (B, 3, h, w) normalised pixels.
-
-        Returns:
-            (B, N) float32 in [0, 1], patches row by row; see `aclip.models.encode_image`.
-        """
-        scores = encode_image(visual_of(self.model), images, return_scores=True).scores
-        assert scores is not None
-        return scores
-
 
 def load(
-    source: str | Path, *, checkpoint: str | Path | None = None, weights: Literal["online", "ema"] = "online",
-    device: str | torch.device = "cpu",
+    name: str | Path, *, weights: WeightsOf = "online", device: str | torch.device = "cpu"
 ) -> LoadedModel:
     """Load a model for use, in fp32 and evaluation mode.
 
     Args:
-        source: a run folder (its `final/`), a folder with `open_clip_config.json`, or an open_clip name,
-            as in `aclip.models.sources.resolve_source`.
-        checkpoint: a weight file to use in place of the source's own.
-        weights: "ema" takes the image tower's moving average from the run's newest checkpoint.
-        device: where it computes: "cpu", "cuda", "cuda:1", "mps".
+        name: a run folder (its `final/`, or its newest undamaged checkpoint before it is finished), a folder with
+            `open_clip_config.json`, an open_clip name, NAME:FILE, and more: see `aclip.models.resolve_source`.
+        weights: "ema" takes the newest undamaged checkpoint of a run, with the EMA of its image tower.
+        device: "cpu", "cuda", "cuda:1", "mps".
 
     Raises:
-        ConfigError: an unknown name or device, or "ema" of what is no run.
-        CheckpointError, UnsupportedModelError: as `create_model`.
+        ConfigError: an unknown name or device, or "ema" of something that is not a run.
+        CheckpointError: weights that are missing, damaged, of another model, or cannot be fetched.
+        UnsupportedModelError: a model whose towers cannot be trained here.
 
     Example:
         >>> import aclip
@@ -258,20 +280,72 @@ def load(
     """
     if weights not in ("online", "ema"):
         raise ConfigError(f"weights are 'online' or 'ema', not {weights!r}")
-    run = Path(source)
-    if weights == "ema" and (checkpoint is not None or not (run / "checkpoints").is_dir()):
-        raise ConfigError(f"the moving average is in a run's folder with its checkpoints, which {source} is not"
-                          if checkpoint is None else "a weight file holds no moving average: leave out checkpoint")
-    if checkpoint is None and not resolve_source(source).has_weights:
-        logger.warning("'%s' names an architecture without weights: its features mean nothing yet", source)
-    model = create_model(source, checkpoint=checkpoint, with_text=None)
-    if weights == "ema":
-        load_average(visual_of(model), run / "checkpoints")
-    loaded = LoadedModel(model.eval(), tokenizer_of(source)).eval()
+    source = resolve_source(name, weights)
+    if source.read is None:
+        logger.warning("'%s' is an architecture without weights: its features mean nothing yet", name)
+    model, origin = build(source, with_text=None)
+    loaded = LoadedModel(
+        model, tokenizer_of(source), name=f"'{name}'", step=origin.step if origin else None,
+        samples_seen=origin.samples_seen if origin else None).eval()
     try:
         return loaded.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"there is no device '{device}' here: {str(error).splitlines()[0]}") from error
+
+
+def check_finite(features: Tensor, name: str) -> None:
+    """Check features for NaN and inf; on an accelerator, this synchronises.
+
+    Args:
+        features: (B, D).
+        name: of the model, for the error.
+
+    Raises:
+        CheckpointError: some are NaN or inf.
+    """
+    if not features.isfinite().all():
+        raise CheckpointError(f"the features of {name} are NaN or inf: its weights are damaged or its training "
+                              "diverged; use an earlier checkpoint of the run, as RUN/checkpoints/step-...")
+
+
+class _Preprocess:
+    """(number, image) pairs -> a batch of pixels, in a reading process."""
+
+    def __init__(self, preprocess: Callable[[Any], Tensor], bad: BadImages, shape: tuple[int, int, int]) -> None:
+        self._preprocess, self._bad, self._shape = preprocess, bad, shape
+
+    def __call__(self, images: list[tuple[int, ImageLike]]) -> Float[Tensor, "B 3 h w"]:
+        return torch.stack([self._one(number, image) for number, image in images])
+
+    def _one(self, number: int, image: ImageLike) -> Float[Tensor, "3 h w"]:
+        try:
+            return self._preprocess(_open_image(image))
+        except BadSampleError as error:
+            if self._bad == "nan":
+                return torch.full(self._shape, float("nan"))
+            name = image if isinstance(image, str | Path) else f"image {number}"
+            raise DataError(f"{name} cannot be used: {error.reason} (bad='nan' gives it a row of NaN instead)"
+                            ) from error
+
+
+def _open_image(image: ImageLike) -> Image.Image:
+    """Return an image upright, in RGB, transparency on white, as in training.
+
+    Raises:
+        BadSampleError: it cannot be used.
+    """
+    if isinstance(image, str | Path):
+        try:
+            data = Path(image).read_bytes()
+        except OSError as error:
+            raise BadSampleError(error.strerror or str(error)) from error
+        return decode_image(data)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+            raise BadSampleError(f"an array of {image.dtype} and shape {image.shape}: images are uint8, (h, w, 3) RGB, "
+                                 "(h, w, 4) with alpha or (h, w) grey")
+        image = Image.fromarray(image)
+    return as_rgb(image)
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -281,7 +355,3 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
-
-
-def _unchanged(tokens: Tensor) -> Tensor:
-    return tokens

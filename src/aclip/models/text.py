@@ -1,4 +1,4 @@
-"""The text tower: open_clip's, run only as far as the longest caption of the batch."""
+"""The text tower of open_clip, run only as far as the longest caption of the batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from open_clip.model import CLIPTextCfg
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from aclip.errors import UnsupportedModelError
@@ -17,9 +15,9 @@ from aclip.models.blocks import Packing, run_blocks
 def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B D"]:
     """Encode captions with the text tower of an open_clip model and its own weights.
 
-    Where the tower can be cut (see `can_cut`), T may be anything from the longest caption to the context
-    length, and the features do not depend on it: a causal tower's EOT token sees nothing that comes after
-    it. Other towers run as open_clip runs them, at full context.
+    If the tower can be cut (see `can_cut`), T may be anything from the longest caption to the context length, and the
+    features do not depend on it: a causal tower's EOT token sees nothing that comes after it. Other towers run as in
+    open_clip, at full context.
 
     Args:
         model: `open_clip.CLIP` or `open_clip.CustomTextCLIP`.
@@ -30,7 +28,7 @@ def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "
 
     Raises:
         UnsupportedModelError: the model has no text tower.
-        ValueError: T is longer than the context, or shorter where the tower cannot be cut.
+        ValueError: T is longer than the context, or shorter although the tower cannot be cut.
     """
     tower = text_tower_of(model)
     context, length = int(tower.context_length), tokens.shape[1]
@@ -61,20 +59,20 @@ def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "
 def encode_hidden_text(
     model: nn.Module, tokens: Int[Tensor, "B T"], hidden: Bool[Tensor, "B T"], mask_token: Float[Tensor, " C"]
 ) -> Float[Tensor, "B T C"]:
-    """Return every token's state after the final norm, where some tokens are hidden behind a mask token.
+    """Return every token's state after the final norm, with some tokens replaced by a mask token.
 
     Args:
         model: as in `encode_text`; the tower must be one that can be cut.
         tokens: (B, T) int64 token ids.
-        hidden: (B, T) bool, where `mask_token` takes the place of the token's embedding.
+        hidden: (B, T) bool, True where `mask_token` replaces the token's embedding.
         mask_token: (C,) learned embedding.
 
     Raises:
         UnsupportedModelError: a tower that is not causal and EOT-pooled.
     """
     if not can_cut(model):
-        raise UnsupportedModelError("tokens can be hidden in causal, EOT-pooled text towers only: choose a recipe "
-                                    "without masked language modelling, or a model such as ViT-B-16")
+        raise UnsupportedModelError("masked language modelling needs a causal, EOT-pooled text tower: choose a recipe "
+                                    "without it, or a model such as ViT-B-16")
     tower = text_tower_of(model)
     x = torch.where(hidden[:, :, None], mask_token, tower.token_embedding(tokens))
     x = x + tower.positional_embedding[: tokens.shape[1]]
@@ -84,10 +82,10 @@ def encode_hidden_text(
 
 
 def packs(tokens: Int[Tensor, "B T"]) -> bool:
-    """Whether captions are run without their padding, `blocks.Packing`: on a CPU, where lengths are known at once.
+    """Whether captions run without their padding (`blocks.Packing`): on a CPU, outside of tracing.
 
-    On an accelerator the number of tokens would have to be read back to the host in every step, and a graph that is
-    traced must not depend on it.
+    On an accelerator, the number of tokens would have to be read back to the host in every step; a traced graph must
+    not depend on it.
     """
     return tokens.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -103,8 +101,14 @@ def can_cut(model: nn.Module | Mapping[str, Any]) -> bool:
     Raises:
         UnsupportedModelError: a model without a text tower.
     """
+    from open_clip.model import CLIPTextCfg
+    from open_clip.transformer import ResidualAttentionBlock
+
     if isinstance(model, Mapping):
-        return _config_can_cut(model)
+        if model["text_cfg"].get("hf_model_name"):
+            return False
+        text = CLIPTextCfg(**model["text_cfg"])
+        return text.pool_type == "argmax" and not (text.no_causal_mask or text.embed_cls or has_custom_blocks(text))
     tower = text_tower_of(model)
     pool_type = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
     return bool(
@@ -115,20 +119,16 @@ def can_cut(model: nn.Module | Mapping[str, Any]) -> bool:
     )
 
 
-def _config_can_cut(config: Mapping[str, Any]) -> bool:
-    values = dict(config["text_cfg"])
-    if values.get("hf_model_name"):
-        return False
-    text = CLIPTextCfg(**values)
-    custom = (text.block_type == "custom" or text.qk_norm or text.scaled_cosine_attn or text.scale_heads
-              or text.scale_attn_inner or text.scale_attn or text.scale_fc)
-    return text.pool_type == "argmax" and not (text.no_causal_mask or text.embed_cls or custom)
+def has_custom_blocks(tower: Any) -> bool:
+    """Whether a `CLIPTextCfg` or `CLIPVisionCfg` asks for open_clip's custom attention blocks."""
+    return bool(tower.block_type == "custom" or tower.qk_norm or tower.scaled_cosine_attn or tower.scale_heads
+                or tower.scale_attn_inner or tower.scale_attn or tower.scale_fc)
 
 
 def cut_after_eot(tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B S"]:
     """Return the tokens up to and including the longest row's EOT, the first occurrence of its highest id.
 
-    For the loader, on tokens in host memory: the new length is read back to the host.
+    For tokens in host memory: on an accelerator, this synchronises.
 
     Args:
         tokens: (B, T) integer token ids, padded with ids below the EOT's.
@@ -141,20 +141,20 @@ def cut_after_eot(tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B S"]:
 
 
 def text_tower_of(model: nn.Module) -> Any:
-    """Return the module that holds the text tower's parts: `model.text`, or the model itself.
+    """Return the module that holds the parts of the text tower: `model.text`, or the model itself.
 
     Raises:
-        UnsupportedModelError: it has none.
+        UnsupportedModelError: the model has no text tower.
     """
     tower = getattr(model, "text", model)
     if not hasattr(tower, "context_length"):
-        raise UnsupportedModelError("this model has an image tower only: train a recipe with a contrastive "
-                                    "objective, or name a model with text, to encode captions")
+        raise UnsupportedModelError("this model has an image tower only: to encode captions, name a model with a text "
+                                    "tower, or train a recipe with a contrastive objective")
     return tower
 
 
 def stack_of_open_clip(model: nn.Module) -> nn.Module | None:
-    """Return the blocks that open_clip runs itself, as their own modules: those of text that cannot be cut, if any."""
+    """Return the stack of blocks that open_clip itself runs, that of a text tower that cannot be cut, or None."""
     tower = getattr(model, "text", model)
     if not hasattr(tower, "context_length") or can_cut(model):
         return None
@@ -166,7 +166,7 @@ def logit_scale_of(model: nn.Module) -> nn.Parameter:
     """Return `model.logit_scale`, the logarithm of the multiplier, as in open_clip.
 
     Raises:
-        UnsupportedModelError: the model has no text tower and therefore no scale.
+        UnsupportedModelError: the model has no text tower.
     """
     text_tower_of(model)
     scale = model.logit_scale

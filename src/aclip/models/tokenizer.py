@@ -1,20 +1,19 @@
-"""open_clip's byte-pair tokenizer, remembering words: the same tokens in a fraction of the time."""
+"""open_clip's byte-pair tokenizer with a cache of words: the same tokens in a fraction of the time."""
 
 from typing import Any
 
 from open_clip.tokenizer import SimpleTokenizer
 
-_REMEMBERED = 10_000  # words, some 3 MB
-_LONGEST = 64  # letters of a word that is remembered
-_PIECES = 1_000  # pieces of words that open_clip remembers, in its own table without an end
+_CACHED_WORDS = 10_000  # some 3 MB
+_LONGEST_CACHED = 64  # letters
+_CACHED_PIECES = 1_000  # in open_clip's own cache, which has no limit
 
 
-class RememberingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip has no annotations
-    """`SimpleTokenizer`, which never joins letters across a space: what a word becomes can be looked up.
+class CachingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip has no annotations
+    """`SimpleTokenizer` with a cache of words, which it never merges across a space.
 
-    Captions repeat their words, so a look-up takes the place of most of the work. Text of plain ASCII is not
-    searched for encoding mistakes and character references, of which it can have none. Both memories are emptied
-    when they are full: a loader worker that reads a billion captions stays small.
+    Captions repeat their words, so most of the work becomes a look-up. Printable ASCII without `&` needs no ftfy and
+    no unescaping. Both caches are cleared when full, so that loader workers stay small.
     """
 
     cache: dict[str, str]
@@ -27,7 +26,7 @@ class RememberingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip 
         self._words: dict[str, tuple[int, ...]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without those of its start and end."""
+        """Return the ids of a text, without start and end tokens."""
         if self._lower and text.isascii() and text.isprintable() and "&" not in text:
             text = text.lower()
         else:
@@ -35,18 +34,16 @@ class RememberingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip 
         tokens: list[int] = []
         for word in text.split():
             known = self._words.get(word)
-            if known is None:
-                known = self._encode_word(word)
-            tokens.extend(known)
+            tokens.extend(self._encode_word(word) if known is None else known)
         return tokens
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
-        if len(self.cache) > _PIECES:
+        if len(self.cache) > _CACHED_PIECES:
             self.cache = dict(self._special)
         pieces = ("".join(self.byte_encoder[byte] for byte in piece.encode()) for piece in self.pat.findall(word))
         tokens = tuple(self.encoder[part] for piece in pieces for part in self.bpe(piece).split(" "))
-        if len(word) <= _LONGEST:
-            if len(self._words) >= _REMEMBERED:
+        if len(word) <= _LONGEST_CACHED:
+            if len(self._words) >= _CACHED_WORDS:
                 self._words.clear()
             self._words[word] = tokens
         return tokens

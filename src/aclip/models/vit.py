@@ -1,45 +1,51 @@
-"""What encoding pictures needs to know of a ViT, whoever wrote it: open_clip's own here, timm's in `timm_vit`."""
+"""The image tower: a ViT over the kept patches, at any resolution, with the attention that ranks patches."""
 
-from abc import ABC, abstractmethod
-from typing import Any, Literal
+import re
+from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Asker = Literal["class token", "pool"]
-"""Whose attention ranks the patches."""
+from aclip.errors import ConfigError, UnsupportedModelError
+from aclip.models.blocks import run_blocks
+from aclip.structs import ImageEncoding
+
+SUPPORTED = ("supported are plain ViTs: open_clip's own, such as ViT-B-32, ViT-B-16, ViT-L-14, vit-small and vit-tiny, "
+             "and timm's, such as ViT-B-16-SigLIP")
+
+NO_ATTENTION_SCORES = (
+    "the features of this image tower come from neither a class token nor attention pooling, so it has no attention "
+    "scores: choose a masking that needs none, such as uniform, or another model, such as ViT-B-16")
 
 
-class Vit(ABC):
-    """A ViT by its parts, with one set of names for all families. Holds no state of its own.
+class Vit:
+    """The parts of an image tower under one set of names: open_clip's `VisionTransformer` here, timm's in `TimmVit`.
+
+    Holds no state of its own.
 
     Attributes:
-        visual: the image tower itself, as it stands in the model.
-        stack: what holds the transformer blocks, for `blocks.run_blocks`.
+        visual: the image tower itself.
+        stack: the module that holds the transformer blocks, for `run_blocks`.
         grid_size: patches (down, across) at the tower's own image size.
-        num_prefix_tokens: P, class token and registers; they are never counted as patches and never removed.
-        asker: whose attention the scores are, None where no token asks for the patches. A class token that is not read
-            after the blocks does not: no loss sees its last query, and nothing makes the earlier ones look for content.
+        patch_embedding: the convolution that embeds patches; its stride is its kernel size.
+        num_prefix_tokens: P, class token and registers; never counted as patches and never removed.
+        scored_by: the source of attention scores, None if there is none. A class token that is not pooled is no
+            source: no loss reaches its last query, and nothing teaches the earlier ones to look for content.
         reads_first: whether only the first token is read after the blocks.
     """
 
-    visual: Any
-    stack: Any
-    grid_size: tuple[int, int]
-    num_prefix_tokens: int
-    asker: Asker | None
-    reads_first: bool
+    scored_by: Literal["class token", "pool"] | None
 
-    @property
-    @abstractmethod
-    def patch_embedding(self) -> nn.Conv2d:
-        """The convolution that embeds patches; its stride is its kernel size."""
-
-    @property
-    def attention_pool(self) -> nn.Module | None:
-        """The module that pools the patches by attention, if one does."""
-        return None
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+        self.stack = visual.transformer
+        self.grid_size: tuple[int, int] = tuple(visual.grid_size)
+        self.patch_embedding: nn.Conv2d = visual.conv1
+        self.num_prefix_tokens = 1
+        self.reads_first: bool = visual.pool_type == "tok"
+        self.scored_by = "class token" if self.reads_first else None
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -47,99 +53,259 @@ class Vit(ABC):
         height, width = self.patch_embedding.kernel_size
         return int(height), int(width)
 
-    @abstractmethod
     def patch_positions(self) -> Float[Tensor, "N C"]:
-        """Return the positions of the patches on the tower's own grid, row by row."""
+        """Return the position embeddings of the patches on the tower's own grid, row by row."""
+        return cast(Tensor, self.visual.positional_embedding[1:])
 
-    @abstractmethod
     def prefix(self) -> Float[Tensor, "P C"]:
-        """Return class token and registers, with their positions where they have any."""
+        """Return class token and registers, their positions added."""
+        return cast(Tensor, self.visual.class_embedding + self.visual.positional_embedding[0])[None]
 
-    @abstractmethod
     def before_blocks(self, x: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
         """Apply the norm before the blocks, if there is one."""
+        return cast(Tensor, self.visual.ln_pre(x))
 
-    @abstractmethod
     def pool(
         self, x: Float[Tensor, "B L C"], with_scores: bool
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N"] | None]:
-        """Return the pooled token after the final norm, and the pool's scores if it is the asker and they are wanted.
+        """Return the pooled token after the final norm, and the pool's scores if asked for and `scored_by` is "pool".
 
-        `x` holds the first token alone where that is all that is read.
+        If `reads_first`, `x` may hold the first token alone.
         """
+        if self.reads_first:
+            return self.visual.ln_post(x[:, 0]), None
+        if self.visual.final_ln_after_pool:
+            return self.visual.ln_post(x[:, 1:].mean(dim=1)), None
+        return self.visual.ln_post(x)[:, 1:].mean(dim=1), None
 
-    @abstractmethod
     def project(self, pooled: Float[Tensor, "B C"]) -> Float[Tensor, "B D"]:
         """Map the pooled token into the joint space."""
-
-    @abstractmethod
-    def norm_patches(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M C"]:
-        """Apply the final norm to patch tokens."""
-
-    @abstractmethod
-    def drop_projection(self) -> None:
-        """Take the projection into the joint space away: features are the pooled token from then on."""
-
-    @abstractmethod
-    def resize(self, image_size: tuple[int, int], positions: Float[Tensor, "N C"]) -> None:
-        """Make this the tower's own image size, with these positions of the patches."""
-
-
-class OpenClipVit(Vit):
-    """open_clip's `VisionTransformer` of plain blocks: one class token, always."""
-
-    def __init__(self, visual: Any) -> None:
-        self.visual = visual
-        self.stack = visual.transformer
-        self.grid_size = tuple(visual.grid_size)
-        self.num_prefix_tokens = 1
-        self.reads_first = visual.pool_type == "tok"
-        self.asker = "class token" if self.reads_first else None
-
-    @property
-    def patch_embedding(self) -> nn.Conv2d:
-        conv: nn.Conv2d = self.visual.conv1
-        return conv
-
-    def patch_positions(self) -> Float[Tensor, "N C"]:
-        positions: Tensor = self.visual.positional_embedding[1:]
-        return positions
-
-    def prefix(self) -> Float[Tensor, "P C"]:
-        cls: Tensor = self.visual.class_embedding + self.visual.positional_embedding[0]
-        return cls[None]
-
-    def before_blocks(self, x: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
-        normed: Tensor = self.visual.ln_pre(x)
-        return normed
-
-    def pool(
-        self, x: Float[Tensor, "B L C"], with_scores: bool
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N"] | None]:
-        """Return the class token after the final norm, or the mean over patches before or after it."""
-        pooled: Tensor
-        if self.reads_first:
-            pooled = self.visual.ln_post(x[:, 0])
-        elif self.visual.final_ln_after_pool:
-            pooled = self.visual.ln_post(x[:, 1:].mean(dim=1))
-        else:
-            pooled = self.visual.ln_post(x)[:, 1:].mean(dim=1)
-        return pooled, None
-
-    def project(self, pooled: Float[Tensor, "B C"]) -> Float[Tensor, "B D"]:
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
     def norm_patches(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M C"]:
-        normed: Tensor = self.visual.ln_post(x)
-        return normed
+        """Apply the final norm to patch tokens."""
+        return cast(Tensor, self.visual.ln_post(x))
 
     def drop_projection(self) -> None:
+        """Remove the projection into the joint space; features are the pooled token from then on."""
         self.visual.proj = None
 
     def resize(self, image_size: tuple[int, int], positions: Float[Tensor, "N C"]) -> None:
+        """Change the tower's own image size and the positions of its patches, in place."""
         visual = self.visual
         whole = torch.cat([visual.positional_embedding[:1].detach(), positions])
         visual.positional_embedding = nn.Parameter(whole, visual.positional_embedding.requires_grad)
         visual.image_size = image_size
-        visual.grid_size = (image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1])
+        visual.grid_size = grid_of(image_size, self.patch_size)
         visual.preprocess_cfg = {**visual.preprocess_cfg, "size": image_size}
+
+
+def encode_image(
+    visual: nn.Module,
+    pixels: Float[Tensor, "B 3 h w"],
+    keep_indices: Int[Tensor, "B K"] | None = None,
+    *,
+    mask_token: Float[Tensor, " C"] | None = None,
+    return_scores: bool = False,
+    return_patches: bool = False,
+) -> ImageEncoding:
+    """Encode images, or only some of their patches, with a ViT of open_clip or timm and its own weights.
+
+    With every patch kept, the features equal `visual(pixels)` up to rounding. Patches are removed before they are
+    embedded; kept patch i has the position embedding of patch `keep_indices[:, i]`. Class token and registers always
+    stay. At another resolution than the model's own, positions are interpolated (see `positions_at`). The score of
+    patch P, over all layers l and heads h (A-CLIP, arXiv 2212.08653):
+
+        s_P = 1/(L H) sum_lh softmax(q_lh(CLS) . k_lh / sqrt(d))[P]
+
+    In a tower that pools by attention (SigLIP), with the query of the pool and its heads:
+
+        s_P = 1/H sum_h softmax(q_h . k_h / sqrt(d))[P]
+
+    Works under autocast and `torch.compile`, without host synchronisation. A config's `patch_dropout`, dropout and
+    stochastic depth are not applied: masking is an argument here, never a state of the model.
+
+    Args:
+        visual: `open_clip.transformer.VisionTransformer`, or `open_clip.timm_model.TimmModel` around a plain ViT.
+        pixels: (B, 3, h, w) float, normalised; h and w multiples of the patch size.
+        keep_indices: (B, K) int64 ascending patch numbers on the (h / patch, w / patch) grid, row by row, CLS never
+            counted; None keeps all.
+        mask_token: (C,) replaces removed patches, which then stay in the sequence with their positions (SimMIM,
+            arXiv 2111.09886); None drops them.
+        return_scores: also return the scores; only with all patches kept.
+        return_patches: also return the patch tokens after the final norm.
+
+    Returns:
+        `ImageEncoding`: features (B, D) not normalised, cls (B, C) the pooled token, scores (B, N) float32 without
+        gradient or None, patches (B, M, C) or None, number of tokens.
+
+    Raises:
+        UnsupportedModelError: not a plain ViT, or scores of one that has none.
+        ConfigError: an image size that is not a whole number of patches.
+        ValueError: scores of a masked image.
+    """
+    vit = vit_of(visual)
+    if return_scores and keep_indices is not None:
+        raise ValueError("scores rank all patches: they cannot be returned when only some are kept")
+    if return_scores and vit.scored_by is None:
+        raise UnsupportedModelError(NO_ATTENTION_SCORES)
+    x = embed_patches(vit, pixels, keep_indices, mask_token)
+    prefix = vit.prefix()
+    x = vit.before_blocks(torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1))
+    num_tokens, first_patch = x.shape[1], vit.num_prefix_tokens
+
+    reads_all = return_patches or not vit.reads_first
+    first = None if reads_all else torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    x, scores = run_blocks(vit.stack, x, first, with_scores=return_scores and vit.scored_by == "class token")
+    if scores is not None:
+        scores = scores[:, first_patch - 1:]  # drop the registers
+    pooled, pool_scores = vit.pool(x, return_scores and vit.scored_by == "pool")
+    return ImageEncoding(
+        features=vit.project(pooled), cls=pooled, scores=scores if pool_scores is None else pool_scores,
+        patches=vit.norm_patches(x[:, first_patch:]) if return_patches else None, num_tokens=num_tokens)
+
+
+def embed_patches(
+    vit: Vit,
+    pixels: Float[Tensor, "B 3 h w"],
+    keep_indices: Int[Tensor, "B K"] | None,
+    mask_token: Float[Tensor, " C"] | None = None,
+) -> Float[Tensor, "B M C"]:
+    """Cut images into patches, drop those not kept, embed the rest and add their positions.
+
+    The stride of the convolution is its kernel size, so it is a matrix product over the pixels (channel, row, column)
+    of a patch, and can be applied to the kept patches alone. M is K, or N if a mask token fills the gaps.
+    """
+    conv, patch = vit.patch_embedding, vit.patch_size
+    grid = grid_of((pixels.shape[-2], pixels.shape[-1]), patch)
+    cells = pixels.reshape(pixels.shape[0], -1, grid[0], patch[0], grid[1], patch[1]).permute(0, 2, 4, 1, 3, 5)
+    positions = positions_at(vit, grid)
+    if keep_indices is None and mask_token is not None:  # explicit, so that the mask token's gradient is 0, not None
+        keep_indices = torch.arange(grid[0] * grid[1], device=pixels.device).expand(pixels.shape[0], -1)
+    if keep_indices is None:
+        return F.linear(cells.flatten(1, 2).flatten(2), conv.weight.flatten(1), conv.bias) + positions
+    sample = torch.arange(pixels.shape[0], device=pixels.device)[:, None]
+    patches = cells[sample, keep_indices // grid[1], keep_indices % grid[1]]
+    kept = F.embedding(keep_indices, positions)  # the backward of indexing is slow
+    embedded = F.linear(patches.flatten(2), conv.weight.flatten(1), conv.bias) + kept
+    if mask_token is None:
+        return embedded
+    filled = (mask_token + positions).to(embedded.dtype).expand(pixels.shape[0], -1, -1)
+    return filled.scatter(1, keep_indices[:, :, None].expand_as(embedded), embedded)
+
+
+def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the patch grid (down, across) of an image; both sizes are (height, width) in pixels.
+
+    Raises:
+        ConfigError: not a whole number of patches.
+    """
+    (height, width), (patch_height, patch_width) = image_size, patch_size
+    if height < 1 or width < 1 or height % patch_height or width % patch_width:
+        raise ConfigError(f"images of {height} x {width} pixels cannot be cut into patches of "
+                          f"{patch_height} x {patch_width}: both sides must be positive multiples")
+    return height // patch_height, width // patch_width
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Return (height, width) from one integer or two.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise ConfigError(f"an image size is a whole number of pixels, or two of them (height, width), not {size!r}")
+    height, width = sides
+    return height, width
+
+
+def parse_image_size(text: str) -> int | tuple[int, int]:
+    """Return an image size in pixels from how it is typed: "224", or height and width as in "192x256".
+
+    Raises:
+        ConfigError: anything else.
+    """
+    sides = re.fullmatch(r"\s*(\d+)\s*(?:x\s*(\d+)\s*)?", text, re.IGNORECASE)
+    if not sides or not all(int(side) for side in sides.groups() if side):
+        raise ConfigError(f"an image size is one side in pixels, such as 224, or HEIGHTxWIDTH, such as 192x256, not "
+                          f"'{text}'")
+    return int(sides[1]) if sides[2] is None else (int(sides[1]), int(sides[2]))
+
+
+def positions_at(vit: Vit, grid_size: tuple[int, int]) -> Float[Tensor, "N C"]:
+    """Return the position embeddings of the patches on a grid (down, across), row by row; differentiable.
+
+    On another grid than the model's own, interpolated as by open_clip and timm: see `resample_positions`.
+    """
+    own = vit.patch_positions()
+    return own if vit.grid_size == grid_size else resample_positions(own, vit.grid_size, grid_size)
+
+
+def resample_positions(
+    positions: Float[Tensor, "N C"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Tensor, "M C"]:
+    """Interpolate position embeddings between grids (down, across): bicubic, antialiased, corners not aligned."""
+    image = positions.unflatten(0, old).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(image, new, mode="bicubic", antialias=True, align_corners=False)
+    return resized[0].flatten(1).T.to(positions.dtype)
+
+
+def resize_images(visual: nn.Module, image_size: tuple[int, int]) -> None:
+    """Change an image tower to another image size (height, width), its positions interpolated, in place.
+
+    Raises:
+        ConfigError: not a whole number of patches.
+    """
+    vit = vit_of(visual)
+    with torch.no_grad():
+        positions = positions_at(vit, grid_of(image_size, vit.patch_size)).clone()
+    vit.resize(image_size, positions)
+
+
+def vit_of(visual: nn.Module) -> Vit:
+    """Return the parts of an image tower.
+
+    Raises:
+        UnsupportedModelError: a tower that `encode_image` cannot run, such as a ResNet.
+    """
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+    if isinstance(visual, TimmModel):
+        from aclip.models.timm_vit import TimmVit, obstacle
+
+        what = obstacle(visual)
+        if what is None:
+            return TimmVit(visual)
+        what = f"this image tower has {what}"
+    elif not isinstance(visual, VisionTransformer):
+        what = f"this image tower is a {type(visual).__name__}"
+    elif visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
+        what = "this image tower pools by attention or not at all"
+    elif not isinstance(visual.transformer.resblocks[0], ResidualAttentionBlock):
+        what = "this image tower has custom attention blocks"
+    else:
+        return Vit(visual)
+    raise UnsupportedModelError(f"{what}, which cannot be scored and masked: {SUPPORTED}")
+
+
+def visual_of(model: nn.Module) -> Any:
+    """Return the image tower of a model (`model.visual`), or the tower itself if that is what is given.
+
+    Raises:
+        UnsupportedModelError: as `vit_of`.
+    """
+    visual = getattr(model, "visual", model)
+    vit_of(visual)
+    return visual
+
+
+def attention_pool_of(visual: nn.Module) -> nn.Module | None:
+    """Return the module that pools the patches of a tower by attention (SigLIP), or None."""
+    return getattr(vit_of(visual).stack, "attn_pool", None)
+
+
+def patch_embedding_of(visual: nn.Module) -> nn.Conv2d:
+    """Return the convolution that embeds patches; `Recipe.freeze` calls it `patch_embedding`."""
+    return vit_of(visual).patch_embedding

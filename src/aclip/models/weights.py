@@ -1,166 +1,102 @@
-"""Weight files: read without running what is in them, and compared with the model before anything is loaded."""
+"""Weight files: read without running code in them, checked against the model before anything is loaded."""
 
 import argparse
+import math
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from open_clip.convert import convert_state_dict, load_big_vision_weights
+from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_text_pos_embed
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from aclip.errors import CheckpointError
-from aclip.models.vision import vit_of
-from aclip.tensor_files import StoredTensors
+from aclip.errors import CheckpointError, UnsupportedModelError
+from aclip.models.vit import resample_positions, vit_of
 
-RUN_PREFIX = "method/model."
-"""What a run's checkpoint puts before the model's own names."""
-
-# What training scripts save beside their tensors; none of these can do anything when it is made.
+# What training scripts save beside their tensors; constructing these has no side effects.
 _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
                         type(np.dtype(np.int64)), (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
                         np.float64(0).__reduce__()[0]]
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a weight file, or of a run's checkpoint folder, by name; no code of the file is run.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a weight file by name, in safetensors' or torch's format; no code in the file is run.
 
-    Safetensors (of a checkpoint, its model alone) or torch's format, told apart by their first bytes. Taken off are
-    `{"state_dict": ...}`, and the `module.` and `_orig_mod.` that wrappers put before every name.
+    Unwraps `{"state_dict": ...}` and `{"model": ...}`, and the `module.` and `_orig_mod.` that wrappers prepend.
 
     Raises:
-        CheckpointError: missing, empty, cut off, of another kind, or with code in it.
+        CheckpointError: missing, damaged, or not a state dict.
     """
-    state = _read_folder(path) if path.is_dir() else _read_file(path)
-    for wrapper in ("module.", "_orig_mod.", RUN_PREFIX):
-        if wrapper == RUN_PREFIX and any(name.startswith(wrapper) for name in state):
-            state = {name: tensor for name, tensor in state.items() if name.startswith(wrapper)}
-        if state and all(name.startswith(wrapper) for name in state):
+    if not path.is_file():
+        raise CheckpointError(f"there is no weight file {path}")
+    with path.open("rb") as file:
+        head = file.read(16)
+    try:
+        if head[8:9] == b"{":
+            found: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals(_HARMLESS):  # mapped: optimizer states in the file are never read
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it would call {named.group(1)}" if named else "it is damaged, or has code in it"
+        raise CheckpointError(f"the weights {path} hold more than tensors ({what}), and none of it was run: save a "
+                              "plain state dict") from error
+    except Exception as error:  # whatever the readers meet in a damaged file
+        raise CheckpointError(f"the weights {path} are damaged: {(str(error) or repr(error)).splitlines()[0]}"
+                              ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise CheckpointError(f"the weights {path} hold no state dict: expected a tensor for every name, or such a "
+                              "table under 'state_dict'")
+    state: dict[str, Tensor] = dict(found)
+    for wrapper in ("module.", "_orig_mod."):
+        if all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
-    if not state:
-        raise CheckpointError(f"the weights {path} are empty: no tensor is in the file")
     return state
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> bool:
-    """Load a state in open_clip's names into a model; return whether it held an image tower alone.
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> bool:
+    """Load a state dict in open_clip's names into a model; return whether it holds an image tower alone.
 
-    Of a model of another image size the positions are interpolated; an image tower alone leaves projection and text
-    as they are.
+    Positions of another image size or context length are interpolated. An image tower alone leaves projection and
+    text as they are.
 
     Args:
         model: an open_clip model.
         state: name -> tensor, of any floating type.
-        path: where it came from, for what is said about it.
+        path: where it came from, for errors.
 
     Raises:
-        CheckpointError: tensors that are missing, unknown, or of another shape: another model's.
+        CheckpointError: tensors that are missing, unknown, or of another shape.
     """
     state = _adapted(model, dict(convert_state_dict(model, dict(state))))
     image_only = all(name.startswith("visual.") for name in state)
     own = model.state_dict()
     missing = [name for name in own if name not in state]
     if image_only:
-        missing = [name for name in missing if name.startswith("visual.") and not _is_projection(name)]
+        missing = [name for name in missing if name.startswith("visual.") and not name.startswith(
+            ("visual.proj", "visual.head.", "visual.trunk.head."))]
     unknown = [name for name in state if name not in own]
     other = [f"{name} is {_by(state[name])} in the file and {_by(own[name])} in the model"
              for name in own if name in state and state[name].shape != own[name].shape]
-    wrong = [_count(names, what) for names, what in
+    wrong = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for names, what in
              ((missing, "missing"), (unknown, "unknown"), (other, "of another shape")) if names]
     if wrong:
-        raise CheckpointError(f"the weights {path} cannot be loaded into this model, whose tensors are others: "
-                              f"{'; '.join(wrong)}")
+        raise CheckpointError(f"the weights {path} are not of this model: {'; '.join(wrong)}")
     model.load_state_dict(state, strict=False)
     return image_only
 
 
-def load_numpy(model: nn.Module, path: Path) -> None:
-    """Load the weights that big_vision writes (`.npz`, SigLIP's original release).
-
-    Raises:
-        CheckpointError: damaged, or of another model.
-    """
-    try:
-        load_big_vision_weights(model, str(path))
-    except Exception as error:  # whatever numpy and open_clip meet in a damaged or foreign file
-        raise CheckpointError(f"the weights {path} cannot be loaded into this model: {error!r}") from error
-
-
-def _read_folder(path: Path) -> dict[str, Tensor]:
-    """Return the model of a run's checkpoint, which may lie in several files."""
-    try:
-        stored = StoredTensors.of_folder(path)
-        return {name: stored[name] for name in stored if name.startswith(RUN_PREFIX)}
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    """Return what a weight file holds, as it is."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no weight file {path}")
-    with path.open("rb") as file:
-        head = file.read(16)
-    if not head:
-        raise CheckpointError(f"the weights {path} are damaged: the file is empty")
-    return _read_safetensors(path) if head[8:9] == b"{" else _read_torch(path, head)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"the weights {path} are damaged: {error}") from error
-
-
-def _read_torch(path: Path, head: bytes) -> dict[str, Tensor]:
-    if not head.startswith((b"PK", b"\x80")):
-        raise CheckpointError(f"{path} is no weight file: it is neither safetensors nor in torch's format")
-    if head.startswith(b"PK") and _is_program(path):
-        raise CheckpointError(f"the weights {path} are a TorchScript program, which is not run here: save its state "
-                              "dict instead, or use one of the model's pretrained tags")
-    try:
-        with torch.serialization.safe_globals(_HARMLESS), path.open("rb") as file:
-            if path.suffix == ".safetensors":  # of a path, torch goes by the suffix
-                found = torch.load(file, map_location="cpu", weights_only=True)
-            else:  # mapped: optimizer states beside the weights are never read
-                found = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it would call {named.group(1)}" if named else "it is cut off, or has code in it"
-        raise CheckpointError(f"the weights {path} hold more than tensors ({what}), and nothing of it was run: save a "
-                              "plain state dict") from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"the weights {path} are damaged: {str(error).splitlines()[0]}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(
-            isinstance(k, str) and isinstance(v, Tensor) and v.layout is torch.strided and not v.is_meta
-            for k, v in found.items()):
-        raise CheckpointError(f"the weights {path} hold no state dict: expected names with a dense tensor each, or "
-                              "such a table under 'state_dict'")
-    return dict(found)
-
-
-def _is_program(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"the weights {path} are damaged: the file is cut off ({error})") from error
-
-
 def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring what differs harmlessly between files of one architecture into the model's form."""
+    """Resolve the differences between files of one architecture that open_clip resolves too."""
     own = model.state_dict()
     if "positional_embedding" in state and "positional_embedding" not in own:
         state = convert_to_custom_text_state_dict(state)
@@ -171,36 +107,79 @@ def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
     state.pop("text.transformer.embeddings.position_ids", None)
     for name in ("positional_embedding", "text.positional_embedding"):
-        if name in state and name in own and len(state[name]) and state[name].shape[1:] == own[name].shape[1:]:
-            resize_text_pos_embed(state, model)  # another context length
-    _resize_positions(model, state)
-    return state
-
-
-def _resize_positions(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Interpolate the image positions of a square grid to the model's."""
-    vit = vit_of(model.visual)  # type: ignore[arg-type]
+        if name in state and name in own and state[name].shape[1:] == own[name].shape[1:]:
+            resize_text_pos_embed(state, model)
+    vit: Any = vit_of(model.visual)  # type: ignore[arg-type]
     for name in ("visual.positional_embedding", "visual.trunk.pos_embed"):
-        own, given = model.state_dict().get(name), state.get(name)
-        if own is None or given is None or own.shape == given.shape or own.ndim != given.ndim:
-            continue
-        rows, prefix = given.flatten(0, -2), own.shape[-2] - vit.grid_size[0] * vit.grid_size[1]
-        side = round(max(0, len(rows) - prefix) ** 0.5)
-        if own.shape[-1] != given.shape[-1] or side == 0 or side**2 + prefix != len(rows):
-            continue
-        picture = rows[prefix:].unflatten(0, (side, side)).permute(2, 0, 1)[None].float()
-        new = F.interpolate(picture, vit.grid_size, mode="bicubic", antialias=True, align_corners=False)[0]
-        state[name] = torch.cat([rows[:prefix], new.flatten(1).T.to(rows.dtype)]).view(own.shape)
-
-
-def _is_projection(name: str) -> bool:
-    return name.startswith(("visual.proj", "visual.head.", "visual.trunk.head."))
+        if name in state and name in own and state[name].shape != own[name].shape:
+            rows, prefix = state[name].flatten(0, -2), own[name].shape[-2] - math.prod(vit.grid_size)
+            side = math.isqrt(max(0, len(rows) - prefix))
+            if side and side**2 + prefix == len(rows):
+                resized = resample_positions(rows[prefix:], (side, side), vit.grid_size)
+                state[name] = torch.cat([rows[:prefix], resized]).view(*own[name].shape[:-1], -1)
+    return state
 
 
 def _by(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a scalar"
 
 
-def _count(names: list[str], what: str, most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} {what} ({', '.join(names[:most])}{more})"
+# The checkpoint layout of the public A-CLIP release, which is SLIP's.
+
+_TIMM_SIZES = {(192, 12): "tiny", (768, 12): "base", (1024, 24): "large"}
+"""(width, layers) -> timm's word for it, all with heads of 64. The releases have base and large."""
+
+_TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale")
+
+
+def is_released(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is the release's: timm's names in `visual.*`, and a separate `image_projection`."""
+    return {"image_projection", "visual.cls_token", "visual.blocks.0.attn.qkv.weight"} <= state.keys()
+
+
+def released_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """Return the open_clip config of a state dict of the release: timm's ViT, CLIP's text tower with quick GELU.
+
+    Raises:
+        CheckpointError: tensors are missing.
+        UnsupportedModelError: a size that timm has no ViT for. SLIP's ViT-S has MoCo v3's 12 heads, timm's has 6: the
+            tensors would fit, the features would be wrong.
+    """
+    try:
+        patch, positions = state["visual.patch_embed.proj.weight"], state["visual.pos_embed"]
+        width, layers, side = patch.shape[0], _layers(state, "visual.blocks."), patch.shape[-1]
+        text_width = state["ln_final.weight"].shape[0]
+        text = {"context_length": state["positional_embedding"].shape[0],
+                "vocab_size": state["token_embedding.weight"].shape[0], "width": text_width,
+                "heads": text_width // 64, "layers": _layers(state, "transformer.resblocks.")}
+    except KeyError as error:
+        raise CheckpointError(f"the weights {path} have the A-CLIP release's layout, but {error} is missing") from error
+    if (width, layers) not in _TIMM_SIZES:
+        raise UnsupportedModelError(f"the weights {path} have the A-CLIP release's layout, but timm has no ViT of "
+                                    f"width {width} and {layers} layers with the same heads: sizes that load are "
+                                    f"{', '.join(f'{w} x {n}' for w, n in _TIMM_SIZES)}")
+    return {
+        "embed_dim": state["image_projection"].shape[1],
+        "quick_gelu": True,
+        "vision_cfg": {
+            "timm_model_name": f"vit_{_TIMM_SIZES[width, layers]}_patch{side}_224", "timm_model_pretrained": False,
+            "timm_pool": "token", "timm_proj": "linear", "image_size": math.isqrt(positions.shape[1] - 1) * side,
+        },
+        "text_cfg": text,
+    }
+
+
+def from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the online towers of the release's state dict in open_clip's names, without EMA copies and heads."""
+    ours = {name: tensor for name, tensor in state.items()
+            if name in _TEXT or name.startswith(tuple(part for part in _TEXT if part.endswith(".")))}
+    ours["visual.head.proj.weight"] = state["image_projection"].T
+    for name, tensor in state.items():
+        if name.startswith("visual.") and not name.startswith("visual.head."):
+            ours[f"visual.trunk.{name.removeprefix('visual.')}"] = tensor
+    return ours
+
+
+def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    return 1 + max((int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix)),
+                   default=-1)

@@ -1,0 +1,465 @@
+"""Models by name: presets, open_clip's models with or without pretrained weights, files, folders and runs."""
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import open_clip
+from jaxtyping import Float
+from open_clip.convert import load_big_vision_weights
+from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aclip.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, open_newest
+from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
+from aclip.models import hugging_face
+from aclip.models.hugging_face import read_json
+from aclip.models.shapes import check_config, patch_size_of
+from aclip.models.tokenizer import CachingTokenizer
+from aclip.models.vit import grid_of, pair, resize_images, visual_of, vit_of
+from aclip.models.weights import from_released, is_released, load_weights, read_weights, released_config
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FRESH_PREPROCESS: Mapping[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+"""The normalisation of models trained from scratch, and of the A-CLIP release."""
+
+_BIG_VISION = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+_LOCAL, _HUB = "local-dir:", "hf-hub:"
+_WEIGHT_NAMES = (WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+                 "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz")
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Texts -> (B, T) int64 token ids, padded to the context length."""
+
+WeightsOf = Literal["online", "ema"]
+"""Which weights of a run: those that were trained, or an image tower of their exponential moving average."""
+
+
+class Weights(NamedTuple):
+    """Weights that were read: a state dict in open_clip's names, its origin, and how far it was trained, if known."""
+
+    state: dict[str, Tensor]
+    origin: str
+    step: int | None = None
+    samples_seen: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that a name resolves to; nothing but its config has been read or fetched.
+
+    Attributes:
+        name: as it was given.
+        config: open_clip's `model_cfg`.
+        preprocess: what is known of open_clip's `preprocess_cfg`.
+        folder: local folder that may hold a tokenizer.
+        read: reads the weights, after fetching them if they are remote; None for an architecture without weights.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    preprocess: Mapping[str, Any] | None = None
+    folder: Path | None = None
+    read: Callable[[], Weights] | None = None
+
+
+class ImageTower(nn.Module):
+    """A model without text: its state dict is `visual.*` of open_clip's.
+
+    Without captions there is no joint space either: the projection is left out, and features are the pooled token,
+    (B, C).
+
+    Attributes:
+        visual: open_clip's image tower.
+    """
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+        vit_of(visual).drop_projection()
+
+    def encode_image(self, image: Float[Tensor, "B 3 h w"], normalize: bool = False) -> Float[Tensor, "B D"]:
+        """Return the pooled token after the final norm, (B, C), L2-normalised on request."""
+        features: Tensor = self.visual(image)
+        return F.normalize(features, dim=-1) if normalize else features
+
+
+def create_model(
+    name: str | Path, *, image_size: int | tuple[int, int] | None = None, with_text: bool | None = True
+) -> nn.Module:
+    """Build an open_clip model on the CPU in fp32, in training mode.
+
+    Fresh weights come from torch's global generator (`torch.manual_seed`); the image tower's do not depend on
+    `with_text`. Fresh models take ImageNet's mean and deviation; models that come with weights keep their own. If the
+    weights hold an image tower only, the text tower starts fresh.
+
+    Args:
+        name: see `resolve_source`.
+        image_size: pixels, one side or (height, width), in place of the model's own; position embeddings are
+            interpolated.
+        with_text: False leaves the text tower out (`ImageTower`); None does so if the weights hold an image tower only.
+
+    Returns:
+        `open_clip.CLIP`, `open_clip.CustomTextCLIP`, or `ImageTower`.
+
+    Raises:
+        ConfigError: an unknown name or a size that is not a whole number of patches.
+        CheckpointError: weights that are missing, damaged, of another model, or cannot be fetched.
+        UnsupportedModelError: a model whose towers cannot be trained here.
+    """
+    return build(resolve_source(name), image_size, with_text)[0]
+
+
+def build(
+    source: Source, image_size: int | tuple[int, int] | None = None, with_text: bool | None = True
+) -> tuple[nn.Module, Weights | None]:
+    """Build the model of a source as `create_model` does; also return where its weights came from, without them."""
+    size = None if image_size is None else pair(image_size)
+    if size is not None:
+        grid_of(size, patch_size_of(source.config))
+    unfixed = size is not None and _frees_positions(source.config, size)
+    model = _build_modules(source, None if source.read or unfixed else size)
+    weights, image_only = None, False
+    if source.read is not None:
+        weights = source.read()
+        image_only = load_weights(model, weights.state, weights.origin)
+        if image_only and with_text:
+            logger.info("%s holds an image tower only: projection and text tower start fresh", weights.origin)
+        weights = weights._replace(state={})
+    if size is not None:
+        resize_images(visual_of(model), size)
+    if unfixed:
+        visual_of(model).positional_embedding.requires_grad_(True)
+    if with_text or (with_text is None and not image_only):
+        return model, weights
+    return ImageTower(visual_of(model)), weights
+
+
+def preprocess_config(model: nn.Module) -> dict[str, Any]:
+    """Return open_clip's `preprocess_cfg` of a model, as `open_clip_config.json` states it beside the weights.
+
+    Keys: size (height, width), mode "RGB", mean and std per channel on a scale of 0 to 1, interpolation, resize_mode,
+    fill_color.
+    """
+    config: dict[str, Any] = dict(visual_of(model).preprocess_cfg)
+    return config
+
+
+def model_config(name: str | Path, *, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
+    """Return open_clip's complete `model_cfg` of a model: saved, it loads without any registered name.
+
+    Args:
+        name: see `resolve_source`.
+        image_size: pixels, one side or (height, width), in place of the model's own.
+
+    Raises:
+        As `resolve_source`; ConfigError also for an image size that is not a whole number of patches.
+    """
+    return _at_size(resolve_source(name).config, image_size)
+
+
+def list_models() -> list[str]:
+    """Return the names that can be trained: the presets, open_clip's own ViTs, and timm's plain ones in open_clip."""
+    _register_presets()
+    return [name for name in open_clip.list_models() if _is_supported(open_clip.get_model_config(name))]
+
+
+def tokenizer_of(model: str | Path | Source | Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a model.
+
+    It is the byte-pair tokenizer that open_clip bundles, unless the config names one of Hugging Face (fetched, then
+    cached; a folder may bring its own). Captions over the context length are cut and keep their EOT.
+
+    Args:
+        model: a name as in `resolve_source`, or a config as `model_config` returns it.
+
+    Returns:
+        Texts -> (B, context_length) int64; picklable.
+
+    Raises:
+        CheckpointError: a tokenizer that cannot be fetched, or needs code of its own, which is never run.
+    """
+    folder = None
+    if not isinstance(model, Mapping):
+        source = model if isinstance(model, Source) else resolve_source(model)
+        model, folder = source.config, source.folder
+    text = model["text_cfg"]
+    context, options = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
+    options.pop("trust_remote_code", None)  # not for a config from elsewhere to decide
+    where = text.get("hf_tokenizer_name")
+    if not where:
+        return CachingTokenizer(context_length=context, **options)
+    if folder is not None and any(folder.glob("tokenizer*")):
+        where = str(folder)
+    tokenizer: Tokenizer = _fetch(
+        f"the tokenizer '{where}' of this model", HFTokenizer, where, context_length=context,
+        tokenizer_mode=text.get("tokenizer_mode"), trust_remote_code=False, **options)
+    return tokenizer
+
+
+def resolve_source(name: str | Path, weights: WeightsOf = "online") -> Source:
+    """Find the model that a name means; first match wins.
+
+        vit-tiny, ViT-B-32 (or ViT-B/32)   a preset or one of open_clip's models, fresh weights
+        ViT-B-32:laion2b_s34b_b79k          the same with pretrained weights (fetched, then cached)
+        ViT-B-32:FILE                       the same with the weights of a local file
+        hf-hub:OWNER/MODEL                  an open_clip model on the Hugging Face hub (fetched, then cached)
+        FOLDER, local-dir:FOLDER            open_clip_config.json and weights; or transformers' CLIPModel
+        RUN, RUN/checkpoints/step-...       a run folder: its final/, or its newest undamaged checkpoint before that
+        FILE                                a checkpoint of the A-CLIP release
+
+    Args:
+        name: one of these.
+        weights: "ema" takes a run's newest undamaged checkpoint (or the given one), with the EMA as image tower.
+
+    Raises:
+        ConfigError: nothing of that name, with the closest name that exists; or "ema" of something that is not a run.
+        CheckpointError: a folder or file without a model in it, or a config that cannot be fetched.
+        UnsupportedModelError: a model whose towers cannot be trained here.
+    """
+    text = str(name)
+    if weights == "ema":
+        if not (steps := _steps(Path(text))):
+            raise ConfigError(f"EMA weights are in the checkpoints of a run, and '{name}' is not a run that has any")
+        return _run_source(Path(text), steps, ema=True)
+    if text.startswith(_HUB):
+        return _hub_source(text)
+    if text.startswith(_LOCAL):
+        return _folder_source(Path(text.removeprefix(_LOCAL)))
+    base, _, rest = text.partition(":")
+    base = base.replace("/", "-")
+    _register_presets()
+    if base in open_clip.list_models():
+        return _named_source(base, rest)
+    if Path(text).is_dir():
+        return _folder_source(Path(text))
+    if Path(text).is_file():
+        return _file_source(Path(text))
+    if "/" in text and ":" not in text:
+        raise ConfigError(f"there is no folder '{text}', and no model of that name: name a folder with {CONFIG_NAME}, "
+                          f"a run folder, or one of {', '.join(list_models())}")
+    raise ConfigError(unknown_name("model", base, list_models()))
+
+
+@functools.cache
+def _register_presets() -> None:
+    open_clip.add_model_config(Path(__file__).parent / "configs")
+
+
+def _named_source(base: str, rest: str) -> Source:
+    config = _checked(open_clip.get_model_config(base), base)
+    name = f"{base}:{rest}"
+    if not rest:
+        return Source(base, config)
+    tags = open_clip.list_pretrained_tags_by_model(base)
+    if rest in tags:
+        pretrained = open_clip.get_pretrained_cfg(base, rest)
+        if pretrained.get("quick_gelu", False):  # whatever the architecture of that name says
+            config = {**config, "quick_gelu": True}
+        return Source(name, config, pretrained, read=lambda: Weights(
+            read_weights(Path(_fetch(f"'{name}'", download_pretrained, pretrained))), name))
+    file = Path(rest)
+    if file.suffix == ".npz" and file.is_file():  # SigLIP's original release
+        return Source(name, config, _BIG_VISION, read=lambda: Weights(_read_big_vision(config, file), str(file)))
+    if file.is_file():
+        return Source(name, config, read=lambda: Weights(read_weights(file), str(file)))
+    if "/" in rest or file.suffix in _WEIGHT_SUFFIXES:
+        raise CheckpointError(f"there is no weight file {rest}: '{base}:...' takes a file, or one of the pretrained "
+                              f"weights {', '.join(sorted(tags)) or '(there are none)'}")
+    raise ConfigError(unknown_name(f"pretrained weights of {base}", rest, tags))
+
+
+def _hub_source(name: str) -> Source:
+    repository = name.removeprefix(_HUB)
+    config, preprocess = _read_config(
+        Path(_fetch(f"'{name}'", download_pretrained_from_hf, repository, filename=CONFIG_NAME)))
+    return Source(name, _checked(config, name), preprocess, read=lambda: Weights(
+        read_weights(Path(_fetch(f"'{name}'", download_pretrained_from_hf, repository))), name))
+
+
+def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return model_cfg and preprocess_cfg of an `open_clip_config.json`."""
+    config = read_json(path)
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise CheckpointError(f"'{path}' is damaged: it has no model_cfg")
+    return config["model_cfg"], config.get("preprocess_cfg") or {}
+
+
+def _folder_source(folder: Path) -> Source:
+    """Return the model of a folder: open_clip's, a run's, or transformers'."""
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder '{folder}'")
+    for place in (folder, folder / "final"):
+        if (place / CONFIG_NAME).is_file():
+            return _open_clip_source(place)
+    theirs = hugging_face.read_config(folder)
+    if theirs is not None:
+        config = _checked(hugging_face.open_clip_config(theirs, folder), str(folder))
+        return Source(str(folder), config, hugging_face.preprocess(folder), folder,
+                      lambda: Weights(hugging_face.read_folder(folder), str(folder)))
+    if steps := _steps(folder):
+        return _run_source(folder, steps, ema=False)
+    raise CheckpointError(f"'{folder}' holds no model: there is neither {CONFIG_NAME} (a saved model), "
+                          f"final/{CONFIG_NAME} (a finished run), checkpoints/step-* (a run) nor a transformers "
+                          "config.json with a model_type")
+
+
+def _open_clip_source(place: Path) -> Source:
+    config, preprocess = _read_config(place / CONFIG_NAME)
+    files = sorted(file for file in place.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    known = [place / name for name in _WEIGHT_NAMES if place / name in files]
+    if not files:
+        raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but no weights beside it ({WEIGHTS_NAME})")
+    if not known and len(files) > 1:
+        raise CheckpointError(f"'{place}' holds several weight files ({', '.join(f.name for f in files)}): rename the "
+                              f"right one to {WEIGHTS_NAME}")
+    file, trained = (known or files)[0], read_json(place / "aclip.json") or {}
+    return Source(str(place), _checked(config, str(place)), preprocess, place,
+                  lambda: Weights(read_weights(file), str(file), trained.get("step"), trained.get("samples_seen")))
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, or the folder itself if it is one."""
+    return [folder] if (folder / "state.json").is_file() else list_checkpoints(folder / "checkpoints")
+
+
+def _run_source(folder: Path, steps: list[Path], *, ema: bool) -> Source:
+    """Return the model of a run's checkpoints: that of its final/ or its config.json, with the weights of a step."""
+    run, only = steps[0].parent.parent, folder in steps
+
+    def read() -> Weights:
+        checkpoint = open_checkpoint(folder) if only else open_newest(folder / "checkpoints")
+        return Weights(_run_state(checkpoint, ema), str(checkpoint.path), checkpoint.step,
+                       checkpoint.values.get("samples_seen"))
+
+    if (run / "final" / CONFIG_NAME).is_file():
+        final = _open_clip_source(run / "final")
+        return Source(str(folder), final.config, final.preprocess, final.folder, read)
+    settings = read_json(run / "config.json")
+    if not isinstance(settings, dict) or "model" not in settings:
+        raise CheckpointError(f"the model of '{folder}' is unknown: '{run / 'config.json'}' is missing or names none")
+    base = resolve_source(settings["model"])
+    size = settings.get("image_size")
+    return Source(str(folder), _at_size(base.config, size), base.preprocess if base.read else FRESH_PREPROCESS,
+                  base.folder, read)
+
+
+def _run_state(checkpoint: Checkpoint, ema: bool) -> dict[str, Tensor]:
+    state = checkpoint.tensors("method/model.")
+    if ema:
+        average = checkpoint.tensors("method/ema_visual.")
+        if not average:
+            raise CheckpointError(f"the run of {checkpoint.path} keeps no EMA: use the online weights")
+        state |= {f"visual.{name}": tensor for name, tensor in average.items()}
+    return state
+
+
+def _file_source(file: Path) -> Source:
+    """Return the model of a weight file alone, if its layout tells the architecture."""
+    state = read_weights(file)
+    if not is_released(state):
+        raise ConfigError(f"the architecture of the weights '{file}' is unknown: name it, as in ViT-B-16:{file}")
+    return Source(str(file), _checked(released_config(state, file), str(file)), FRESH_PREPROCESS,
+                  read=lambda: Weights(from_released(state), str(file)))
+
+
+def _fetch(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a function that may use the network, and explain its failure in one sentence."""
+    try:
+        return function(*arguments, **options)
+    except Exception as error:  # no network, no such repository, no such file: the clients' own errors
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{what} cannot be loaded: {reason}; without a network, give its files as a folder or as "
+                              "NAME:FILE") from error
+
+
+def _read_big_vision(config: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
+    model = _build_modules(Source(str(file), config))
+    try:
+        load_big_vision_weights(model, str(file))
+    except Exception as error:  # whatever numpy and open_clip meet in a damaged file, or one of another model
+        raise CheckpointError(f"the weights {file} cannot be loaded into this model: {error!r}") from error
+    return model.state_dict()
+
+
+def _build_modules(source: Source, image_size: tuple[int, int] | None = None) -> nn.Module:
+    """Build the modules of a source with fresh weights.
+
+    Raises:
+        CheckpointError: a saved config that describes no model.
+    """
+    config: dict[str, Any] = dict(source.config)
+    vision = dict(config["vision_cfg"])
+    if image_size is not None:
+        vision["image_size"] = image_size
+    by_timm = bool(vision.get("timm_model_name"))
+    if by_timm:
+        vision["timm_model_pretrained"] = False  # on ImageNet, fetched
+    cls = CustomTextCLIP if config.pop("custom_text", False) else CLIP
+    try:
+        model: nn.Module = cls(**{**config, "vision_cfg": vision})
+    except Exception as error:  # whatever the modules meet in sizes that do not fit each other
+        raise CheckpointError(f"the config of '{source.name}' describes no model: {error}") from error
+    visual, size = visual_of(model), pair(vision.get("image_size", 224))
+    if by_timm and vit_of(visual).grid_size != grid_of(size, patch_size_of(source.config)):
+        resize_images(visual, size)  # timm builds at a size of its own
+    known = {key: value for key, value in (source.preprocess or {}).items()
+             if key in PreprocessCfg.__dataclass_fields__ and key != "size" and value is not None}
+    if source.read is None and source.preprocess is None:
+        known = dict(FRESH_PREPROCESS)
+    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), known)
+    set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual.image_size)})
+    return model
+
+
+def _at_size(config: Mapping[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
+    """Return a copy of a config with another image size."""
+    sized: dict[str, Any] = deepcopy(dict(config))
+    if image_size is not None:
+        size = pair(image_size)
+        grid_of(size, patch_size_of(sized))
+        if _frees_positions(sized, size):
+            del sized["vision_cfg"]["pos_embed_type"]
+        sized["vision_cfg"]["image_size"] = size[0] if size[0] == size[1] else list(size)
+    return sized
+
+
+def _frees_positions(config: Mapping[str, Any], size: tuple[int, int]) -> bool:
+    """Return whether a model's fixed positions become learned ones at an image size (height, width).
+
+    open_clip has sine-cosine positions for square grids only. On other grids such a model starts from those of the
+    square, interpolated, and learns them.
+    """
+    return config["vision_cfg"].get("pos_embed_type") == "sin_cos_2d" and size[0] != size[1]
+
+
+def _checked(config: Any, name: str) -> Mapping[str, Any]:
+    try:
+        patch_size_of(config)
+    except (ConfigError, UnsupportedModelError) as error:
+        raise type(error)(f"model '{name}': {error}") from error
+    return dict(config)
+
+
+def _is_supported(config: Mapping[str, Any]) -> bool:
+    try:
+        vision, _ = check_config(config)
+    except (ConfigError, UnsupportedModelError):
+        return False
+    # timm's names state the patch size; one of open_clip's (SO400M at 384) does not divide its image
+    patch = re.search(r"patch(\d+)", vision.timm_model_name or "")
+    return patch is None or all(side % int(patch[1]) == 0 for side in pair(vision.image_size))
