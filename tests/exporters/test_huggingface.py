@@ -18,8 +18,7 @@ import aclip
 from aclip.errors import UnsupportedModelError
 from aclip.exporters import EXPORTERS, synthetic_examples, write_checked
 from aclip.exporters.base import logit_multiplier
-from aclip.exporters.huggingface import image_processor_config
-from aclip.exporters.tokenizer import EOT, SOT, write_tokenizer
+from aclip.exporters.huggingface import EOT, SOT, image_processor_config, write_tokenizer
 
 MODEL = tiny_model()
 EXAMPLES = synthetic_examples((24, 24))

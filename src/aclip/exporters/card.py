@@ -16,7 +16,7 @@ TEMPLATE = """\
 
 # {{ name }}
 
-{{ "A CLIP model" if model.has_text else "An image encoder" }}{% if config %} trained with attentive-clip, recipe \
+{{ "A CLIP model" if has_text else "An image encoder" }}{% if config %} trained with attentive-clip, recipe \
 `{{ config.recipe.name }}` ({{ config.recipe.title }}; {{ config.recipe.paper }}){% endif %}.
 {%- if weights == "ema" %} The image tower holds the exponential moving average (EMA) of its weights.{% endif %}
 
@@ -28,29 +28,29 @@ TEMPLATE = """\
 {{ usage }}
 ```
 
-The input is {{ pixels.size[0] }} x {{ pixels.size[1] }} pixels, RGB from 0 to 1, resized with resize_mode \
-{{ pixels.resize_mode }} of open_clip ({{ pixels.interpolation }}), mean {{ pixels.mean | join(", ") }}, standard \
-deviation {{ pixels.std | join(", ") }}.
+The input is {{ size[0] }} x {{ size[1] }} pixels, RGB from 0 to 1, resized with resize_mode {{ pixels.resize_mode }} \
+of open_clip ({{ pixels.interpolation }}), mean {{ pixels.mean | join(", ") }}, standard deviation \
+{{ pixels.std | join(", ") }}.
 {%- if config %}
 
 ## Training
-{{ training }}
-{%- if config.command %}
+
+{% if step is not none %}Step {{ step }}, {{ samples_seen }} samples seen.{% endif %}
 
 ```bash
 {{ config.command }}
 ```
-{%- endif %}
 
-<details><summary>The recipe as it was run</summary>
+<details><summary>config.json of the run</summary>
 
 ```json
-{{ recipe }}
+{{ config_json }}
 ```
 
 </details>
 
 ## Metrics
+
 {{ metrics or "These weights were not evaluated." }}
 {%- endif %}
 
@@ -58,6 +58,7 @@ deviation {{ pixels.std | join(", ") }}.
 
 Differences between the model and this export as {{ library }} loads it, on {{ origin }}; of L2-normalised features the
 largest of an entry.
+
 {{ check }}
 
 ## Licence
@@ -89,24 +90,15 @@ def model_card(
     """
     card_data = ModelCardData(
         library_name=exporter.library if exporter.library in ("open_clip", "transformers") else None,
-        tags=["clip", "attentive-clip"],
-        pipeline_tag="zero-shot-image-classification" if model.has_text else "image-feature-extraction")
-    step = getattr(model, "step", None)
+        pipeline_tag="zero-shot-image-classification" if model.has_text else "image-feature-extraction",
+        tags=["clip", "attentive-clip"])
+    shown = {key: value for key, value in (config or {}).items() if key not in ("command", "dataflow")}
     return str(ModelCard.from_template(
-        card_data, template_str=TEMPLATE, name=name, model=model, weights=weights, config=config,
-        usage=exporter.usage(model), library=exporter.library, origin=origin,
-        pixels={**preprocess_config(model.model), "size": model.image_size},
-        training=_training(config or {}, step, getattr(model, "samples_seen", None)),
-        recipe=json.dumps((config or {}).get("recipe"), indent=2, ensure_ascii=False),
-        metrics=_metrics(evaluations, weights, step),
+        card_data, template_str=TEMPLATE, name=name, has_text=model.has_text, weights=weights, config=config,
+        usage=exporter.usage(model), size=model.image_size, pixels=preprocess_config(model.model), step=model.step,
+        samples_seen=model.samples_seen, config_json=json.dumps(shown, indent=2, ensure_ascii=False),
+        metrics=_metrics(evaluations, weights, model.step), library=exporter.library, origin=origin,
         check=_table(("", "difference"), ((what, f"{value:.2g}") for what, value in differences.items()))))
-
-
-def _training(config: Mapping[str, Any], step: int | None, samples_seen: int | None) -> str:
-    names = ("model", "data", "num_pairs", "epochs", "batch_size", "image_size", "seed", "precision", "versions")
-    lr = config.get("recipe", {}).get("optimization", {}).get("lr")
-    rows = {**{name: config.get(name) for name in names}, "lr": lr, "step": step, "samples_seen": samples_seen}
-    return _table(("", ""), ((f"`{name}`", f"`{value}`") for name, value in rows.items() if value is not None))
 
 
 def _metrics(evaluations: Iterable[Mapping[str, Any]], weights: str, step: int | None) -> str:
@@ -122,4 +114,4 @@ def _metrics(evaluations: Iterable[Mapping[str, Any]], weights: str, step: int |
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n" + "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,5 +1,6 @@
 """Write an export, read it back with its own library, and keep it only if the features are the model's own."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,19 +60,14 @@ def synthetic_examples(image_size: tuple[int, int]) -> Examples:
 
 
 def source_examples(spec: str) -> Examples | None:
-    """Return a few images of a data source with their captions, and `CAPTIONS`; None if none can be read."""
-    found: list[tuple[Image.Image, str]] = []
+    """Return up to `NUM_IMAGES` images of a source with their captions, and `CAPTIONS`; None if none can be read."""
+    found = []
     try:
         source = data.open_source(spec)
-        candidates = rng.generator(0, "export").choice(len(source), min(len(source), 4 * NUM_IMAGES), replace=False)
-        for index in candidates.tolist():
-            try:
+        for index in range(0, len(source), len(source) // NUM_IMAGES + 1):
+            with contextlib.suppress(BadSampleError):
                 sample = source.read(index)
                 found.append((data.decode_image(sample.image), data.clean_captions(sample.captions)[0]))
-            except BadSampleError:
-                continue
-            if len(found) == NUM_IMAGES:
-                break
     except (AclipError, OSError):  # moved, deleted, or on another machine
         return None
     if not found:
@@ -96,13 +92,12 @@ def write_checked(
         config: open_clip's `model_cfg` of it, complete.
         folder: must not exist, unless it is empty, or an earlier export and `overwrite` is set.
         examples: what features are compared on.
-        card: returns the model card for the differences found.
+        card: differences -> model card.
         record: further entries of `aclip_export.json`.
-        tolerance: largest accepted difference of an entry of an L2-normalised feature.
-        overwrite: replace an earlier export.
+        tolerance, overwrite: as in `aclip.exporters.export`.
 
     Returns:
-        The differences, as `compare` returns them.
+        The differences, see `compare`.
 
     Raises:
         UnsupportedModelError: a model that the format cannot represent.
@@ -110,7 +105,12 @@ def write_checked(
         ConfigError: something else is at `folder`.
         ExportError: the features differ, the library cannot load the export, or the folder cannot be written.
     """
-    check_output(folder, overwrite=overwrite)
+    if (folder / RECORD).is_file():
+        if not overwrite:
+            raise ConfigError(f"{folder} holds an earlier export: replace it with --overwrite, or choose another "
+                              "--output")
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an earlier export: choose another --output")
     exporter.check_supported(model)
     try:
         with replace_folder(folder) as temporary:
@@ -124,20 +124,6 @@ def write_checked(
     except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write the export to {folder}: {error}") from error
     return differences
-
-
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Check that an export may be written to `folder`.
-
-    Raises:
-        ConfigError: something else is there, or an earlier export without `overwrite`.
-    """
-    if (folder / RECORD).is_file():
-        if not overwrite:
-            raise ConfigError(f"{folder} holds an earlier export: replace it with --overwrite, or choose another "
-                              "--output")
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not an earlier export: choose another --output")
 
 
 @torch.inference_mode()

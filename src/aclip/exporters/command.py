@@ -45,19 +45,16 @@ def export(
     from aclip.data import CaptionTokenizer
     from aclip.exporters import EXPORTERS
     from aclip.exporters.card import model_card
-    from aclip.exporters.check import check_output, source_examples, synthetic_examples, write_checked
+    from aclip.exporters.check import source_examples, synthetic_examples, write_checked
     from aclip.models import load, model_config
     from aclip.run_folder import RunFolder
 
     if to not in EXPORTERS:
         raise ConfigError(unknown_name("export format", to, EXPORTERS))
-    if not tolerance > 0:
-        raise ConfigError(f"--tolerance must be positive, not {tolerance:g}")
     exporter, path, run = EXPORTERS[to], Path(model), RunFolder(Path(model))
     is_run = (path / "config.json").is_file() and (run.final.is_dir() or run.checkpoints.is_dir())
     name = to if weights == "online" else f"{to}-{weights}"
     folder = Path(output) if output else _default_output(model, name, is_run)
-    check_output(folder, overwrite=overwrite)
     loaded = load(model, weights=weights)
     loaded.tokenizer = CaptionTokenizer(loaded.tokenizer)
     config = run.read_json("config.json") if is_run else None
@@ -67,8 +64,8 @@ def export(
         card=lambda found: model_card(
             exporter, loaded, path.resolve().name if path.is_dir() else model, found, examples.origin,
             weights=weights, config=config, evaluations=run.records("evaluations")),
-        record={"model": model, "format": to, "weights": weights, "step": getattr(loaded, "step", None),
-                "samples_seen": getattr(loaded, "samples_seen", None), "command": shlex.join(
+        record={"model": model, "format": to, "weights": weights, "step": loaded.step,
+                "samples_seen": loaded.samples_seen, "command": shlex.join(
                     ["aclip", "export", model, "--to", to, "--weights", weights, "--output", str(folder)])})
     console = Console(highlight=False)
     found = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from aclip.errors import ExportError
 from aclip.exporters.base import Exporter, Readback, missing_package
-from aclip.exporters.tokenizer import is_clip_tokenizer
 from aclip.exporters.torch_export import read_towers, trace, write_metadata
 from aclip.models import LoadedModel
 from aclip.models.text import text_tower_of
@@ -64,27 +63,17 @@ class OnnxExporter(Exporter):
 
     def usage(self, model: LoadedModel) -> str:
         """See `Exporter`."""
+        text = '''
+text_encoder = onnxruntime.InferenceSession("FOLDER/text.onnx")
+tokenizer = transformers.AutoTokenizer.from_pretrained("FOLDER")       # or tokenizer.json in the tokenizers library
+tokens = tokenizer(["a cat", "two dogs"], padding="max_length", truncation=True, max_length=CONTEXT,
+                   return_tensors="np").input_ids
+(text_features,) = text_encoder.run(None, {"tokens": tokens})        # (B, D), L2-normalised'''
         image = '''\
-import onnxruntime
+import onnxruntime, transformers
 
 image_encoder = onnxruntime.InferenceSession("FOLDER/image.onnx")
 (image_features,) = image_encoder.run(None, {"pixels": pixels})        # (B, 3, h, w) float32, see config.json'''
         if not model.has_text:
-            return image
-        tokens = '''\
-import numpy, tokenizers
-tokenizer = tokenizers.Tokenizer.from_file("FOLDER/tokenizer.json")
-tokenizer.enable_truncation(CONTEXT)
-tokenizer.enable_padding(length=CONTEXT)
-tokens = numpy.array([encoding.ids for encoding in tokenizer.encode_batch(["a cat", "two dogs"])])'''
-        if not is_clip_tokenizer(model.tokenizer):
-            tokens = '''\
-import transformers
-tokenizer = transformers.AutoTokenizer.from_pretrained("FOLDER")
-tokens = tokenizer(["a cat", "two dogs"], max_length=CONTEXT, padding="max_length", truncation=True,
-                   return_tensors="np").input_ids'''
-        return f'''{image}
-
-text_encoder = onnxruntime.InferenceSession("FOLDER/text.onnx")
-{tokens.replace("CONTEXT", str(text_tower_of(model.model).context_length))}
-(text_features,) = text_encoder.run(None, {{"tokens": tokens}})        # (B, D), L2-normalised'''
+            return image.replace(", transformers", "")
+        return image + text.replace("CONTEXT", str(text_tower_of(model.model).context_length))

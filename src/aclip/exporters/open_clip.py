@@ -12,7 +12,7 @@ from torch import nn
 
 from aclip.errors import UnsupportedModelError
 from aclip.exporters.base import Exporter, Readback, logit_multiplier, replace_folder
-from aclip.exporters.tokenizer import is_clip_tokenizer, save_pretrained
+from aclip.exporters.huggingface import is_clip_tokenizer, save_pretrained
 from aclip.models import LoadedModel, Tokenizer, preprocess_config, tokenizer_of
 
 TRAINING_STATE = "aclip.json"
@@ -33,7 +33,7 @@ class OpenClipExporter(Exporter):
     def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:
         """See `save`."""
         save(model.model, config, preprocess_config(model.model), model.tokenizer, folder,
-             step=getattr(model, "step", None), samples_seen=getattr(model, "samples_seen", None))
+             step=model.step, samples_seen=model.samples_seen)
 
     def read(self, folder: Path, model: LoadedModel) -> Readback:
         """Load with open_clip alone."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from aclip.errors import ExportError
 from aclip.exporters.base import Exporter, Readback, logit_multiplier
-from aclip.exporters.tokenizer import is_clip_tokenizer, save_pretrained, write_tokenizer
+from aclip.exporters.huggingface import is_clip_tokenizer, save_pretrained, write_tokenizer
 from aclip.models import LoadedModel, encode_image, encode_text, preprocess_config
 from aclip.models.text import text_tower_of
 
@@ -102,13 +102,7 @@ def write_metadata(model: LoadedModel, folder: Path) -> None:
 
 
 def read_towers(load: Callable[[str], Callable[[Tensor], Tensor]], folder: Path, model: LoadedModel) -> Readback:
-    """Return the towers that `load` reads; they take three rows at a time, not the traced two, to check that they can.
-
-    Args:
-        load: "image" or "text" -> an encoder.
-        folder: holds `config.json`.
-        model: what was exported.
-    """
+    """Return the towers that `load` reads, taking three rows at a time: not the traced two, to check that they can."""
     def by_threes(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda batch: torch.cat([encode(rows) for rows in batch.split(3)])
 
