@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -13,31 +12,14 @@ from markupsafe import Markup
 from aclip.errors import CheckpointError, ConfigError
 from aclip.report.figures import Points, Series, line_chart
 from aclip.report.journals import PRIMARY, Metric, Record, mapping, number, primary, read_run
-from aclip.report.page import MISSING, compact, count, duration, gigabytes, write_page, write_text
-from aclip.report.tables import (
-    Results,
-    cells,
-    costs,
-    exceeds_spread,
-    full_words,
-    is_fraction,
-    metric_words,
-    metrics_of,
-    milliseconds,
-    ratio,
-    scores,
-    to_csv,
-    to_markdown,
-    to_rich,
-)
+from aclip.report.page import MISSING, compact, count, duration, gigabytes, write_page
+from aclip.report.tables import Tables, exceeds_spread, full_words, is_fraction, milliseconds, ratio, to_rich
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
     from rich.table import Table
 
     from aclip.report.snapshots import Snapshot
 
-PAGE = "index.html"
 MANY = 8  # more recipes get no tiles, and numbers instead of names as columns
 COLOURS = 12
 IMAGES = 6
@@ -56,84 +38,32 @@ class ComparisonFiles:
     Attributes:
         path: the folder.
         raw: `comparison.json`, with the step times of `timing.json`.
-        results: of every recipe, in the order asked for.
+        tables: the results.
+        runs: all of them, finished or not.
+        seeds: the first has searched for the learning rate.
     """
 
     path: Path
     raw: Record
-    results: list[Results]
-
-    @property
-    def runs(self) -> list[Record]:
-        """All runs, finished or not."""
-        return list(self.raw.get("runs") or [])
-
-    @property
-    def sets(self) -> list[str]:
-        """Names of the held-out sets."""
-        return [str(name) for name in self.raw.get("sets") or []]
-
-    @property
-    def baseline(self) -> str:
-        """The recipe that times and arithmetic are relative to."""
-        return str(self.raw.get("baseline", "clip"))
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds, the first of which has searched for the learning rate."""
-        return list(mapping(self.raw, "settings").get("seeds") or [])
-
-    @cached_property
-    def scores(self) -> "DataFrame":
-        """What was measured; see `tables.scores`."""
-        return scores(self.results, self.sets)
-
-    @cached_property
-    def metrics(self) -> dict[tuple[str, str], list[Metric]]:
-        """The metrics by set and evaluator; the first of each leads."""
-        return metrics_of(self.scores)
-
-    @cached_property
-    def values(self) -> dict[Metric, dict[str, list[float]]]:
-        """Metric -> recipe -> its values over seeds."""
-        found: dict[Metric, dict[str, list[float]]] = {}
-        for row in self.scores.to_dict("records"):
-            found.setdefault((row["set"], row["evaluator"], row["metric"]), {})[row["recipe"]] = row["values"]
-        return found
+    tables: Tables
+    runs: list[Record]
+    seeds: list[int]
 
     def primary(self) -> Metric | None:
         """Return the metric that stands for the recipes: on the first set, the first of `PRIMARY` that any has."""
-        wanted = ((held, *metric) for held in self.sets for metric in PRIMARY.items())
-        return next((metric for metric in wanted if metric in self.values), None)
-
-    def summary(self, *, brief: bool = False) -> "DataFrame":
-        """Return the table that leads: the first metric of every set and evaluator, costs, learning rate, seeds."""
-        several = len(self.sets) > 1
-        titles = {metrics[0]: full_words(metrics[0], with_set=several) for metrics in self.metrics.values()}
-        table = cells(self.results, self.scores, titles)
-        table = table.merge(costs(self.results, self.baseline, brief=brief), on="recipe")
-        return table.assign(lr=[MISSING if one.lr is None else f"{one.lr:g}" for one in self.results],
-                            seeds=[str(len(one.runs)) for one in self.results])
-
-    def details(self) -> dict[str, "DataFrame"]:
-        """Return all metrics of each set and evaluator, of the recipes that were measured so."""
-        tables = {}
-        for (held, evaluator), metrics in self.metrics.items():
-            table = cells(self.results, self.scores, {metric: metric_words(metric[2]) for metric in metrics})
-            measured = (table.drop(columns="recipe") != MISSING).any(axis=1)
-            tables[f"{held}, {evaluator.replace('_', ' ')}"] = table[measured]
-        return tables
+        found = [metric for metrics in self.tables.metrics.values() for metric in metrics]
+        wanted = ((held, *metric) for held in self.tables.sets for metric in PRIMARY.items())
+        return next((metric for metric in wanted if metric in found), None)
 
     def notes(self) -> list[str]:
         """Return what is missing, and what lies in the folder without being part of the comparison."""
-        runs = self.runs
-        known = {str(run.get("name")) for run in runs}
+        known = {str(run.get("name")) for run in self.runs}
         found = (
-            ("Failed, and left out: {}.", [run for run in runs if run.get("error") and not run.get("finished")]),
+            ("Failed, and left out: {}.", [run for run in self.runs if run.get("error") and not run.get("finished")]),
             ("Not finished yet, and left out: {}.",
-             [run for run in runs if not run.get("finished") and not run.get("error")]),
+             [run for run in self.runs if not run.get("finished") and not run.get("error")]),
             ("Trained, but not measured with every evaluator; what was measured counts: {}.",
-             [run for run in runs if run.get("finished") and not run.get("complete", True)]),
+             [run for run in self.runs if run.get("finished") and not run.get("complete", True)]),
             ("Runs in the folder that the command does not name, not shown: {}.",
              [{"name": path.name} for path in sorted((self.path / "runs").glob("*")) if path.name not in known]),
         )
@@ -150,18 +80,8 @@ def read_comparison(folder: Path) -> ComparisonFiles:
     if raw is None:
         raise ConfigError(f"there is no comparison in '{folder}': it has no comparison.json")
     raw["timing"] = _read(folder / "timing.json") or {}  # may be newer than the one in comparison.json
-    comparison = ComparisonFiles(folder, raw, [])
-    finished = [run for run in comparison.runs if run.get("finished")]
-    for name, about in mapping(raw, "recipes").items():
-        own = [run for run in finished if run.get("recipe") == name]
-        comparison.results.append(Results(
-            name=name, lr=number(mapping(mapping(raw, "chosen_lr"), name), "lr"),
-            runs=sorted((run for run in own if run.get("counts")), key=lambda run: int(run["seed"])),
-            search=[run for run in own if run.get("seed") in comparison.seeds[:1]],
-            step_seconds=number(mapping(raw["timing"], "step_seconds"), name),
-            relative_time=number(mapping(raw["timing"], "relative"), name),
-            macs=number(about, "macs"), relative_cost=number(about, "relative_cost")))
-    return comparison
+    return ComparisonFiles(folder, raw, Tables(raw), list(raw.get("runs") or []),
+                           list(mapping(raw, "settings").get("seeds") or []))
 
 
 def write_comparison(folder: Path) -> Path:
@@ -174,89 +94,76 @@ def write_comparison(folder: Path) -> Path:
         ConfigError: there is no comparison in the folder, or its file is damaged.
     """
     comparison = read_comparison(folder)
-    tables = [to_markdown(comparison.summary()),
-              *(f"## {title}\n\n{to_markdown(table)}" for title, table in comparison.details().items())]
-    write_text(folder / "table.md", "\n".join(tables))
-    write_text(folder / "table.csv", to_csv(comparison.results, comparison.sets))
-    name = folder.resolve().name
+    raw, tables, metric, name = comparison.raw, comparison.tables, comparison.primary(), folder.resolve().name
+    tables.write(folder)
+    data = raw.get("data")
+    about = {"model": raw.get("model"), "data": ", ".join(map(str, data)) if isinstance(data, list) else data,
+             "metric": full_words(metric) if metric else "", "seeds": ", ".join(map(str, comparison.seeds)),
+             "budget": budget(mapping(raw, "settings")), "num_pairs": number(raw, "num_pairs"),
+             "batch_size": number(raw, "batch_size"), "precision": raw.get("precision", MISSING),
+             "device": f"{raw.get('device', MISSING)}, {threads(raw.get('threads'))} a run"}
     return write_page(
-        folder / PAGE, "comparison", name=f"{name}: a comparison", sections=SECTIONS, folder=name,
-        notes=comparison.notes(), baseline=comparison.baseline, raw=comparison.raw,
-        threads=threads(comparison.raw.get("threads")), headline=headline(comparison), results=_results(comparison),
-        differences=differences(comparison), curves=curves(comparison), kept=kept(comparison), cost=cost(comparison),
-        lr=learning_rates(comparison), runs=runs(comparison))
+        folder / "index.html", "comparison", name=f"{name}: a comparison", sections=SECTIONS, folder=name,
+        notes=comparison.notes(), recipes=tables.recipes, baseline=tables.baseline, about=about,
+        command=str(raw.get("command", "")), tiles=tiles(comparison), summary=tables.summary(brief=True),
+        details=tables.details(), differences=differences(tables), curves=curves(comparison), kept=kept(comparison),
+        cost=cost(comparison), lr=learning_rates(comparison), runs=runs(comparison))
 
 
 def summary_table(folder: Path) -> "Table":
     """Return the summary of a comparison for the terminal."""
-    return to_rich(read_comparison(folder).summary(brief=True))
+    return to_rich(read_comparison(folder).tables.summary(brief=True))
 
 
-def headline(comparison: ComparisonFiles) -> dict[str, Any]:
-    """Return what was compared on what, and the main number of every recipe."""
-    raw, metric = comparison.raw, comparison.primary()
-    names = [one.name for one in comparison.results]
-    data = raw.get("data")
-    tiles = []
-    if metric and len(names) <= MANY:
-        main = cells(comparison.results, comparison.scores, {metric: "main"})["main"]
-        for one, cell in zip(comparison.results, main, strict=True):
-            value, _, spread = cell.partition(" (n")[0].removesuffix(" %").partition(" ± ")
-            tiles.append({"name": one.name, "value": f"{value} %" if "%" in cell else value, "spread": spread,
-                          "time": ratio(one.relative_time), "macs": ratio(one.relative_cost)})
-    return {
-        "name": f"{len(names)} recipes" if len(names) > 3 else " · ".join(names),
-        "what": f"{raw.get('model')} on {', '.join(map(str, data)) if isinstance(data, list) else data}",
-        "metric": full_words(metric) if metric else "", "tiles": tiles,
-        "facts": [
-            ("budget", budget(mapping(raw, "settings"))),
-            ("seeds", ", ".join(map(str, comparison.seeds))),
-            ("pairs in the data", count(number(raw, "num_pairs"))),
-            ("batch size", count(number(raw, "batch_size"))),
-            ("precision", str(raw.get("precision", MISSING))),
-            ("device", f"{raw.get('device', MISSING)}, {threads(raw.get('threads'))} a run"),
-        ],
-    }
+def tiles(comparison: ComparisonFiles) -> list[dict[str, str]]:
+    """Return the main number of every recipe, unless there are many."""
+    tables, metric = comparison.tables, comparison.primary()
+    if metric is None or len(tables.recipes) > MANY:
+        return []
+    cells = {name: tables.cell(name, metric).partition(" (n")[0] for name in tables.recipes}
+    return [{"name": name, "value": cell.partition(" ± ")[0] + (" %" if "±" in cell and "%" in cell else ""),
+             "spread": cell.partition(" ± ")[2].removesuffix(" %"), "time": ratio(tables.cost(name, "relative_time")),
+             "macs": ratio(tables.cost(name, "relative_cost"))} for name, cell in cells.items()]
 
 
-def differences(comparison: ComparisonFiles) -> list[dict[str, Any]]:
+def differences(tables: Tables) -> list[dict[str, Any]]:
     """Return a matrix of differences for the leading metric of every set and evaluator."""
     found = []
-    for metrics in comparison.metrics.values():
-        values = comparison.values[metrics[0]]
-        names = columns = [one.name for one in comparison.results if one.name in values]
-        if len(names) < 2:
+    for metric, *_ in tables.metrics.values():
+        values = {name: values for name in tables.recipes if (values := tables.values(name, metric))}
+        columns = titles = list(values)
+        if len(values) < 2:
             continue
-        titles = names
-        if len(names) > MANY:  # as wide as numbers, not as names
-            columns = [str(i) for i in range(1, len(names) + 1)]
-            titles = [" ".join(pair) for pair in zip(columns, names, strict=True)]
-        rows = [[title, *(_difference(values[name], values[other], metrics[0]) if name != other else
-                          Markup('<span class="again">{}</span>').format(MISSING) for other in names)]
-                for title, name in zip(titles, names, strict=True)]
-        found.append({"title": full_words(metrics[0]), "head": ["", *columns], "rows": rows})
+        if len(values) > MANY:  # as wide as numbers, not as names
+            columns = [str(i) for i in range(1, len(values) + 1)]
+            titles = [" ".join(pair) for pair in zip(columns, titles, strict=True)]
+        rows = [[title, *(Markup('<span class="again">{}</span>').format(MISSING) if name == other else
+                          _difference(values[name], values[other], metric) for other in values)]
+                for title, name in zip(titles, values, strict=True)]
+        found.append({"title": full_words(metric), "head": ["", *columns], "rows": rows})
     return found
 
 
 def curves(comparison: ComparisonFiles) -> list[Markup]:
     """Return two charts of the primary metric, each seed faint behind the mean of its recipe."""
-    metric = comparison.primary()
+    metric, tables = comparison.primary(), comparison.tables
     if metric is None:
         return []
-    clocks = {one.name: clock(comparison, one) for one in comparison.results}
-    longest = max((clocks[one.name](1.0) for one in comparison.results if one.runs), default=0.0)
+    clocks = {name: clock(comparison, name) for name in tables.recipes}
+    longest = max((clocks[name](1.0) for name in tables.recipes if tables.runs[name]), default=0.0)
     unit, scale = ("seconds", 1.0) if longest < 300 else ("minutes", 60.0) if longest < 3 * 3600 else ("hours", 3600.0)
     by_samples: list[Series] = []
     by_time: list[Series] = []
-    for i, one in enumerate(comparison.results):
-        histories = [_history(comparison, run, metric) for run in one.runs]
-        total = max(one.values("samples_seen"), default=0.0) or 1.0
-        timed = [[(clocks[one.name](x / total) / scale, y) for x, y in points] for points in histories]
-        colour = 0 if one.name == comparison.baseline else 1 + i % COLOURS
-        by_samples += _series(one.name, histories, colour)
-        by_time += _series(one.name, timed, colour)
-    chance = next((level for one in comparison.results for run in one.runs if (level := number(
-        mapping(mapping(mapping(run, "chance"), metric[0]), metric[1]), metric[2])) is not None), None)
+    for i, name in enumerate(tables.recipes):
+        histories = [_history(comparison, run, metric) for run in tables.runs[name]]
+        total = tables.cost(name, "samples_seen", "max") or 1.0
+        timed = [[(clocks[name](x / total) / scale, y) for x, y in points] for points in histories]
+        colour = 0 if name == tables.baseline else 1 + i % COLOURS
+        by_samples += _series(name, histories, colour)
+        by_time += _series(name, timed, colour)
+    levels = [number(mapping(mapping(mapping(run, "chance"), metric[0]), metric[1]), metric[2])
+              for some in tables.runs.values() for run in some]
+    chance = next((level for level in levels if level is not None), None)
     for lines in (by_samples, by_time):
         if lines and chance is not None:
             end = max(line.points[-1][0] for line in lines)
@@ -268,14 +175,14 @@ def curves(comparison: ComparisonFiles) -> list[Markup]:
                    note="steps at their measured time", x_label=unit)]
 
 
-def clock(comparison: ComparisonFiles, one: Results) -> Callable[[float], float]:
+def clock(comparison: ComparisonFiles, recipe: str) -> Callable[[float], float]:
     """Return a function from the fraction of a run that is done to the seconds of its steps so far.
 
     Every stage of a run (small images, masked, unmasked) has its own measured step time.
     """
-    steps = max(one.values("total_steps"), default=0.0)
-    stages = mapping(mapping(comparison.raw, "timing"), "stages").get(one.name) or [
-        {"share": 1.0, "seconds": one.step_seconds or 0.0}]
+    steps = max((number(run, "total_steps") or 0.0 for run in comparison.tables.runs[recipe]), default=0.0)
+    stages = mapping(mapping(comparison.raw, "timing"), "stages").get(recipe) or [
+        {"share": 1.0, "seconds": comparison.tables.cost(recipe, "step_seconds") or 0.0}]
 
     def seconds(fraction: float) -> float:
         total = 0.0
@@ -292,7 +199,8 @@ def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
 
     Recipes that remove nothing are named, not shown; None if there are no others.
     """
-    shots = {one.name: shot for one in comparison.results if (shot := _last_snapshot(comparison, one)) is not None}
+    shots = {name: shot for name, runs in comparison.tables.runs.items() for run in runs[:1]
+             if (shot := _last_snapshot(comparison.path / "runs" / str(run["name"]))) is not None}
     masking = {name: shot for name, shot in shots.items() if shot.keep_indices.shape[1] < shot.scores.shape[1]}
     if not masking:
         return None
@@ -312,13 +220,13 @@ def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
 def cost(comparison: ComparisonFiles) -> dict[str, Any]:
     """Return measured step times with their quartiles, the arithmetic, and peak memory."""
     timing = mapping(comparison.raw, "timing")
-    shown = {comparison.baseline, *(one.name for one in comparison.results)}
+    shown = {comparison.tables.baseline, *comparison.tables.recipes}
     steps = {label: step for label, step in mapping(timing, "steps").items() if label.split(", ")[0] in shown}
     rows = []
     for label, step in steps.items():
         low, median, high = (milliseconds(number(step, key)) for key in ("first_quartile", "median", "third_quartile"))
         rows.append([label, median, f"{low} to {high}", count(number(step, "rounds"))])
-    return {"table": _table(costs(comparison.results, comparison.baseline)), "steps": rows,
+    return {"table": comparison.tables.costs(), "steps": rows,
             "warmup": timing.get("warmup_rounds", "?"), "device": timing.get("device", comparison.raw.get("device")),
             "threads": threads(timing.get("threads")), "batch_size": count(number(comparison.raw, "batch_size")),
             "text_tokens": compact(number(comparison.raw, "text_tokens"))}
@@ -329,28 +237,28 @@ def learning_rates(comparison: ComparisonFiles) -> dict[str, Any]:
     lrs = sorted({float(run["lr"]) for run in comparison.runs})
     if len(mapping(comparison.raw, "settings").get("lr") or []) < 2:
         return {"rows": [], "single": f"{lrs[0]:g}" if len(lrs) == 1 else ""}
-    metric, rows, sets = comparison.primary(), [], comparison.sets
-    chosen = [mapping(mapping(comparison.raw, "chosen_lr"), one.name).get("set") for one in comparison.results]
-    chosen_on = next((str(name) for name in chosen if name is not None), None)
-    if chosen_on is not None:
-        sets = [chosen_on, *sets]
-    for one in comparison.results:
-        found = {run["lr"]: value[1] for run in one.search if (value := primary(run, sets)) is not None}
-        row: list[str] = [one.name]
+    metric, tables, rows = comparison.primary(), comparison.tables, []
+    by_recipe = mapping(comparison.raw, "chosen_lr")
+    chosen_on = dict.fromkeys(str(held) for name in by_recipe if (held := mapping(by_recipe, name).get("set")))
+    for name in tables.recipes:
+        found = {run["lr"]: value[1] for run in comparison.runs
+                 if run.get("recipe") == name and run.get("finished") and run.get("seed") in comparison.seeds[:1]
+                 and (value := primary(run, [*chosen_on, *tables.sets])) is not None}
+        row = [name]
         for lr in lrs:
             text = f"{100 * found[lr]:.1f} %" if lr in found else MISSING
-            row.append(Markup("<b>{} ✓</b>").format(text) if lr == one.lr else text)
+            row.append(Markup("<b>{} ✓</b>").format(text) if lr == tables.cost(name, "lr") else text)
         rows.append(row)
     return {"rows": rows, "head": ["recipe", *(f"{lr:g}" for lr in lrs)], "seeds": comparison.seeds,
             "metric": full_words(metric) if metric else "the first set",
-            "held_out": chosen_on if chosen_on not in comparison.sets else None}
+            "held_out": ", ".join(name for name in chosen_on if name not in tables.sets)}
 
 
 def runs(comparison: ComparisonFiles) -> list[list[str]]:
     """Return every run with its state, and a link to its own report."""
     rows = []
     for run in comparison.runs:
-        name, found = str(run.get("name")), primary(run, comparison.sets)
+        name, found = str(run.get("name")), primary(run, comparison.tables.sets)
         report = f"runs/{name}/report.html"
         state = "failed" if run.get("error") else "done" if run.get("finished") else "not finished"
         rows.append([
@@ -386,15 +294,6 @@ def _read(path: Path) -> Record | None:
     return found
 
 
-def _results(comparison: ComparisonFiles) -> dict[str, Any]:
-    return {"summary": _table(comparison.summary(brief=True)),
-            "details": {title: _table(table) for title, table in comparison.details().items()}}
-
-
-def _table(frame: "DataFrame") -> tuple[list[str], list[list[str]]]:
-    return list(frame.columns), frame.to_numpy().tolist()
-
-
 def _difference(first: Sequence[float], second: Sequence[float], metric: Metric) -> Markup:
     points = round((100.0 if is_fraction(metric) else 1.0) * (fmean(first) - fmean(second)), 1)
     text = f"{points + 0.0:+.1f}"  # + 0.0: no negative zero
@@ -428,15 +327,10 @@ def _series(name: str, histories: list[Points], colour: int) -> list[Series]:
     return [*lines, Series(name, mean, colour)] if mean else lines
 
 
-def _last_snapshot(comparison: ComparisonFiles, one: Results) -> "Snapshot | None":
-    """Return the last snapshot of the first of a recipe's runs, if it can be read."""
+def _last_snapshot(run: Path) -> "Snapshot | None":
     from aclip.report.snapshots import read_snapshot
 
-    for run in one.runs[:1]:
-        paths = sorted((comparison.path / "runs" / str(run["name"]) / "snapshots").glob("step-*.safetensors"))
-        if paths:
-            try:
-                return read_snapshot(paths[-1])
-            except CheckpointError:
-                return None
-    return None
+    try:
+        return read_snapshot(max((run / "snapshots").glob("step-*.safetensors")))
+    except (ValueError, CheckpointError):  # there is none, or it is damaged
+        return None

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from aclip.report.page import count, data_uri, percent, write_page, write_text
+from aclip.report.page import count, percent, write_page, write_text
 
 if TYPE_CHECKING:
     from aclip.data.doctor import Examination, Example
-
-PAGE = "data.html"
-NUMBERS = "data.json"
 
 _SIDES = (32, 64, 128, 224, 336, 512, 768, 1024, 2048)
 _RATIOS = {1 / 4: "taller than 4:1", 1 / 2: "4:1 to 2:1", 0.8: "2:1 to 5:4", 1.25: "about square",
@@ -39,14 +36,15 @@ def write_data_page(examined: "Examination", folder: Path) -> Path:
 
     shown = [[[load_example(examined, place) for place in group] for group in finding.examples]
              for finding in examined.findings]
-    write_text(folder / NUMBERS, json.dumps(to_record(examined, shown), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "data.json", json.dumps(to_record(examined, shown), indent=2, ensure_ascii=False) + "\n")
     name = examined.measured[0].source.name
     return write_page(
-        folder / PAGE, "data", name=f"{name}: data doctor", folder=name,
+        folder / "data.html", "data", name=f"{name}: data doctor", folder=name,
+        title=Path(name).name or name,
         sections=[("findings", "Findings"), ("images", "Images"), ("captions", "Captions")],
-        headline=headline(examined), findings=[_finding(finding, groups) for finding, groups
-                                               in zip(examined.findings, shown, strict=True)],
-        image_histograms=image_histograms(examined), caption_histograms=caption_histograms(examined))
+        source=examined.measured[0], against=examined.measured[1:], limits=examined.limits, usable=usable(examined),
+        findings=list(zip(examined.findings, shown, strict=True)), image_histograms=image_histograms(examined),
+        caption_histograms=caption_histograms(examined))
 
 
 def write_look_page(
@@ -69,8 +67,7 @@ def write_look_page(
     for image, name, captions in samples:
         small = image.convert("RGB")
         small.thumbnail((_LOOK_SIDE, _LOOK_SIDE))
-        cards.append({"image": data_uri(small, "JPEG"), "name": name, "captions": captions,
-                      "size": f"{image.width}x{image.height}"})
+        cards.append({"image": small, "name": name, "captions": captions, "size": f"{image.width}x{image.height}"})
     sections = [("samples", "Samples"), *([("advice", "Advice")] if advice else [])]
     return write_page(path, "look", name=f"{title}: data look", folder=title, sections=sections, title=title,
                       facts_shown=facts, samples=cards, advice=advice)
@@ -96,31 +93,6 @@ def usable(examined: "Examination") -> int:
     """Return the number of examined samples that training can use."""
     samples = examined.measured[0].samples
     return int((samples["decoded"] & (samples["captions"] > 0)).sum())
-
-
-def headline(examined: "Examination") -> dict[str, Any]:
-    """Return the number of samples, the number of usable ones, and the number of findings of each severity."""
-    source, *against = examined.measured
-    total, good, limits = len(source.samples), usable(examined), examined.limits
-    seen = f"{count(total)} samples"
-    if total < len(source.source):
-        seen = f"{count(total)} of {count(len(source.source))} samples, drawn at random"
-    tiles = [("usable samples", percent(good / max(total, 1)), f"{count(good)} of {count(total)}")]
-    for severity in ("error", "warning", "note"):
-        names = [finding.name for finding in examined.findings if finding.severity == severity]
-        tiles.append((f"{severity}s", count(len(names)), ", ".join(names) or "none"))
-    tokens = "" if limits.context_length is None else f", {limits.context_length} tokens"
-    sizes = source.samples["bytes"][source.samples["decoded"]]
-    return {
-        "name": Path(source.source.name).name or source.source.name, "source": source.source.name, "seen": seen,
-        "tiles": tiles,
-        "facts": [
-            ("captions", count(len(source.captions))),
-            ("size of the image files", f"{sizes.sum() / 1e6:,.1f} MB"),
-            ("compared with", ", ".join(one.source.name for one in against) or "nothing else"),
-            ("for the model", f"{limits.model}, {limits.image_size[1]} x {limits.image_size[0]} pixels{tokens}"),
-        ],
-    }
 
 
 def image_histograms(examined: "Examination") -> list[dict[str, Any]]:
@@ -155,22 +127,6 @@ def caption_histograms(examined: "Examination") -> list[dict[str, Any]]:
         about = f"start and end included; {percent(float((tokens > context).mean()))} are cut at {context}"
         charts.append(_histogram("Tokens of a caption", about, words, np.searchsorted(edges, tokens)))
     return charts
-
-
-def _finding(finding: Any, groups: Sequence[Sequence["Example"]]) -> dict[str, Any]:
-    return {
-        "name": finding.name, "severity": finding.severity, "title": finding.title, "advice": finding.advice,
-        "number": f"{count(finding.count)} of {count(finding.total)} {finding.unit}, {percent(finding.share)}",
-        "details": " · ".join(f"{words}: {count(number)}" for words, number in finding.details),
-        "groups": [[_example(one) for one in group] for group in groups],
-    }
-
-
-def _example(example: "Example") -> dict[str, str]:
-    size = f"{example.size[0]}x{example.size[1]}" if example.size else ""
-    return {"key": example.key, "source": example.source, "size": size, "mark": example.problem or size,
-            "caption": example.captions[0] if example.captions else "no caption",
-            "image": data_uri(example.picture, "JPEG") if example.picture else ""}
 
 
 def _histogram(title: str, about: str, words: list[str], bins: np.ndarray) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ Metric = tuple[str, str, str]
 
 PRIMARY = {"retrieval": "image_to_text_r1", "zero_shot": "top1", "linear_probe": "top1", "knn": "top1"}
 """Evaluator -> metric; the first evaluator that was run on a set stands for the run."""
+
+
+JOURNALS = ("metrics", "evaluations", "skipped", "robustness", "incidents")
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,13 @@ class RunFiles:
     metrics: list[Record]
     evaluations: list[Record]
     skipped: list[Record]
-    robustness: list[Record] = field(default_factory=list)
-    incidents: list[Record] = field(default_factory=list)
-    peak_memory: float | None = None
-    examples: dict[str, list[Record]] = field(default_factory=dict)
-    details: list[Record] = field(default_factory=list)
-    snapshots: "list[Snapshot]" = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    robustness: list[Record]
+    incidents: list[Record]
+    peak_memory: float | None
+    examples: dict[str, list[Record]]
+    details: list[Record]
+    snapshots: "list[Snapshot]"
+    notes: list[str]
 
     @property
     def training_seconds(self) -> float | None:
@@ -79,27 +82,26 @@ def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
         raise ConfigError(f"there is no run folder '{folder}'")
     notes: list[str] = []
     config = _json(folder / "config.json", notes)
-    journals = {name: _journal(folder / f"{name}.jsonl", notes)
-                for name in ("metrics", "evaluations", "skipped", "robustness", "incidents")}
-    recorded = any((folder / f"{name}.jsonl").exists() for name in ("metrics", "evaluations", "skipped"))
+    metrics, evaluations, skipped, robustness, incidents = (
+        _journal(folder / f"{name}.jsonl", notes) for name in JOURNALS)
+    recorded = any((folder / f"{name}.jsonl").exists() for name in JOURNALS[:3])
     if not recorded and not (isinstance(config, dict) and mapping(config, "recipe")):
         raise ConfigError(f"'{folder}' is no run: it has neither a config.json of aclip nor journals; give the "
                           "--output folder of `aclip train` or `aclip compare`")
     if not isinstance(config, dict):
         config = {}
         notes.append("The configuration (config.json) is missing.")
-    if not journals["metrics"]:
+    if not metrics:
         notes.append("No training step has been logged yet.")
-    if not journals["evaluations"]:
+    if not evaluations:
         notes.append("Nothing has been evaluated yet.")
     memory = _json(folder / "memory.json", notes)
-    peak_memory = number(memory, "peak_memory") if isinstance(memory, dict) else None
-    if journals_only:
-        return RunFiles(folder, config, **journals, peak_memory=peak_memory, notes=notes)
-    details = [found for path in sorted((folder / "details").glob("*.json"))
-               if isinstance(found := _json(path, notes), dict)]
-    return RunFiles(folder, config, **journals, peak_memory=peak_memory, notes=notes, details=details,
-                    examples=_examples(folder / "examples", notes), snapshots=_snapshots(folder / "snapshots", notes))
+    details = [] if journals_only else [_json(path, notes) for path in sorted((folder / "details").glob("*.json"))]
+    return RunFiles(folder, config, metrics, evaluations, skipped, robustness, incidents,
+                    number(memory, "peak_memory") if isinstance(memory, dict) else None,
+                    {} if journals_only else _examples(folder / "examples", notes),
+                    [found for found in details if isinstance(found, dict)],
+                    [] if journals_only else _snapshots(folder / "snapshots", notes), notes)
 
 
 def outcome(folder: Path) -> Record:

@@ -71,7 +71,7 @@ def percent(fraction: float | None, digits: int | None = None) -> str:
     >>> percent(0.4213), percent(0.000576), percent(1.0)
     ('42.1 %', '0.06 %', '100 %')
     """
-    if fraction is None:
+    if fraction is None or math.isnan(fraction):
         return MISSING
     value = 100.0 * fraction
     if digits is None:
@@ -140,7 +140,8 @@ def _environment() -> "Environment":
 
     environment = Environment(loader=PackageLoader("aclip.report"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "count": count, "compact": compact, "data_uri": data_uri}
+    environment.filters |= {"percent": percent, "count": count, "compact": compact, "duration": duration,
+                            "gigabytes": gigabytes, "data_uri": data_uri}
     return environment
 
 

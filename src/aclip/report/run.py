@@ -1,11 +1,9 @@
 """The report of a run: `report.html`, one file that needs nothing else and makes no request."""
 
-import base64
-import binascii
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,26 @@ SECTIONS = (
 )
 
 _WEIGHTS = ("online", "ema")  # the first that was evaluated leads
+
+Column = tuple[str, str, str, Callable[[float | None], str]]
+"""Title, part of an evaluation's record, key in it, format."""
+
+_IMAGES: Column = ("images", "counts", "pictures", count)
+_OF_CLASSES: list[Column] = [
+    *((words, "metrics", key, percent) for key, words in ACCURACIES.items()),
+    ("chance top-1", "chance", "top1", percent), ("training images", "counts", "training_pictures", count), _IMAGES,
+    ("classes", "counts", "classes", count)]
+TABLES: dict[str, tuple[str, list[Column]]] = {
+    "retrieval": ("Retrieval", [
+        ("R@1", "metrics", "{}_r1", percent), ("R@5", "metrics", "{}_r5", percent),
+        ("R@10", "metrics", "{}_r10", percent), ("median rank", "metrics", "{}_median_rank", compact),
+        ("chance R@1", "chance", "{}_r1", percent), _IMAGES, ("captions", "counts", "captions", count)]),
+    **{name: (title, _OF_CLASSES) for name, title in CLASSIFIERS.items()},
+    "calibration": ("Calibration", [
+        ("calibration error", "metrics", "ece", percent), ("negative log-likelihood", "metrics", "nll", compact),
+        ("mean confidence", "metrics", "confidence", percent), ("accuracy", "metrics", "accuracy", percent),
+        ("chance NLL", "chance", "nll", compact), _IMAGES, ("classes", "counts", "classes", count)]),
+}
 
 Table = tuple[str, list[str], list[list[str]], int]
 """Title, head, rows, first numeric column."""
@@ -100,8 +118,9 @@ def headline(run: RunFiles) -> dict[str, Any]:
 
 def results(evaluations: Sequence[Record]) -> dict[str, Any]:
     """Return the tables of final results and the metric curves of every set."""
-    tables = [_retrieval_table(evaluations), *(_classifier_table(evaluations, name) for name in CLASSIFIERS),
-              _calibration_table(evaluations), *_other_tables(evaluations)]
+    others = dict.fromkeys(str(record.get("evaluator", "?")) for record in evaluations)
+    tables = [*(_table(evaluations, evaluator) for evaluator in TABLES),
+              *(_plain_table(evaluations, evaluator) for evaluator in others if evaluator not in TABLES)]
     return {"tables": [table for table in tables if table[2]], "curves": _metric_curves(evaluations)}
 
 
@@ -146,19 +165,14 @@ def looks(run: RunFiles) -> dict[str, Any] | None:
 
     last = run.snapshots[-1]
     shots = [shot for shot in run.snapshots if shot.captions == last.captions]
-    rows = []
-    for i, caption in enumerate(last.captions[:MAX_IMAGES]):
-        columns = []
-        for shot in shots:
-            scores, keep = shot.scores[i].double(), shot.keep_indices[i]
-            total = float(scores.sum())
-            columns.append({"step": shot.step, "heat": heat_layer(scores, shot.grid),
-                            "veil": veil_layer(keep, shot.grid),
-                            "fraction": percent(float(scores[keep].sum()) / total if total > 0 else None, 0)})
-        rows.append({"caption": caption, "image": to_image(last.images[i], SIDE), "columns": columns})
     times = [f"step {count(shot.step)}" for shot in shots]
     if len(times) > 1:
         times = [f"early · {times[0]}", *times[1:-1], f"late · {times[-1]}"]
+    rows = [{"caption": caption, "image": to_image(last.images[i], SIDE), "columns": [
+        {"step": shot.step, "heat": heat_layer(shot.scores[i], shot.grid),
+         "veil": veil_layer(shot.keep_indices[i], shot.grid),
+         "fraction": float(shot.scores[i][shot.keep_indices[i]].sum() / shot.scores[i].sum().clamp(min=1e-30))}
+        for shot in shots]} for i, caption in enumerate(last.captions[:MAX_IMAGES])]
     return {"times": times, "rows": rows, "kept": last.keep_indices.shape[1], "patches": last.scores.shape[1]}
 
 
@@ -263,57 +277,28 @@ def _tile(name: str, record: Record) -> dict[str, str]:
             "second_label": labels[1], "chance": against}
 
 
-def _retrieval_table(evaluations: Sequence[Record]) -> Table:
+def _table(evaluations: Sequence[Record], evaluator: str) -> Table:
+    title, columns = TABLES[evaluator]
     rows = []
-    for (name, weights), record in _last_by_set(evaluations, "retrieval").items():
-        metrics, chance, counts = (mapping(record, part) for part in ("metrics", "chance", "counts"))
-        rows += [[name, weights, words, *(percent(number(metrics, f"{key}_r{k}")) for k in (1, 5, 10)),
-                  compact(number(metrics, f"{key}_median_rank")), percent(number(chance, f"{key}_r1")),
-                  count(number(counts, "pictures")), count(number(counts, "captions"))]
-                 for key, words in DIRECTIONS.items()]
-    head = ["set", "weights", "direction", "R@1", "R@5", "R@10", "median rank", "chance R@1", "images", "captions"]
-    return "Retrieval", head, rows, 3
+    for (name, weights), record in _last_by_set(evaluations, evaluator).items():
+        settings = mapping(record, "settings")
+        labels = [str(record.get("training_set") or MISSING),
+                  ", ".join(f"{key} {compact(number(settings, key))}" for key in settings) or MISSING]
+        rows += [[name, weights, words, *labels, *(write(number(mapping(record, part), key.format(direction)))
+                                                   for _, part, key, write in columns)]
+                 for direction, words in (DIRECTIONS if evaluator == "retrieval" else {"": MISSING}).items()]
+    head = ["set", "weights", "direction", "learned from", "settings", *(column[0] for column in columns)]
+    optional = ("direction", "learned from", "settings", "training images")
+    shown = [i for i, word in enumerate(head) if word not in optional or any(row[i] != MISSING for row in rows)]
+    return title, [head[i] for i in shown], [[row[i] for i in shown] for row in rows], sum(i < 5 for i in shown)
 
 
-def _classifier_table(evaluations: Sequence[Record], evaluator: str) -> Table:
-    found = _last_by_set(evaluations, evaluator)
-    learns = any(record.get("training_set") for record in found.values())
-    rows = []
-    for (name, weights), record in found.items():
-        metrics, chance, counts, settings = (
-            mapping(record, part) for part in ("metrics", "chance", "counts", "settings"))
-        fitted = ", ".join(f"{key} {compact(number(settings, key))}" for key in settings)
-        learned = [str(record.get("training_set") or MISSING), fitted or MISSING] if learns else []
-        on = [count(number(counts, "training_pictures"))] if learns else []
-        rows.append([name, weights, *learned, *(percent(number(metrics, key)) for key in ACCURACIES),
-                     percent(number(chance, "top1")), *on, count(number(counts, "pictures")),
-                     count(number(counts, "classes"))])
-    head = ["set", "weights", *(["learned from", "settings"] if learns else []), *ACCURACIES.values(), "chance top-1",
-            *(["training images"] if learns else []), "images", "classes"]
-    return CLASSIFIERS[evaluator], head, rows, 4 if learns else 2
-
-
-def _calibration_table(evaluations: Sequence[Record]) -> Table:
-    rows = []
-    for (name, weights), record in _last_by_set(evaluations, "calibration").items():
-        metrics, chance, counts = (mapping(record, part) for part in ("metrics", "chance", "counts"))
-        rows.append([name, weights, percent(number(metrics, "ece")), compact(number(metrics, "nll")),
-                     percent(number(metrics, "confidence")), percent(number(metrics, "accuracy")),
-                     compact(number(chance, "nll")), count(number(counts, "pictures")),
-                     count(number(counts, "classes"))])
-    head = ["set", "weights", "calibration error", "negative log-likelihood", "mean confidence", "accuracy",
-            "chance NLL", "images", "classes"]
-    return "Calibration", head, rows, 2
-
-
-def _other_tables(evaluations: Sequence[Record]) -> list[Table]:
-    """Return a plain table for every evaluator without one of its own, such as a user's."""
-    known = {"retrieval", "calibration", *CLASSIFIERS}
-    others = dict.fromkeys(name for record in evaluations if (name := str(record.get("evaluator", "?"))) not in known)
-    return [(evaluator, ["set", "weights", "metric", "value"],
-             [[name, weights, metric, compact(number(mapping(record, "metrics"), metric))]
-              for (name, weights), record in _last_by_set(evaluations, evaluator).items()
-              for metric in mapping(record, "metrics")], 3) for evaluator in others]
+def _plain_table(evaluations: Sequence[Record], evaluator: str) -> Table:
+    """Return all metrics of an evaluator without a table of its own, such as a user's."""
+    rows = [[name, weights, metric, compact(number(mapping(record, "metrics"), metric))]
+            for (name, weights), record in _last_by_set(evaluations, evaluator).items()
+            for metric in mapping(record, "metrics")]
+    return evaluator, ["set", "weights", "metric", "value"], rows, 3
 
 
 def _metric_curves(evaluations: Sequence[Record]) -> list[Markup]:
@@ -340,10 +325,10 @@ def _metric_curves(evaluations: Sequence[Record]) -> list[Markup]:
     return charts
 
 
-def _points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
+def _points(records: Sequence[Record], key: str) -> Points:
     """Return (samples seen, value); a value that is not finite stays as a gap, a missing one is left out."""
     points = []
-    for record in map(dict, records):
+    for record in records:
         x = number(record, "samples_seen")
         if x is not None and record.get(key) is not None:
             y = number(record, key)
@@ -359,12 +344,14 @@ def _smoothed(name: str, points: Points, colour: int) -> list[Series]:
 
 def _confusions(details: Record) -> dict[str, Any] | None:
     """Return the confusion matrix of the classes with the most errors, the worst classes, and the worst confusions."""
-    names, images, right, cells = (details.get(key) for key in ("classes", "pictures", "right", "confusions"))
-    if not (isinstance(names, list) and names and _integers(images, len(names)) and _integers(right, len(names))):
+    listed = details.get("classes")
+    names = [str(name) for name in listed] if isinstance(listed, list) else []
+    images, right = (_integers(details.get(key)) for key in ("pictures", "right"))
+    if not names or not len(names) == len(images) == len(right):
         return None
-    names = [str(name) for name in names]
-    wrong = [cell for cell in cells if _integers(cell, 3) and max(cell[:2]) < len(names) and images[cell[0]]
-             ] if isinstance(cells, list) else []
+    cells = details.get("confusions")
+    wrong = [cell for cell in map(_integers, cells if isinstance(cells, list) else [])
+             if len(cell) == 3 and max(cell[:2]) < len(names) and images[cell[0]]]
     present = [i for i, n in enumerate(images) if n]
     worst = sorted(present, key=lambda i: (right[i] / images[i], -images[i], i))
     shown = sorted(sorted(present, key=lambda i: (right[i] - images[i], i))[:MAX_CLASSES])
@@ -384,9 +371,10 @@ def _confusions(details: Record) -> dict[str, Any] | None:
     }
 
 
-def _integers(value: object, length: int) -> bool:
-    """Return whether a value is a list of this many non-negative integers."""
-    return isinstance(value, list) and len(value) == length and all(isinstance(n, int) and n >= 0 for n in value)
+def _integers(value: object) -> list[int]:
+    """Return a list of non-negative integers, or an empty one for anything else."""
+    good = isinstance(value, list) and all(isinstance(n, int) and n >= 0 for n in value)
+    return list(value) if good and isinstance(value, list) else []
 
 
 def _reliability(details: Record) -> Markup | None:
@@ -404,16 +392,10 @@ def _reliability(details: Record) -> Markup | None:
 
 def _retrieved(example: Record) -> dict[str, Any]:
     """Return one image with its caption, the rank of that, and the captions that came out first."""
-    caption, rank, thumbnail = str(example.get("caption", "")), number(example, "rank"), example.get("thumbnail")
-    try:
-        base64.b64decode(str(thumbnail or ""), validate=True)
-    except (binascii.Error, ValueError):
-        thumbnail = None
-    top = []
-    for item in objects(example, "top"):
-        words, similarity = str(item.get("caption", "")), number(item, "similarity") or 0.0
-        top.append({"caption": words, "similarity": f"{similarity:.2f}",
-                    "width": f"{100.0 * min(max(similarity, 0.0), 1.0):.1f}",
-                    "right": words.casefold().split() == caption.casefold().split()})
+    caption, rank = str(example.get("caption", "")), number(example, "rank")
+    top = [{"caption": words, "similarity": similarity, "width": f"{100.0 * min(max(similarity, 0.0), 1.0):.1f}",
+            "right": words.casefold().split() == caption.casefold().split()}
+           for words, similarity in ((str(item.get("caption", "")), number(item, "similarity") or 0.0)
+                                     for item in objects(example, "top"))]
     return {"caption": caption, "key": str(example.get("key", "")), "rank": count(rank), "right": rank == 1,
-            "thumbnail": thumbnail, "top": top}
+            "thumbnail": str(example.get("thumbnail") or ""), "top": top}
