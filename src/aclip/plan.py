@@ -13,7 +13,7 @@ from aclip.config import ObjectiveConfig, Pass, Recipe, TextPass, build
 from aclip.data.views import VIEWS, ViewPipeline
 from aclip.errors import ConfigError, UnsupportedModelError, unknown_name
 from aclip.masking import MASKING, TEXT_REDUCTIONS, MaskingStrategy, TextReduction, fitting_block_size
-from aclip.models.vision import NOBODY_ASKS as NO_ATTENTION_SCORES
+from aclip.models import NO_ATTENTION_SCORES
 from aclip.objectives import OBJECTIVES, Objective
 from aclip.objectives.base import block_macs
 from aclip.structs import TowerShape

@@ -1,76 +1,71 @@
 """The check itself: what it refuses, and what is left when something fails."""
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
-from exported_models import TINY, files_below, make_subject
+from tiny_models import TINY, tiny_model
 from torch import Tensor
 
 from aclip.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedModelError
-from aclip.exporters import EXPORTS, Readback, Subject, made_examples, write_checked
-from aclip.exporters import safetensors as safetensors_format
-from aclip.exporters.check import compare, refuse_difference
-from aclip.models.models import resize_images
+from aclip.exporters import EXPORTERS, Readback, synthetic_examples, write_checked
+from aclip.exporters import open_clip as open_clip_exporter
+from aclip.exporters.base import logit_multiplier
+from aclip.exporters.check import TOKENS, check_differences, compare
+from aclip.models import LoadedModel
 
-SUBJECT = make_subject()
-EXAMPLES = made_examples((24, 24))
-
-
-def own(subject: Subject = SUBJECT) -> Readback:
-    """What a perfect export reads back as."""
-    return Readback(subject.model.encode_image, subject.model.encode_text, subject.model.preprocess,
-                    subject.model.tokenizer, subject.logit_scale)
+MODEL = tiny_model()
+EXAMPLES = synthetic_examples((24, 24))
 
 
-@torch.no_grad()
-def test_the_model_itself_differs_in_nothing() -> None:
-    parity = compare(own(), SUBJECT, EXAMPLES)
-    assert (parity.logit_scale, parity.pixels, parity.differing, parity.captions) == (0.0, 0.0, (), 10)
-    refuse_difference(parity, 2e-7, "itself")
+def perfect() -> Readback:
+    return Readback(MODEL.encode_image, MODEL.encode_text, MODEL.preprocess, MODEL.tokenizer,
+                    logit_multiplier(MODEL.model))
 
 
-def doubled(encode: object) -> object:
-    return lambda batch: 2 * encode(batch)  # type: ignore[operator]
+def test_a_perfect_readback_has_no_differences() -> None:
+    differences = compare(perfect(), MODEL, EXAMPLES)
+    assert len(differences) == 5
+    assert max(differences.values()) < 2e-7  # normalising twice
+    check_differences(differences, 2e-7, "itself")
 
 
-@torch.no_grad()
-def test_length_does_not_count_but_everything_else_does() -> None:
-    assert compare(replace(own(), encode_image=doubled(SUBJECT.model.encode_image)), SUBJECT, EXAMPLES).image < 1e-7
-    encode = SUBJECT.model.encode_image
-    for broken, sentence in (
-        (replace(own(), encode_image=lambda x: encode(x).roll(1, dims=0)), "image features"),
-        (replace(own(), encode_image=lambda x: encode(x) * float("nan")), "image features"),
-        (replace(own(), encode_image=lambda x: encode(x)[:, :-1]), "image features"),
-        (replace(own(), encode_text=lambda x: SUBJECT.model.encode_text(x).abs()), "text features"),
-        (replace(own(), logit_scale=1.0), "the logit scale"),
-        (replace(own(), preprocess=lambda picture: SUBJECT.model.preprocess(picture) + 0.1), "grey levels"),
-        (replace(own(), preprocess=lambda picture: SUBJECT.model.preprocess(picture)[:, :20]), "grey levels"),
+def test_differences_of_features_logit_scale_and_pixels_are_refused_but_length_does_not_count() -> None:
+    encode = MODEL.encode_image
+    assert compare(replace(perfect(), encode_image=lambda x: 2 * encode(x)), MODEL, EXAMPLES)["image features"] < 2e-7
+    for broken, name in (
+        (replace(perfect(), encode_image=lambda x: encode(x).roll(1, dims=0)), "image features"),
+        (replace(perfect(), encode_image=lambda x: encode(x) * float("nan")), "image features"),
+        (replace(perfect(), encode_image=lambda x: encode(x)[:, :-1]), "image features"),
+        (replace(perfect(), encode_text=lambda x: MODEL.encode_text(x).abs()), "text features"),
+        (replace(perfect(), logit_scale=1.0), "logit scale"),
+        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image) + 0.1), "grey levels"),
+        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image)[:, :20]), "grey levels"),
     ):
-        with pytest.raises(ExportError, match=sentence):
-            refuse_difference(compare(broken, SUBJECT, EXAMPLES), 1e-5, "it")
+        with pytest.raises(ExportError, match=name):
+            check_differences(compare(broken, MODEL, EXAMPLES), 1e-5, "it")
 
 
-@torch.no_grad()
-def test_captions_that_are_split_otherwise_are_named() -> None:
+def test_captions_tokenized_differently_are_counted() -> None:
     def tokenize(texts: list[str]) -> Tensor:
-        ids = SUBJECT.model.tokenizer(texts)
+        ids = MODEL.tokenizer(texts)
         ids[1, 2] += 1
-        ids[:, -1] = 7  # behind the end of most, so it does not count there
+        ids[:, -1] = 7  # after the end of every caption but the longest
         return ids
 
-    long = EXAMPLES.captions[-1]
-    assert compare(replace(own(), tokenize=tokenize), SUBJECT, EXAMPLES).differing == (EXAMPLES.captions[1], long)
+    assert compare(replace(perfect(), tokenize=tokenize), MODEL, EXAMPLES)[TOKENS] == 2
 
 
-def write(folder: Path, *, subject: Subject = SUBJECT, to: str = "safetensors", **options: object) -> None:
-    write_checked(EXPORTS[to], subject, folder, EXAMPLES, card=lambda parity: "card\n", **options)  # type: ignore[arg-type]
+def write(folder: Path, *, model: LoadedModel = MODEL, to: str = "open_clip", **options: Any) -> None:
+    write_checked(EXPORTERS[to], model, TINY, folder, EXAMPLES, **options)
 
 
-def test_an_earlier_export_is_replaced_only_if_asked_for_and_only_by_a_good_one(tmp_path: Path) -> None:
+def test_an_earlier_export_is_replaced_only_with_overwrite_and_by_a_good_one(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     write(folder)
     (folder / "note.txt").write_text("mine")
@@ -84,75 +79,80 @@ def test_an_earlier_export_is_replaced_only_if_asked_for_and_only_by_a_good_one(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_is_no_export_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_export_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")
     (tmp_path / "photos").mkdir()
-    write(tmp_path / "photos")  # an empty folder is no loss
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "cat.png").touch()
-    with pytest.raises(ConfigError, match="no earlier export"):
-        write(tmp_path / "other", overwrite=True)
-    with pytest.raises(ConfigError, match="no earlier export"):
-        write(tmp_path / "other" / "cat.png", overwrite=True)
+    (tmp_path / "photos" / "cat.png").touch()
+    for occupied in (tmp_path / "photos", tmp_path / "photos" / "cat.png"):
+        with pytest.raises(ConfigError, match="not an earlier export"):
+            write(occupied, overwrite=True)
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(safetensors_format, "save_file", full)
+    monkeypatch.setattr(open_clip_exporter, "save_file", full_disk)
     with pytest.raises(ExportError, match=r"cannot write the export to .*: .*No space left on device"):
-        write(tmp_path / "deep" / "out")
-    assert files_below(tmp_path) == []
+        write(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"cannot write the export to .*/file/out"):
         write(tmp_path / "file" / "out")
 
 
-def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("error", "expected", "message"), [
+    (KeyboardInterrupt("by hand"), KeyboardInterrupt, "by hand"),
+    (RuntimeError("size mismatch\n\tfor visual"), ExportError, r"open_clip cannot load the export.*: .*size mismatch"),
+])
+def test_an_interruption_or_an_error_on_loading_leaves_nothing(
+    error: BaseException, expected: type[BaseException], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr(safetensors_format, "load_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", fail)
+    with pytest.raises(expected, match=message):
         write(tmp_path / "out")
-    assert files_below(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("to", "package", "extra"), [
-    ("huggingface", "transformers", "transformers"), ("onnx", "onnxruntime", "onnx"), ("onnx", "onnxscript", "onnx")])
-def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    ("huggingface", "transformers", "transformers"), ("onnx", "onnxruntime", "onnx"), ("onnx", "onnxscript", "onnx"),
+    ("torch-export", "tokenizers", "transformers")])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
     to: str, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(MissingDependencyError, match=rf"{package}: pip install 'attentive-clip\[{extra}\]'"):
         write(tmp_path / "out", to=to)
-    assert files_below(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_open_clip_cannot_hold_an_image_tower_alone(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"image tower only.*--to huggingface, onnx"):
-        write(tmp_path / "out", subject=make_subject(with_text=False), to="open_clip")
+    with pytest.raises(UnsupportedModelError, match=r"only an image tower.*--to huggingface, onnx"):
+        write(tmp_path / "out", model=tiny_model(with_text=False))
 
 
-def test_open_clip_builds_towers_of_timm_at_one_size(tmp_path: Path) -> None:
-    vision = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160}
-    subject = make_subject(TINY | {"vision_cfg": vision})
-    write(tmp_path / "own", subject=subject, to="open_clip")
-    resize_images(subject.model.model.visual, (96, 96))
-    with pytest.raises(UnsupportedModelError, match=r"of 96 x 96 pixels, and open_clip builds it for 160 x 160 only"):
-        write(tmp_path / "other", subject=subject, to="open_clip")
+def test_save_replaces_a_model_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(step: int) -> None:
+        open_clip_exporter.save(MODEL.model, TINY, MODEL.model.visual.preprocess_cfg, MODEL.tokenizer,
+                                tmp_path / "final", step=step, samples_seen=64 * step)
 
-
-def test_what_the_library_says_against_an_export_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("size mismatch\n\tfor visual")
-
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", refuse)
-    with pytest.raises(ExportError, match=r"^open_clip cannot load what was written of tiny, .*: size mismatch for"):
-        write(tmp_path / "out", to="open_clip")
-    assert files_below(tmp_path) == []
+    save(3)
+    assert (tmp_path / "final" / "aclip.json").read_text() == '{\n  "step": 3,\n  "samples_seen": 192\n}\n'
+    pixels = torch.randn(2, 3, 24, 24)
+    loaded: Callable[[Tensor], Tensor] = open_clip.create_model_and_transforms(
+        f"local-dir:{tmp_path / 'final'}")[0].eval().encode_image
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels), MODEL.encode_image(pixels, normalize=False), rtol=0, atol=1e-6)
+    monkeypatch.setattr(open_clip_exporter, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(4)
+    assert '"step": 3' in (tmp_path / "final" / "aclip.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]

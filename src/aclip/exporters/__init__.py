@@ -1,42 +1,46 @@
-"""Handing a model to other tools, in their own formats: one format a file, one line each in `EXPORTS`.
+"""Export models for other libraries, each export checked against the model's own features.
 
-A format says what it cannot represent, writes, and reads back with the library that it is for; `write_checked` compares
-what came back with the model and keeps the folder only if the features are the same.
+One format a module. An exporter writes, and reads back with the library that the format is for; `write_checked`
+compares what came back with the model and keeps the folder only if the features agree.
+
+Everything but `export` is imported on first use, so that the command line starts without torch.
 """
 
-from aclip.exporters import open_clip
-from aclip.exporters.base import ExportFormat, Readback, Subject
-from aclip.exporters.card import Training, model_card
-from aclip.exporters.check import TOLERANCE, Parity, check_place, write_checked
-from aclip.exporters.examples import Examples, made_examples, real_examples
-from aclip.exporters.huggingface import HuggingFaceFormat
-from aclip.exporters.onnx import OnnxFormat
-from aclip.exporters.open_clip import OpenClipFormat
-from aclip.exporters.safetensors import SafetensorsFormat
-from aclip.exporters.torch_export import TorchExportFormat
+import importlib
+from typing import TYPE_CHECKING, Any
 
-EXPORTS: dict[str, ExportFormat] = {
-    "open_clip": OpenClipFormat(),
-    "huggingface": HuggingFaceFormat(),
-    "onnx": OnnxFormat(),
-    "safetensors": SafetensorsFormat(),
-    "torch-export": TorchExportFormat(),
-}
-"""Formats by the name that `aclip export --to` takes."""
+from aclip.exporters.command import export
 
-__all__ = [
-    "EXPORTS",
-    "TOLERANCE",
-    "Examples",
-    "ExportFormat",
-    "Parity",
-    "Readback",
-    "Subject",
-    "Training",
-    "check_place",
-    "made_examples",
-    "model_card",
-    "open_clip",
-    "real_examples",
-    "write_checked",
-]
+if TYPE_CHECKING:
+    from aclip.exporters import open_clip
+    from aclip.exporters.base import Exporter, Readback
+    from aclip.exporters.check import Examples, synthetic_examples, write_checked
+
+EXPORTERS: "dict[str, Exporter]"
+"""Formats by the name that `export(to=...)` takes; `EXPORTERS["mine"] = MyExporter()` adds one."""
+
+__all__ = ["EXPORTERS", "Examples", "Exporter", "Readback", "export", "open_clip", "synthetic_examples",
+           "write_checked"]
+
+_HOMES = {"Exporter": "base", "Readback": "base", "Examples": "check", "synthetic_examples": "check",
+          "write_checked": "check"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EXPORTERS":
+        return globals().setdefault(name, _builtin_exporters())
+    if name == "open_clip":
+        return importlib.import_module("aclip.exporters.open_clip")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"aclip.exporters.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'aclip.exporters' has no attribute '{name}'")
+
+
+def _builtin_exporters() -> "dict[str, Exporter]":
+    from aclip.exporters.huggingface import HuggingFaceExporter
+    from aclip.exporters.onnx import OnnxExporter
+    from aclip.exporters.open_clip import OpenClipExporter
+    from aclip.exporters.torch_export import TorchExporter
+
+    return {"open_clip": OpenClipExporter(), "huggingface": HuggingFaceExporter(), "onnx": OnnxExporter(),
+            "torch-export": TorchExporter()}

@@ -1,198 +1,190 @@
-"""Writing an export that is kept only if it gives the model's own features."""
+"""Write an export, read it back with its own library, and keep it only if the features are the model's own."""
 
+import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from aclip.errors import AclipError, ConfigError, ExportError
-from aclip.exporters.base import ExportFormat, Readback, Subject
-from aclip.exporters.examples import Examples, made_examples
+from aclip import data, rng
+from aclip.errors import AclipError, BadSampleError, ConfigError, ExportError
+from aclip.exporters.base import Exporter, Readback, logit_multiplier, replace_folder
+from aclip.models import LoadedModel, preprocess_config
 
-RECORD = "aclip_export.json"
-CARD = "README.md"
-TOLERANCE = 1e-5
-"""Of an entry of a feature of length 1, fp32 on both sides."""
+RECORD, CARD = "aclip_export.json", "README.md"
+NUM_IMAGES = 8
+CAPTIONS = (
+    "a photo of a dog", "two people walk along a beach at sunset", "red apple", "A Drawing of a LIGHTHOUSE on a cliff",
+    "it's 12 o'clock, isn't it?", "café 北京 – naïve façade 😀", "",  # noqa: RUF001
+    "rock &amp; roll", "“curly quotes” and a cat’s paw", "a very long caption " * 30,  # noqa: RUF001
+)
+"""Hard cases for a tokenizer: case, accents, emoji, entities, quotes, the empty text, more than the context."""
 
-GREY_LEVELS = 2.0
-"""By how much a preprocessed pixel may differ, of 255: libraries round after resizing."""
+PREPROCESSING, TOKENS = "preprocessing, in grey levels of 255", "captions tokenized differently"
+LIMITS = {PREPROCESSING: 2.0, TOKENS: float("inf")}
+"""Accepted differences other than those of features: libraries round pixels and clean texts differently."""
 
 
 @dataclass(frozen=True)
-class Parity:
-    """How far an export is from its model.
+class Examples:
+    """RGB images and uncleaned captions to compare features on, and where they come from in a few words."""
 
-    Attributes:
-        image, text: largest difference of an entry of the L2-normalised features; None without text.
-        logit_scale: relative difference of the multiplier, None where the format has none.
-        pixels: largest difference of the format's own preprocessing in grey levels of 255, on made pictures; None
-            where it brings none.
-        captions: how many were tokenised. differing: those that the format's own tokenizer splits otherwise.
+    images: tuple[Image.Image, ...]
+    captions: tuple[str, ...]
+    origin: str
+
+
+def synthetic_examples(image_size: tuple[int, int]) -> Examples:
+    """Return images and captions that are the same on every machine.
+
+    The images are coloured noise, smooth and sharp: one of twice the input's side, one much wider and one much taller
+    than the input, with even margins to crop, and a small one that has to be enlarged.
+
+    Args:
+        image_size: (height, width) of the model's input in pixels.
     """
+    height, width = image_size
+    sizes = ((2 * height, 2 * width), (height, 3 * width), (3 * height, width), (height // 2 + 1, width // 2 + 1))
+    images = tuple(_noise_image(number, *size) for number, size in enumerate(sizes))
+    return Examples(images, CAPTIONS, f"{len(images)} synthetic images, {len(CAPTIONS)} captions")
 
-    image: float
-    text: float | None = None
-    logit_scale: float | None = None
-    pixels: float | None = None
-    captions: int = 0
-    differing: tuple[str, ...] = ()
 
-    @property
-    def largest(self) -> float:
-        """The largest of the differences that the tolerance is for."""
-        return max(value for value in (self.image, self.text, self.logit_scale) if value is not None)
+def source_examples(spec: str) -> Examples | None:
+    """Return up to `NUM_IMAGES` images of a source with their captions, and `CAPTIONS`; None if none can be read."""
+    found = []
+    try:
+        source = data.open_source(spec)
+        for index in range(0, len(source), len(source) // NUM_IMAGES + 1):
+            with contextlib.suppress(BadSampleError):
+                sample = source.read(index)
+                found.append((data.decode_image(sample.image), data.clean_captions(sample.captions)[0]))
+    except (AclipError, OSError):  # moved, deleted, or on another machine
+        return None
+    if not found:
+        return None
+    images, captions = zip(*found, strict=True)
+    return Examples(images, (*captions, *CAPTIONS),
+                    f"{len(images)} images of {spec} with their captions, {len(CAPTIONS)} more captions")
 
 
 def write_checked(
-    export_format: ExportFormat, subject: Subject, folder: Path, examples: Examples, *,
-    card: Callable[[Parity], str], tolerance: float = TOLERANCE, overwrite: bool = False,
-) -> Parity:
-    """Write an export to `folder`, if what its own library reads back gives the same features.
+    exporter: Exporter, model: LoadedModel, config: Mapping[str, Any], folder: Path, examples: Examples, *,
+    card: Callable[[dict[str, float]], str] = str, record: Mapping[str, Any] | None = None, tolerance: float = 1e-5,
+    overwrite: bool = False,
+) -> dict[str, float]:
+    """Write an export to `folder` if its own library computes the model's features from it.
 
-    Everything is written beside the folder first. On any error nothing is left, and what was there before stays.
+    Everything is written beside the folder first: on any error nothing is left, and an earlier export stays.
 
     Args:
-        export_format: one of `EXPORTS`. subject: the model.
-        folder: must not exist, save as an earlier export where `overwrite` is set.
-        examples: what the features are compared on.
-        card: writes the model card, given what was found.
-        tolerance: of an entry of a feature of length 1.
-        overwrite: replace an earlier export.
+        exporter: the format.
+        model: on the CPU, in fp32 and evaluation mode.
+        config: open_clip's `model_cfg` of it, complete.
+        folder: must not exist, unless it is empty, or an earlier export and `overwrite` is set.
+        examples: what features are compared on.
+        card: differences -> model card.
+        record: further entries of `aclip_export.json`.
+        tolerance, overwrite: as in `aclip.exporters.export`.
+
+    Returns:
+        The differences, see `compare`.
 
     Raises:
         UnsupportedModelError: a model that the format cannot represent.
         MissingDependencyError: the format needs a package that is not installed.
-        ConfigError: something is in the way.
+        ConfigError: something else is at `folder`.
         ExportError: the features differ, the library cannot load the export, or the folder cannot be written.
     """
-    check_place(folder, overwrite=overwrite)
-    export_format.check_can_represent(subject)
-    with _beside(folder) as temporary:
-        export_format.write(subject, temporary)
-        with torch.inference_mode():
-            parity = compare(_read(export_format, temporary, subject), subject, examples)
-        refuse_difference(parity, tolerance, export_format.library)
-        (temporary / CARD).write_text(card(parity), encoding="utf-8")
-        (temporary / RECORD).write_text(json.dumps(
-            {"library": export_format.library, "model": subject.name, "checked_on": examples.origin,
-             "tolerance": tolerance, "parity": asdict(parity)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    return parity
-
-
-def check_place(folder: Path, *, overwrite: bool) -> None:
-    """Check that an export can go to `folder`.
-
-    Raises:
-        ConfigError: something else is there, or an earlier export that was not to be overwritten.
-    """
-    if not folder.exists():
-        return
-    if not (folder / RECORD).is_file():
-        if folder.is_dir() and not any(folder.iterdir()):
-            return
-        raise ConfigError(f"{folder} exists and is no earlier export: choose another --output")
-    if not overwrite:
-        raise ConfigError(f"{folder} holds an earlier export: replace it with --overwrite, or choose another --output")
-
-
-def compare(readback: Readback, subject: Subject, examples: Examples) -> Parity:
-    """Return how far what was read back is from the model."""
-    model = subject.model
-    pixels = torch.stack([model.preprocess(picture) for picture in examples.pictures])
-    image = _difference(readback.encode_image(pixels), model.encode_image(pixels))
-    text, scale = None, None
-    differing: tuple[str, ...] = ()
-    if readback.encode_text is not None:
-        tokens = model.tokenizer(list(examples.captions))
-        text = _difference(readback.encode_text(tokens), model.encode_text(tokens))
-        if readback.tokenize is not None:
-            differing = _differing(readback.tokenize(list(examples.captions)), tokens, examples.captions)
-    if readback.logit_scale is not None and subject.logit_scale is not None:
-        scale = abs(readback.logit_scale / subject.logit_scale - 1)
-    return Parity(image, text, scale, _pixel_difference(readback, subject),
-                  len(examples.captions) if readback.tokenize is not None else 0, differing)
-
-
-def refuse_difference(parity: Parity, tolerance: float, library: str) -> None:
-    """Check that an export is close enough.
-
-    Raises:
-        ExportError: it is not, or it is not a number.
-    """
-    for what, value in (("image features", parity.image), ("text features", parity.text),
-                        ("the logit scale", parity.logit_scale)):
-        if value is not None and not value <= tolerance:  # NaN is refused too
-            raise ExportError(f"{what} by {library} differ from the model's by {value:.1e}, more than the tolerance of "
-                              f"{tolerance:.0e}: nothing was written (--tolerance accepts more)")
-    if parity.pixels is not None and not parity.pixels <= GREY_LEVELS:
-        raise ExportError(f"the preprocessing by {library} differs from the model's by {parity.pixels:.1f} of 255 grey "
-                          f"levels, more than {GREY_LEVELS:g}: nothing was written")
-
-
-def _read(export_format: ExportFormat, folder: Path, subject: Subject) -> Readback:
-    """Load an export with its own library; whatever that raises is one sentence."""
+    if (folder / RECORD).is_file():
+        if not overwrite:
+            raise ConfigError(f"{folder} holds an earlier export: replace it with --overwrite, or choose another "
+                              "--output")
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an earlier export: choose another --output")
+    exporter.check_supported(model)
     try:
-        return export_format.read(folder, subject)
-    except (AclipError, OSError, SafetensorError):
-        raise
-    except Exception as error:  # each library has its own kinds
-        raise ExportError(f"{export_format.library} cannot load what was written of {subject.name}, and nothing of it "
-                          f"was kept: {' '.join(str(error).split()) or repr(error)}") from error
-
-
-def _difference(theirs: Tensor, ours: Float[Tensor, "B D"]) -> float:
-    """Return the largest difference of an entry, NaN if there is one; features of another shape are no number."""
-    if theirs.shape != ours.shape:
-        return float("nan")
-    return float((F.normalize(theirs.float().cpu(), dim=-1) - ours).abs().max())
-
-
-def _pixel_difference(readback: Readback, subject: Subject) -> float | None:
-    """Return the largest difference of the preprocessing of made pictures, in grey levels."""
-    if readback.preprocess is None:
-        return None
-    std = torch.tensor(subject.preprocess["std"])[:, None, None] * 255
-    differences = []
-    for picture in made_examples(subject.image_size).pictures:
-        theirs, ours = readback.preprocess(picture), subject.model.preprocess(picture)
-        differences.append(float(((theirs - ours) * std).abs().max()) if theirs.shape == ours.shape else float("nan"))
-    return float(torch.tensor(differences).max())
-
-
-def _differing(theirs: Tensor, ours: Tensor, captions: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the captions whose ids differ up to the first end of text, the highest id."""
-    ends = ours.argmax(dim=1)
-    counted = torch.arange(ours.shape[1]) <= ends[:, None]
-    same = ((theirs == ours) | ~counted).all(dim=1)
-    return tuple(caption for caption, equal in zip(captions, same.tolist(), strict=True) if not equal)
-
-
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """Make a folder beside another one; whatever happens, it is gone or renamed afterwards."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    made = [parent for parent in folder.parents if not parent.exists()]
-    done = False
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        done = True
+        with replace_folder(folder) as temporary:
+            exporter.write(model, config, temporary)
+            differences = compare(_read(exporter, temporary, model), model, examples)
+            check_differences(differences, tolerance, exporter.library)
+            (temporary / CARD).write_text(card(differences), encoding="utf-8")
+            content = {**(record or {}), "library": exporter.library, "examples": examples.origin,
+                       "tolerance": tolerance, "differences": differences}
+            (temporary / RECORD).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write the export to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not done:
-            for parent in made:
-                if parent.exists() and not any(parent.iterdir()):
-                    parent.rmdir()
+    return differences
+
+
+@torch.inference_mode()
+def compare(readback: Readback, model: LoadedModel, examples: Examples) -> dict[str, float]:
+    """Return the differences between an export, as read back, and its model; NaN where shapes differ.
+
+    Of L2-normalised features and of preprocessed pixels the largest of an entry, of the logit scale the relative one,
+    of tokens the number of captions. What a format does not bring along is left out.
+    """
+    captions = list(examples.captions)
+    pixels = torch.stack([model.preprocess(image) for image in examples.images])
+    found = {"image features": _difference(_normalized(readback.encode_image(pixels)), model.encode_image(pixels))}
+    if readback.encode_text is not None:
+        tokens = model.tokenizer(captions)
+        found["text features"] = _difference(_normalized(readback.encode_text(tokens)), model.encode_text(tokens))
+        if readback.tokenize is not None:
+            counted = torch.arange(tokens.shape[1]) <= tokens.argmax(dim=1)[:, None]  # up to the EOT, the highest id
+            found[TOKENS] = int(((readback.tokenize(captions) != tokens) & counted).any(dim=1).sum())
+    if readback.logit_scale is not None:
+        found["logit scale"] = abs(readback.logit_scale / logit_multiplier(model.model) - 1)
+    if readback.preprocess is not None:
+        levels = torch.tensor(preprocess_config(model.model)["std"])[:, None, None] * 255
+        differences = [_difference(readback.preprocess(image) * levels, model.preprocess(image) * levels)
+                       for image in synthetic_examples(model.image_size).images]
+        found[PREPROCESSING] = float(torch.tensor(differences).max())  # unlike max(), NaN if any is
+    return found
+
+
+def check_differences(differences: Mapping[str, float], tolerance: float, library: str) -> None:
+    """Check that an export is close enough to its model.
+
+    Raises:
+        ExportError: a difference above the tolerance, or NaN.
+    """
+    for name, value in differences.items():
+        limit = LIMITS.get(name, tolerance)
+        if not value <= limit:  # also true of NaN
+            raise ExportError(f"{name}: {library} differs from the model by {value:.1e}, more than {limit:g}; nothing "
+                              f"was written{'' if name in LIMITS else ' (--tolerance accepts more)'}")
+
+
+def _read(exporter: Exporter, folder: Path, model: LoadedModel) -> Readback:
+    try:
+        return exporter.read(folder, model)
+    except (AclipError, OSError, SafetensorError):
+        raise
+    except Exception as error:  # each library raises its own
+        raise ExportError(f"{exporter.library} cannot load the export, so nothing was written: "
+                          f"{type(error).__name__}: {error}") from error
+
+
+def _normalized(features: Tensor) -> Tensor:
+    return F.normalize(features.float().cpu(), dim=-1)
+
+
+def _difference(theirs: Float[Tensor, "..."], ours: Float[Tensor, "..."]) -> float:
+    return float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("nan")
+
+
+def _noise_image(number: int, height: int, width: int) -> Image.Image:
+    draw = partial(rng.generator(0, "export", number).integers, 0, 256, dtype=np.uint8)
+    cells = draw((2 + 3 * number, 3 + 2 * number, 3))
+    smooth = Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.blend(smooth, Image.fromarray(draw((height, width, 3))), 0.2)

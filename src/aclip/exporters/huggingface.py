@@ -1,195 +1,250 @@
-"""A folder that `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` of transformers load, without network.
+"""Export for transformers: a folder that `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` load.
 
-Written with our own conversion, so that writing needs no transformers; the check does. An image tower alone becomes
-a `CLIPVisionModel`, whose `pooler_output` are its features.
+An image tower alone becomes a `CLIPVisionModel`, whose `pooler_output` are its features. CLIP's tokenizer is written
+from the vocabulary that open_clip bundles. open_clip cleans a text before it looks words up: ftfy repairs it (mojibake,
+curly quotes, ligatures, full-width letters, control characters), HTML entities are unescaped twice, white space is
+collapsed, letters are lowercased. `CLEANING` holds what `tokenizer.json` can express of this; docs/interop.md lists the
+rest.
 """
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from aclip.errors import UnsupportedModelError
-from aclip.exporters.base import ExportFormat, Readback, Subject, missing, multiplier
-from aclip.exporters.clip_weights import activation, text_obstacle, text_weights, vision_obstacle, vision_weights
-from aclip.exporters.tokenizer_files import EOT, SOT, is_bundled, write_tokenizer
+from aclip.exporters.base import Exporter, Readback, logit_multiplier, missing_package
+from aclip.models import LoadedModel, can_cut, preprocess_config
+from aclip.models.clip_names import to_hugging_face
 from aclip.models.text import text_tower_of
 
-RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3, "random": 3}
-"""Pillow's numbers of open_clip's interpolations; a model trained with random ones is evaluated with bicubic."""
+RESAMPLE = {"bilinear": 2, "bicubic": 3, "random": 3}
+"""Pillow's numbers of open_clip's interpolations; models trained with random ones are evaluated with bicubic."""
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+SOT, EOT = 49406, 49407
+"""Token ids of the start and the end of a text."""
+
+_AMPERSAND = ("&amp;|&#38;|&#0?38;", "&")
+_ENTITIES = {"nbsp": " ", "quot": '"', "apos": "'", "#39": "'", "#039": "'", "#x27": "'", "#34": '"', "lt": "<",
+             "gt": ">", "hellip": "…", "ndash": "–", "mdash": "—", "eacute": "é"}  # noqa: RUF001
+CLEANING = (
+    _AMPERSAND, _AMPERSAND,  # twice, so that &amp;lt; becomes <
+    *((f"&{name};", character) for name, character in _ENTITIES.items()),
+    ("[ʼ‘-‛]", "'"), ("[“-‟]", '"'),  # noqa: RUF001
+    ("ﬀ", "ff"), ("ﬁ", "fi"), ("ﬂ", "fl"), ("ﬃ", "ffi"), ("ﬄ", "ffl"),
+    ("[\\x00-\\x08\\x0B\\x0E-\\x1F\\x7F\\u200E\\u200F\\uFEFF]", ""),  # control characters that ftfy removes
+)
+"""Regular expressions and their replacements, in order; then NFC, collapsed white space and lower case."""
+
+PATTERN = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+"""Splits a cleaned text into words (openai/CLIP, `simple_tokenizer.py`)."""
 
 
-class HuggingFaceFormat(ExportFormat):
+class HuggingFaceExporter(Exporter):
     """`config.json`, `model.safetensors`, `preprocessor_config.json` and the tokenizer's files."""
 
-    about: ClassVar[str] = "a folder for transformers: CLIPModel and CLIPProcessor (or CLIPVisionModel)"
-    library: ClassVar[str] = "transformers"
+    library = "transformers"
 
-    def check_can_represent(self, subject: Subject) -> None:
-        """Refuse what CLIPModel has no place for."""
-        obstacle = obstacle_of(subject)
-        if obstacle is not None:
-            others = "open_clip, onnx or torch-export" if subject.model.has_text else "onnx or torch-export"
-            raise UnsupportedModelError(f"transformers' CLIPModel cannot represent {subject.name}: it has {obstacle}; "
-                                        f"use --to {others}")
+    def check_supported(self, model: LoadedModel) -> None:
+        """Refuse what `CLIPModel` cannot represent."""
+        found = obstacle(model)
+        if found is not None:
+            raise UnsupportedModelError(f"transformers' CLIPModel cannot represent this model ({found}): use --to "
+                                        f"{'open_clip, ' if model.has_text else ''}onnx or torch-export")
         _transformers()
 
-    def write(self, subject: Subject, folder: Path) -> None:
-        """Write model, preprocessing and tokenizer."""
-        model: Any = subject.model.model
-        tensors = vision_weights(model.visual)
-        if subject.model.has_text:
-            tensors |= text_weights(text_tower_of(model))
-            tensors |= {"visual_projection.weight": model.visual.proj.T, "logit_scale": model.logit_scale}
-            write_tokenizer(folder, subject.context_length)
-        # clones, because the file format refuses tensors that share memory; stacked matrices do
-        save_file({name: t.detach().float().cpu().contiguous().clone() for name, t in tensors.items()},
+    def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:
+        """Write weights, configuration, preprocessing and tokenizer."""
+        weights = to_hugging_face(model.model.state_dict())
+        # clones, because safetensors refuses tensors that share memory, as thirds of a stacked matrix do
+        save_file({name: tensor.float().contiguous().clone() for name, tensor in weights.items()},
                   folder / "model.safetensors", metadata={"format": "pt"})
-        for name, content in (("config.json", model_config(subject)),
-                              ("preprocessor_config.json", image_processor_config(subject))):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        for name, content in (("config.json", clip_config(model)),
+                              ("preprocessor_config.json", image_processor_config(model))):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if model.has_text:
+            write_tokenizer(folder, text_tower_of(model.model).context_length)
 
-    def read(self, folder: Path, subject: Subject) -> Readback:
+    def read(self, folder: Path, model: LoadedModel) -> Readback:
         """Load with transformers, offline."""
         transformers = _transformers()
-        if not subject.model.has_text:
-            with _without_bars(transformers):
-                tower = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()
+        if not model.has_text:
+            tower = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()
             processor = transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-            return Readback(lambda pixels: pooled(tower(pixels)), preprocess=_pixels_by(processor))
-        with _without_bars(transformers):
-            model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+            return Readback(lambda pixels: _pooled(tower(pixels)), preprocess=_preprocessing(processor))
+        theirs = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         processor = transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True)
         return Readback(
-            lambda pixels: pooled(model.get_image_features(pixels)),
-            lambda tokens: pooled(model.get_text_features(tokens)),
-            _pixels_by(processor.image_processor),
-            lambda texts: processor(text=texts, padding="max_length", max_length=subject.context_length,
-                                    truncation=True, return_tensors="pt")["input_ids"],
-            multiplier(model))
+            lambda pixels: _pooled(theirs.get_image_features(pixels)),
+            lambda tokens: _pooled(theirs.get_text_features(tokens)),
+            _preprocessing(processor.image_processor),
+            lambda texts: processor(
+                text=texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"],
+            logit_multiplier(theirs))
 
-    def usage(self, subject: Subject) -> str:
-        """See `ExportFormat`."""
+    def usage(self, model: LoadedModel) -> str:
+        """See `Exporter`."""
         return '''\
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
 inputs = processor(text=["a cat", "a dog"], images=Image.open("cat.png"), padding=True, return_tensors="pt")
-probabilities = model(**inputs).logits_per_image.softmax(dim=-1)''' if subject.model.has_text else '''\
+probabilities = model(**inputs).logits_per_image.softmax(dim=-1)''' if model.has_text else '''\
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 model, processor = CLIPVisionModel.from_pretrained("FOLDER"), CLIPImageProcessor.from_pretrained("FOLDER")
-features = model(**processor(images=Image.open("cat.png"), return_tensors="pt")).pooler_output'''
+image_features = model(**processor(images=Image.open("cat.png"), return_tensors="pt")).pooler_output'''
 
 
-def obstacle_of(subject: Subject) -> str | None:
-    """Return what of a model CLIPModel cannot represent, or None."""
-    model: Any = subject.model.model
-    obstacle = vision_obstacle(model.visual)
-    if obstacle is None and subject.preprocess.get("resize_mode", "shortest") not in ("shortest", "squash"):
-        obstacle = f"a preprocessing that resizes by the '{subject.preprocess['resize_mode']}' side"
-    if obstacle is None and subject.model.has_text:
-        if model.visual.proj is None:
-            obstacle = "no image projection"
-        elif not is_bundled(subject.model.tokenizer):
-            obstacle = "a tokenizer of its own"
-        elif model.logit_scale.numel() != 1:
-            obstacle = "a logit scale for each dimension"
-        elif getattr(model, "logit_bias", None) is not None:
-            obstacle = "a logit bias"
-        else:
-            obstacle = text_obstacle(model, text_tower_of(model))
-    return obstacle
+def obstacle(model: LoadedModel) -> str | None:
+    """Return what of a model `CLIPModel` cannot represent, or None; what is not named here fails the check."""
+    clip: Any = model.model
+    visual = clip.visual
+    if not isinstance(visual, VisionTransformer):
+        return f"its image tower is a {type(visual).__name__}, not open_clip's own ViT"
+    if visual.pool_type != "tok":
+        return f"its image tower pools '{visual.pool_type}', not the class token"
+    if not isinstance(visual.ln_pre, nn.LayerNorm):
+        return "its image tower has no norm before the blocks"
+    if len(set(visual.image_size)) != 1:
+        return "its images are not square"
+    if model.has_text and not can_cut(clip):
+        return "its text tower is not causal, or does not pool at the end of the text"
+    if model.has_text and not is_clip_tokenizer(model.tokenizer):
+        return "it has a tokenizer of its own"
+    if getattr(clip, "logit_bias", None) is not None:
+        return "it has a logit bias"
+    try:
+        to_hugging_face(clip.state_dict())
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
 
 
-def model_config(subject: Subject) -> dict[str, Any]:
-    """Return `config.json`: every size is read from the modules themselves."""
-    model: Any = subject.model.model
-    visual = model.visual
-    vision = {
-        **_tower_config(visual.transformer, visual.ln_post),
-        "image_size": visual.image_size[0], "patch_size": visual.patch_size[0], "num_channels": 3,
-        "projection_dim": int(visual.proj.shape[1]) if visual.proj is not None else visual.class_embedding.shape[0],
-    }
-    if not subject.model.has_text:
-        return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "torch_dtype": "float32",
-                **vision}
-    tower = text_tower_of(model)
-    text = {
-        **_tower_config(tower.transformer, tower.ln_final),
-        "model_type": "clip_text_model", "vocab_size": int(tower.token_embedding.weight.shape[0]),
-        "max_position_embeddings": int(tower.positional_embedding.shape[0]), "projection_dim": vision["projection_dim"],
-        # any number but 2, with which transformers pools at the highest id as its first releases did
-        "eos_token_id": EOT, "bos_token_id": SOT, "pad_token_id": EOT,
-    }
-    return {"architectures": ["CLIPModel"], "model_type": "clip", "torch_dtype": "float32",
-            "projection_dim": vision["projection_dim"], "logit_scale_init_value": 2.6592,
-            "vision_config": {"model_type": "clip_vision_model", **vision}, "text_config": text}
-
-
-def image_processor_config(subject: Subject) -> dict[str, Any]:
-    """Return `preprocessor_config.json`: resize, crop, scale and normalise as open_clip's evaluation transform does."""
-    config = subject.preprocess
-    height, width = subject.image_size
-    squash = config.get("resize_mode") == "squash"
-    return {
-        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "resample": RESAMPLE[config.get("interpolation", "bicubic")],
-        "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
-        "do_center_crop": not squash, "crop_size": {"height": height, "width": width},
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(config["mean"]), "image_std": list(config["std"]),
-    } | ({"processor_class": "CLIPProcessor"} if subject.model.has_text else {})
-
-
-def pooled(output: Any) -> Tensor:
-    """Return the features of what a model returned: a tensor before transformers 5, an object with it since."""
-    features = getattr(output, "pooler_output", output)
-    assert isinstance(features, Tensor)
-    return features
+def clip_config(model: LoadedModel) -> dict[str, Any]:
+    """Return `config.json`, every size read from the modules."""
+    clip: Any = model.model
+    visual = clip.visual
+    width = int(visual.class_embedding.shape[0] if visual.proj is None else visual.proj.shape[1])
+    vision = {**_tower_config(visual.transformer, visual.ln_post), "model_type": "clip_vision_model",
+              "image_size": visual.image_size[0], "patch_size": visual.patch_size[0], "projection_dim": width}
+    if not model.has_text:
+        return {"architectures": ["CLIPVisionModel"], **vision}
+    tower = text_tower_of(clip)
+    text = {**_tower_config(tower.transformer, tower.ln_final), "model_type": "clip_text_model",
+            "vocab_size": int(tower.token_embedding.weight.shape[0]), "projection_dim": width,
+            "max_position_embeddings": int(tower.positional_embedding.shape[0]),
+            # the default of 2 would pool at the highest id, as the first releases of transformers did
+            "eos_token_id": EOT, "bos_token_id": SOT, "pad_token_id": EOT}
+    return {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": width, "vision_config": vision,
+            "text_config": text}
 
 
 def _tower_config(transformer: Any, norm: Any) -> dict[str, Any]:
     block = transformer.resblocks[0]
     return {"hidden_size": block.attn.embed_dim, "intermediate_size": block.mlp.c_fc.out_features,
             "num_hidden_layers": len(transformer.resblocks), "num_attention_heads": block.attn.num_heads,
-            "hidden_act": activation(block), "layer_norm_eps": norm.eps, "attention_dropout": 0.0}
+            "hidden_act": "quick_gelu" if isinstance(block.mlp.gelu, QuickGELU) else "gelu",
+            "layer_norm_eps": norm.eps, "torch_dtype": "float32"}
 
 
-def _pixels_by(processor: Any) -> Any:
-    def pixels(image: Image.Image) -> Tensor:
-        return torch.as_tensor(processor(images=image, return_tensors="pt")["pixel_values"])[0]
+def image_processor_config(model: LoadedModel) -> dict[str, Any]:
+    """Return `preprocessor_config.json`: resize, crop, scale and normalise as open_clip's evaluation transform does."""
+    config, (height, width) = preprocess_config(model.model), model.image_size
+    squash = config["resize_mode"] == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+        "do_resize": True, "resample": RESAMPLE[config["interpolation"]],
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
+        "do_center_crop": not squash, "crop_size": {"height": height, "width": width},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(config["mean"]), "image_std": list(config["std"]),
+    } | ({"processor_class": "CLIPProcessor"} if model.has_text else {})
 
-    return pixels
+
+def _pooled(output: Any) -> Tensor:
+    """Return features: what transformers 4 returns, and an attribute of what transformers 5 returns."""
+    features = getattr(output, "pooler_output", output)
+    assert isinstance(features, Tensor)
+    return features
 
 
-@contextmanager
-def _without_bars(transformers: Any) -> Iterator[None]:
-    """Keep the library from drawing progress bars."""
-    log = transformers.utils.logging
-    shown = log.is_progress_bar_enabled()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            log.enable_progress_bar()
+def _preprocessing(processor: Any) -> Callable[[Image.Image], Tensor]:
+    return lambda image: torch.as_tensor(processor(images=image, return_tensors="pt")["pixel_values"])[0]
 
 
 def _transformers() -> Any:
-    """Return the library, told not to look for anything elsewhere."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would warn when data loaders fork
     try:
         import transformers
     except ImportError as error:
-        raise missing("transformers", "transformers", "checking an export for transformers") from error
+        raise missing_package("transformers", "transformers") from error
     return transformers
+
+
+def write_tokenizer(folder: Path, context_length: int) -> None:
+    """Write `tokenizer.json`, `vocab.json`, `merges.txt` and `tokenizer_config.json`.
+
+    Args:
+        folder: an existing folder.
+        context_length: T, to which transformers truncates.
+
+    Raises:
+        MissingDependencyError: the package tokenizers is not installed.
+    """
+    try:
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    except ImportError as error:
+        raise missing_package("tokenizers", "transformers") from error
+    bundled = SimpleTokenizer()
+    vocabulary = {token: number for token, number in bundled.encoder.items() if number < SOT}
+    vocabulary |= {START: SOT, END: EOT}  # under other names in open_clip
+    bpe = models.BPE(vocabulary, list(bundled.bpe_ranks), unk_token=END, end_of_word_suffix="</w>",
+                     continuing_subword_prefix="")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence([
+        *(normalizers.Replace(Regex(pattern), by) for pattern, by in CLEANING),
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PATTERN), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.post_processor = processors.RobertaProcessing((END, EOT), (START, SOT), False, False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([START, END])
+    bpe.save(str(folder))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    # Not CLIPTokenizer: from transformers 5 on that class replaces this cleaning with its own, shorter one.
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, "bos_token": START,
+        "eos_token": END, "pad_token": END, "unk_token": END,
+        "model_input_names": ["input_ids", "attention_mask"]}, indent=2) + "\n", encoding="utf-8")
+
+
+def is_clip_tokenizer(tokenizer: Any) -> bool:
+    """Return whether a tokenizer is the one that `write_tokenizer` writes: open_clip's own, with default cleaning."""
+    inner = _innermost(tokenizer)
+    return (isinstance(inner, SimpleTokenizer) and len(inner.all_special_ids) == 2 and inner.reduction_fn is None
+            and inner.clean_fn.__name__ == "_clean_lower")
+
+
+def save_pretrained(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer of Hugging Face's as it is; open_clip's own needs no files."""
+    inner = _innermost(tokenizer)
+    if isinstance(inner, HFTokenizer):
+        inner.save_pretrained(folder)
+
+
+def _innermost(tokenizer: Any) -> Any:
+    """Return open_clip's tokenizer, unwrapped from `aclip.data.CaptionTokenizer`."""
+    return getattr(tokenizer, "_tokenizer", tokenizer)

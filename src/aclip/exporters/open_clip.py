@@ -1,57 +1,51 @@
-"""Writing a model as open_clip reads it: `open_clip.create_model_and_transforms("local-dir:FOLDER")`."""
+"""Export for open_clip: a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import open_clip
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
 from aclip.errors import UnsupportedModelError
-from aclip.exporters.base import ExportFormat, Readback, Subject, fp32_tensors, multiplier
-from aclip.exporters.tokenizer_files import is_bundled, write_foreign
-from aclip.models.shapes import timm_outline
-from aclip.models.sources import CONFIG_NAME, WEIGHTS_NAME, Tokenizer, tokenizer_of
-from aclip.models.timm_vit import TimmVit
+from aclip.exporters.base import Exporter, Readback, logit_multiplier, replace_folder
+from aclip.exporters.huggingface import is_clip_tokenizer, save_pretrained
+from aclip.models import LoadedModel, Tokenizer, preprocess_config, tokenizer_of
+
+TRAINING_STATE = "aclip.json"
+"""Holds `step` and `samples_seen` of the weights, which `aclip.load` returns."""
 
 
-class OpenClipFormat(ExportFormat):
-    """`open_clip_config.json` and `open_clip_model.safetensors`, with open_clip's own names."""
+class OpenClipExporter(Exporter):
+    """`open_clip_config.json`, `open_clip_model.safetensors`, and a tokenizer that open_clip does not bundle."""
 
-    about: ClassVar[str] = "a folder for open_clip, and for clip_benchmark: model, preprocessing, tokenizer"
-    library: ClassVar[str] = "open_clip"
+    library = "open_clip"
 
-    def check_can_represent(self, subject: Subject) -> None:
-        """Everything is an open_clip model, save an image tower alone; but one of timm's it builds at one size only."""
-        if not subject.model.has_text:
-            raise UnsupportedModelError(f"{subject.name} has an image tower only, and open_clip loads models with both "
-                                        "towers: use --to huggingface, onnx, torch-export or safetensors")
-        if subject.config["vision_cfg"].get("timm_model_name"):
-            built, own = TimmVit(timm_outline(subject.config)), subject.image_size
-            size = (built.grid_size[0] * built.patch_size[0], built.grid_size[1] * built.patch_size[1])
-            if size != own:
-                raise UnsupportedModelError(
-                    f"{subject.name} has timm's image tower for pictures of {own[0]} x {own[1]} pixels, and open_clip "
-                    f"builds it for {size[0]} x {size[1]} only: use --to onnx, torch-export or safetensors")
+    def check_supported(self, model: LoadedModel) -> None:
+        """Refuse an image tower alone, which open_clip does not load."""
+        if not model.has_text:
+            raise UnsupportedModelError("this model has only an image tower, and open_clip loads models with both "
+                                        "towers: use --to huggingface, onnx or torch-export")
 
-    def write(self, subject: Subject, folder: Path) -> None:
-        """Write config, weights, and the tokenizer where it is none that open_clip bundles."""
-        write(subject.model.model, subject.config, subject.preprocess, subject.model.tokenizer, folder)
+    def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:
+        """See `save`."""
+        save(model.model, config, preprocess_config(model.model), model.tokenizer, folder,
+             step=model.step, samples_seen=model.samples_seen)
 
-    def read(self, folder: Path, subject: Subject) -> Readback:
+    def read(self, folder: Path, model: LoadedModel) -> Readback:
         """Load with open_clip alone."""
-        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-        model.eval()
-        # open_clip would run code of a tokenizer's own where the config asks for it; ours never does
-        tokenizer = (open_clip.get_tokenizer(f"local-dir:{folder}") if is_bundled(subject.model.tokenizer)
+        theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        theirs.eval()
+        # Not open_clip.get_tokenizer: it would run a tokenizer's own code if its config asks for that.
+        tokenizer = (open_clip.get_tokenizer(f"local-dir:{folder}") if is_clip_tokenizer(model.tokenizer)
                      else tokenizer_of(folder))
-        return Readback(model.encode_image, model.encode_text, preprocess, tokenizer, multiplier(model))
+        return Readback(theirs.encode_image, theirs.encode_text, preprocess, tokenizer, logit_multiplier(theirs))
 
-    def usage(self, subject: Subject) -> str:
-        """See `ExportFormat`."""
+    def usage(self, model: LoadedModel) -> str:
+        """See `Exporter`."""
         return '''\
 import open_clip
 from PIL import Image
@@ -65,32 +59,29 @@ probabilities = (model.logit_scale.exp() * image_features @ text_features.T).sof
 
 def save(
     model: nn.Module, model_config: Mapping[str, Any], preprocess_config: Mapping[str, Any], tokenizer: Tokenizer,
-    folder: Path,
+    folder: Path, *, step: int | None = None, samples_seen: int | None = None,
 ) -> None:
-    """Write weights (fp32), architecture, preprocessing and tokenizer to `folder`, replacing it as a whole.
+    """Write a model in fp32 to `folder`, replacing it as a whole.
 
     Args:
-        model: the open_clip model; its state dict is native already.
+        model: the open_clip model (or `ImageTower`).
         model_config: open_clip's `model_cfg`, complete, so that loading needs no registered name.
         preprocess_config: open_clip's `preprocess_cfg`: mean, std, interpolation, resize_mode.
-        tokenizer: the model's. One of Hugging Face's is written beside the model, where open_clip looks for it; the one
-            that open_clip bundles needs no files.
-        folder: may hold an earlier one.
+        tokenizer: the model's; one of Hugging Face's is written beside it, where open_clip looks for it.
+        folder: may hold an earlier model.
+        step: optimizer steps behind the weights.
+        samples_seen: image-text pairs behind the weights.
+
+    Raises:
+        OSError, SafetensorError: the folder cannot be written; an earlier model stays.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(model, model_config, preprocess_config, tokenizer, temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def write(
-    model: nn.Module, model_config: Mapping[str, Any], preprocess_config: Mapping[str, Any], tokenizer: Tokenizer,
-    folder: Path,
-) -> None:
-    """Write the files into a folder that is there; arguments as in `save`."""
-    config = {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)}
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    save_file(fp32_tensors(model), folder / WEIGHTS_NAME)
-    write_foreign(tokenizer, folder)
+    with replace_folder(folder) as temporary:
+        for name, content in (
+            (HF_CONFIG_NAME, {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)}),
+            (TRAINING_STATE, {"step": step, "samples_seen": samples_seen}),
+        ):
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # clones, because safetensors refuses tensors that share memory
+        save_file({name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous().clone()
+                   for name, tensor in model.state_dict().items()}, temporary / HF_SAFE_WEIGHTS_NAME)
+        save_pretrained(tokenizer, temporary)

@@ -1,133 +1,111 @@
-"""Programs of `torch.export`: the towers as graphs with their weights, to run without this package or open_clip.
+"""Export for torch alone: each tower as a `torch.export` program with its weights and any batch size.
 
-A `.pt2` file is for people who trust its author, as any file is that is loaded into torch as a program.
+A `.pt2` file is a program: like any file that torch loads as code, only load one whose author you trust.
 """
 
 import copy
 import json
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aclip.errors import ExportError
-from aclip.exporters.base import ExportFormat, Readback, Subject
-from aclip.exporters.tokenizer_files import is_bundled, write_foreign, write_tokenizer
-from aclip.models import encode_image, encode_text
+from aclip.exporters.base import Exporter, Readback, logit_multiplier
+from aclip.exporters.huggingface import is_clip_tokenizer, save_pretrained, write_tokenizer
+from aclip.models import LoadedModel, encode_image, encode_text, preprocess_config
+from aclip.models.text import text_tower_of
 
-IMAGE, TEXT, CONFIG = "image.pt2", "text.pt2", "config.json"
+METADATA = "config.json"
 
 
-class ImagePart(nn.Module):
-    """Pixels (B, 3, h, w) to L2-normalised features (B, D): the image tower alone."""
+class Encoder(nn.Module):
+    """A tower and the function that encodes with it, returning L2-normalised features (B, D)."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, tower: nn.Module, encode: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
-        self.visual: nn.Module = subject.model.model.visual  # type: ignore[assignment]
+        self.tower, self.encode = tower, encode
 
-    def forward(self, pixels: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
-        """Encode."""
-        return F.normalize(encode_image(self.visual, pixels).features, dim=-1)
-
-
-class TextPart(nn.Module):
-    """Token ids (B, T) at full context to L2-normalised features (B, D): the model without its image tower."""
-
-    def __init__(self, subject: Subject) -> None:
-        super().__init__()
-        self.model = copy.copy(subject.model.model)
-        self.model._modules = {name: part for name, part in self.model._modules.items() if name != "visual"}
-
-    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B D"]:
-        """Encode."""
-        return F.normalize(encode_text(self.model, tokens), dim=-1)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Encode pixels (B, 3, h, w) or token ids (B, T) at full context."""
+        return F.normalize(self.encode(self.tower, inputs), dim=-1)
 
 
-class TorchExportFormat(ExportFormat):
-    """`image.pt2`, `text.pt2`, preprocessing as JSON, and the tokenizer's files."""
+class TorchExporter(Exporter):
+    """`image.pt2`, `text.pt2`, preprocessing and logit scale in `config.json`, and the tokenizer's files."""
 
-    about: ClassVar[str] = "programs of torch.export with any batch size, to run with torch alone"
-    library: ClassVar[str] = "torch.export"
+    library = "torch.export"
 
-    def check_can_represent(self, subject: Subject) -> None:
-        """Any tower that runs can be traced; what cannot shows when it is."""
-
-    def write(self, subject: Subject, folder: Path) -> None:
+    def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:
         """Trace and write each tower."""
-        for name, (program, _) in programs(subject).items():
+        for name, program in trace(model).items():
             torch.export.save(program, folder / f"{name}.pt2")
-        write_companions(subject, folder)
+        write_metadata(model, folder)
 
-    def read(self, folder: Path, subject: Subject) -> Readback:
+    def read(self, folder: Path, model: LoadedModel) -> Readback:
         """Load the programs."""
-        image = torch.export.load(folder / IMAGE).module()
-        text = torch.export.load(folder / TEXT).module() if subject.model.has_text else None
-        return Readback(in_threes(image), None if text is None else in_threes(text),
-                        logit_scale=json.loads((folder / CONFIG).read_text())["logit_scale"])
+        return read_towers(lambda name: torch.export.load(folder / f"{name}.pt2").module(), folder, model)
 
-    def usage(self, subject: Subject) -> str:
-        """See `ExportFormat`."""
+    def usage(self, model: LoadedModel) -> str:
+        """See `Exporter`."""
         text = '''
 text_encoder = torch.export.load("FOLDER/text.pt2").module()
-text_features = text_encoder(tokens)             # (B, T) int64 -> (B, D), L2-normalised; tokenizer.json is beside it'''
+text_features = text_encoder(tokens)             # (B, T) int64 -> (B, D), L2-normalised; see tokenizer.json'''
         return '''\
 import torch
 
-image_encoder = torch.export.load("FOLDER/image.pt2").module()      # only files whose author you trust
+image_encoder = torch.export.load("FOLDER/image.pt2").module()      # runs code: load only files that you trust
 image_features = image_encoder(pixels)           # (B, 3, h, w) -> (B, D), L2-normalised; see config.json''' + (
-            text if subject.model.has_text else "")
+            text if model.has_text else "")
 
 
-def programs(subject: Subject) -> dict[str, tuple[torch.export.ExportedProgram, Tensor]]:
-    """Return the towers as programs with a free batch size, "image" and "text", each with an input to try it on.
+def trace(model: LoadedModel) -> dict[str, torch.export.ExportedProgram]:
+    """Return each tower, "image" and "text", as a program with a dynamic batch size.
 
     Raises:
         ExportError: a tower that cannot be traced.
     """
-    height, width = subject.image_size
-    parts: dict[str, tuple[nn.Module, Tensor]] = {"image": (ImagePart(subject), torch.zeros(2, 3, height, width))}
-    if subject.model.has_text:
-        parts["text"] = (TextPart(subject), subject.model.tokenizer(["a cat", "two dogs"]))
-    found = {}
-    for name, (part, example) in parts.items():
+    clip: Any = model.model
+    inputs: dict[str, tuple[nn.Module, Tensor]] = {"image": (
+        Encoder(clip.visual, lambda visual, pixels: encode_image(visual, pixels).features),
+        torch.zeros(2, 3, *model.image_size))}
+    if model.has_text:
+        without_image_tower = copy.copy(clip)
+        without_image_tower._modules = {name: part for name, part in clip._modules.items() if name != "visual"}
+        inputs["text"] = Encoder(without_image_tower, encode_text), model.tokenizer(["a cat", "two dogs"])
+    programs = {}
+    for name, (encoder, example) in inputs.items():
         try:
-            with quietly(), torch.no_grad():
-                program = torch.export.export(
-                    part.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        except Exception as error:  # the exporter's own kinds are not public
-            raise ExportError(f"torch.export cannot trace the {name} tower of {subject.name}: {error}") from error
-        found[name] = (program, example)
-    return found
+            with torch.no_grad():
+                programs[name] = torch.export.export(
+                    encoder.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        except Exception as error:  # the exporter's own exceptions are not public
+            raise ExportError(f"torch.export cannot trace the {name} tower: {error}") from error
+    return programs
 
 
-def write_companions(subject: Subject, folder: Path) -> None:
-    """Write what the programs do not hold: preprocessing, sizes, the logit scale and bias, the tokenizer."""
-    config: dict[str, Any] = {"preprocess": subject.preprocess, "logit_scale": subject.logit_scale}
-    if subject.logit_bias is not None:
-        config["logit_bias"] = subject.logit_bias
-    if subject.model.has_text:
-        config |= {"context_length": subject.context_length}
-        if is_bundled(subject.model.tokenizer):
-            write_tokenizer(folder, subject.context_length)
+def write_metadata(model: LoadedModel, folder: Path) -> None:
+    """Write what the programs lack: preprocessing, context length, logit scale and bias, and the tokenizer."""
+    metadata: dict[str, Any] = {"preprocess": preprocess_config(model.model)}
+    if model.has_text:
+        bias: Tensor | None = getattr(model.model, "logit_bias", None)
+        metadata |= {"context_length": text_tower_of(model.model).context_length,
+                     "logit_scale": logit_multiplier(model.model), "logit_bias": 0.0 if bias is None else bias.item()}
+        if is_clip_tokenizer(model.tokenizer):
+            write_tokenizer(folder, metadata["context_length"])
         else:
-            write_foreign(subject.model.tokenizer, folder)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            save_pretrained(model.tokenizer, folder)
+    (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Hide what exporters say about themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def read_towers(load: Callable[[str], Callable[[Tensor], Tensor]], folder: Path, model: LoadedModel) -> Readback:
+    """Return the towers that `load` reads, taking three rows at a time: not the traced two, to check that they can."""
+    def by_threes(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda batch: torch.cat([encode(rows) for rows in batch.split(3)])
 
-
-def in_threes(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return an encoder that takes three rows at a time: another number than was traced, to see that it is free."""
-    return lambda batch: torch.cat([encode(part) for part in batch.split(3)])
+    metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    return Readback(by_threes(load("image")), by_threes(load("text")) if model.has_text else None,
+                    logit_scale=metadata.get("logit_scale"))

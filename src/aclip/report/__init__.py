@@ -1,17 +1,28 @@
-"""The report of a run, and pictures of what a model looks at."""
+"""Self-contained pages about a run, a comparison or a source, and what a model looks at.
 
-from aclip.report.looking import take_snapshot
-from aclip.report.overlays import heat_map, kept_patches
-from aclip.report.page import write_report
-from aclip.report.snapshots import Snapshot, read_snapshot, snapshot_path, write_snapshot
+Imported on first use: the help of the command line needs neither torch nor jinja2.
+"""
 
-__all__ = [
-    "Snapshot",
-    "heat_map",
-    "kept_patches",
-    "read_snapshot",
-    "snapshot_path",
-    "take_snapshot",
-    "write_report",
-    "write_snapshot",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aclip.report.comparison import summary_table, write_comparison
+    from aclip.report.data_page import write_data_page, write_look_page
+    from aclip.report.run import write_report
+    from aclip.report.snapshots import heat_map, kept_patches, read_snapshot, take_snapshot
+
+__all__ = ["heat_map", "kept_patches", "read_snapshot", "summary_table", "take_snapshot", "write_comparison",
+           "write_data_page", "write_look_page", "write_report"]
+
+_HOMES = {
+    "comparison": ("summary_table", "write_comparison"), "data_page": ("write_data_page", "write_look_page"),
+    "run": ("write_report",), "snapshots": ("heat_map", "kept_patches", "read_snapshot", "take_snapshot"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"aclip.report.{module}"), name)
+    raise AttributeError(f"module 'aclip.report' has no attribute '{name}'")

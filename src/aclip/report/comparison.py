@@ -1,200 +1,280 @@
-"""Put the tables and the page of a comparison together."""
+"""The tables and the page of a comparison: `table.md`, `table.csv` and `index.html`."""
 
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-from aclip.files import write_atomically
-from aclip.report.comparison_curves import curves
-from aclip.report.comparison_files import ComparisonFiles, Results
-from aclip.report.comparison_pictures import kept
-from aclip.report.comparison_table import (
-    cost_rows,
-    detail_rows,
-    full_words,
-    gigabytes,
-    groups,
-    is_share,
-    leading,
-    metric_cell,
-    milliseconds,
-    ratio,
-    summary_rows,
-    to_csv,
-    to_markdown,
+from markupsafe import Markup
+
+from aclip.errors import CheckpointError, ConfigError
+from aclip.report.figures import Points, Series, line_chart
+from aclip.report.journals import PRIMARY, Metric, Record, mapping, number, primary, read_run
+from aclip.report.page import MISSING, compact, count, duration, gigabytes, write_page
+from aclip.report.tables import Tables, exceeds_spread, full_words, is_fraction, milliseconds, ratio, to_rich
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from aclip.report.snapshots import Snapshot
+
+MANY = 8  # more recipes get no tiles, and numbers instead of names as columns
+COLOURS = 12
+IMAGES = 6
+SIDE = 160  # pixels
+
+SECTIONS = (
+    ("results", "Results"), ("differences", "Differences"), ("curves", "Curves"), ("kept", "What each recipe keeps"),
+    ("cost", "Time, arithmetic, memory"), ("lr", "Learning rates"), ("runs", "Runs"), ("recipe", "Command"),
 )
-from aclip.report.formats import MISSING, compact, count, duration
-from aclip.report.frame import frame
-from aclip.report.markup import Html, join, table, tag
-from aclip.report.outcomes import Metric, exceeds_spread, primary
-from aclip.report.run_files import mapping, number
-
-PAGE = "index.html"
-MANY = 8  # more recipes than this are shown in tables alone, and numbered where their names are too wide
-
-_SPREAD = ("A row's recipe minus a column's, in percentage points, or in ranks. Bold where it exceeds twice the "
-           "spread: |mean - mean| > 2 s, with s the pooled sample standard deviation over the seeds, s² = ((n - 1) s₁² "
-           "+ (m - 1) s₂²) / (n + m - 2). A rule of thumb, not a test of significance.")
 
 
-def write_comparison(comparison: ComparisonFiles) -> Path:
-    """Write `table.md`, `table.csv` and the page into a comparison's folder; return the page."""
-    write_atomically(comparison.path / "table.md", to_markdown(comparison))
-    write_atomically(comparison.path / "table.csv", to_csv(comparison))
-    write_atomically(comparison.path / PAGE, render(comparison))
-    return comparison.path / PAGE
+@dataclass(frozen=True)
+class ComparisonFiles:
+    """The contents of a comparison's folder.
+
+    Attributes:
+        path: the folder.
+        raw: `comparison.json`, with the step times of `timing.json`.
+        tables: the results.
+        runs: all of them, finished or not.
+        seeds: the first has searched for the learning rate.
+    """
+
+    path: Path
+    raw: Record
+    tables: Tables
+    runs: list[Record]
+    seeds: list[int]
+
+    def primary(self) -> Metric | None:
+        """Return the metric that stands for the recipes: on the first set, the first of `PRIMARY` that any has."""
+        found = [metric for metrics in self.tables.metrics.values() for metric in metrics]
+        wanted = ((held, *metric) for held in self.tables.sets for metric in PRIMARY.items())
+        return next((metric for metric in wanted if metric in found), None)
+
+    def notes(self) -> list[str]:
+        """Return what is missing, and what lies in the folder without being part of the comparison."""
+        known = {str(run.get("name")) for run in self.runs}
+        found = (
+            ("Failed, and left out: {}.", [run for run in self.runs if run.get("error") and not run.get("finished")]),
+            ("Not finished yet, and left out: {}.",
+             [run for run in self.runs if not run.get("finished") and not run.get("error")]),
+            ("Trained, but not measured with every evaluator; what was measured counts: {}.",
+             [run for run in self.runs if run.get("finished") and not run.get("complete", True)]),
+            ("Runs in the folder that the command does not name, not shown: {}.",
+             [{"name": path.name} for path in sorted((self.path / "runs").glob("*")) if path.name not in known]),
+        )
+        return [sentence.format(", ".join(str(run.get("name")) for run in some)) for sentence, some in found if some]
 
 
-def render(comparison: ComparisonFiles) -> str:
-    """Return the page."""
-    sections = [
-        ("results", "Results", results(comparison)),
-        ("differences", "Differences", differences(comparison)),
-        ("curves", "Curves", curves(comparison)),
-        ("kept", "What each recipe keeps", kept(comparison)),
-        ("cost", "Time, arithmetic, memory", cost(comparison)),
-        ("lr", "Learning rates", learning_rates(comparison)),
-        ("runs", "Runs", runs(comparison)),
-        ("recipe", "Command", command(comparison)),
-    ]
-    notes = comparison.notes()
-    folder = comparison.path.resolve().name
-    return frame(f"{folder}: a comparison", headline(comparison), sections, folder,
-                 tag("ul", *(tag("li", note) for note in notes), class_="notes") if notes else None)
+def read_comparison(folder: Path) -> ComparisonFiles:
+    """Read a comparison, finished or not.
+
+    Raises:
+        ConfigError: there is none in the folder, or its file is damaged.
+    """
+    raw = _read(folder / "comparison.json")
+    if raw is None:
+        raise ConfigError(f"there is no comparison in '{folder}': it has no comparison.json")
+    raw["timing"] = _read(folder / "timing.json") or {}  # may be newer than the one in comparison.json
+    return ComparisonFiles(folder, raw, Tables(raw), list(raw.get("runs") or []),
+                           list(mapping(raw, "settings").get("seeds") or []))
 
 
-def headline(comparison: ComparisonFiles) -> Html:
-    """Return the header: what was compared on what, and the main number of every recipe."""
-    raw, metric = comparison.raw, comparison.primary()
-    names = [one.name for one in comparison.results]
+def write_comparison(folder: Path) -> Path:
+    """Write `table.md`, `table.csv` and the page `index.html` into a comparison's folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: there is no comparison in the folder, or its file is damaged.
+    """
+    comparison = read_comparison(folder)
+    raw, tables, metric, name = comparison.raw, comparison.tables, comparison.primary(), folder.resolve().name
+    tables.write(folder)
     data = raw.get("data")
-    sources = ", ".join(map(str, data)) if isinstance(data, list) else str(data)
-    facts = [
-        ("budget", comparison.budget()),
-        ("seeds", ", ".join(map(str, comparison.seeds()))),
-        ("pairs in the data", count(number(raw, "num_pairs"))),
-        ("batch size", count(number(raw, "batch_size"))),
-        ("precision", str(raw.get("precision", MISSING))),
-        ("device", f"{raw.get('device', MISSING)}, {threads(raw.get('threads'))} a run"),
-    ]
-    return tag(
-        "header",
-        tag("p", "attentive-clip · comparison", class_="kicker"),
-        tag("h1", f"{len(names)} recipes" if len(names) > 3 else " · ".join(names)),
-        tag("p", f"{raw.get('model')} on {sources}", class_="lead"),
-        tag("p", f"{full_words(metric)}, mean and sample standard deviation over the seeds; time and arithmetic of a "
-                 f"step relative to {comparison.baseline}", class_="sub") if metric else None,
-        tag("div", *(_tile(one, metric) for one in comparison.results), class_="tiles")
-        if metric and len(names) <= MANY else None,
-        tag("dl", *(tag("div", tag("dt", k), tag("dd", v)) for k, v in facts), class_="facts"),
-    )
+    about = {"model": raw.get("model"), "data": ", ".join(map(str, data)) if isinstance(data, list) else data,
+             "metric": full_words(metric) if metric else "", "seeds": ", ".join(map(str, comparison.seeds)),
+             "budget": budget(mapping(raw, "settings")), "num_pairs": number(raw, "num_pairs"),
+             "batch_size": number(raw, "batch_size"), "precision": raw.get("precision", MISSING),
+             "device": f"{raw.get('device', MISSING)}, {threads(raw.get('threads'))} a run"}
+    return write_page(
+        folder / "index.html", "comparison", name=f"{name}: a comparison", sections=SECTIONS, folder=name,
+        notes=comparison.notes(), recipes=tables.recipes, baseline=tables.baseline, about=about,
+        command=str(raw.get("command", "")), tiles=tiles(comparison), summary=tables.summary(brief=True),
+        details=tables.details(), differences=differences(tables), curves=curves(comparison), kept=kept(comparison),
+        cost=cost(comparison), lr=learning_rates(comparison), runs=runs(comparison))
 
 
-def results(comparison: ComparisonFiles) -> Html:
-    """Return the summary, and all metrics of every set and evaluator."""
-    details = [join(tag("h3", f"{held}, {evaluator.replace('_', ' ')}"), table(*detail_rows(comparison, metrics)))
-               for (held, evaluator), metrics in groups(comparison).items()]
-    rule = ("Mean ± sample standard deviation over the seeds, of the last evaluation of the trained weights; nothing "
-            f"is masked in it. Time and arithmetic (MACs) of a training step are relative to {comparison.baseline}, "
-            "the time as measured in turns with it.")
-    return join(table(*summary_rows(comparison, brief=True)), tag("p", rule, class_="note"),
-                tag("details", tag("summary", "All metrics"), *details) if details else None)
+def summary_table(folder: Path) -> "Table":
+    """Return the summary of a comparison for the terminal."""
+    return to_rich(read_comparison(folder).tables.summary(brief=True))
 
 
-def differences(comparison: ComparisonFiles) -> Html:
+def tiles(comparison: ComparisonFiles) -> list[dict[str, str]]:
+    """Return the main number of every recipe, unless there are many."""
+    tables, metric = comparison.tables, comparison.primary()
+    if metric is None or len(tables.recipes) > MANY:
+        return []
+    cells = {name: tables.cell(name, metric).partition(" (n")[0] for name in tables.recipes}
+    return [{"name": name, "value": cell.partition(" ± ")[0] + (" %" if "±" in cell and "%" in cell else ""),
+             "spread": cell.partition(" ± ")[2].removesuffix(" %"), "time": ratio(tables.cost(name, "relative_time")),
+             "macs": ratio(tables.cost(name, "relative_cost"))} for name, cell in cells.items()]
+
+
+def differences(tables: Tables) -> list[dict[str, Any]]:
     """Return a matrix of differences for the leading metric of every set and evaluator."""
-    parts = []
-    for metric in leading(comparison):
-        measured = [one for one in comparison.results if one.metrics.get(metric)]
-        if len(measured) > 1:
-            names = columns = [one.name for one in measured]
-            if len(measured) > MANY:  # as wide as numbers, not as names
-                columns = [str(number) for number in range(1, len(measured) + 1)]
-                names = [" ".join(pair) for pair in zip(columns, names, strict=True)]
-            rows = [[name, *(_difference(one, other, metric) for other in measured)]
-                    for name, one in zip(names, measured, strict=True)]
-            parts.append(tag("div", tag("h3", full_words(metric)), table(["", *columns], rows)))
-    if not parts:
-        return tag("p", "Fewer than two recipes have been measured alike.", class_="missing")
-    unknown = any(len(one.runs) < 2 for one in comparison.results if one.runs)
-    note = " Where a recipe has fewer than two seeds, no spread is known and nothing is bold." if unknown else ""
-    recipes = len(comparison.results)
-    return join(tag("div", *parts, class_="tables many" if recipes > MANY else "tables",
-                    style=f"--columns:{recipes + 1}"),
-                tag("p", _SPREAD + note, class_="note"))
+    found = []
+    for metric, *_ in tables.metrics.values():
+        values = {name: values for name in tables.recipes if (values := tables.values(name, metric))}
+        columns = titles = list(values)
+        if len(values) < 2:
+            continue
+        if len(values) > MANY:  # as wide as numbers, not as names
+            columns = [str(i) for i in range(1, len(values) + 1)]
+            titles = [" ".join(pair) for pair in zip(columns, titles, strict=True)]
+        rows = [[title, *(Markup('<span class="again">{}</span>').format(MISSING) if name == other else
+                          _difference(values[name], values[other], metric) for other in values)]
+                for title, name in zip(titles, values, strict=True)]
+        found.append({"title": full_words(metric), "head": ["", *columns], "rows": rows})
+    return found
 
 
-def cost(comparison: ComparisonFiles) -> Html:
+def curves(comparison: ComparisonFiles) -> list[Markup]:
+    """Return two charts of the primary metric, each seed faint behind the mean of its recipe."""
+    metric, tables = comparison.primary(), comparison.tables
+    if metric is None:
+        return []
+    clocks = {name: clock(comparison, name) for name in tables.recipes}
+    longest = max((clocks[name](1.0) for name in tables.recipes if tables.runs[name]), default=0.0)
+    unit, scale = ("seconds", 1.0) if longest < 300 else ("minutes", 60.0) if longest < 3 * 3600 else ("hours", 3600.0)
+    by_samples: list[Series] = []
+    by_time: list[Series] = []
+    for i, name in enumerate(tables.recipes):
+        histories = [_history(comparison, run, metric) for run in tables.runs[name]]
+        total = tables.cost(name, "samples_seen", "max") or 1.0
+        timed = [[(clocks[name](x / total) / scale, y) for x, y in points] for points in histories]
+        colour = 0 if name == tables.baseline else 1 + i % COLOURS
+        by_samples += _series(name, histories, colour)
+        by_time += _series(name, timed, colour)
+    levels = [number(mapping(mapping(mapping(run, "chance"), metric[0]), metric[1]), metric[2])
+              for some in tables.runs.values() for run in some]
+    chance = next((level for level in levels if level is not None), None)
+    for lines in (by_samples, by_time):
+        if lines and chance is not None:
+            end = max(line.points[-1][0] for line in lines)
+            lines.append(Series("chance", [(0.0, chance), (end, chance)], 0, "dashed"))
+    words = full_words(metric)
+    return [
+        line_chart(f"{words} by pairs seen", by_samples, unit="%", from_zero=True, note="mean; seeds behind it"),
+        line_chart(f"{words} by time in training steps", by_time, unit="%", from_zero=True,
+                   note="steps at their measured time", x_label=unit)]
+
+
+def clock(comparison: ComparisonFiles, recipe: str) -> Callable[[float], float]:
+    """Return a function from the fraction of a run that is done to the seconds of its steps so far.
+
+    Every stage of a run (small images, masked, unmasked) has its own measured step time.
+    """
+    steps = max((number(run, "total_steps") or 0.0 for run in comparison.tables.runs[recipe]), default=0.0)
+    stages = mapping(mapping(comparison.raw, "timing"), "stages").get(recipe) or [
+        {"share": 1.0, "seconds": comparison.tables.cost(recipe, "step_seconds") or 0.0}]
+
+    def seconds(fraction: float) -> float:
+        total = 0.0
+        for stage in stages:
+            part = min(max(fraction, 0.0), stage["share"])
+            total, fraction = total + part * steps * stage["seconds"], fraction - part
+        return total
+
+    return seconds
+
+
+def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
+    """Return images with what each masking recipe removes, at the end of training of the first seed.
+
+    Recipes that remove nothing are named, not shown; None if there are no others.
+    """
+    shots = {name: shot for name, runs in comparison.tables.runs.items() for run in runs[:1]
+             if (shot := _last_snapshot(comparison.path / "runs" / str(run["name"]))) is not None}
+    masking = {name: shot for name, shot in shots.items() if shot.keep_indices.shape[1] < shot.scores.shape[1]}
+    if not masking:
+        return None
+    from aclip.report.snapshots import to_image, veil_layer
+
+    first = next(iter(masking.values()))
+    shown = {name: shot for name, shot in masking.items() if shot.captions == first.captions}
+    images = [
+        {"caption": caption, "image": to_image(first.images[i], SIDE),
+         "recipes": [{"name": name, "veil": veil_layer(shot.keep_indices[i], shot.grid),
+                      "kept": f"{count(shot.keep_indices.shape[1])} of {count(shot.scores.shape[1])}"}
+                     for name, shot in shown.items()]}
+        for i, caption in enumerate(first.captions[:IMAGES])]
+    return {"images": images, "whole": [name for name in shots if name not in masking], "figures": len(shown) + 1}
+
+
+def cost(comparison: ComparisonFiles) -> dict[str, Any]:
     """Return measured step times with their quartiles, the arithmetic, and peak memory."""
     timing = mapping(comparison.raw, "timing")
-    rows = []
-    shown = {comparison.baseline, *(one.name for one in comparison.results)}
+    shown = {comparison.tables.baseline, *comparison.tables.recipes}
     steps = {label: step for label, step in mapping(timing, "steps").items() if label.split(", ")[0] in shown}
+    rows = []
     for label, step in steps.items():
         low, median, high = (milliseconds(number(step, key)) for key in ("first_quartile", "median", "third_quartile"))
-        rows.append([str(label), median, f"{low} to {high}", count(number(step, "rounds"))])
-    base = comparison.baseline
-    head, by_recipe = cost_rows(comparison)
-    text = compact(number(comparison.raw, "text_tokens"))
-    device = timing.get("device", comparison.raw.get("device"))
-    words = (f"Before training, one process took optimizer steps of all recipes in turns (A B C, A B C, ...), {base} "
-             f"among them, after {timing.get('warmup_rounds', '?')} rounds that do not count: whatever else the "
-             f"machine did met all of them. Batches of {count(number(comparison.raw, 'batch_size'))} were read "
-             f"beforehand; {device}, {threads(timing.get('threads'))}. Training is the time of the steps as they ran, "
-             "with whatever else ran then.")
-    arithmetic = (f"Arithmetic is multiply-accumulates of towers and decoders for each pair in a training step, with "
-                  f"text of {text} tokens, the mean length to which batches of this data are cut; a trained module "
-                  "counts three times its forward pass, an averaged encoder once. Memory is the peak of the training "
-                  "process, on CUDA that of its tensors.")
-    return join(
-        table(head, by_recipe),
-        tag("p", words, class_="note") if rows else tag("p", "The steps have not been timed.", class_="missing"),
-        table(["steps of", "median", "quartiles", "rounds"], rows) if rows else None,
-        tag("p", arithmetic, class_="note"))
+        rows.append([label, median, f"{low} to {high}", count(number(step, "rounds"))])
+    return {"table": comparison.tables.costs(), "steps": rows,
+            "warmup": timing.get("warmup_rounds", "?"), "device": timing.get("device", comparison.raw.get("device")),
+            "threads": threads(timing.get("threads")), "batch_size": count(number(comparison.raw, "batch_size")),
+            "text_tokens": compact(number(comparison.raw, "text_tokens"))}
 
 
-def learning_rates(comparison: ComparisonFiles) -> Html:
-    """Return every learning rate that was tried, with its result, and which one was taken."""
-    lrs = comparison.lrs()
-    if not comparison.searched():
-        words = f"All were trained at {lrs[0]:g}" if len(lrs) == 1 else "Each recipe was trained at its own rate"
-        return tag("p", f"{words}: none was searched for.", class_="missing")
-    metric = comparison.primary()
-    rows = []
-    for one in comparison.results:
-        cells = {run["lr"]: primary(run, comparison.sets) for run in one.search}
-        row = [one.name]
+def learning_rates(comparison: ComparisonFiles) -> dict[str, Any]:
+    """Return every learning rate that was tried with its result, and which one was chosen."""
+    lrs = sorted({float(run["lr"]) for run in comparison.runs})
+    if len(mapping(comparison.raw, "settings").get("lr") or []) < 2:
+        return {"rows": [], "single": f"{lrs[0]:g}" if len(lrs) == 1 else ""}
+    metric, tables, rows = comparison.primary(), comparison.tables, []
+    by_recipe = mapping(comparison.raw, "chosen_lr")
+    chosen_on = dict.fromkeys(str(held) for name in by_recipe if (held := mapping(by_recipe, name).get("set")))
+    for name in tables.recipes:
+        found = {run["lr"]: value[1] for run in comparison.runs
+                 if run.get("recipe") == name and run.get("finished") and run.get("seed") in comparison.seeds[:1]
+                 and (value := primary(run, [*chosen_on, *tables.sets])) is not None}
+        row = [name]
         for lr in lrs:
-            found = cells.get(lr)
-            text = MISSING if found is None else f"{100 * found[1]:.1f} %"
-            row.append(tag("b", f"{text} ✓") if lr == one.lr else join(text))
+            text = f"{100 * found[lr]:.1f} %" if lr in found else MISSING
+            row.append(Markup("<b>{} ✓</b>").format(text) if lr == tables.cost(name, "lr") else text)
         rows.append(row)
-    words = (f"All runs of the first seed ({comparison.seeds()[0]}), each with the full budget; the other seeds took "
-             f"the best (✓) by {full_words(metric) if metric else 'the first set'}, or by what was measured first of a "
-             "recipe that has none. The first seed's run counts among a recipe's seeds, so its mean is favoured a "
-             "little, alike for all" + (": with one seed, every number is the best of its rates." if
-                                        len(comparison.seeds()) == 1 else "."))
-    return join(table(["recipe", *(f"{lr:g}" for lr in lrs)], rows), tag("p", words, class_="note"))
+    return {"rows": rows, "head": ["recipe", *(f"{lr:g}" for lr in lrs)], "seeds": comparison.seeds,
+            "metric": full_words(metric) if metric else "the first set",
+            "held_out": ", ".join(name for name in chosen_on if name not in tables.sets)}
 
 
-def runs(comparison: ComparisonFiles) -> Html:
+def runs(comparison: ComparisonFiles) -> list[list[str]]:
     """Return every run with its state, and a link to its own report."""
     rows = []
-    for run in comparison.raw.get("runs", []):
-        name, found = str(run.get("name")), primary(run, comparison.sets)
-        report = comparison.path / "runs" / name / "report.html"
+    for run in comparison.runs:
+        name, found = str(run.get("name")), primary(run, comparison.tables.sets)
+        report = f"runs/{name}/report.html"
         state = "failed" if run.get("error") else "done" if run.get("finished") else "not finished"
         rows.append([
-            tag("a", name, href=f"runs/{name}/report.html") if report.exists() else join(name),
+            Markup('<a href="{}">{}</a>').format(report, name) if (comparison.path / report).exists() else name,
             f"{state}: {run['error']}" if run.get("error") else state,
             f"{100 * found[1]:.1f} %" if found else MISSING, count(number(run, "samples_seen")),
             duration(number(run, "training_seconds")), gigabytes(number(run, "peak_memory"))])
-    return table(["run", "state", "main metric", "samples", "training", "memory"], rows, numeric_from=2)
+    return rows
 
 
-def command(comparison: ComparisonFiles) -> Html:
-    """Return the command that continues or repeats the comparison."""
-    return tag("div", tag("button", "Copy", type="button", data_copy="command"),
-               tag("pre", str(comparison.raw.get("command", "")), id="command", tabindex="0"), class_="code")
+def budget(settings: Record) -> str:
+    """Return what every recipe was given."""
+    epochs, samples, minutes = (number(settings, key) for key in ("epochs", "samples", "minutes"))
+    if minutes is not None:
+        return f"{minutes:g} minutes of training steps"
+    return f"{samples:,.0f} pairs" if samples is not None else f"{epochs or 0:g} epochs"
 
 
 def threads(number_of: object) -> str:
@@ -202,22 +282,55 @@ def threads(number_of: object) -> str:
     return f"{MISSING if number_of is None else number_of} {'thread' if number_of == 1 else 'threads'}"
 
 
-def _tile(one: Results, metric: Metric) -> Html:
-    cell = metric_cell(one, metric).partition(" (n")[0]
-    value, _, around = cell.removesuffix(" %").partition(" ± ")
-    return tag(
-        "div",
-        tag("h3", one.name),
-        tag("p", tag("b", f"{value} %" if cell.endswith("%") else value),
-            tag("span", f"± {around}") if around else None, class_="big"),
-        tag("p", tag("span", f"time {ratio(one.relative_time)} · MACs {ratio(one.relative_cost)}")),
-        class_="tile")
+def _read(path: Path) -> Record | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged: it holds no object")
+    return found
 
 
-def _difference(one: Results, other: Results, metric: Metric) -> Html:
-    if one is other:
-        return tag("span", MISSING, class_="again")
-    first, second = one.metrics[metric], other.metrics[metric]
-    points = round((100.0 if is_share(metric) else 1.0) * (fmean(first) - fmean(second)), 1)
+def _difference(first: Sequence[float], second: Sequence[float], metric: Metric) -> Markup:
+    points = round((100.0 if is_fraction(metric) else 1.0) * (fmean(first) - fmean(second)), 1)
     text = f"{points + 0.0:+.1f}"  # + 0.0: no negative zero
-    return tag("b", text) if exceeds_spread(first, second) else tag("span", text, class_="within")
+    return Markup("<b>{}</b>" if exceeds_spread(first, second) else '<span class="within">{}</span>').format(text)
+
+
+def _history(comparison: ComparisonFiles, run: Record, metric: Metric) -> Points:
+    """Return (samples seen, value) of a run's evaluations."""
+    try:
+        evaluations = read_run(comparison.path / "runs" / str(run["name"]), journals_only=True).evaluations
+    except ConfigError:
+        return []
+    held, evaluator, name = metric
+    found: dict[float, float] = {}
+    for record in evaluations:
+        if (record.get("set"), record.get("evaluator"), record.get("weights")) == (held, evaluator, "online"):
+            seen, value = number(record, "samples_seen"), number(mapping(record, "metrics"), name)
+            if seen is not None and value is not None:
+                found[seen] = value
+    return sorted(found.items())
+
+
+def _series(name: str, histories: list[Points], colour: int) -> list[Series]:
+    """Return the seeds, and their mean where all of them were evaluated."""
+    histories = [points for points in histories if points]
+    if len(histories) < 2:
+        return [Series(name, points, colour) for points in histories]
+    values = [dict(points) for points in histories]
+    mean = [(x, fmean(v[x] for v in values)) for x in sorted(set.intersection(*map(set, values)))]
+    lines = [Series(name, points, colour, "faint") for points in histories]
+    return [*lines, Series(name, mean, colour)] if mean else lines
+
+
+def _last_snapshot(run: Path) -> "Snapshot | None":
+    from aclip.report.snapshots import read_snapshot
+
+    try:
+        return read_snapshot(max((run / "snapshots").glob("step-*.safetensors")))
+    except (ValueError, CheckpointError):  # there is none, or it is damaged
+        return None

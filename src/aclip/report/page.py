@@ -1,61 +1,149 @@
-"""Put the report of a run together: one HTML file that needs nothing else and loads nothing."""
+"""What all pages share: the jinja2 environment, numbers as people read them, and images inside the page."""
 
+import base64
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from markupsafe import Markup
 
 from aclip.files import write_atomically
-from aclip.report.about import environment, recipe, skipped
-from aclip.report.classes import class_by_class
-from aclip.report.curves import curves
-from aclip.report.frame import frame
-from aclip.report.incidents import incidents
-from aclip.report.markup import tag
-from aclip.report.pictures import looks
-from aclip.report.results import headline, results
-from aclip.report.retrievals import retrievals
-from aclip.report.robustness import robustness
-from aclip.report.run_files import RunFiles, mapping, read_run
 
-SECTIONS = (
-    ("results", "Results", results),
-    ("classes", "Class by class", class_by_class),
-    ("robustness", "With fewer patches", robustness),
-    ("looks", "What the model looks at", looks),
-    ("curves", "Training curves", curves),
-    ("retrievals", "Best and worst retrievals", retrievals),
-    ("recipe", "Recipe and command", recipe),
-    ("skipped", "Skipped samples", skipped),
-    ("incidents", "Incidents", incidents),
-    ("environment", "Environment", environment),
-)
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from PIL import Image
+
+MISSING = "–"  # noqa: RUF001 - an en dash
+"""Shown where there is no number."""
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write `report.html` into a run folder from the files that lie there.
+def render(template: str, **context: Any) -> Markup:
+    """Render a template of this package; every string that is not `Markup` is escaped."""
+    return Markup(_environment().get_template(f"{template}.html.j2").render(context))
 
-    What is missing or damaged is named on the page. The page holds its styles, script and pictures itself,
-    its content policy forbids it to load anything or to run any other script, and all text from data is
-    escaped.
+
+def write_page(
+    path: Path, template: str, *, name: str, sections: Sequence[tuple[str, str]], folder: str, **context: Any
+) -> Path:
+    """Write one self-contained HTML file; its content policy forbids requests and scripts other than its own.
 
     Args:
-        run_folder: the run's folder, in any state.
+        path: the file.
+        template: extends `page.html.j2` and defines a block `header` and one block for each section.
+        name: the page's title.
+        sections: (block and anchor, title) of each section.
+        folder: where the numbers come from, for the footer.
+        **context: what the template shows.
 
     Returns:
-        The path of the report.
-
-    Raises:
-        ConfigError: there is no such folder.
+        `path`.
     """
-    run = read_run(run_folder)
-    path = run_folder / "report.html"
-    write_atomically(path, render(run))
+    script = _asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    page = render(template, page={"name": name, "sections": sections, "folder": folder, "style": _asset("style.css"),
+                                  "script": script, "script_hash": f"sha256-{digest}"}, **context)
+    return write_text(path, page)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file as UTF-8; bytes of undecodable file names become escapes such as ``\\udce9``."""
+    write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
     return path
 
 
-def render(run: RunFiles) -> str:
-    """Return the page for what was read from a run folder."""
-    notes = tag("ul", *(tag("li", note) for note in run.notes), class_="notes") if run.notes else None
-    optional = {"classes": run.details, "robustness": run.robustness, "incidents": run.incidents}
-    sections = [(anchor, title, build(run)) for anchor, title, build in SECTIONS if optional.get(anchor, True)]
-    folder = run.path.resolve().name
-    name = str(mapping(run.config, "recipe").get("name") or folder)
-    return frame(name, headline(run), sections, folder, notes)
+def data_uri(image: "Image.Image", kind: Literal["PNG", "JPEG"] = "PNG") -> str:
+    """Return an image as a data URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **({"optimize": True} if kind == "PNG" else {"quality": 85}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def percent(fraction: float | None, digits: int | None = None) -> str:
+    """Return a fraction as a percentage, with enough digits not to read 0.
+
+    >>> percent(0.4213), percent(0.000576), percent(1.0)
+    ('42.1 %', '0.06 %', '100 %')
+    """
+    if fraction is None or math.isnan(fraction):
+        return MISSING
+    value = 100.0 * fraction
+    if digits is None:
+        digits = 0 if value in (0.0, 100.0) else 1 if abs(value) >= 1.0 else 2 if abs(value) >= 0.01 else 4
+    return f"{value:.{digits}f} %"
+
+
+def count(value: float | None) -> str:
+    """Return a whole number with thousands separated.
+
+    >>> count(12720)
+    '12,720'
+    """
+    return MISSING if value is None else f"{round(value):,}"
+
+
+def compact(value: float | None, digits: int = 3) -> str:
+    """Return a number in `digits` significant digits: k, M, G from ten thousand, powers of ten below 0.01.
+
+    >>> compact(5.53718), compact(153600), compact(0.0005), compact(0.0)
+    ('5.54', '154k', '5×10⁻⁴', '0')
+    """
+    if value is None:
+        return MISSING
+    size = abs(value)
+    if size >= 1e4:
+        power, suffix = (9, "G") if size >= 999.5e6 else (6, "M") if size >= 999.5e3 else (3, "k")
+        return f"{_significant(value / 10**power, digits)}{suffix}"
+    if 0 < size < 1e-2:
+        power = math.floor(math.log10(size) + 1e-12)
+        mantissa = _significant(value / 10.0**power, digits)
+        return f"{mantissa}×10{str(power).translate(_SUPERSCRIPT)}"  # noqa: RUF001 - a multiplication sign
+    return _significant(value, digits)
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time span in its two leading units.
+
+    >>> duration(45.2), duration(725), duration(3 * 3600 + 59)
+    ('45 s', '12 min 05 s', '3 h 00 min')
+    """
+    if seconds is None:
+        return MISSING
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def gigabytes(value: float | None) -> str:
+    """Return bytes as GB, 10^9."""
+    return MISSING if value is None else f"{value / 1e9:.2f} GB"
+
+
+def _significant(value: float, digits: int) -> str:
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)) + 1e-12)) if value else 0
+    text = f"{value:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("aclip.report"), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "count": count, "compact": compact, "duration": duration,
+                            "gigabytes": gigabytes, "data_uri": data_uri}
+    return environment
+
+
+def _asset(name: str) -> Markup:
+    return Markup(resources.files("aclip.report").joinpath("templates", name).read_text(encoding="utf-8"))

@@ -1,21 +1,44 @@
-"""What the model looked at, at one step of training: a few held-out pictures, their scores, what was kept.
+"""What a model looks at: snapshots over training, and scores and masks drawn over an image.
 
-A file holds the tensors `images`, `scores` and `keep_indices`, and in its header the captions, the patch
-grid and the step.
+A snapshot file holds the tensors `images`, `scores` and `keep_indices`, and in its header the captions, the
+patch grid and the step. Layers have one pixel a patch; a page lays them over an image and lets the browser
+enlarge them, `heat_map` and `kept_patches` do the same in Pillow.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aclip import models
+from aclip.data import augment
 from aclip.errors import CheckpointError
+from aclip.method import Method, resized
+from aclip.plan import PassPlan
+from aclip.structs import Batch, Encoded, ViewBatch
+
+HEAT_OPACITY = 0.72
+"""Opacity of the heat over the grey image."""
+
+VEIL_OPACITY = 0.86
+"""Opacity of the veil over a removed patch."""
+
+# Nine anchors of Inferno (van der Walt and Smith, 2015; CC0): lightness rises evenly with the score, so it
+# also reads in grey and for colour-blind eyes.
+_HEAT = np.array([
+    (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85),
+    (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
+], dtype=np.float64)
+
+_VEIL = (134, 139, 150)  # mid-grey: differs from white and from black
 
 
 @dataclass(frozen=True)
@@ -27,7 +50,7 @@ class Snapshot:
         scores: (n, N) float32, attention of CLS to each patch, as the masking reads it.
         keep_indices: (n, K) int64 ascending, the patches that survive.
         grid: patches (down, across), N = down x across.
-        captions: one a picture.
+        captions: one for each image.
         step: optimizer steps done when it was taken.
     """
 
@@ -40,35 +63,27 @@ class Snapshot:
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
-    """Return where the snapshot of a step lies in `folder`; names sort by step."""
+    """Return the path of a step's snapshot in `folder`; names sort by step."""
     return folder / f"step-{step:08d}.safetensors"
 
 
-def write_snapshot(
-    path: Path,
-    images: UInt8[Tensor, "n 3 H W"],
-    scores: Float[Tensor, "n N"],
-    keep_indices: Int[Tensor, "n K"],
-    grid: tuple[int, int],
-    captions: Sequence[str],
-    step: int,
-) -> None:
-    """Write a snapshot, replacing one at the same place in one move; see `Snapshot` for the arguments.
+def write_snapshot(path: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot atomically.
 
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    n = len(captions)
-    if len(images) != n or len(keep_indices) != n or scores.shape != (n, grid[0] * grid[1]):
-        raise ValueError(f"a snapshot of {n} captions on a {grid[0]}x{grid[1]} grid cannot hold "
-                         f"{len(images)} images, scores {tuple(scores.shape)} and {len(keep_indices)} rows "
-                         "of indices")
+    n, (down, across) = len(snapshot.captions), snapshot.grid
+    if len(snapshot.images) != n or len(snapshot.keep_indices) != n or snapshot.scores.shape != (n, down * across):
+        raise ValueError(f"a snapshot of {n} captions on a {down}x{across} grid cannot hold {len(snapshot.images)} "
+                         f"images, scores {tuple(snapshot.scores.shape)} and {len(snapshot.keep_indices)} rows of "
+                         "indices")
     tensors = {
-        "images": images.to("cpu", torch.uint8).contiguous(),
-        "scores": scores.detach().to("cpu", torch.float32).contiguous(),
-        "keep_indices": keep_indices.to("cpu", torch.int64).contiguous(),
+        "images": snapshot.images.to("cpu", torch.uint8).contiguous(),
+        "scores": snapshot.scores.detach().to("cpu", torch.float32).contiguous(),
+        "keep_indices": snapshot.keep_indices.to("cpu", torch.int64).contiguous(),
     }
-    header = {"captions": json.dumps(list(captions)), "grid": json.dumps(list(grid)), "step": str(step)}
+    header = {"captions": json.dumps(snapshot.captions), "grid": json.dumps(snapshot.grid), "step": str(snapshot.step)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata=header)
@@ -79,7 +94,7 @@ def read_snapshot(path: Path) -> Snapshot:
     """Read what `write_snapshot` wrote.
 
     Raises:
-        CheckpointError: the file is missing, torn, or something else.
+        CheckpointError: the file is missing, truncated, or something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -90,3 +105,133 @@ def read_snapshot(path: Path) -> Snapshot:
         return Snapshot(**tensors, grid=(down, across), captions=captions, step=int(header["step"]))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not a readable snapshot: {error}") from error
+
+
+def take_snapshot(
+    method: Method, images: Sequence[Image.Image], captions: Sequence[str], step: int, folder: Path
+) -> Path:
+    """Write what `method` scores and keeps of whole, unaugmented images.
+
+    The passes run as in training, on views that each show the whole image. The pass that masks most is shown; a
+    recipe without masking shows the online encoder's attention, and keeps everything.
+
+    Args:
+        method: unchanged; nothing is trained, no statistics move.
+        images: RGB.
+        captions: one for each image.
+        step: optimizer steps done.
+        folder: the run's `snapshots`.
+
+    Returns:
+        The file written.
+    """
+    batch = _whole_images(images, method.plan.view_sizes).to(method.mean.device)
+    with torch.no_grad():
+        passes = method.run_passes(batch)
+        shown = max(method.plan.passes, key=lambda p: p.num_patches - p.num_keep)
+        keep = passes[shown.spec.name].keep_indices
+        scores = _scores(method, batch, passes, shown)
+    kept = torch.arange(shown.num_patches).expand(batch.size, -1) if keep is None else keep[0]
+    path = snapshot_path(folder, step)
+    pixels = batch.views[shown.spec.views[0]].pixels
+    write_snapshot(path, Snapshot(pixels, scores, kept, shown.grid_size, tuple(captions), step))
+    return path
+
+
+def heat_colours(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
+    """Map values in [0, 1] (clipped) to sRGB colours."""
+    position = np.clip(values, 0.0, 1.0) * (len(_HEAT) - 1)
+    anchors = np.arange(len(_HEAT))
+    channels = [np.interp(position, anchors, _HEAT[:, c]) for c in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def heat_layer(scores: Float[Tensor, " N"], grid: tuple[int, int]) -> Image.Image:
+    """Return the scores of one image as colours, one pixel a patch.
+
+    Scores are stretched from their minimum to their 98th percentile, so that a single patch with most of the
+    attention, which ViTs have, does not leave all others black. Equal scores give the darkest colour.
+
+    Args:
+        scores: (N,) float, N = grid[0] x grid[1].
+        grid: patches (down, across).
+
+    Returns:
+        RGB, `grid[1]` wide and `grid[0]` high.
+    """
+    values = np.nan_to_num(scores.detach().cpu().double().numpy()).reshape(grid)
+    low, high = values.min(), np.quantile(values, 0.98)
+    stretched = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return Image.fromarray(heat_colours(stretched))
+
+
+def veil_layer(keep_indices: Int[Tensor, " K"], grid: tuple[int, int]) -> Image.Image:
+    """Return a grey veil over the removed patches of one image, one pixel a patch, clear where kept.
+
+    Args:
+        keep_indices: (K,) int64 on the patch grid, CLS not counted.
+        grid: patches (down, across).
+
+    Returns:
+        RGBA, `grid[1]` wide and `grid[0]` high.
+    """
+    layer = np.full((grid[0] * grid[1], 4), (*_VEIL, round(255 * VEIL_OPACITY)), dtype=np.uint8)
+    layer[keep_indices.cpu().numpy()] = 0
+    return Image.fromarray(layer.reshape(*grid, 4))
+
+
+def to_image(pixels: UInt8[Tensor, "3 H W"], side: int | None = None) -> Image.Image:
+    """Return uint8 RGB pixels as a Pillow image, no side longer than `side`."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    if side is not None:
+        image.thumbnail((side, side))
+    return image
+
+
+def heat_map(image: Image.Image, scores: Float[Tensor, " N"], grid: tuple[int, int]) -> Image.Image:
+    """Lay the smoothed `heat_layer` over a grey copy of `image`.
+
+    Returns:
+        RGB of the size of `image`.
+    """
+    heat = heat_layer(scores, grid).resize(image.size, Image.Resampling.BICUBIC)
+    return Image.blend(image.convert("L").convert("RGB"), heat, HEAT_OPACITY)
+
+
+def kept_patches(image: Image.Image, keep_indices: Int[Tensor, " K"], grid: tuple[int, int]) -> Image.Image:
+    """Show the kept patches of `image` unchanged, and veil the removed ones in grey.
+
+    Returns:
+        RGB of the size of `image`.
+    """
+    veil = veil_layer(keep_indices, grid).resize(image.size, Image.Resampling.NEAREST)
+    veiled = Image.alpha_composite(image.convert("L").convert("RGBA"), veil).convert("RGB")
+    removed = veil.getchannel("A").point(lambda alpha: 255 if alpha else 0)
+    return Image.composite(veiled, image.convert("RGB"), removed)
+
+
+def _scores(method: Method, batch: Batch, passes: dict[str, Encoded], shown: PassPlan) -> Tensor:
+    """Return the scores that a pass used, on its grid, or the online encoder's if it used none."""
+    used = method.scores_for(method.plan, shown, shown.spec.views[0], batch.views, passes)
+    if used is not None:
+        return used
+    view = batch.views[shown.spec.views[0]]
+    if not method.plan.shape.scored:  # the tower has no attention to show
+        return torch.zeros(batch.size, shown.num_patches)
+    pixels = resized(augment.apply(view, method.mean, method.std), shown.image_size)
+    encoding = models.encode_image(models.visual_of(method.model), pixels, return_scores=True)
+    assert encoding.scores is not None
+    return encoding.scores
+
+
+def _whole_images(images: Sequence[Image.Image], sizes: Mapping[str, tuple[int, int]]) -> Batch:
+    """Return a batch whose views all show the whole image, each at its size."""
+    n = len(images)
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(n, 4)
+    views = {}
+    for name, (height, width) in sizes.items():
+        arrays = [np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)) for image in images]
+        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+        views[name] = ViewBatch(pixels, box, torch.zeros(n, dtype=torch.bool))
+    nothing = torch.zeros(n, 1, dtype=torch.int64)
+    return Batch(views, nothing, nothing[:, 0], torch.arange(n))

@@ -1,8 +1,7 @@
-"""Small models to hand out: unlike open_clip's defaults in every size, with weights away from zeros and ones."""
+"""Small models to export: unlike open_clip's defaults in every size, with weights away from zeros and ones."""
 
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from aclip import models
-from aclip.exporters import Subject
+from aclip.data import CaptionTokenizer
 
 TINY: dict[str, Any] = {
     "embed_dim": 24, "quick_gelu": True,
@@ -27,9 +26,9 @@ def changed(half: str | None = None, **values: Any) -> dict[str, Any]:
     return config
 
 
-def make_subject(config: Mapping[str, Any] = TINY, *, with_text: bool = True, seed: int = 0) -> Subject:
-    """Return a fresh model; biases, norms and scales are shaken, so that leaving one out shows."""
-    torch.manual_seed(seed)
+def tiny_model(config: Mapping[str, Any] = TINY, *, with_text: bool = True) -> models.LoadedModel:
+    """Return a fresh model; biases, norms and scales are perturbed, so that leaving one out shows."""
+    torch.manual_seed(0)
     cls = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
     model: nn.Module = cls(**{key: value for key, value in config.items() if key != "custom_text"})
     open_clip.model.set_model_preprocess_cfg(model, {
@@ -41,17 +40,12 @@ def make_subject(config: Mapping[str, Any] = TINY, *, with_text: bool = True, se
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     if not with_text:
         model = models.ImageTower(model.visual)
-    return Subject(models.LoadedModel(model.eval(), models.tokenizer_of(config)), config, "tiny")
+    return models.LoadedModel(model.eval(), CaptionTokenizer(models.tokenizer_of(config)))
 
 
-def with_shifted(subject: Subject, name: str) -> Subject:
+def with_shifted(model: models.LoadedModel, name: str) -> models.LoadedModel:
     """Return a copy of a model with one weight tensor moved a little."""
-    model = deepcopy(subject.model)
+    copy = deepcopy(model)
     with torch.no_grad():
-        dict(model.model.named_parameters())[name].add_(0.01)
-    return Subject(model, subject.config, subject.name)
-
-
-def files_below(folder: Path) -> list[str]:
-    """Return everything that is in a folder, hidden things included."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+        dict(copy.model.named_parameters())[name].add_(0.01)
+    return copy

@@ -1,0 +1,206 @@
+"""Line charts as inline SVG.
+
+The lines are drawn in an SVG that stretches with the page (strokes keep their width); ticks and legend are
+HTML beside it, so that text keeps its size on any screen. `report.js` adds a cursor that reads out values.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from markupsafe import Markup
+
+from aclip.report.page import compact, count, percent, render
+
+SIZE = 1000  # units of the drawing, both ways
+MAX_POINTS = 320  # a screen cannot show more, and the page stays small
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        name: shown in the legend.
+        points: (x, y), x ascending; a y that is None, NaN or infinite leaves a gap.
+        colour: index into the palette of `style.css`, 0 is grey.
+        style: "line"; "faint" for raw values behind a smoothed line (not in the legend); "dashed" for a reference.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float | None]]
+    colour: int = 1
+    style: Literal["line", "faint", "dashed"] = "line"
+
+    @property
+    def mark(self) -> str:
+        """CSS classes of the line."""
+        return f"{self.style} c{self.colour}"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range [low, high], low < high, with ascending ticks inside it."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def place(self, value: float) -> float:
+        """Return the position of `value`: 0 at `low`, 1 at `high`."""
+        return (value - self.low) / (self.high - self.low)
+
+
+def nice_axis(low: float, high: float, intervals: int = 4, widen: bool = True) -> Axis:
+    """Return an axis around [low, high] whose ticks are multiples of 1, 2, 2.5 or 5 times a power of ten.
+
+    Args:
+        low, high: finite; nearly equal values get room on both sides.
+        intervals: the number of intervals aimed at.
+        widen: whether the axis grows to the next tick on either side, or ends at `low` and `high`.
+    """
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-290):
+        room = abs(low) / 2 or 0.5
+        low, high = low - room, high + room
+    raw = (high - low) / intervals
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1.0, 2.0, 2.5, 5.0, 10.0) if power * m >= raw * (1 - 1e-9))
+    if widen:
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        low, high = first * step, last * step
+    else:
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    # multiples carry binary dust: 0.30000000000000004 would be a label
+    digits = max(0, 2 - math.floor(math.log10(step)))
+    return Axis(low, high, tuple(round(i * step, digits) for i in range(first, last + 1)))
+
+
+def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> Points:
+    """Return at most `limit` points: means over runs of neighbours, and the last point.
+
+    The mean is over finite values; a run without any stays a gap.
+    """
+    if len(points) <= limit:
+        return list(points)
+    size = math.ceil((len(points) - 1) / (limit - 1))
+    body = points[:-1]
+    means = []
+    for group in (body[i : i + size] for i in range(0, len(body), size)):
+        finite = [y for _, y in group if math.isfinite(y)]
+        means.append((sum(x for x, _ in group) / len(group), sum(finite) / len(finite) if finite else math.nan))
+    return [*means, points[-1]]
+
+
+def smooth(points: Sequence[tuple[float, float]], width: float = 0.015) -> Points:
+    """Return the points averaged with weights exp(-distance / width) to both sides, hence without lag.
+
+    Args:
+        points: (x, y); values that are not finite are left out.
+        width: of the average, as a fraction of the number of points.
+    """
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    decay = math.exp(-1.0 / max(1.0, width * len(finite)))
+
+    def one_sided(values: Sequence[float]) -> Points:
+        total, weight, sums = 0.0, 0.0, []
+        for value in values:
+            total, weight = decay * total + value, decay * weight + 1.0
+            sums.append((total, weight))
+        return sums
+
+    ys = [y for _, y in finite]
+    both = zip(finite, one_sided(ys), reversed(one_sided(ys[::-1])), strict=True)
+    return [(x, (before + after - y) / (w + v - 1.0)) for (x, y), (before, w), (after, v) in both]
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    unit: Literal["", "%"] = "",
+    from_zero: bool = False,
+    digits: int = 3,
+    note: str = "",
+    x_label: str = "samples seen",
+    last_values: bool = True,
+) -> Markup:
+    """Return a chart as a `<figure>`; series without a finite point are left out, and without any it is empty.
+
+    Args:
+        title: what is drawn.
+        series: the lines.
+        unit: "%" for fractions in [0, 1], else plain numbers.
+        from_zero: whether the vertical axis must include 0.
+        digits: significant digits of values in legend and cursor.
+        note: small print beside the title.
+        x_label: what the horizontal axis counts.
+        last_values: whether the legend shows each line's last finite value.
+    """
+    drawn = [(s, thin([(x, math.nan if y is None else y) for x, y in s.points])) for s in series]
+    finite = {id(s): [(x, y) for x, y in points if math.isfinite(y)] for s, points in drawn}
+    drawn = [(s, points) for s, points in drawn if finite[id(s)]]
+    if not drawn:
+        return Markup("")
+    xs = [x for _, points in drawn for x, _ in points]
+    ys = [y for s, _ in drawn for _, y in finite[id(s)]] + ([0.0] if from_zero else [])
+    x_axis, y_axis = nice_axis(min(0.0, *xs), max(xs), widen=False), nice_axis(min(ys), max(ys))
+    write: Callable[[float], str] = percent if unit == "%" else partial(compact, digits=digits)
+    lines = [(s, finite[id(s)]) for s, _ in drawn if s.style == "line"]
+    ends = "; ".join(f"{s.name} from {write(p[0][1])} to {write(p[-1][1])}" for s, p in lines)
+    return render(
+        "chart", title=title, note=note, x_label=x_label, size=SIZE,
+        summary=f"{title}: {ends}" if ends else title,
+        legend=[(s.name, s.mark, write(finite[id(s)][-1][1]) if last_values else "")
+                for s, _ in drawn if s.style != "faint"],
+        x_ticks=_ticks(x_axis, "count"), y_ticks=_ticks(y_axis, unit),
+        grid="".join(f"M0 {SIZE * (1 - y_axis.place(tick)):.1f}H{SIZE}" for tick in y_axis.ticks),
+        # faint lines first: they lie behind the others
+        paths=[(_path(points, x_axis, y_axis), s.mark)
+               for s, points in sorted(drawn, key=lambda item: item[0].style != "faint")],
+        readout=json.dumps(
+            [{"name": s.name, "colour": s.colour, "points": [[round(x_axis.place(x), 4), count(x), write(y)]
+                                                             for x, y in points]} for s, points in lines],
+            ensure_ascii=False, separators=(",", ":")))
+
+
+def tick_label(value: float, step: float, unit: str) -> str:
+    """Return a tick's label, with as many decimals as its step needs.
+
+    >>> tick_label(0.15, 0.05, "%"), tick_label(2.0, 0.5, ""), tick_label(150000, 50000, "count")
+    ('15 %', '2.0', '150k')
+    """
+    if value == 0.0:
+        return "0"
+    if unit == "%":
+        return percent(value, _decimals(100 * step))
+    if unit == "count" or abs(value) >= 1e4 or step < 1e-3:
+        return compact(value)
+    return f"{value:.{_decimals(step)}f}"
+
+
+def _path(points: Points, x_axis: Axis, y_axis: Axis) -> str:
+    """Return path data; a lone point becomes a line of length 0, which round caps show as a dot."""
+    parts, pen_down = [], False
+    for x, y in points:
+        if not math.isfinite(y):
+            pen_down = False
+            continue
+        at = f"{SIZE * x_axis.place(x):.1f} {SIZE * (1 - y_axis.place(y)):.1f}"
+        parts.append(f"L{at}" if pen_down else f"M{at}L{at}")
+        pen_down = True
+    return "".join(parts)
+
+
+def _ticks(axis: Axis, unit: str) -> list[tuple[str, str]]:
+    step = axis.ticks[1] - axis.ticks[0] if len(axis.ticks) > 1 else 1.0
+    return [(f"{100 * axis.place(tick):.2f}", tick_label(tick, step, unit)) for tick in axis.ticks]
+
+
+def _decimals(step: float) -> int:
+    """Return the decimals of multiples of `step`, which is 1, 2, 2.5 or 5 times a power of ten."""
+    return next((d for d in range(6) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * step * 10**d), 6)

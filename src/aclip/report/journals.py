@@ -1,0 +1,208 @@
+"""Read a run folder for reports and comparisons: all there is, and a note for what is missing or damaged."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aclip.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from aclip.report.snapshots import Snapshot
+
+Record = dict[str, Any]
+
+Metric = tuple[str, str, str]
+"""Set, evaluator, name of the metric."""
+
+PRIMARY = {"retrieval": "image_to_text_r1", "zero_shot": "top1", "linear_probe": "top1", "knn": "top1"}
+"""Evaluator -> metric; the first evaluator that was run on a set stands for the run."""
+
+
+JOURNALS = ("metrics", "evaluations", "skipped", "robustness", "incidents")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The contents of a run folder, as far as they could be read.
+
+    Attributes:
+        path: the folder.
+        config: `config.json`, or empty.
+        metrics, evaluations, skipped, robustness, incidents: the lines of the journals of these names, in order.
+        peak_memory: in bytes, measured; None if it was not.
+        examples: name of a file of `examples/`, which is its set's (`as_file_name`) -> the images in it.
+        details: the files of `details/`: class by class numbers, reliability diagrams.
+        snapshots: of the first, the middle and the last step that has one.
+        notes: sentences about what is missing or damaged.
+    """
+
+    path: Path
+    config: Record
+    metrics: list[Record]
+    evaluations: list[Record]
+    skipped: list[Record]
+    robustness: list[Record]
+    incidents: list[Record]
+    peak_memory: float | None
+    examples: dict[str, list[Record]]
+    details: list[Record]
+    snapshots: "list[Snapshot]"
+    notes: list[str]
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Time spent in training steps, without evaluation, or None if it was not logged.
+
+        Summed over the logged intervals as samples / rate, so that a resumed run counts each step once.
+        """
+        total, before = 0.0, 0.0
+        for record in self.metrics:
+            seen, rate = number(record, "samples_seen"), number(record, "samples_per_second")
+            if seen is None or not rate:
+                continue
+            total += max(seen - before, 0.0) / rate
+            before = seen
+        return total or None
+
+
+def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
+    """Read a run folder in any state.
+
+    Args:
+        folder: the run's folder.
+        journals_only: leave out images, details and snapshots.
+
+    Raises:
+        ConfigError: the folder does not exist, or holds no run.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"there is no run folder '{folder}'")
+    notes: list[str] = []
+    config = _json(folder / "config.json", notes)
+    metrics, evaluations, skipped, robustness, incidents = (
+        _journal(folder / f"{name}.jsonl", notes) for name in JOURNALS)
+    recorded = any((folder / f"{name}.jsonl").exists() for name in JOURNALS[:3])
+    if not recorded and not (isinstance(config, dict) and mapping(config, "recipe")):
+        raise ConfigError(f"'{folder}' is no run: it has neither a config.json of aclip nor journals; give the "
+                          "--output folder of `aclip train` or `aclip compare`")
+    if not isinstance(config, dict):
+        config = {}
+        notes.append("The configuration (config.json) is missing.")
+    if not metrics:
+        notes.append("No training step has been logged yet.")
+    if not evaluations:
+        notes.append("Nothing has been evaluated yet.")
+    memory = _json(folder / "memory.json", notes)
+    details = [] if journals_only else [_json(path, notes) for path in sorted((folder / "details").glob("*.json"))]
+    return RunFiles(folder, config, metrics, evaluations, skipped, robustness, incidents,
+                    number(memory, "peak_memory") if isinstance(memory, dict) else None,
+                    {} if journals_only else _examples(folder / "examples", notes),
+                    [found for found in details if isinstance(found, dict)],
+                    [] if journals_only else _snapshots(folder / "snapshots", notes), notes)
+
+
+def outcome(folder: Path) -> Record:
+    """Return the final state of a run as plain JSON values.
+
+    Returns:
+        `samples_seen` and `steps` so far; `training_seconds` of the steps, without evaluation; `peak_memory` in bytes;
+        `metrics` and `chance`, each set -> evaluator -> metric -> value, of the last evaluation of the online
+        weights. What is not known is None, or missing among the metrics.
+    """
+    run = read_run(folder, journals_only=True)
+    # a last step that was skipped has no line among the metrics, but is evaluated
+    last = max([*run.metrics[-1:], *run.evaluations], key=lambda record: number(record, "step") or 0, default={})
+    steps = number(last, "step")
+    metrics: dict[str, dict[str, Record]] = {}
+    chance: dict[str, dict[str, Record]] = {}
+    for record in run.evaluations:
+        if record.get("weights") == "online" and number(record, "step") == steps:
+            name, evaluator = str(record.get("set")), str(record.get("evaluator"))
+            metrics.setdefault(name, {})[evaluator] = mapping(record, "metrics")
+            chance.setdefault(name, {})[evaluator] = mapping(record, "chance")
+    return {"samples_seen": number(last, "samples_seen"), "steps": steps, "training_seconds": run.training_seconds,
+            "peak_memory": run.peak_memory, "metrics": metrics, "chance": chance}
+
+
+def primary(result: Record, sets: Sequence[str]) -> tuple[Metric, float] | None:
+    """Return the first metric of `PRIMARY` on the first set where any was measured, and its value; None without any."""
+    for name in sets:
+        measured = mapping(mapping(result, "metrics"), name)
+        for evaluator, metric in PRIMARY.items():
+            value = number(mapping(measured, evaluator), metric)
+            if value is not None:
+                return (name, evaluator, metric), value
+    return None
+
+
+def number(record: Record, name: str) -> float | None:
+    """Return a finite number of a record, or None for anything else."""
+    value = record.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def mapping(record: Record, name: str) -> Record:
+    """Return an object of a record, or an empty one for anything else."""
+    value = record.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def objects(record: Record, name: str) -> list[Record]:
+    """Return the objects of a list in a record."""
+    value = record.get(name)
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _json(path: Path, notes: list[str]) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        notes.append(f"{path.name} is damaged and was left out.")
+        return None
+
+
+def _journal(path: Path, notes: list[str]) -> list[Record]:
+    """Read JSON lines; truncated ones, which an interruption leaves, are left out and counted."""
+    try:
+        # Not splitlines: a caption may hold U+2028 and its like, which JSON does not escape.
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return []
+    records, damaged = [], 0
+    for line in filter(str.strip, lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            damaged += 1
+    if damaged:
+        notes.append(f"{path.name}: {damaged} truncated {'line was' if damaged == 1 else 'lines were'} left out.")
+    return records
+
+
+def _examples(folder: Path, notes: list[str]) -> dict[str, list[Record]]:
+    found = {path.stem: {"images": _json(path, notes)} for path in sorted(folder.glob("*.json"))}
+    return {name: images for name, record in found.items() if (images := objects(record, "images"))}
+
+
+def _snapshots(folder: Path, notes: list[str]) -> "list[Snapshot]":
+    from aclip.report.snapshots import read_snapshot  # imports torch
+
+    paths = sorted(folder.glob("step-*.safetensors"))
+    snapshots = []
+    for i in sorted({0, len(paths) // 2, len(paths) - 1}) if paths else []:
+        try:
+            snapshots.append(read_snapshot(paths[i]))
+        except CheckpointError:
+            notes.append(f"{paths[i].name} is damaged and was left out.")
+    return snapshots
