@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
-    _show_log(debug)
+    show_log(debug)
     try:
         return _run(given)
     except SystemExit as exit_:  # tyro, after --help or a wrong option
@@ -153,7 +153,14 @@ def _compare(given: list[str]) -> None:
     from aclip.comparison import compare
 
     given, paths = take_paths(given, prefix="recipe.")
-    _call(compare, given, "aclip compare", (), {"changes": paths} if paths else {})
+    own = [p for name, p in inspect.signature(compare).parameters.items() if name not in ("settings", "changes")]
+    hints = typing.get_type_hints(compare)
+    decided = {p.name for p in own} | {"recipe", "seed", "freeze", "lr"}
+    members = [(p.name, hints[p.name], p.default) for p in own] + [
+        member for member in _run_members() if member[0] not in decided]
+    parsed = _parse(members, given, "aclip compare", _arguments_of_run() + "\n" + _arguments_of(compare),
+                    str(compare.__doc__).partition("\n\n    Args:")[0])
+    compare(**parsed, changes=paths)
 
 
 def parse_run_settings(given: Sequence[str], program: str, base: Any = None) -> dict[str, Any]:
@@ -164,32 +171,54 @@ def parse_run_settings(given: Sequence[str], program: str, base: Any = None) -> 
         program: for the usage message.
         base: the configuration of a run that is resumed, whose values are the defaults.
     """
-    import tyro
+    settings = _parse(_run_members(base), given, program, _arguments_of_run(), TRAIN)
+    if base is not None and settings["recipe"] == base.recipe.name:
+        settings["recipe"] = base.recipe
+    return settings
 
+
+def _run_members(base: Any = None) -> list[tuple[str, Any, Any]]:
+    """Return name, type and default of every setting of a run, as words of the command line can say them."""
     from aclip.config import RunConfig
 
     hints = typing.get_type_hints(RunConfig)
     simple = {"recipe": str, "image_size": str | None, "resolution_schedule": tuple[str, ...], "output": str | None}
     first = {"recipe": "a-clip", "model": "vit-tiny", "data": (), "output": None}
-    members: list[Any] = []
+    members: list[tuple[str, Any, Any]] = []
     for field in fields(RunConfig):  # type: ignore[arg-type]
         default = first.get(field.name, None if field.default is MISSING else field.default)
         if base is not None:
-            default = getattr(base, field.name)
             default = {"recipe": base.recipe.name, "image_size": _sides(base.image_size), "resolution_schedule": tuple(
-                f"{p.share:g}:{p.resolution:g}" for p in base.resolution_schedule)}.get(field.name, default)
-        hint = simple.get(field.name, hints[field.name])
-        members.append((field.name, _option(hint, default), default))
-    members += [(name, _option(float | None, None), None) for name in SHORTHANDS]
-    members.append(("freeze", _option(tuple[str, ...], ()), ()))
-    arguments = make_dataclass("Arguments", members)
-    arguments.__doc__ = "Train a recipe on image-text pairs.\n\n" + str(RunConfig.__doc__).split("\n\n", 1)[1].rstrip()
-    arguments.__doc__ += "".join(f"\n        {name}: {text}" for name, text in {**SHORTHANDS, **OTHERS}.items())
-    parsed = tyro.cli(arguments, args=list(given), prog=program, description=TRAIN)
-    settings = {field.name: getattr(parsed, field.name) for field in fields(arguments)}
-    if base is not None and settings["recipe"] == base.recipe.name:
-        settings["recipe"] = base.recipe
-    return settings
+                f"{p.share:g}:{p.resolution:g}" for p in base.resolution_schedule)}.get(
+                    field.name, getattr(base, field.name))
+        members.append((field.name, simple.get(field.name, hints[field.name]), default))
+    return [*members, *((name, float | None, None) for name in SHORTHANDS), ("freeze", tuple[str, ...], ())]
+
+
+def _arguments_of(function: Callable[..., Any]) -> str:
+    """Return the lines of a docstring's `Args:`."""
+    return str(function.__doc__).partition("    Args:\n")[2].partition("\n\n    R")[0]
+
+
+def _arguments_of_run() -> str:
+    from aclip.config import RunConfig
+
+    lines = str(RunConfig.__doc__).partition("    Attributes:\n")[2].rstrip()
+    return "\n" + lines + "".join(f"\n        {name}: {text}" for name, text in {**SHORTHANDS, **OTHERS}.items())
+
+
+def _parse(
+    members: Sequence[tuple[str, Any, Any]], given: Sequence[str], program: str, arguments: str, description: str
+) -> dict[str, Any]:
+    import tyro
+
+    empty = inspect.Parameter.empty
+    options = make_dataclass("Options", [
+        (name, _option(hint, default), *(() if default is empty else (default,)))
+        for name, hint, default in sorted(members, key=lambda member: member[2] is not empty)])  # type: ignore[misc]
+    options.__doc__ = f"Options.\n\n    Attributes:\n{arguments.lstrip(chr(10))}"
+    parsed = tyro.cli(options, args=list(given), prog=program, description=description)
+    return {field.name: getattr(parsed, field.name) for field in fields(options)}
 
 
 SHORTHANDS = {
@@ -288,11 +317,15 @@ def _option(hint: Any, default: Any) -> Any:
     """Return the annotation of an option whose help says no more of its default than its text does."""
     import tyro
 
-    if default not in (None, ()):
-        return hint
     kinds = [kind for kind in typing.get_args(hint) if kind in (int, float, str)]
-    metavar = "|".join(kind.__name__.upper() for kind in kinds) if kinds and default is None else None
-    return typing.Annotated[hint, tyro.conf.arg(help_behavior_hint="", metavar=metavar)]
+    metavar = None
+    if any(typing.get_origin(kind) is tuple for kind in typing.get_args(hint)) and str in kinds:
+        metavar = "STR [STR ...]"
+    elif kinds and default is None:
+        metavar = "|".join(kind.__name__.upper() for kind in kinds)
+    if default in (None, ()):
+        return typing.Annotated[hint, tyro.conf.arg(help_behavior_hint="", metavar=metavar)]
+    return typing.Annotated[hint, tyro.conf.arg(metavar=metavar)] if metavar else hint
 
 
 class _ToStandardError(logging.Handler):
@@ -302,7 +335,7 @@ class _ToStandardError(logging.Handler):
         sys.stderr.write(self.format(record) + "\n")
 
 
-def _show_log(debug: bool) -> None:
+def show_log(debug: bool) -> None:
     handler = _ToStandardError()
     handler.setFormatter(logging.Formatter("aclip: %(message)s"))
     logger = logging.getLogger("aclip")
