@@ -464,7 +464,7 @@ def fit(
                         step, incident["loss"], incident["grad_norm"])
             failing = trainer.guard.skipped_in_a_row > config.max_skipped
             record = None
-            if log and trainer.guard.skipped_in_a_row == 0:
+            if log and not trainer.guard.latest_skipped:
                 record = trainer.record(output, lr, momentum) | bad_samples.journal() | {
                     "skipped_steps": trainer.guard.skipped} | clock.restart()
                 if dist.rank() == 0:

@@ -32,12 +32,14 @@ class Guard:
         scaler: of fp16; overflows that it is about to scale away are counted, but not reported.
 
     Attributes:
-        skipped: steps skipped so far. skipped_in_a_row: up to the latest step.
+        skipped: steps skipped so far. skipped_in_a_row: up to the latest step, overflows that the scaler handles aside.
+        latest_skipped: whether the latest step was.
     """
 
     def __init__(self, module: nn.Module, scaler: torch.amp.GradScaler) -> None:
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.latest_skipped = False
         self._scaler = scaler
         self._buffers = list(module.buffers())
         self._before: list[Tensor] = []
@@ -89,6 +91,7 @@ class Guard:
                 arrived.synchronize()
             self._measured.popleft()
             skipped, loss, norm, own_finite = measured.tolist()
+            self.latest_skipped = bool(skipped)
             if not skipped:
                 self.skipped_in_a_row = 0
                 continue

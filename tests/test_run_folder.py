@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def test_refuses_a_folder_that_holds_a_run(folder: RunFolder) -> None:
     folder.create()  # an empty folder may be used
     folder.write_json("config.json", {})
-    with pytest.raises(ConfigError, match="holds a run already: continue it with --resume"):
+    with pytest.raises(ConfigError, match="already holds a run: continue it with --resume"):
         folder.create()
 
 
