@@ -1,6 +1,6 @@
 """How fast training and encoding are on this machine, on synthetic data; steps are timed in turns."""
 
-import json
+
 import math
 import statistics
 import sys
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from json import dumps
 from typing import Any, Literal
 
 import numpy as np
@@ -49,7 +50,7 @@ def bench_step(
     rounds: int = 5,
     precision: Literal["fp32", "bf16", "fp16"] | None = None,
     device: str = "auto",
-    as_json: bool = False,
+    json: bool = False,
     changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Time whole optimizer steps at several batch sizes, in turns, on crops of noise and synthetic captions.
@@ -68,7 +69,7 @@ def bench_step(
         rounds: timed steps of each batch size.
         precision: of the towers (default: as `aclip train` chooses).
         device: auto, cpu, cuda, cuda:1, mps.
-        as_json: print the numbers as JSON instead of a table.
+        json: print the numbers as JSON instead of a table.
         changes: path -> value, fields of the recipe to change.
     """
     from aclip.config import override
@@ -90,8 +91,8 @@ def bench_step(
     best = max(speeds, key=lambda one: float(one["pairs_per_second"]), default=None)
     result = {"recipe": recipe, "model": model, "precision": config.precision, "versions": versions(where),
               "speeds": speeds, "best_batch_size": best["batch_size"] if best else None}
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    if json:
+        sys.stdout.write(dumps(result, indent=2) + "\n")
         return result
     table = Table(box=None, pad_edge=False)
     for title in ("batch", "ms a step", "quartiles", "pairs/s", "peak memory", *(["hours"] if pairs else [])):
@@ -170,7 +171,7 @@ def bench_model(
     rounds: int = 10,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: str = "auto",
-    as_json: bool = False,
+    json: bool = False,
 ) -> dict[str, Any]:
     """Time the encoding of images, whole and with patches dropped, and of texts, in turns.
 
@@ -184,7 +185,7 @@ def bench_model(
         rounds: timed calls of each.
         precision: of the towers.
         device: auto, cpu, cuda, cuda:1, mps.
-        as_json: print the numbers as JSON instead of a table.
+        json: print the numbers as JSON instead of a table.
     """
     if min((*batch_sizes, rounds)) < 1 or not all(0 < fraction <= 1 for fraction in keep):
         raise ConfigError("batch_sizes and rounds are 1 or more, and keep takes fractions of the patches, above 0 and "
@@ -213,8 +214,8 @@ def bench_model(
             "relative": first / seconds["median"]})
     result = {"model": model, "device": versions(where)["device"], "threads": torch.get_num_threads(),
               "precision": precision, "torch": torch.__version__, "rounds": rounds, "speeds": rows}
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    if json:
+        sys.stdout.write(dumps(result, indent=2) + "\n")
         return result
     table = Table("", box=None, pad_edge=False)
     for title in ("patches kept", "tokens", "batch", "a second", "quartiles", "speed-up"):

@@ -28,13 +28,13 @@ def test_whole_and_dropped_images_and_cut_and_whole_texts_are_timed(capsys: pyte
 
 def test_the_table_names_model_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "model", "vit-micro", "--rounds", "1", "--batch-sizes", "1", "--device", "cpu"]) == 0
-    assert "vit-micro, fp32 on cpu, 1 threads, median of 1 turns" in capsys.readouterr().out
+    assert "vit-micro, fp32 on cpu, 1 threads, median of 1 calls" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("more", "sentence"), [
-    (["--keep", "0"], "--keep takes shares"),
-    (["--batch-sizes", "0"], "--batch-sizes takes numbers of 1 or more"),
-    (["--rounds", "0"], "--rounds takes numbers of 1 or more"),
+    (["--keep", "0"], "keep takes fractions"),
+    (["--batch-sizes", "0"], "batch_sizes and rounds are 1 or more"),
+    (["--rounds", "0"], "batch_sizes and rounds are 1 or more"),
 ])
 def test_wrong_usage(more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "model", "vit-micro", *more]) == 2

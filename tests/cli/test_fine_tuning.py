@@ -15,15 +15,16 @@ from aclip.cli import main
 from aclip.exporters import open_clip as exported
 
 # so small that the weights stay what they were: what is trained from can be told from what comes out
-STANDING_STILL = ("--lr", "1e-12", "--set", "recipe.optimization.end_lr=1e-12", "--set",
-                  "recipe.optimization.warmup_start_lr=1e-12", "--weight-decay", "0", "--precision", "fp32",
-                  "--set", "recipe.objectives.ntxent.options.hidden=32",
-                  "--set", "recipe.objectives.byol.options.hidden=32")
+STANDING_STILL = (
+    "--lr", "1e-12", "--weight-decay", "0", "--precision", "fp32",
+    "--recipe.optimization.end_lr", "1e-12", "--recipe.optimization.warmup_start_lr", "1e-12",
+    "--recipe.objectives.ntxent.options.hidden", "32", "--recipe.objectives.byol.options.hidden", "32",
+)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     for number in range(8):
         noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{number}.png")
@@ -47,9 +48,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("wanted", "grid"), [("48", (12, 12)), ("24x40", (6, 10))])
 def test_attentive_fine_tuning_at_another_resolution(
-    pictures: Path, pretrained: Path, tmp_path: Path, wanted: str, grid: tuple[int, int]
+    images: Path, pretrained: Path, tmp_path: Path, wanted: str, grid: tuple[int, int]
 ) -> None:
-    main(["train", "--recipe", "a-clip", "--model", str(pretrained), "--image-size", wanted, "--data", str(pictures),
+    main(["train", "--recipe", "a-clip", "--model", str(pretrained), "--image-size", wanted, "--data", str(images),
           "--output", str(tmp_path / "run"), "--batch-size", "4", "--samples", "4", "--workers", "0", *STANDING_STILL])
     final = tmp_path / "run" / "final"
     before, after = models.create_model(pretrained), models.create_model(final)
@@ -71,7 +72,5 @@ def test_attentive_fine_tuning_at_another_resolution(
 
 @pytest.mark.parametrize("text", ["1x2x3", "large", "-3", "24x"])
 def test_a_wrong_size_is_a_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["train", f"--image-size={text}", "--data", "x.csv"])
-    assert left.value.code == 2
-    assert f"'{text}' is not a number of pixels, nor HEIGHTxWIDTH" in capsys.readouterr().err
+    assert main(["train", f"--image-size={text}", "--data", "x.csv"]) == 2
+    assert "image_size" in capsys.readouterr().err
