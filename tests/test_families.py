@@ -111,7 +111,7 @@ def test_towers_that_pool_the_mean_have_no_scores_even_with_a_class_token() -> N
     shape = models.shape_of(models.model_config("ViT-L-14-CLIPA"))
     assert not shape.scored
     plan.resolve(RECIPES["flip"], shape)
-    with pytest.raises(UnsupportedModelError, match=r"pass 'context': .*learned which patches matter.* uniform"):
+    with pytest.raises(UnsupportedModelError, match=r"pass 'context': .*has no attention scores: .* uniform"):
         plan.resolve(RECIPES["a-clip"], shape)
 
 

@@ -17,13 +17,12 @@ class VarianceObjective(Objective):
     """Pushes the standard deviation of every feature over the batch above `target`."""
 
     def __init__(self, reads, shape, target: float = 1.0) -> None:  # noqa: ANN001
-        super().__init__()
-        (self.name,) = reads
+        super().__init__(reads, shape)
         self.target = target
 
     def forward(self, context: StepContext) -> torch.Tensor:
         """Return the loss, a scalar."""
-        features = context.passes[self.name].cls.float().flatten(0, 1)
+        features = context.passes[self.reads[0]].cls.float().flatten(0, 1)
         return torch.relu(self.target - features.std(dim=0)).mean()
 
 

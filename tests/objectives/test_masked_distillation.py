@@ -102,10 +102,10 @@ def test_equals_a_loop_over_removed_patches(options: dict[str, Any]) -> None:
     temperatures = [options[name] for name in ("student_temperature", "teacher_temperature") if name in options]
     ours, expected = objective(context), literal_loss(objective, context, *temperatures)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    found, wanted = gradients(objective, context, ours), gradients(objective, context, expected)
-    largest = max(float(g.abs().max()) for g in wanted.values())
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+    actual, reference = gradients(objective, context, ours), gradients(objective, context, expected)
+    largest = max(float(g.abs().max()) for g in reference.values())
+    for name, gradient in reference.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
 
 
 def test_only_the_online_side_learns() -> None:
@@ -165,12 +165,12 @@ def test_logits_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     with in_double(objective):
         context = step_context(READS)
         loss = objective(context)
-        wanted = gradients(objective, context, loss)
+        reference = gradients(objective, context, loss)
         monkeypatch.setattr(functional, "LOGITS_AT_ONCE", 5 * CODEWORDS)  # some patches at a time, the last time fewer
         parts = objective(context)
-        for found, expected in ((parts, loss), *(
-                (gradient, wanted[name]) for name, gradient in gradients(objective, context, parts).items())):
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        for actual, expected in ((parts, loss), *(
+                (gradient, reference[name]) for name, gradient in gradients(objective, context, parts).items())):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_no_more_logits_are_held_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

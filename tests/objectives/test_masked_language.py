@@ -56,10 +56,10 @@ def test_equals_a_loop_over_hidden_tokens(layers: int) -> None:
     assert context.texts["hidden"].hidden.sum() == 9
     ours, expected = objective(context), literal_loss(objective, context.texts["hidden"])
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    found, wanted = gradients(objective, context, ours), gradients(objective, context, expected)
-    largest = max(float(g.abs().max()) for g in wanted.values())
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+    actual, reference = gradients(objective, context, ours), gradients(objective, context, expected)
+    largest = max(float(g.abs().max()) for g in reference.values())
+    for name, gradient in reference.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
 
 
 def test_sees_in_both_directions_but_no_padding() -> None:

@@ -66,8 +66,8 @@ def slow_density(grid: tuple[int, int], variance: float) -> list[float]:
     for i in range(grid[0]):
         for j in range(grid[1]):
             indices = zip((i, j), grid, strict=True)
-            place = np.array([2 * index / (count - 1) - 1 if count > 1 else 0.0 for index, count in indices])
-            exponent = -0.5 * place @ np.linalg.inv(covariance) @ place
+            position = np.array([2 * index / (count - 1) - 1 if count > 1 else 0.0 for index, count in indices])
+            exponent = -0.5 * position @ np.linalg.inv(covariance) @ position
             result.append(math.exp(exponent) / (2 * math.pi * math.sqrt(np.linalg.det(covariance))))
     return result
 
@@ -113,8 +113,8 @@ def test_equals_the_slow_definition(height: int, width: int, ratio: int, side: i
 def test_nearer_the_centre_is_kept_more_often() -> None:
     keep = GaussianMasking(0.5)(seeded(4000, (5, 5)))
     counts = torch.bincount(keep.flatten(), minlength=25).reshape(5, 5).double()
-    place = torch.arange(-2, 3)
-    distance = place.square()[:, None] + place.square()
+    offset = torch.arange(-2, 3)
+    distance = offset.square()[:, None] + offset.square()
     rings = [counts[distance == d].mean().item() for d in distance.unique()]
     assert rings == sorted(rings, reverse=True)
     assert counts.min() > 0  # still random, even in the corners
