@@ -44,8 +44,8 @@ def test_differences_of_features_logit_scale_and_pixels_are_refused_but_length_d
         (replace(perfect(), encode_image=lambda x: encode(x)[:, :-1]), "image features"),
         (replace(perfect(), encode_text=lambda x: MODEL.encode_text(x).abs()), "text features"),
         (replace(perfect(), logit_scale=1.0), "logit scale"),
-        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image) + 0.1), "grey levels"),
-        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image)[:, :20]), "grey levels"),
+        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image) + 0.1), "preprocessed pixels"),
+        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image)[:, :20]), "preprocessed pixels"),
     ):
         with pytest.raises(ExportError, match=name):
             check_differences(compare(broken, MODEL, EXAMPLES), 1e-5, "it")

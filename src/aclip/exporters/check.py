@@ -30,9 +30,9 @@ CAPTIONS = (
 )
 """Hard cases for a tokenizer: case, accents, emoji, entities, quotes, the empty text, more than the context."""
 
-PREPROCESSING, TOKENS = "preprocessing, in grey levels of 255", "captions tokenized differently"
-LIMITS = {PREPROCESSING: 2.0, TOKENS: float("inf")}
-"""Accepted differences other than those of features: libraries round pixels and clean texts differently."""
+PIXELS, TOKENS = "preprocessed pixels (of 255)", "captions tokenized differently"
+LIMITS = {PIXELS: 2.0, TOKENS: float("inf")}
+"""Limits other than the tolerance of features: libraries round pixels and clean texts differently."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def source_examples(spec: str) -> Examples | None:
     """Return up to `NUM_IMAGES` images of a source with their captions, and `CAPTIONS`; None if none can be read."""
     found = []
     try:
-        source = data.open_source(spec)
+        source = data.open_training(data.split_name(spec)[1])  # [NAME=]SOURCE[=WEIGHT]
         for index in range(0, len(source), len(source) // NUM_IMAGES + 1):
             with contextlib.suppress(BadSampleError):
                 sample = source.read(index)
@@ -121,7 +121,7 @@ def write_checked(
             content = {**(record or {}), "library": exporter.library, "examples": examples.origin,
                        "tolerance": tolerance, "differences": differences}
             (temporary / RECORD).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's writers raise RuntimeError on a full disk
         raise ExportError(f"cannot write the export to {folder}: {error}") from error
     return differences
 
@@ -131,7 +131,7 @@ def compare(readback: Readback, model: LoadedModel, examples: Examples) -> dict[
     """Return the differences between an export, as read back, and its model; NaN where shapes differ.
 
     Of L2-normalised features and of preprocessed pixels the largest of an entry, of the logit scale the relative one,
-    of tokens the number of captions. What a format does not bring along is left out.
+    of tokens the number of captions. What a format does not have is left out.
     """
     captions = list(examples.captions)
     pixels = torch.stack([model.preprocess(image) for image in examples.images])
@@ -148,7 +148,7 @@ def compare(readback: Readback, model: LoadedModel, examples: Examples) -> dict[
         levels = torch.tensor(preprocess_config(model.model)["std"])[:, None, None] * 255
         differences = [_difference(readback.preprocess(image) * levels, model.preprocess(image) * levels)
                        for image in synthetic_examples(model.image_size).images]
-        found[PREPROCESSING] = float(torch.tensor(differences).max())  # unlike max(), NaN if any is
+        found[PIXELS] = float(torch.tensor(differences).max())  # unlike max(), NaN if any is
     return found
 
 

@@ -49,6 +49,7 @@ def export(
     from aclip.models import load, model_config
     from aclip.run_folder import RunFolder
 
+    model = str(model)  # a Path is fine too
     if to not in EXPORTERS:
         raise ConfigError(unknown_name("export format", to, EXPORTERS))
     exporter, path, run = EXPORTERS[to], Path(model), RunFolder(Path(model))
@@ -58,7 +59,9 @@ def export(
     loaded = load(model, weights=weights)
     loaded.tokenizer = CaptionTokenizer(loaded.tokenizer)
     config = run.read_json("config.json") if is_run else None
-    examples = next(filter(None, map(source_examples, _sources(config or {}))), synthetic_examples(loaded.image_size))
+    training = (config or {}).get("data", ())
+    specs = [*(config or {}).get("validation", ()), *([training] if isinstance(training, str) else training)]
+    examples = next(filter(None, map(source_examples, specs)), None) or synthetic_examples(loaded.image_size)
     differences = write_checked(
         exporter, loaded, model_config(model), folder, examples, tolerance=tolerance, overwrite=overwrite,
         card=lambda found: model_card(
@@ -69,8 +72,9 @@ def export(
                     ["aclip", "export", model, "--to", to, "--weights", weights, "--output", str(folder)])})
     console = Console(highlight=False)
     found = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())
-    console.print(f"differences in {exporter.library}: {found} (on {examples.origin})", markup=False, soft_wrap=True)
-    console.print(f"exported to {folder}  model card: {folder / 'README.md'}", markup=False, soft_wrap=True)
+    for line in (f"largest difference in {exporter.library}, on {examples.origin}: {found}",
+                 f"exported to {folder}  model card: {folder / 'README.md'}"):
+        console.print(line, markup=False, soft_wrap=True)
     return folder
 
 
@@ -79,10 +83,3 @@ def _default_output(model: str, name: str, is_run: bool) -> Path:
         return Path(model) / "export" / name
     title = Path(model).resolve().name if Path(model).is_dir() else re.sub("[/:]", "-", model)
     return Path("exports") / f"{title}-{name}"
-
-
-def _sources(config: dict[str, str | list[str]]) -> list[str]:
-    """Return a run's held-out sets, without NAME=, and its training sources, without =WEIGHT."""
-    sources = config.get("data", [])
-    return [*(re.sub(r"^[\w-]+=", "", spec) for spec in config.get("validation", ())),
-            *(re.sub(r"=[\d.]+$", "", spec) for spec in ([sources] if isinstance(sources, str) else sources))]

@@ -1,5 +1,6 @@
 """Export for ONNX Runtime: a graph of each tower with any batch size, text at full context."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class OnnxExporter(Exporter):
 
     def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:
         """Translate the traced towers."""
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)  # warns of every operation it cannot fold
         for name, program in trace(model).items():
             source, target = NAMES[name]
             size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
