@@ -17,7 +17,7 @@ from aclip.exporters import EXPORTERS, Readback, write_checked
 from aclip.exporters import open_clip as open_clip_exporter
 from aclip.exporters.base import logit_multiplier
 from aclip.exporters.check import TOKENS, check_differences, compare
-from aclip.models import LoadedModel
+from aclip.models import LoadedModel, resize_images
 
 MODEL = tiny_model()
 
@@ -136,6 +136,16 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 def test_open_clip_cannot_hold_an_image_tower_alone(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"only an image tower.*--to huggingface, onnx"):
         write(tmp_path / "out", model=tiny_model(with_text=False))
+
+
+def test_a_timm_tower_at_another_size_than_open_clip_builds_is_refused(tmp_path: Path) -> None:
+    config = TINY | {"vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear",
+                                    "image_size": 160}}
+    model = tiny_model(config)
+    write_checked(EXPORTERS["open_clip"], model, config, tmp_path / "own")
+    resize_images(model.model.visual, (96, 96))
+    with pytest.raises(ExportError, match=r"for open_clip failed, so nothing was written: .*size mismatch"):
+        write_checked(EXPORTERS["open_clip"], model, config, tmp_path / "other")
 
 
 def test_save_replaces_a_model_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
