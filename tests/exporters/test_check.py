@@ -13,14 +13,13 @@ from tiny_models import TINY, tiny_model
 from torch import Tensor
 
 from aclip.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedModelError
-from aclip.exporters import EXPORTERS, Readback, synthetic_examples, write_checked
+from aclip.exporters import EXPORTERS, Readback, write_checked
 from aclip.exporters import open_clip as open_clip_exporter
 from aclip.exporters.base import logit_multiplier
 from aclip.exporters.check import TOKENS, check_differences, compare
-from aclip.models import LoadedModel
+from aclip.models import LoadedModel, resize_images
 
 MODEL = tiny_model()
-EXAMPLES = synthetic_examples((24, 24))
 
 
 def perfect() -> Readback:
@@ -29,7 +28,7 @@ def perfect() -> Readback:
 
 
 def test_a_perfect_readback_has_no_differences() -> None:
-    differences = compare(perfect(), MODEL, EXAMPLES)
+    differences = compare(perfect(), MODEL)
     assert len(differences) == 5
     assert max(differences.values()) < 2e-7  # normalising twice
     check_differences(differences, 2e-7, "itself")
@@ -37,18 +36,18 @@ def test_a_perfect_readback_has_no_differences() -> None:
 
 def test_differences_of_features_logit_scale_and_pixels_are_refused_but_length_does_not_count() -> None:
     encode = MODEL.encode_image
-    assert compare(replace(perfect(), encode_image=lambda x: 2 * encode(x)), MODEL, EXAMPLES)["image features"] < 2e-7
+    assert compare(replace(perfect(), encode_image=lambda x: 2 * encode(x)), MODEL)["image features"] < 2e-7
     for broken, name in (
         (replace(perfect(), encode_image=lambda x: encode(x).roll(1, dims=0)), "image features"),
         (replace(perfect(), encode_image=lambda x: encode(x) * float("nan")), "image features"),
         (replace(perfect(), encode_image=lambda x: encode(x)[:, :-1]), "image features"),
         (replace(perfect(), encode_text=lambda x: MODEL.encode_text(x).abs()), "text features"),
         (replace(perfect(), logit_scale=1.0), "logit scale"),
-        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image) + 0.1), "grey levels"),
-        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image)[:, :20]), "grey levels"),
+        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image) + 0.1), "preprocessed pixels"),
+        (replace(perfect(), preprocess=lambda image: MODEL.preprocess(image)[:, :20]), "preprocessed pixels"),
     ):
         with pytest.raises(ExportError, match=name):
-            check_differences(compare(broken, MODEL, EXAMPLES), 1e-5, "it")
+            check_differences(compare(broken, MODEL), 1e-5, "it")
 
 
 def test_captions_tokenized_differently_are_counted() -> None:
@@ -58,11 +57,11 @@ def test_captions_tokenized_differently_are_counted() -> None:
         ids[:, -1] = 7  # after the end of every caption but the longest
         return ids
 
-    assert compare(replace(perfect(), tokenize=tokenize), MODEL, EXAMPLES)[TOKENS] == 2
+    assert compare(replace(perfect(), tokenize=tokenize), MODEL)[TOKENS] == 2
 
 
 def write(folder: Path, *, model: LoadedModel = MODEL, to: str = "open_clip", **options: Any) -> None:
-    write_checked(EXPORTERS[to], model, TINY, folder, EXAMPLES, **options)
+    write_checked(EXPORTERS[to], model, TINY, folder, **options)
 
 
 def test_an_earlier_export_is_replaced_only_with_overwrite_and_by_a_good_one(tmp_path: Path) -> None:
@@ -95,20 +94,20 @@ def full_disk(*_: object, **__: object) -> None:
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_clip_exporter, "save_file", full_disk)
-    with pytest.raises(ExportError, match=r"cannot write the export to .*: .*No space left on device"):
+    with pytest.raises(ExportError, match=r"export to .* failed, so nothing was written: .*No space left on device"):
         write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ExportError, match=r"cannot write the export to .*/file/out"):
+    with pytest.raises(ExportError, match=r"the export to .*/file/out .*failed"):
         write(tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize(("error", "expected", "message"), [
     (KeyboardInterrupt("by hand"), KeyboardInterrupt, "by hand"),
-    (RuntimeError("size mismatch\n\tfor visual"), ExportError, r"open_clip cannot load the export.*: .*size mismatch"),
+    (RuntimeError("size mismatch\n\tfor visual"), ExportError, r"for open_clip failed.*: .*size mismatch"),
 ])
 def test_an_interruption_or_an_error_on_loading_leaves_nothing(
     error: BaseException, expected: type[BaseException], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -137,6 +136,16 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 def test_open_clip_cannot_hold_an_image_tower_alone(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"only an image tower.*--to huggingface, onnx"):
         write(tmp_path / "out", model=tiny_model(with_text=False))
+
+
+def test_a_timm_tower_at_another_size_than_open_clip_builds_is_refused(tmp_path: Path) -> None:
+    config = TINY | {"vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear",
+                                    "image_size": 160}}
+    model = tiny_model(config)
+    write_checked(EXPORTERS["open_clip"], model, config, tmp_path / "own")
+    resize_images(model.model.visual, (96, 96))
+    with pytest.raises(ExportError, match=r"for open_clip failed, so nothing was written: .*size mismatch"):
+        write_checked(EXPORTERS["open_clip"], model, config, tmp_path / "other")
 
 
 def test_save_replaces_a_model_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,10 @@ from PIL import Image
 from tiny_models import TINY, changed, tiny_model, with_shifted
 
 from aclip.errors import ExportError
-from aclip.exporters import EXPORTERS, Exporter, Readback, synthetic_examples, write_checked
+from aclip.exporters import EXPORTERS, Exporter, Readback, write_checked
 from aclip.exporters.torch_export import write_metadata
 from aclip.models import LoadedModel
 
-EXAMPLES = synthetic_examples((24, 24))
 SHALLOW = changed("vision_cfg", layers=1) | {"text_cfg": changed("text_cfg", layers=1)["text_cfg"]}
 TRACED = ("onnx", "torch-export")  # formats whose cost grows with the layers
 
@@ -37,7 +36,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     name, folder = request.param, tmp_path_factory.mktemp("exports") / request.param
     config = SHALLOW if name in TRACED else TINY
     model = tiny_model(config)
-    differences = write_checked(EXPORTERS[name], model, config, folder, EXAMPLES)
+    differences = write_checked(EXPORTERS[name], model, config, folder)
     return Exported(name, model, folder, differences, EXPORTERS[name].read(folder, model))
 
 
@@ -83,7 +82,7 @@ def test_an_export_with_other_weights_is_refused_and_nothing_is_left(
             return ""
 
     with pytest.raises(ExportError, match=rf"{what}: .* differs from the model by .* nothing was written"):
-        write_checked(Copying(), with_shifted(exported.model, weight), TINY, tmp_path / "out", EXAMPLES)
+        write_checked(Copying(), with_shifted(exported.model, weight), TINY, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -109,8 +108,7 @@ def test_the_code_on_the_model_card_runs(exported: Exported, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["huggingface", "torch-export"])
 def test_an_image_tower_alone_is_exported(name: str, tmp_path: Path) -> None:
-    differences = write_checked(EXPORTERS[name], tiny_model(SHALLOW, with_text=False), SHALLOW, tmp_path / "out",
-                                EXAMPLES)
+    differences = write_checked(EXPORTERS[name], tiny_model(SHALLOW, with_text=False), SHALLOW, tmp_path / "out")
     assert differences["image features"] < 1e-6
     assert "text features" not in differences
     assert not (tmp_path / "out" / "tokenizer.json").exists()
@@ -136,5 +134,5 @@ def test_scale_and_bias_of_the_logits_are_beside_the_graphs(
 ])
 def test_variants_of_the_architecture_are_exported(config: dict[str, Any], variant: str, tmp_path: Path) -> None:
     for name in ("huggingface", "open_clip"):
-        differences = write_checked(EXPORTERS[name], tiny_model(config), config, tmp_path / name, EXAMPLES)
+        differences = write_checked(EXPORTERS[name], tiny_model(config), config, tmp_path / name)
         assert max(differences["image features"], differences["text features"]) < 1e-6, variant

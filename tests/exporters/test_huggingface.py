@@ -21,13 +21,13 @@ from aclip.exporters.base import logit_multiplier
 from aclip.exporters.huggingface import EOT, SOT, image_processor_config, write_tokenizer
 
 MODEL = tiny_model()
-EXAMPLES = synthetic_examples((24, 24))
+IMAGES = synthetic_examples((24, 24)).images
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exports") / "huggingface"
-    write_checked(EXPORTERS["huggingface"], MODEL, TINY, path, EXAMPLES)
+    write_checked(EXPORTERS["huggingface"], MODEL, TINY, path)
     return path
 
 
@@ -62,14 +62,14 @@ def test_its_processor_and_model_compute_our_similarities(folder: Path, processo
 def test_the_folder_can_be_loaded_again(folder: Path) -> None:
     again = aclip.load(folder)
     texts = ["a cat", "“two” dogs &amp; more", "word " * 50]
-    for theirs, ours in ((again.encode_images(EXAMPLES.images), MODEL.encode_images(EXAMPLES.images)),
+    for theirs, ours in ((again.encode_images(IMAGES), MODEL.encode_images(IMAGES)),
                          (again.encode_texts(texts), MODEL.encode_texts(texts))):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
 
 
 def test_an_image_tower_alone_gives_its_pooled_token(tmp_path: Path) -> None:
     model = tiny_model(with_text=False)
-    write_checked(EXPORTERS["huggingface"], model, TINY, tmp_path / "out", EXAMPLES)
+    write_checked(EXPORTERS["huggingface"], model, TINY, tmp_path / "out")
     theirs = CLIPVisionModel.from_pretrained(tmp_path / "out", local_files_only=True).eval()
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "out", local_files_only=True)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)

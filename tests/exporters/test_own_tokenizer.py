@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from aclip import models
-from aclip.exporters import EXPORTERS, synthetic_examples, write_checked
+from aclip.exporters import EXPORTERS, write_checked
 
 WORDS = ["<pad>", "<s>", "</s>", "?", "eine", "katze", "zwei", "hunde"]
 TEXTS = ["eine katze", "zwei hunde und noch mehr", ""]
@@ -38,7 +38,7 @@ def test_open_clip_loads_it_from_the_exported_folder(config: dict[str, Any], tmp
     model = tiny_model(config)
     tokens = model.tokenizer(TEXTS)
     assert tokens[0, :5].tolist() == [1, 4, 5, 2, 0]
-    write_checked(EXPORTERS["open_clip"], model, config, tmp_path / "out", synthetic_examples((24, 24)))
+    write_checked(EXPORTERS["open_clip"], model, config, tmp_path / "out")
     shutil.rmtree(tmp_path / "german")  # as on another machine
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(TEXTS), tokens)
     assert torch.equal(models.load(tmp_path / "out").tokenizer(TEXTS), tokens)
@@ -46,7 +46,7 @@ def test_open_clip_loads_it_from_the_exported_folder(config: dict[str, Any], tmp
 
 def test_the_code_on_the_card_of_an_onnx_export_runs(config: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(config)
-    write_checked(EXPORTERS["onnx"], model, config, tmp_path / "out", synthetic_examples((24, 24)))
+    write_checked(EXPORTERS["onnx"], model, config, tmp_path / "out")
     names: dict[str, Any] = {"pixels": torch.zeros(1, 3, 24, 24).numpy()}
     exec(EXPORTERS["onnx"].usage(model).replace("FOLDER", str(tmp_path / "out")).replace("a cat", TEXTS[0]), names)
     texts = model.encode_text(model.tokenizer([TEXTS[0], "two dogs"])).detach()

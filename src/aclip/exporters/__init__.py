@@ -14,15 +14,15 @@ from aclip.exporters.command import export
 if TYPE_CHECKING:
     from aclip.exporters import open_clip
     from aclip.exporters.base import Exporter, Readback
-    from aclip.exporters.check import Examples, synthetic_examples, write_checked
+    from aclip.exporters.check import synthetic_examples, write_checked
 
 EXPORTERS: "dict[str, Exporter]"
 """Formats by the name that `export(to=...)` takes; `EXPORTERS["mine"] = MyExporter()` adds one."""
 
-__all__ = ["EXPORTERS", "Examples", "Exporter", "Readback", "export", "open_clip", "synthetic_examples",
+__all__ = ["EXPORTERS", "Exporter", "Readback", "export", "open_clip", "synthetic_examples",
            "write_checked"]
 
-_HOMES = {"Exporter": "base", "Readback": "base", "Examples": "check", "synthetic_examples": "check",
+_HOMES = {"Exporter": "base", "Readback": "base", "synthetic_examples": "check",
           "write_checked": "check"}
 
 

@@ -56,8 +56,8 @@ of open_clip ({{ pixels.interpolation }}), mean {{ pixels.mean | join(", ") }}, 
 
 ## Check
 
-Differences between the model and this export as {{ library }} loads it, on {{ origin }}; of L2-normalised features the
-largest of an entry.
+Differences between the model and this export as {{ library }} loads it, on synthetic images and captions; of
+L2-normalised features the largest of an entry.
 
 {{ check }}
 
@@ -73,7 +73,7 @@ The licence of the weights that were exported applies.
 
 
 def model_card(
-    exporter: Exporter, model: LoadedModel, name: str, differences: Mapping[str, float], origin: str, *,
+    exporter: Exporter, model: LoadedModel, name: str, differences: Mapping[str, float], *,
     weights: str = "online", config: Mapping[str, Any] | None = None, evaluations: Iterable[Mapping[str, Any]] = (),
 ) -> str:
     """Return the text of the card.
@@ -83,7 +83,6 @@ def model_card(
         model: what was exported.
         name: its title.
         differences: what the check found.
-        origin: which examples were compared.
         weights: which weights of the run the model holds.
         config: `config.json` of the run; None for a model from elsewhere.
         evaluations: records of the run's `evaluations.jsonl`.
@@ -97,7 +96,7 @@ def model_card(
         card_data, template_str=TEMPLATE, name=name, has_text=model.has_text, weights=weights, config=config,
         usage=exporter.usage(model), size=model.image_size, pixels=preprocess_config(model.model), step=model.step,
         samples_seen=model.samples_seen, config_json=json.dumps(shown, indent=2, ensure_ascii=False),
-        metrics=_metrics(evaluations, weights, model.step), library=exporter.library, origin=origin,
+        metrics=_metrics(evaluations, weights, model.step), library=exporter.library,
         check=_table(("", "difference"), ((what, f"{value:.2g}") for what, value in differences.items()))))
 
 

@@ -15,8 +15,8 @@ def export(
     """Write a model for another library, and check that it computes the same features there.
 
     The export is read back with the library it is for. If the features of images and captions differ from the model's
-    by more than the tolerance, nothing is written. The images are those of the run's validation or training data where
-    these can be read, else synthetic. A model card, README.md, says how the model was trained, evaluated and checked.
+    by more than the tolerance, nothing is written. A model card, README.md, says how the model was trained, evaluated
+    and checked.
 
     Args:
         model: a run's folder, or any model that training starts from: a folder, NAME:TAG, NAME:FILE.
@@ -34,7 +34,7 @@ def export(
         ConfigError: an unknown model or format, or something else is at `output`.
         UnsupportedModelError: the format cannot represent the model.
         MissingDependencyError: the format needs a package that is not installed.
-        ExportError: the features differ, the library cannot load the export, or it cannot be written.
+        ExportError: the features differ, or the export cannot be written or loaded.
 
     Example:
         >>> import aclip
@@ -45,10 +45,11 @@ def export(
     from aclip.data import CaptionTokenizer
     from aclip.exporters import EXPORTERS
     from aclip.exporters.card import model_card
-    from aclip.exporters.check import source_examples, synthetic_examples, write_checked
+    from aclip.exporters.check import write_checked
     from aclip.models import load, model_config
     from aclip.run_folder import RunFolder
 
+    model = str(model)  # a Path is fine too
     if to not in EXPORTERS:
         raise ConfigError(unknown_name("export format", to, EXPORTERS))
     exporter, path, run = EXPORTERS[to], Path(model), RunFolder(Path(model))
@@ -58,19 +59,19 @@ def export(
     loaded = load(model, weights=weights)
     loaded.tokenizer = CaptionTokenizer(loaded.tokenizer)
     config = run.read_json("config.json") if is_run else None
-    examples = next(filter(None, map(source_examples, _sources(config or {}))), synthetic_examples(loaded.image_size))
     differences = write_checked(
-        exporter, loaded, model_config(model), folder, examples, tolerance=tolerance, overwrite=overwrite,
+        exporter, loaded, model_config(model), folder, tolerance=tolerance, overwrite=overwrite,
         card=lambda found: model_card(
-            exporter, loaded, path.resolve().name if path.is_dir() else model, found, examples.origin,
-            weights=weights, config=config, evaluations=run.records("evaluations")),
+            exporter, loaded, path.resolve().name if path.is_dir() else model, found, weights=weights, config=config,
+            evaluations=run.records("evaluations")),
         record={"model": model, "format": to, "weights": weights, "step": loaded.step,
                 "samples_seen": loaded.samples_seen, "command": shlex.join(
                     ["aclip", "export", model, "--to", to, "--weights", weights, "--output", str(folder)])})
     console = Console(highlight=False)
     found = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())
-    console.print(f"differences in {exporter.library}: {found} (on {examples.origin})", markup=False, soft_wrap=True)
-    console.print(f"exported to {folder}  model card: {folder / 'README.md'}", markup=False, soft_wrap=True)
+    for line in (f"largest difference in {exporter.library}: {found}",
+                 f"exported to {folder}  model card: {folder / 'README.md'}"):
+        console.print(line, markup=False, soft_wrap=True)
     return folder
 
 
@@ -79,10 +80,3 @@ def _default_output(model: str, name: str, is_run: bool) -> Path:
         return Path(model) / "export" / name
     title = Path(model).resolve().name if Path(model).is_dir() else re.sub("[/:]", "-", model)
     return Path("exports") / f"{title}-{name}"
-
-
-def _sources(config: dict[str, str | list[str]]) -> list[str]:
-    """Return a run's held-out sets, without NAME=, and its training sources, without =WEIGHT."""
-    sources = config.get("data", [])
-    return [*(re.sub(r"^[\w-]+=", "", spec) for spec in config.get("validation", ())),
-            *(re.sub(r"=[\d.]+$", "", spec) for spec in ([sources] if isinstance(sources, str) else sources))]

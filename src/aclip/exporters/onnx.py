@@ -1,5 +1,6 @@
 """Export for ONNX Runtime: a graph of each tower with any batch size, text at full context."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aclip.errors import ExportError
 from aclip.exporters.base import Exporter, Readback, missing_package
 from aclip.exporters.torch_export import read_towers, trace, write_metadata
 from aclip.models import LoadedModel
@@ -37,17 +37,12 @@ class OnnxExporter(Exporter):
 
     def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:
         """Translate the traced towers."""
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)  # warns of every operation it cannot fold
         for name, program in trace(model).items():
             source, target = NAMES[name]
             size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-            try:
-                torch.onnx.export(program, (), str(folder / f"{name}.onnx"), dynamo=True, input_names=[source],
-                                  output_names=[target], external_data=size > MAX_INLINE_BYTES, verbose=False)
-            except OSError:
-                raise
-            except Exception as error:  # the exporter's own exceptions are not public
-                raise ExportError(f"torch.onnx cannot export the {name} tower: {error}; use --to torch-export"
-                                  ) from error
+            torch.onnx.export(program, (), str(folder / f"{name}.onnx"), dynamo=True, input_names=[source],
+                              output_names=[target], external_data=size > MAX_INLINE_BYTES, verbose=False)
         write_metadata(model, folder)
 
     def read(self, folder: Path, model: LoadedModel) -> Readback:
