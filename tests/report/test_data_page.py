@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from html_page import EVIL, Page
-from made_pictures import encode, picture
 from PIL import Image
 
 from aclip.data import open_source
 from aclip.data.doctor import Limits, examine
 from aclip.report import write_data_page, write_look_page
+from made_pictures import encode, picture
 
 
 def test_findings_are_shown_with_images_and_captions_as_text(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import write_lines
 from html_page import EVIL, Page
 from synthetic_comparison import write_comparison_folder
 
 from aclip.errors import ConfigError
 from aclip.report import write_report
+from conftest import write_lines
 
 
 def report(folder: Path) -> Page:
@@ -67,7 +67,7 @@ def test_a_folder_that_holds_no_run_is_refused_and_left_alone(tmp_path: Path, co
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     before = list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match="is no run: it has neither a config.json of aclip nor journals; give the"):
+    with pytest.raises(ConfigError, match=r"is no run: it has neither a config\.json of aclip nor journals; give the"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == before
     with pytest.raises(ConfigError, match="there is no run folder"):

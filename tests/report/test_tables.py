@@ -123,7 +123,7 @@ def test_sets_come_in_their_order(folder: Path) -> None:
     values["runs"][0]["metrics"]["second"] = {"knn": {"top1": 0.5}}
     (folder / "comparison.json").write_text(json.dumps(values))
     tables = read_comparison(folder).tables
-    assert list(tables.metrics)[0] == ("second", "knn")
+    assert next(iter(tables.metrics)) == ("second", "knn")
     assert "val R@1 to caption" in tables.summary().columns
 
 
