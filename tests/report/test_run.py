@@ -8,6 +8,7 @@ import pytest
 from html_page import EVIL, Page
 from synthetic_comparison import write_comparison_folder
 
+from aclip import report as reporting
 from aclip.errors import ConfigError
 from aclip.report import write_report
 from conftest import write_lines
@@ -72,6 +73,11 @@ def test_a_folder_that_holds_no_run_is_refused_and_left_alone(tmp_path: Path, co
     assert list(tmp_path.iterdir()) == before
     with pytest.raises(ConfigError, match="there is no run folder"):
         write_report(tmp_path / "nowhere")
+
+
+def test_the_verb_prints_where_the_page_is(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = reporting.report(run_folder)
+    assert capsys.readouterr().out == f"report: {path}\n"
 
 
 def test_the_report_of_a_comparison_is_its_page(tmp_path: Path) -> None:

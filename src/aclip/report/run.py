@@ -91,6 +91,22 @@ def write_report(folder: Path) -> Path:
         incidents=incidents(run.incidents), versions=mapping(run.config, "versions"))
 
 
+def report(folder: Path) -> Path:
+    """Write the page of a run, `report.html`, or of a comparison, `index.html`, and print where it is.
+
+    Args:
+        folder: of a run or a comparison, in any state.
+
+    Returns:
+        The path of the page.
+    """
+    from rich.console import Console
+
+    path = write_report(folder)
+    Console(highlight=False).print(f"report: {path}", markup=False, soft_wrap=True)
+    return path
+
+
 def headline(run: RunFiles) -> dict[str, Any]:
     """Return what was trained, the main number of every held-out set, and the time it took."""
     about, sources = mapping(run.config, "recipe"), run.config.get("data")
