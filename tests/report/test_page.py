@@ -18,12 +18,12 @@ def macro(name, *arguments):
     return getattr(pages._environment().get_template("macros.html.j2").module, name)(*arguments)
 
 
-@pytest.mark.parametrize(("share", "text"), [
+@pytest.mark.parametrize(("fraction", "text"), [
     (0.0, "0 %"), (1.0, "100 %"), (0.4213, "42.1 %"), (0.000576, "0.06 %"), (0.0000021, "0.0002 %"),
     (-0.5, "-50.0 %"), (None, MISSING), (float("nan"), MISSING),
 ])
-def test_percent(share, text):
-    assert percent(share) == text
+def test_percent(fraction, text):
+    assert percent(fraction) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [

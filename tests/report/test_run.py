@@ -186,7 +186,7 @@ def test_unknown_evaluators_and_zero_shot_have_tables(run_folder: Path) -> None:
     assert "12.3 %" in page.words("")
 
 
-def test_skipped_samples_are_counted_by_what_their_reasons_share(run_folder: Path) -> None:
+def test_skipped_samples_are_counted_by_what_their_reasons_have_in_common(run_folder: Path) -> None:
     write_lines(run_folder / "skipped.jsonl", [
         {"step": 1, "key": f"row {n}", "reason": f"cannot read the image file: gone: /d/{n}.jpg"} for n in range(250)])
     words = report(run_folder).words("skipped")
