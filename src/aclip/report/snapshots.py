@@ -128,8 +128,8 @@ def take_snapshot(
     batch = _whole_images(images, method.plan.view_sizes).to(method.mean.device)
     with torch.no_grad():
         passes = method.run_passes(batch)
-        shown = max(method.plan.passes, key=lambda p: p.num_patches - p.num_keep)
-        keep = passes[shown.spec.name].keep_indices
+        shown = max(method.plan.passes.values(), key=lambda p: p.num_patches - p.num_keep)
+        keep = passes[shown.name].keep_indices
         scores = _scores(method, batch, passes, shown)
     kept = torch.arange(shown.num_patches).expand(batch.size, -1) if keep is None else keep[0]
     path = snapshot_path(folder, step)
