@@ -45,7 +45,7 @@ def test_everything_is_on_the_page(folder: Path) -> None:
         "curves": ("val R@1 to caption by pairs seen", "by time in training steps", "seconds", "chance"),
         "kept": ("a cat", "flip 4 of 8", "clip sees all of them"),
         "cost": ("flip, unmasked 1000 ms 900 ms to 1200 ms 10", "12.5 tokens", "1 thread"),
-        "lr": ("clip 20.0 % ✓ 10.0 %", "flip 40.0 % 50.0 % ✓", "by val R@1 to caption", "favoured a little"),
+        "lr": ("clip 20.0 % ✓ 10.0 %", "flip 40.0 % 50.0 % ✓", "by val R@1 to caption", "slightly optimistic"),
         "runs": ("mae-lr0.0005-s1 failed: it broke",),
     }
     for section, words in expected.items():
