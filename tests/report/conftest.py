@@ -4,61 +4,58 @@ import base64
 import io
 import json
 import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from html_page import EVIL
 from PIL import Image
 
-from aclip.report import snapshot_path, write_snapshot
-
-EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x.png> & </style>"
+from aclip.report.snapshots import Snapshot, snapshot_path, write_snapshot
 
 
-def lines(path, records):
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    path.write_text(text, encoding="utf-8")
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def thumbnail():
+def thumbnail() -> str:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 @pytest.fixture
-def evil():
-    return EVIL
-
-
-@pytest.fixture
-def run_folder(tmp_path):
+def run_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     (folder / "examples").mkdir(parents=True)
-    config = {"recipe": {"name": "a-clip", "title": EVIL, "paper": EVIL}, "model": "vit-tiny", "data": EVIL,
-              "batch_size": 256, "command": f"aclip train {EVIL}", "dataflow": f"a → b {EVIL}",
-              "versions": {"torch": "2.9", EVIL: EVIL}}
+    recipe = {"name": "a-clip", "title": EVIL, "paper": EVIL, "passes": {"online": {"views": ["v1", "v2"]}}}
+    config = {"recipe": recipe, "model": "vit-tiny", "data": EVIL, "batch_size": 256, "command": f"aclip train {EVIL}",
+              "dataflow": f"a → b {EVIL}", "versions": {"torch": "2.9", EVIL: EVIL}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    lines(folder / "metrics.jsonl", [
+    (folder / "memory.json").write_text('{"peak_memory": 1234567890, "device": "cpu"}')
+    write_lines(folder / "metrics.jsonl", [
         {"step": s, "samples_seen": 256 * s, "loss": 9.0 / s, "parts": {"contrastive": 5.0 / s, EVIL: 1.0},
          "lr": 5e-4, "logit_scale": 14.0, "ema_momentum": 0.996, "samples_per_second": 128.0,
          "data_wait": 0.03, "chance_loss": math.log(256), "grad_norm": 2.0} for s in range(1, 21)])
-    lines(folder / "evaluations.jsonl", [
+    write_lines(folder / "evaluations.jsonl", [
         {"step": s, "samples_seen": 256 * s, "weights": "online", "evaluator": "retrieval", "set": name,
          "metrics": {"image_to_text_r1": s / 100, "image_to_text_r5": s / 50, "text_to_image_r1": 0.1,
                      "image_to_text_median_rank": 7.5},
          "chance": {"image_to_text_r1": 0.01}, "counts": {"pictures": 200, "captions": 100}}
         for s in (10, 20) for name in ("val_b", "val_a", EVIL)])
-    skipped = {"step": 1, "key": f"bad {EVIL}", "reason": f"torn\u2028{EVIL}"}
-    lines(folder / "skipped.jsonl", [skipped, skipped])
-    lines(folder / "incidents.jsonl", [
+    skipped = {"step": 1, "key": f"bad {EVIL}", "reason": f"truncated\u2028{EVIL}"}
+    write_lines(folder / "skipped.jsonl", [skipped, skipped])
+    write_lines(folder / "incidents.jsonl", [
         {"step": 3, "kind": "non_finite", "loss": "nan", "grad_norm": 0.25, "skipped_in_a_row": 1, "ranks": [0],
          "keys": [["a"]]},
-        {"step": 4, "kind": "rolled_back", "reason": f"1 steps {EVIL}"},
+        {"step": 4, "kind": "save_failed", "reason": f"1 steps {EVIL}"},
         {"step": 4, "kind": "damaged_checkpoint", "name": "step-00000006", "reason": "cut off"}])
     images, keep = torch.zeros(2, 3, 16, 32, dtype=torch.uint8), torch.arange(8).view(2, 4)
     for step in (10, 15, 20):
-        write_snapshot(snapshot_path(folder / "snapshots", step), images, torch.rand(2, 8), keep, (2, 4),
-                       ["a cat", EVIL], step)
+        write_snapshot(snapshot_path(folder / "snapshots", step),
+                       Snapshot(images, torch.rand(2, 8), keep, (2, 4), ("a cat", EVIL), step))
     example = {"key": EVIL, "caption": EVIL, "rank": 1, "thumbnail": thumbnail(),
                "top": [{"caption": EVIL, "similarity": 0.5}]}
     for name in ("val_a", "val_b"):

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aclip.report.comparison import summary_table, write_comparison
     from aclip.report.data_page import write_data_page, write_look_page
-    from aclip.report.run import write_report
+    from aclip.report.run import report, write_report
     from aclip.report.snapshots import heat_map, kept_patches, read_snapshot, take_snapshot
 
-__all__ = ["heat_map", "kept_patches", "read_snapshot", "summary_table", "take_snapshot", "write_comparison",
-           "write_data_page", "write_look_page", "write_report"]
+__all__ = ["heat_map", "kept_patches", "read_snapshot", "report", "summary_table", "take_snapshot",
+           "write_comparison", "write_data_page", "write_look_page", "write_report"]
 
 _HOMES = {
     "comparison": ("summary_table", "write_comparison"), "data_page": ("write_data_page", "write_look_page"),
-    "run": ("write_report",), "snapshots": ("heat_map", "kept_patches", "read_snapshot", "take_snapshot"),
+    "run": ("report", "write_report"), "snapshots": ("heat_map", "kept_patches", "read_snapshot", "take_snapshot"),
 }
 
 

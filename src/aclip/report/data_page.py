@@ -37,12 +37,12 @@ def write_data_page(examined: "Examination", folder: Path) -> Path:
     shown = [[[load_example(examined, place) for place in group] for group in finding.examples]
              for finding in examined.findings]
     write_text(folder / "data.json", json.dumps(to_record(examined, shown), indent=2, ensure_ascii=False) + "\n")
-    name = examined.measured[0].source.name
+    name, *against = (_spec(one) for one in examined.measured)
     return write_page(
         folder / "data.html", "data", name=f"{name}: data doctor", folder=name,
         title=Path(name).name or name,
         sections=[("findings", "Findings"), ("images", "Images"), ("captions", "Captions")],
-        source=examined.measured[0], against=examined.measured[1:], limits=examined.limits, usable=usable(examined),
+        source=examined.measured[0], spec=name, against=against, limits=examined.limits, usable=usable(examined),
         findings=list(zip(examined.findings, shown, strict=True)), image_histograms=image_histograms(examined),
         caption_histograms=caption_histograms(examined))
 
@@ -77,9 +77,9 @@ def to_record(examined: "Examination", shown: Groups) -> dict[str, Any]:
     """Return counts, findings and the names of their examples, as JSON has them."""
     source, *against = examined.measured
     return {
-        "source": source.source.name, "samples": len(source.source), "examined": len(source.samples),
+        "source": _spec(source), "samples": len(source.source), "examined": len(source.samples),
         "usable": usable(examined), "captions": len(source.captions), "model": examined.limits.model,
-        "against": [one.source.name for one in against],
+        "against": [_spec(one) for one in against],
         "findings": [
             {"name": finding.name, "severity": finding.severity, "title": finding.title, "count": finding.count,
              "total": finding.total, "unit": finding.unit, "advice": finding.advice, "details": dict(finding.details),
@@ -87,6 +87,10 @@ def to_record(examined: "Examination", shown: Groups) -> dict[str, Any]:
                           for group in groups]}
             for finding, groups in zip(examined.findings, shown, strict=True)],
     }
+
+
+def _spec(measured: Any) -> str:
+    return str(measured.source.name)
 
 
 def usable(examined: "Examination") -> int:

@@ -64,7 +64,7 @@ def nice_axis(low: float, high: float, intervals: int = 4, widen: bool = True) -
         intervals: the number of intervals aimed at.
         widen: whether the axis grows to the next tick on either side, or ends at `low` and `high`.
     """
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-290):
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = abs(low) / 2 or 0.5
         low, high = low - room, high + room
     raw = (high - low) / intervals

@@ -91,6 +91,22 @@ def write_report(folder: Path) -> Path:
         incidents=incidents(run.incidents), versions=mapping(run.config, "versions"))
 
 
+def report(folder: Path) -> Path:
+    """Write the page of a run, `report.html`, or of a comparison, `index.html`, and print where it is.
+
+    Args:
+        folder: of a run or a comparison, in any state.
+
+    Returns:
+        The path of the page.
+    """
+    from rich.console import Console
+
+    path = write_report(folder)
+    Console(highlight=False).print(f"report: {path}", markup=False, soft_wrap=True)
+    return path
+
+
 def headline(run: RunFiles) -> dict[str, Any]:
     """Return what was trained, the main number of every held-out set, and the time it took."""
     about, sources = mapping(run.config, "recipe"), run.config.get("data")
@@ -171,7 +187,7 @@ def looks(run: RunFiles) -> dict[str, Any] | None:
     rows = [{"caption": caption, "image": to_image(last.images[i], SIDE), "columns": [
         {"step": shot.step, "heat": heat_layer(shot.scores[i], shot.grid),
          "veil": veil_layer(shot.keep_indices[i], shot.grid),
-         "fraction": float(shot.scores[i][shot.keep_indices[i]].sum() / shot.scores[i].sum().clamp(min=1e-30))}
+         "fraction": _fraction(float(shot.scores[i][shot.keep_indices[i]].sum()), float(shot.scores[i].sum()))}
         for shot in shots]} for i, caption in enumerate(last.captions[:MAX_IMAGES])]
     return {"times": times, "rows": rows, "kept": last.keep_indices.shape[1], "patches": last.scores.shape[1]}
 
@@ -242,6 +258,10 @@ def incidents(records: Sequence[Record]) -> dict[str, Any]:
         rows.append([count(number(record, "step")), kind, why])
     return {"often": ", ".join(f"{kind} ({count(n)})" for kind, n in Counter(kinds).most_common()), "rows": rows,
             "more": max(0, len(records) - MAX_INCIDENTS)}
+
+
+def _fraction(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
 
 
 def _last_by_set(evaluations: Sequence[Record], evaluator: str) -> dict[tuple[str, str], Record]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from aclip.report import snapshot_path, write_snapshot
+from aclip.report.snapshots import Snapshot, snapshot_path, write_snapshot
 
 RESULTS = {  # recipe -> learning rate -> values of the first set's R@1 by seed
     "clip": {5e-4: (0.20, 0.30), 1e-3: (0.10,)},
@@ -19,14 +19,14 @@ def retrieval(value: float) -> dict[str, Any]:
     return {"image_to_text_r1": value, "image_to_text_median_rank": 10.0 * value}
 
 
-def made_run(name: str, recipe: str, lr: float, seed: int, counts: bool, metrics: dict[str, Any]) -> dict[str, Any]:
+def run_record(name: str, recipe: str, lr: float, seed: int, counts: bool, metrics: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "recipe": recipe, "lr": lr, "seed": seed, "counts": counts, "finished": True, "error": None,
             "samples_seen": 64.0, "steps": 8.0, "total_steps": 8, "training_seconds": 60.0 + seed,
             "peak_memory": 1e9 + seed * 5e8, "metrics": metrics,
             "chance": {"val": {"retrieval": {"image_to_text_r1": 0.01}}}}
 
 
-def make_comparison(folder: Path, evil: str = "") -> Path:
+def write_comparison_folder(folder: Path, evil: str = "") -> Path:
     """Write a comparison's files; `evil` stands wherever text comes from a user or from data."""
     folder.mkdir()
     runs = []
@@ -36,9 +36,9 @@ def make_comparison(folder: Path, evil: str = "") -> Path:
             for seed, value in enumerate(values):
                 name = f"{recipe}-lr{lr:g}-s{seed}"
                 metrics = {"val": {"retrieval": retrieval(value), "knn": {"top1": value / 2}}}
-                runs.append(made_run(name, recipe, lr, seed, lr == chosen, metrics))
-                made_folder(folder / "runs" / name, value, recipe != "clip", evil)
-    runs.append(made_run("mae-lr0.0005-s0", "mae", 5e-4, 0, True, {"val": {"knn": {"top1": 0.3}}}))
+                runs.append(run_record(name, recipe, lr, seed, lr == chosen, metrics))
+                write_run_folder(folder / "runs" / name, value, recipe != "clip", evil)
+    runs.append(run_record("mae-lr0.0005-s0", "mae", 5e-4, 0, True, {"val": {"knn": {"top1": 0.3}}}))
     runs.append({"name": "mae-lr0.0005-s1", "recipe": "mae", "lr": 5e-4, "seed": 1, "counts": True, "finished": False,
                  "error": f"it broke {evil}"})
     comparison = {
@@ -63,7 +63,7 @@ def make_comparison(folder: Path, evil: str = "") -> Path:
     return folder
 
 
-def made_folder(folder: Path, value: float, masks: bool, evil: str) -> None:
+def write_run_folder(folder: Path, value: float, masks: bool, evil: str) -> None:
     """Write as much of a run's folder as the page of a comparison reads."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -72,5 +72,6 @@ def made_folder(folder: Path, value: float, masks: bool, evil: str) -> None:
                 "metrics": retrieval(value * step / 8), "chance": {}} for step in (4, 8)]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     keep = torch.arange(4 if masks else 8).expand(2, -1)
-    write_snapshot(snapshot_path(folder / "snapshots", 8), torch.zeros(2, 3, 16, 32, dtype=torch.uint8),
-                   torch.ones(2, 8), keep, (2, 4), ["a cat", f"a dog {evil}"], 8)
+    snapshot = Snapshot(torch.zeros(2, 3, 16, 32, dtype=torch.uint8), torch.ones(2, 8), keep, (2, 4),
+                        ("a cat", f"a dog {evil}"), 8)
+    write_snapshot(snapshot_path(folder / "snapshots", 8), snapshot)

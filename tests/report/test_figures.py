@@ -1,3 +1,4 @@
+import html
 import json
 import math
 import re
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aclip.report.charts import Axis, Series, line_chart, nice_axis, smooth, thin, tick_label
+from aclip.report.figures import Axis, Series, line_chart, nice_axis, smooth, thin, tick_label
 
 
 @pytest.mark.parametrize(("low", "high", "ticks"), [
@@ -35,8 +36,6 @@ finite = st.floats(-1e9, 1e9, allow_subnormal=False)
 @given(finite, finite, st.booleans())
 def test_ticks_are_few_ascending_evenly_spaced_and_inside(a, b, widen):
     low, high = min(a, b), max(a, b)
-    if low != high and high - low < 1e-9 * max(abs(low), abs(high)):
-        return  # closer than labels can tell
     axis = nice_axis(low, high, widen=widen)
     room = 1e-9 * (axis.high - axis.low)
     assert axis.low <= low + room
@@ -90,16 +89,41 @@ def test_values_that_are_not_finite_leave_a_gap():
     assert "inf" not in chart
 
 
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("at", [0, -1, 2])
+def test_a_missing_value_first_last_or_between_is_left_out(missing, at):
+    points = [(float(x), 0.25 + x / 8) for x in range(5)]
+    points[at] = (points[at][0], missing)
+    chart = line_chart("t", [Series("loss", points)], unit="%")
+    finite = [y for _, y in points if y is not None and math.isfinite(y)]
+    assert f"loss from {100 * finite[0]:.1f} % to {100 * finite[-1]:.1f} %" in chart
+    assert f"<b>{100 * finite[-1]:.1f} %</b>" in chart
+    assert "nan" not in chart
+    assert len(json.loads(html.unescape(re.search(r'data-chart="([^"]*)"', chart).group(1)))[0]["points"]) == 4
+
+
+def test_thinning_keeps_a_line_that_is_full_of_gaps():
+    few = thin([(float(x), math.nan if x % 2 else 1.0) for x in range(10_001)], 100)
+    assert [y for _, y in few] == [1.0] * len(few)
+    assert math.isnan(thin([(float(x), math.nan) for x in range(1000)], 10)[0][1])
+
+
 def test_nothing_to_draw_gives_nothing():
     assert line_chart("t", []) == ""
-    assert line_chart("t", [Series("empty", []), Series("nan", [(0.0, math.nan)])]) == ""
+    assert line_chart("t", [Series("empty", []), Series("nan", [(0.0, math.nan), (1.0, None)])]) == ""
+
+
+@pytest.mark.parametrize("value", [0.996, -3.0, 1e-30])
+def test_equal_and_nearly_equal_values_are_drawn(value):
+    series = [Series("flat", [(0.0, value), (1.0, math.nextafter(value, math.inf))])]
+    assert re.search(r'd="M[^"]*" class="line c1"', line_chart("t", series))
 
 
 def test_cursor_reads_lines_and_not_the_raw_values_behind():
     series = [Series("raw", [(0.0, 1.0)], 1, "faint"), Series("chance", [(0.0, 2.0)], 0, "dashed"),
               Series('"quoted"', [(0.0, 0.5), (1e6, 0.25)])]
     chart = line_chart("t", series, unit="%")
-    data = re.search(r'data-chart="([^"]*)"', chart).group(1).replace("&quot;", '"')
+    data = re.search(r'data-chart="([^"]*)"', chart).group(1).replace("&#34;", '"')
     assert json.loads(data) == [{"name": '"quoted"', "colour": 1,
                                  "points": [[0.0, "0", "50.0 %"], [1.0, "1,000,000", "25.0 %"]]}]
 
