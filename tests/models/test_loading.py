@@ -93,9 +93,9 @@ def test_every_listed_model_has_a_shape_and_is_a_vit():
 
 
 @pytest.mark.parametrize(("name", "what"), [
-    ("RN50", "a ResNet image tower"),
-    ("convnext_base", "timm's image tower convnext_base, which is not a plain ViT"),
-    ("EVA02-B-16", "eva02_base_patch16_clip_224, which is not a plain ViT"),
+    ("RN50", "this image tower is a ModifiedResNet"),
+    ("convnext_base", "timm's ConvNeXt, which is not a plain ViT"),
+    ("EVA02-B-16", "timm's Eva, which is not a plain ViT"),
     ("coca_ViT-B-32", r"captioning decoder \(CoCa\)"),
     ("roberta-ViT-B-32", "Hugging Face text tower roberta-base"),
 ])
@@ -328,9 +328,9 @@ def test_checkpoints_of_fine_tuning_preprocess_as_what_it_started_from(base, tmp
     ("open_clip_config.json", b"{}", "is damaged"),
     ("open_clip_config.json", b'{"model_cfg": {"embed_dim": 4, "vision_cfg": {"width": 100, "head_width": 33}, '
      b'"text_cfg": {}}}', "describes no model"),
-    ("open_clip_config.json", b'{"model_cfg": {"embed_dim": 4}}', "not a model config of the installed open_clip"),
+    ("open_clip_config.json", b'{"model_cfg": {"embed_dim": 4}}', "describes no model"),
     ("open_clip_config.json", b'{"model_cfg": {"embed_dim": 4, "vision_cfg": {"colour": "red"}, "text_cfg": {}}}',
-     "not a model config of the installed open_clip, .*'colour'"),
+     "describes no model .*'colour'"),
 ])
 def test_damaged_folders_are_named(tiny, tmp_path, file, content, match):
     folder = write_model(tmp_path / "model", tiny, models.model_config("vit-tiny"))

@@ -111,18 +111,10 @@ UNCUTTABLE = [{"no_causal_mask": True}, {"pool_type": "last"}, {"pool_type": "eo
 def test_other_text_towers_run_at_full_context_only(text):
     model = custom_text_model(**text)
     assert not models.can_cut(model)
-    assert not models.can_cut({"text_cfg": text})
     tokens = F.pad(torch.tensor([[8, 3, 9], [8, 9, 0]]), (0, 13))
     assert torch.equal(models.encode_text(model, tokens), model.encode_text(tokens))
     with pytest.raises(ValueError, match="reads exactly 16 tokens, not 3"):
         models.encode_text(model, tokens[:, :3])
-
-
-def test_config_and_model_agree_on_cutting(model):
-    assert models.can_cut(model)
-    for name in ("vit-tiny", "vit-small", "ViT-B-32", "ViT-L-14"):
-        assert models.can_cut(models.model_config(name))
-    assert not models.can_cut({"text_cfg": {"hf_model_name": "roberta-base"}})
 
 
 def test_text_beyond_the_context_is_refused(model):

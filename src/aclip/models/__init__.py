@@ -22,10 +22,8 @@ from aclip.models.vit import (
 )
 
 if TYPE_CHECKING:
-    from aclip.models.loaded import LoadedModel, check_finite, load
+    from aclip.models.loaded import LoadedModel, load
     from aclip.models.loading import (
-        CONFIG_NAME,
-        WEIGHTS_NAME,
         ImageTower,
         Tokenizer,
         create_model,
@@ -37,13 +35,13 @@ if TYPE_CHECKING:
     )
     from aclip.models.shapes import shape_of
 
-__all__ = ["CONFIG_NAME", "NO_ATTENTION_SCORES", "WEIGHTS_NAME", "ImageTower", "LoadedModel", "Tokenizer",
-           "attention_pool_of", "can_cut", "check_finite", "create_model", "cut_after_eot", "encode_hidden_text",
+__all__ = ["NO_ATTENTION_SCORES", "ImageTower", "LoadedModel", "Tokenizer", "attention_pool_of", "can_cut",
+           "create_model", "cut_after_eot", "encode_hidden_text",
            "encode_image", "encode_text", "list_models", "load", "logit_scale_of", "model_config", "parse_image_size",
            "patch_embedding_of", "preprocess_config", "resize_images", "resolve_source", "shape_of", "text_tower_of",
            "tokenizer_of", "visual_of", "vit_of"]
 
-_HOMES = {"LoadedModel": "loaded", "check_finite": "loaded", "load": "loaded", "shape_of": "shapes"}
+_HOMES = {"LoadedModel": "loaded", "load": "loaded", "shape_of": "shapes"}
 
 
 def __getattr__(name: str) -> Any:

@@ -79,34 +79,19 @@ class LoadedModel(nn.Module):
         return pair(preprocess_config(self.model)["size"])
 
     def encode_image(self, images: Float[Tensor, "B 3 h w"], normalize: bool = True) -> Float[Tensor, "B D"]:
-        """Return image features in the joint space.
-
-        Args:
-            images: (B, 3, h, w) normalised pixels, see `preprocess`; any size of whole patches.
-            normalize: whether rows have L2 norm 1.
-        """
+        """Return features, L2-normalised by default, of normalised pixels (see `preprocess`) of whole patches."""
         features = encode_image(visual_of(self.model), images).features
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_trunk(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C"]:
-        """Return the pooled image token after the final norm, before the projection into the joint space.
+        """Return the pooled token after the final norm, before the projection into the joint space; not normalised.
 
         This is what the linear probes of CLIP (arXiv 2103.00020, appendix A.3) and SLIP read.
-
-        Args:
-            images: as in `encode_image`.
-
-        Returns:
-            (B, C), not normalised.
         """
         return encode_image(visual_of(self.model), images).cls
 
     def encode_text(self, tokens: Int[Tensor, "B T"], normalize: bool = True) -> Float[Tensor, "B D"]:
-        """Return text features in the joint space.
-
-        Args:
-            tokens: (B, T) int64, see `tokenizer`.
-            normalize: whether rows have L2 norm 1.
+        """Return features, L2-normalised by default, of (B, T) int64 token ids (see `tokenizer`).
 
         Raises:
             UnsupportedModelError: the model has no text tower.
@@ -189,11 +174,7 @@ class LoadedModel(nn.Module):
     def attention_scores(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N"]:
         """Return the attention of the class token to each patch, averaged over layers and heads.
 
-        Args:
-            images: (B, 3, h, w) normalised pixels.
-
-        Returns:
-            (B, N) float32 in [0, 1], patches row by row; see `aclip.models.encode_image`.
+        (B, N) float32 in [0, 1], patches row by row; see `aclip.models.encode_image`.
 
         Raises:
             UnsupportedModelError: a tower without attention scores.
@@ -240,8 +221,7 @@ class LoadedModel(nn.Module):
         self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], example: Tensor, items: Iterable[Any],
         unit: str, progress: bool,
     ) -> Float[Tensor, "N D"]:
-        """Encode batches on the model's device and collect the features on the CPU; without any, of `example`'s width.
-        """
+        """Collect the features of all batches on the CPU; without any batch, no rows of the width of `example`'s."""
         from rich.console import Console
         from rich.progress import Progress
 
@@ -251,7 +231,9 @@ class LoadedModel(nn.Module):
             for batch in batches:
                 features = encode(batch.to(self.device, non_blocking=True)).float().cpu()
                 usable = batch.flatten(1).isfinite().all(dim=1)  # rows of images that could not be used are NaN
-                check_finite(features[usable], self.name)
+                if not features[usable].isfinite().all():
+                    raise CheckpointError(f"the features of {self.name} are NaN or inf: its weights are damaged or its "
+                                          "training diverged; use an earlier checkpoint, RUN/checkpoints/step-...")
                 found.append(features)
                 bar.advance(task, len(batch))
         return torch.cat(found) if found else encode(example.to(self.device)).float().cpu()[:0]
@@ -291,21 +273,6 @@ def load(
         return loaded.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"there is no device '{device}' here: {str(error).splitlines()[0]}") from error
-
-
-def check_finite(features: Tensor, name: str) -> None:
-    """Check features for NaN and inf; on an accelerator, this synchronises.
-
-    Args:
-        features: (B, D).
-        name: of the model, for the error.
-
-    Raises:
-        CheckpointError: some are NaN or inf.
-    """
-    if not features.isfinite().all():
-        raise CheckpointError(f"the features of {name} are NaN or inf: its weights are damaged or its training "
-                              "diverged; use an earlier checkpoint of the run, as RUN/checkpoints/step-...")
 
 
 class _Preprocess:

@@ -11,11 +11,14 @@ from typing import Any, Literal, NamedTuple
 
 import open_clip
 from jaxtyping import Float
+from open_clip.constants import HF_CONFIG_NAME as CONFIG_NAME
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME as WEIGHTS_NAME
 from open_clip.convert import load_big_vision_weights
-from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.model import set_model_preprocess_cfg
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,15 +26,13 @@ from aclip.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, open
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
 from aclip.models import hugging_face
 from aclip.models.hugging_face import read_json
-from aclip.models.shapes import check_config, patch_size_of
+from aclip.models.shapes import build_modules, patch_size_of
 from aclip.models.tokenizer import CachingTokenizer
 from aclip.models.vit import grid_of, pair, resize_images, visual_of, vit_of
 from aclip.models.weights import from_released, is_released, load_weights, read_weights, released_config
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "open_clip_config.json"
-WEIGHTS_NAME = "open_clip_model.safetensors"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FRESH_PREPROCESS: Mapping[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 """The normalisation of models trained from scratch, and of the A-CLIP release."""
@@ -132,7 +133,8 @@ def build(
     if size is not None:
         grid_of(size, patch_size_of(source.config))
     unfixed = size is not None and _frees_positions(source.config, size)
-    model = _build_modules(source, None if source.read or unfixed else size)
+    model = build_modules(source.config, None if source.read or unfixed else size)
+    _set_preprocess(model, source)
     weights, image_only = None, False
     if source.read is not None:
         weights = source.read()
@@ -175,7 +177,7 @@ def model_config(name: str | Path, *, image_size: int | tuple[int, int] | None =
 def list_models() -> list[str]:
     """Return the names that can be trained: the presets, open_clip's own ViTs, and timm's plain ones in open_clip."""
     _register_presets()
-    return [name for name in open_clip.list_models() if _is_supported(open_clip.get_model_config(name))]
+    return [name for name in open_clip.list_models() if _seems_supported(open_clip.get_model_config(name))]
 
 
 def tokenizer_of(model: str | Path | Source | Mapping[str, Any]) -> Tokenizer:
@@ -388,7 +390,7 @@ def _fetch(what: str, function: Callable[..., Any], *arguments: Any, **options: 
 
 
 def _read_big_vision(config: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
-    model = _build_modules(Source(str(file), config))
+    model = build_modules(config)
     try:
         load_big_vision_weights(model, str(file))
     except Exception as error:  # whatever numpy and open_clip meet in a damaged file, or one of another model
@@ -396,34 +398,12 @@ def _read_big_vision(config: Mapping[str, Any], file: Path) -> dict[str, Tensor]
     return model.state_dict()
 
 
-def _build_modules(source: Source, image_size: tuple[int, int] | None = None) -> nn.Module:
-    """Build the modules of a source with fresh weights.
-
-    Raises:
-        CheckpointError: a saved config that describes no model.
-    """
-    config: dict[str, Any] = dict(source.config)
-    vision = dict(config["vision_cfg"])
-    if image_size is not None:
-        vision["image_size"] = image_size
-    by_timm = bool(vision.get("timm_model_name"))
-    if by_timm:
-        vision["timm_model_pretrained"] = False  # on ImageNet, fetched
-    cls = CustomTextCLIP if config.pop("custom_text", False) else CLIP
-    try:
-        model: nn.Module = cls(**{**config, "vision_cfg": vision})
-    except Exception as error:  # whatever the modules meet in sizes that do not fit each other
-        raise CheckpointError(f"the config of '{source.name}' describes no model: {error}") from error
-    visual, size = visual_of(model), pair(vision.get("image_size", 224))
-    if by_timm and vit_of(visual).grid_size != grid_of(size, patch_size_of(source.config)):
-        resize_images(visual, size)  # timm builds at a size of its own
-    known = {key: value for key, value in (source.preprocess or {}).items()
-             if key in PreprocessCfg.__dataclass_fields__ and key != "size" and value is not None}
-    if source.read is None and source.preprocess is None:
-        known = dict(FRESH_PREPROCESS)
-    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), known)
-    set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual.image_size)})
-    return model
+def _set_preprocess(model: nn.Module, source: Source) -> None:
+    known = FRESH_PREPROCESS if source.read is None and source.preprocess is None else source.preprocess or {}
+    stated = {key: value for key, value in known.items()
+              if key in PreprocessCfg.__dataclass_fields__ and key != "size" and value is not None}
+    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), stated)
+    set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual_of(model).image_size)})
 
 
 def _at_size(config: Mapping[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
@@ -455,11 +435,15 @@ def _checked(config: Any, name: str) -> Mapping[str, Any]:
     return dict(config)
 
 
-def _is_supported(config: Mapping[str, Any]) -> bool:
-    try:
-        vision, _ = check_config(config)
-    except (ConfigError, UnsupportedModelError):
+def _seems_supported(config: Mapping[str, Any]) -> bool:
+    """Return whether a config of open_clip's registry can be trained here, without building it."""
+    vision = config["vision_cfg"]
+    name = vision.get("timm_model_name")
+    if "multimodal_cfg" in config or config["text_cfg"].get("hf_model_name"):
         return False
-    # timm's names state the patch size; one of open_clip's (SO400M at 384) does not divide its image
-    patch = re.search(r"patch(\d+)", vision.timm_model_name or "")
-    return patch is None or all(side % int(patch[1]) == 0 for side in pair(vision.image_size))
+    if not name:
+        return isinstance(vision.get("layers", 12), int)
+    if not is_model(name) or model_entrypoint(name).__module__ != "timm.models.vision_transformer":
+        return False
+    patch = re.search(r"patch(\d+)", name)  # does not divide the image of one (SO400M at 384)
+    return patch is None or all(side % int(patch[1]) == 0 for side in pair(vision["image_size"]))

@@ -1,14 +1,18 @@
-"""What an open_clip model config says without building the model, and which configs can be trained here."""
+"""open_clip model configs: the modules that they describe, and their sizes without weights."""
 
+import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from torch import nn
 
 from aclip.errors import ConfigError, UnsupportedModelError
-from aclip.models.text import can_cut, has_custom_blocks
-from aclip.models.timm_vit import TimmVit, obstacle_by_name, timm_outline
-from aclip.models.vit import SUPPORTED, grid_of, pair
+from aclip.models.blocks import blocks_of
+from aclip.models.text import can_cut, text_tower_of
+from aclip.models.vit import SUPPORTED, attention_pool_of, grid_of, pair, resize_images, visual_of, vit_of
 from aclip.structs import TowerShape
 
 
@@ -17,83 +21,83 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
 
     Raises:
         UnsupportedModelError: a tower that cannot be trained here.
-        ConfigError: an image size that is not a whole number of patches.
+        ConfigError: a config that describes no model, or an image size that is not a whole number of patches.
     """
-    vision, text = check_config(config)
-    image_size, patch_size = pair(vision.image_size), patch_size_of(config)
-    grid_of(image_size, patch_size)
-    image = _timm_sizes(config) if vision.timm_model_name else {
-        "width": vision.width,
-        "layers": vision.layers,
-        "heads": vision.width // vision.head_width,
-        "mlp_width": int(vision.width * vision.mlp_ratio),
-        "num_prefix_tokens": 1,
-        "scored": vision.pool_type == "tok",
-    }
+    model = outline(config)
+    vit, text = vit_of(visual_of(model)), text_tower_of(model)
+    pool: Any = attention_pool_of(vit.visual)
+    image_size = pair(config["vision_cfg"].get("image_size", 224))
+    grid_of(image_size, vit.patch_size)
+    blocks, text_blocks = blocks_of(vit.stack), blocks_of(text.transformer)
     return TowerShape(
         image_size=image_size,
-        patch_size=patch_size,
+        patch_size=vit.patch_size,
+        width=vit.patch_embedding.out_channels,
+        layers=len(blocks),
+        heads=blocks[0].attn.num_heads,
+        mlp_width=_mlp_width(blocks[0].mlp, vit.patch_embedding.out_channels),
         joint_dim=config["embed_dim"],
-        text_width=text.width,
-        text_layers=text.layers,
-        text_mlp_width=int(text.width * text.mlp_ratio),
-        context_length=text.context_length,
-        vocab_size=text.vocab_size,
-        text_cut=can_cut(config),
-        **image,
+        num_prefix_tokens=vit.num_prefix_tokens,
+        text_width=text.token_embedding.embedding_dim,
+        text_layers=len(text_blocks),
+        text_mlp_width=_mlp_width(text_blocks[0].mlp, text.token_embedding.embedding_dim),
+        context_length=int(text.context_length),
+        vocab_size=text.token_embedding.num_embeddings,
+        text_cut=can_cut(model),
+        scored=vit.scored_by is not None,
+        pool_mlp_width=0 if pool is None else pool.mlp.fc1.out_features,
     )
 
 
-def check_config(config: Mapping[str, Any]) -> tuple[CLIPVisionCfg, CLIPTextCfg]:
-    """Return both halves of a model config with open_clip's defaults filled in.
+def patch_size_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the patch size (height, width) of a config; raises as `shape_of`."""
+    return vit_of(visual_of(outline(config))).patch_size
+
+
+def outline(config: Mapping[str, Any]) -> nn.Module:
+    """Return the model of a config on the meta device: modules and shapes without weights; shared, not to be changed.
 
     Raises:
-        UnsupportedModelError: a ResNet, a timm model that is not a plain ViT, attentional pooling, custom attention
-            blocks, a Hugging Face text tower, or CoCa.
-        ConfigError: not an open_clip config, or fields that the installed open_clip does not know.
+        As `shape_of`.
+    """
+    return _outline(json.dumps(config, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=64)
+def _outline(config: str) -> nn.Module:
+    with torch.device("meta"):
+        return build_modules(json.loads(config))
+
+
+def build_modules(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> nn.Module:
+    """Build the modules of a config with fresh weights, optionally at another image size.
+
+    Raises:
+        As `shape_of`.
     """
     try:
-        vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
-        config["embed_dim"]
-    except (KeyError, TypeError, IndexError) as error:
-        raise ConfigError("this is not a model config of the installed open_clip, with embed_dim, vision_cfg and "
-                          f"text_cfg: {error}") from error
-    what = _unsupported(config, vision, text)
-    if what:
-        raise UnsupportedModelError(f"this model has {what}, which cannot be trained here: {SUPPORTED}")
-    return vision, text
+        vision, text = dict(config["vision_cfg"]), config["text_cfg"]
+        what = "a captioning decoder (CoCa)" if "multimodal_cfg" in config else (
+            f"the Hugging Face text tower {text['hf_model_name']}" if text.get("hf_model_name") else None)
+        if what is not None:
+            raise UnsupportedModelError(f"it has {what}, which cannot be trained here: {SUPPORTED}")
+        if image_size is not None:
+            vision["image_size"] = image_size
+        if vision.get("timm_model_name"):
+            vision["timm_model_pretrained"] = False  # on ImageNet, fetched
+        cls = CustomTextCLIP if config.get("custom_text") else CLIP
+        rest = {key: value for key, value in config.items() if key != "custom_text"}
+        model: nn.Module = cls(**{**rest, "vision_cfg": vision})
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever open_clip and timm meet in unknown fields and sizes that do not fit
+        raise ConfigError(f"its config describes no model that open_clip can build: {error!r}") from error
+    visual, size = visual_of(model), pair(vision.get("image_size", 224))
+    if vision.get("timm_model_name") and vit_of(visual).grid_size != grid_of(size, vit_of(visual).patch_size):
+        resize_images(visual, size)  # timm builds at a size of its own
+    return model
 
 
-def patch_size_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the patch size (height, width) of a config; of a timm model, from its outline."""
-    vision, _ = check_config(config)
-    return TimmVit(timm_outline(config)).patch_size if vision.timm_model_name else pair(vision.patch_size)
-
-
-def _timm_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    vit = TimmVit(timm_outline(config))
-    block, pool, width = vit.trunk.blocks[0], vit.trunk.attn_pool, vit.trunk.embed_dim
-    weights = sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
-    return {
-        "width": width,
-        "layers": len(vit.trunk.blocks),
-        "heads": block.attn.num_heads,
-        "mlp_width": round(weights / (2 * width)),
-        "num_prefix_tokens": vit.num_prefix_tokens,
-        "scored": vit.scored_by is not None,
-        "pool_mlp_width": 0 if pool is None else pool.mlp.fc1.out_features,
-    }
-
-
-def _unsupported(config: Mapping[str, Any], vision: CLIPVisionCfg, text: CLIPTextCfg) -> str | None:
-    if "multimodal_cfg" in config:
-        return "a captioning decoder (CoCa)"
-    if text.hf_model_name:
-        return f"the Hugging Face text tower {text.hf_model_name}"
-    if vision.timm_model_name:
-        return obstacle_by_name(vision.timm_model_name)
-    if not isinstance(vision.layers, int):
-        return "a ResNet image tower"
-    if vision.attentional_pool or vision.pool_type not in ("tok", "avg"):
-        return "an image tower that pools by attention or not at all"
-    return "custom attention blocks in the image tower" if has_custom_blocks(vision) else None
+def _mlp_width(mlp: nn.Module, width: int) -> int:
+    """Return the hidden width of an MLP; of a gated one, that of the plain MLP with as many weights."""
+    return round(sum(p.numel() for p in mlp.parameters() if p.ndim == 2) / (2 * width))

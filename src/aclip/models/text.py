@@ -1,6 +1,5 @@
 """The text tower of open_clip, run only as far as the longest caption of the batch."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,25 +89,16 @@ def packs(tokens: Int[Tensor, "B T"]) -> bool:
     return tokens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def can_cut(model: nn.Module | Mapping[str, Any]) -> bool:
+def can_cut(model: nn.Module) -> bool:
     """Whether text may be cut after the longest EOT without changing any feature.
 
     True for causal towers of plain blocks that pool at the EOT token, found as the highest id ("argmax").
 
-    Args:
-        model: an open_clip model, or its config (`model_config`).
-
     Raises:
-        UnsupportedModelError: a model without a text tower.
+        UnsupportedModelError: the model has no text tower.
     """
-    from open_clip.model import CLIPTextCfg
     from open_clip.transformer import ResidualAttentionBlock
 
-    if isinstance(model, Mapping):
-        if model["text_cfg"].get("hf_model_name"):
-            return False
-        text = CLIPTextCfg(**model["text_cfg"])
-        return text.pool_type == "argmax" and not (text.no_causal_mask or text.embed_cls or has_custom_blocks(text))
     tower = text_tower_of(model)
     pool_type = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
     return bool(
@@ -117,12 +107,6 @@ def can_cut(model: nn.Module | Mapping[str, Any]) -> bool:
         and getattr(tower, "cls_emb", None) is None
         and isinstance(tower.transformer.resblocks[0], ResidualAttentionBlock)
     )
-
-
-def has_custom_blocks(tower: Any) -> bool:
-    """Whether a `CLIPTextCfg` or `CLIPVisionCfg` asks for open_clip's custom attention blocks."""
-    return bool(tower.block_type == "custom" or tower.qk_norm or tower.scaled_cosine_attn or tower.scale_heads
-                or tower.scale_attn_inner or tower.scale_attn or tower.scale_fc)
 
 
 def cut_after_eot(tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B S"]:

@@ -1,21 +1,16 @@
 """timm's plain ViTs inside open_clip models: with a class token, registers, or attention pooling."""
 
-import functools
-from collections.abc import Mapping
 from typing import Any, cast
 
-import timm
 import torch
 from jaxtyping import Float
 from open_clip.timm_model import TimmModel
 from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
-from timm.models import is_model, model_entrypoint
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from aclip.errors import UnsupportedModelError
 from aclip.models.attention import attention, first_row
-from aclip.models.vit import SUPPORTED, Vit
+from aclip.models.vit import Vit
 
 
 class TimmVit(Vit):
@@ -120,36 +115,3 @@ def obstacle(visual: TimmModel) -> str | None:
     if trunk.global_pool in ("", "prr") or type(trunk.attn_pool) not in (type(None), AttentionPoolLatent):
         return f"timm's pooling '{trunk.global_pool}'"
     return None
-
-
-def obstacle_by_name(name: str) -> str | None:
-    """Return what about a timm model cannot be masked, as far as its name tells without building it, or None."""
-    if not isinstance(name, str) or not is_model(name):
-        return f"timm's image tower {name}, which the installed timm {timm.__version__} does not have"
-    plain = model_entrypoint(name).__module__ == "timm.models.vision_transformer"
-    return None if plain else f"timm's image tower {name}, which is not a plain ViT"
-
-
-def timm_outline(config: Mapping[str, Any]) -> TimmModel:
-    """Return the image tower of a config that names a timm model, on the meta device, at timm's own image size.
-
-    Raises:
-        UnsupportedModelError: not a plain ViT, or settings that timm refuses.
-    """
-    vision = config["vision_cfg"]
-    try:
-        visual = _outline(vision["timm_model_name"], config["embed_dim"], vision.get("timm_pool", "avg"),
-                          vision.get("timm_proj", "linear"), vision.get("timm_proj_bias", False))
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"timm's image tower {vision['timm_model_name']} cannot be built with this config: "
-                                    f"{error}") from error
-    what = obstacle(visual)
-    if what:
-        raise UnsupportedModelError(f"this model has {what}, which cannot be trained here: {SUPPORTED}")
-    return visual
-
-
-@functools.lru_cache(maxsize=64)
-def _outline(name: str, embed_dim: int, pool: str, proj: str, proj_bias: bool) -> TimmModel:
-    with torch.device("meta"):
-        return TimmModel(name, embed_dim, pool=pool, proj=proj, proj_bias=proj_bias, pretrained=False)
