@@ -19,7 +19,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), 
 
 
 def make_pictures(folder: Path, numbers: Sequence[int], *, captions: bool = True) -> Path:
-    """Write noisy pictures of every colour into a folder each: the folder's name is the label."""
+    """Write noisy images of every colour into a folder each: the folder's name is the label."""
     for label, colour in COLOURS.items():
         (folder / label).mkdir(parents=True)
         for number in numbers:
@@ -27,7 +27,7 @@ def make_pictures(folder: Path, numbers: Sequence[int], *, captions: bool = True
             Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
                 folder / label / f"{number}.png")
             if captions:
-                (folder / label / f"{number}.txt").write_text(f"a {label} picture\n")
+                (folder / label / f"{number}.txt").write_text(f"a {label} image\n")
     return folder
 
 
@@ -45,13 +45,13 @@ def make_run(folder: Path, *, with_text: bool) -> Path:
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures") / "held", range(100, 106))
+    return make_pictures(tmp_path_factory.mktemp("images") / "held", range(100, 106))
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Training pictures without captions: labels are all that probes need."""
-    return make_pictures(tmp_path_factory.mktemp("pictures") / "labelled", range(12), captions=False)
+    """Training images without captions: labels are all that probes need."""
+    return make_pictures(tmp_path_factory.mktemp("images") / "labelled", range(12), captions=False)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_probes_learn_and_are_journalled_and_reported(
     assert 1e-6 <= found[0]["settings"]["l2"] <= 1e6
     assert found[1]["settings"] == {"k": 20, "temperature": 0.07}
     said = capsys.readouterr().out
-    assert "held linear_probe (24 pictures, 4 classes, 48 training pictures; l2 " in said
+    assert "held linear_probe (24 images, 4 classes, 48 training images; l2 " in said
     assert "added to" in said
     page = (run / "report.html").read_text()
     assert "Linear probe" in page
@@ -114,7 +114,7 @@ def test_without_names_a_model_with_text_does_retrieval_and_with_training_pictur
 def test_parts_of_a_set_are_sets_of_their_own(run: Path, held_out: Path) -> None:
     assert main(["evaluate", str(run), "--data", str(held_out), f"{held_out}[:12]", f"{held_out}[12:]",
                  f"{held_out}[2:][3:9]", f"few={held_out}[:6]", "--workers", "0"]) == 0
-    found = {r["set"]: r["counts"]["pictures"] for r in records(run)}
+    found = {r["set"]: r["counts"]["images"] for r in records(run)}
     assert found == {"held": 24, "held[0:12]": 12, "held[12:]": 12, "held[2:][3:9]": 6, "few": 6}
     assert sorted(path.stem for path in (run / "examples").iterdir()) == [
         "few", "held", "held_0_12_", "held_12_", "held_2_3_9_"]
@@ -147,7 +147,7 @@ def test_an_image_tower_alone_refuses_text_in_one_sentence(
 
 
 @pytest.mark.parametrize(("more", "sentence"), [
-    (["--evaluators", "knn"], "knn learns from labelled pictures: name them with --train"),
+    (["--evaluators", "knn"], "knn learns from labelled images: name them with --train"),
     (["--train", "x.csv", "--evaluators", "retrieval"], "evaluators that learn, which retrieval does not"),
     (["--evaluators", "linear-probe"], "did you mean 'linear_probe'"),
 ])
@@ -163,7 +163,7 @@ def test_wrong_usage_is_met_before_anything_is_loaded(
 def test_training_pictures_without_labels_are_named(
     run: Path, held_out: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The pictures of one colour, given as a folder of their own, lie in no folder that could name them."""
+    """The images of one colour, given as a folder of their own, lie in no folder that could name them."""
     assert evaluate(run, held_out, "--train", str(labelled / "red"), "--evaluators", "knn") == 1
     assert "all 12 are bad, the first is 0.png (missing label)" in capsys.readouterr().err
 
@@ -176,7 +176,7 @@ def test_classes_are_named_drawn_and_calibrated(run: Path, held_out: Path, tmp_p
     assert [r["evaluator"] for r in records(run)] == ["zero_shot", "calibration"]
     details = json.loads((run / "details" / "held-zero_shot.json").read_text())
     assert details["classes"] == ["crimson red", "leaf green", "sky blue", "dull grey"]
-    assert sum(details["right"]) + sum(n for *_, n in details["confusions"]) == sum(details["pictures"]) == 24
+    assert sum(details["right"]) + sum(n for *_, n in details["confusions"]) == sum(details["images"]) == 24
     page = (run / "report.html").read_text()
     assert "Class by class" in page
     assert "as sure as right" in page
@@ -204,7 +204,7 @@ def test_masked_pictures_are_measured_apart(run: Path, held_out: Path) -> None:
 
 
 def test_of_masked_pictures_all_processes_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process may have had no picture of a small set, and then knows neither its patches nor a speed."""
+    """One process may have had no image of a small set, and then knows neither its patches nor a speed."""
     monkeypatch.setattr(together, "collect", lambda own: [own, (32, 64, 100, 0.5), (32, 64, 50, 0.5)])
     idle = MaskedEncoder(Mock(models.LoadedModel), 0.5, "uniform")
     told = compose_evaluation._masking(idle)
@@ -255,12 +255,12 @@ def test_bad_pictures_of_a_folder_are_named_and_one_class_is_refused(
     run: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_pictures(tmp_path / "bad", range(2), captions=False)
-    (folder / "red" / "0.png").write_bytes(b"no picture")
+    (folder / "red" / "0.png").write_bytes(b"no image")
     (folder / "green" / "1.png").write_bytes(b"")
     assert evaluate(run, folder, "--evaluators", "zero_shot") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "skipped 2 bad samples: green/1.png (" in said
-    assert "6 pictures, 4 classes, 2 skipped" in said
+    assert "6 images, 4 classes, 2 skipped" in said
     only = tmp_path / "only" / "red"
     only.parent.mkdir()
     (labelled / "red").rename(only)
@@ -268,9 +268,9 @@ def test_bad_pictures_of_a_folder_are_named_and_one_class_is_refused(
         assert evaluate(run, only.parent, "--evaluators", "zero_shot") == 2
     finally:
         only.rename(labelled / "red")
-    assert "all 12 pictures of the set are of class 'red'" in capsys.readouterr().err
+    assert "all 12 images of the set are of class 'red'" in capsys.readouterr().err
     names = tmp_path / "names.txt"
     names.write_text("sun\nmoon\n")
     assert evaluate(run, folder, "--evaluators", "zero_shot", "--classes", str(names)) == 2
-    assert "no picture of the set is of one of the 2 given classes; the set has, for example: blue, green" in (
+    assert "no image of the set is of one of the 2 given classes; the set has, for example: blue, green" in (
         capsys.readouterr().err)
