@@ -76,13 +76,13 @@ def test_numbers_are_lines_of_the_class_list_from_0(caplog):
     with caplog.at_level(logging.INFO, logger="aclip"):
         assert classes.indices(["3", "01", "2"]) == [3, 1, 2]
     assert "labels are taken as numbers of the 4 given classes, from 0: label 01 is 'b'" in caplog.text
-    with pytest.raises(ConfigError, match="numbers up to 4, and the 4 given classes count from 0 to 3: if labels count"):
+    with pytest.raises(ConfigError, match="numbers up to 4, and the 4 given classes count from 0 to 3: if"):
         classes.indices(["1", "4"])
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(zero_shot, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match="'eurosat'.* package clip-benchmark: pip install clip-benchmark"):
+    with pytest.raises(MissingDependencyError, match=r"'eurosat'.* package clip-benchmark: pip install"):
         find_classes("eurosat")
 
 
@@ -95,7 +95,7 @@ def test_templates_are_texts_lists_and_files(tmp_path):
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (["a photo of a cat"], r"'a photo of a cat' has no \{\} where the class name goes"),
-    (["opena"], "unknown template without {} or list of templates 'opena': did you mean 'openai'"),
+    (["opena"], r"unknown template without \{\} or list of templates 'opena': did you mean 'openai'"),
     (["prompts.txt"], "there is no file 'prompts.txt' with templates"),
 ])
 def test_unknown_templates_are_refused(clip_benchmark, words, sentence):
@@ -148,7 +148,7 @@ def test_bad_class_files_are_refused_in_one_sentence(tmp_path, content, sentence
 
 def test_a_class_file_that_is_no_text_or_not_there_is_refused(tmp_path):
     (tmp_path / "names.bin").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ConfigError, match="cannot read .*names.bin"):
+    with pytest.raises(ConfigError, match=r"cannot read .*names\.bin"):
         find_classes(str(tmp_path / "names.bin"))
     with pytest.raises(ConfigError, match=r"there is no file 'names\.txt' with class names"):
         find_classes("names.txt")

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from aclip import models
 from aclip.errors import ConfigError
-from aclip.evaluation import KEEP_BY, MaskedEncoder
+from aclip.evaluation import MaskedEncoder
+from aclip.evaluation.features import KEEP_BY
 
 
 @pytest.fixture(scope="module")

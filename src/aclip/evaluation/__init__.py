@@ -6,53 +6,28 @@ from typing import TYPE_CHECKING, Any
 from aclip.evaluation.api import Result, evaluate
 
 if TYPE_CHECKING:
-    from aclip.evaluation.base import Evaluation, Evaluator, Example
-    from aclip.evaluation.features import KEEP_BY, ImageFeatures, MaskedEncoder, TextEncoder, encode_image_set
+    from aclip.evaluation.base import Evaluation, Evaluator
+    from aclip.evaluation.features import ImageFeatures, MaskedEncoder, TextEncoder, encode_image_set
     from aclip.evaluation.probes import LinearProbe, NearestNeighbours, Probe
     from aclip.evaluation.retrieval import PROTOCOLS, Retrieval
-    from aclip.evaluation.sets import EVALUATORS, HeldOut, check_sets, evaluate_sets, open_sets, set_name
+    from aclip.evaluation.sets import EVALUATORS, HeldOut, check_sets, evaluate_sets, name_skipped, open_sets
     from aclip.evaluation.sharding import sharded
     from aclip.evaluation.zero_shot import Calibration, ClassList, ZeroShot, find_classes, find_templates
 
+__all__ = ["EVALUATORS", "PROTOCOLS", "Calibration", "ClassList", "Evaluation", "Evaluator", "HeldOut", "ImageFeatures",
+           "LinearProbe", "MaskedEncoder", "NearestNeighbours", "Probe", "Result", "Retrieval", "TextEncoder",
+           "ZeroShot", "check_sets", "encode_image_set", "evaluate", "evaluate_sets", "find_classes", "find_templates",
+           "name_skipped", "open_sets", "sharded"]
+
 _HOMES = {
-    "base": ("Evaluation", "Evaluator", "Example"),
-    "features": ("KEEP_BY", "ImageFeatures", "MaskedEncoder", "TextEncoder", "encode_image_set"),
+    "base": ("Evaluation", "Evaluator"),
+    "features": ("ImageFeatures", "MaskedEncoder", "TextEncoder", "encode_image_set"),
     "probes": ("LinearProbe", "NearestNeighbours", "Probe"),
     "retrieval": ("PROTOCOLS", "Retrieval"),
-    "sets": ("EVALUATORS", "HeldOut", "check_sets", "evaluate_sets", "open_sets", "set_name"),
+    "sets": ("EVALUATORS", "HeldOut", "check_sets", "evaluate_sets", "name_skipped", "open_sets"),
     "sharding": ("sharded",),
     "zero_shot": ("Calibration", "ClassList", "ZeroShot", "find_classes", "find_templates"),
 }
-
-__all__ = [
-    "EVALUATORS",
-    "KEEP_BY",
-    "PROTOCOLS",
-    "Calibration",
-    "ClassList",
-    "Evaluation",
-    "Evaluator",
-    "Example",
-    "HeldOut",
-    "ImageFeatures",
-    "LinearProbe",
-    "MaskedEncoder",
-    "NearestNeighbours",
-    "Probe",
-    "Result",
-    "Retrieval",
-    "TextEncoder",
-    "ZeroShot",
-    "check_sets",
-    "encode_image_set",
-    "evaluate",
-    "evaluate_sets",
-    "find_classes",
-    "find_templates",
-    "open_sets",
-    "set_name",
-    "sharded",
-]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ class Example:
         key: name of the image. caption: its true caption.
         rank: of the true caption, from 1.
         similarity: cosine with the true caption.
-        top: the most similar captions with their cosine similarities, best first.
+        top: {"caption", "similarity"} of the most similar captions, best first.
         thumbnail: PNG, base64 encoded.
     """
 
@@ -30,14 +30,8 @@ class Example:
     caption: str
     rank: int
     similarity: float
-    top: tuple[tuple[str, float], ...]
+    top: tuple[dict[str, Any], ...]
     thumbnail: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values, as `examples/<set>.json` holds it."""
-        top = [{"caption": caption, "similarity": similarity} for caption, similarity in self.top]
-        return {"kind": self.kind, "key": self.key, "caption": self.caption, "rank": self.rank,
-                "similarity": self.similarity, "top": top, "thumbnail": self.thumbnail}
 
 
 @dataclass(frozen=True)
@@ -112,12 +106,9 @@ class Evaluator(ABC):
         return Evaluation(self.name, {key: float(value) for key, value in found.items()},
                           counts={"pictures": len(images), "skipped": len(images.skipped)})
 
-    def run(
-        self, model: LoadedModel, images: EvaluationSet, device: torch.device, *, precision: torch.dtype | None = None
-    ) -> Evaluation:
+    def run(self, model: LoadedModel, images: EvaluationSet, device: torch.device) -> Evaluation:
         """Encode a set and measure; see `encode_image_set` for the arguments."""
-        encoded = encode_image_set(model, images, device, space=self.space, precision=precision)
-        return self.evaluate(encoded, TextEncoder(model, device, precision=precision))
+        return self.evaluate(encode_image_set(model, images, device, space=self.space), TextEncoder(model, device))
 
 
 MeasureFunction = Callable[[ImageFeatures, TextEncoder], Mapping[str, Any]]

@@ -8,7 +8,7 @@ of a single process.
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aclip.data import EvaluationSet
-from aclip.errors import ConfigError, DataError, UnsupportedModelError, unknown_name
+from aclip.errors import CheckpointError, ConfigError, DataError, unknown_name
 from aclip.evaluation import sharding
 from aclip.masking import AttentiveMasking, MaskingContext, MaskingStrategy, UniformMasking, crop_scores
 from aclip.models import LoadedModel, encode_image, visual_of
@@ -76,7 +76,6 @@ def encode_image_set(
     device: torch.device,
     *,
     space: Space = "joint",
-    precision: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
     max_thumbnails: int = MAX_THUMBNAILS,
 ) -> ImageFeatures:
@@ -87,13 +86,12 @@ def encode_image_set(
         images: read once, in order; with sharding, this rank's share (`EvaluationSet(..., share=(rank, world_size))`).
         device: where the encoder runs and the features stay.
         space: "joint" for features that are compared with text, "trunk" for probes.
-        precision: autocast dtype, or None; features are float32 either way.
         progress: called with the size of each finished batch.
         max_thumbnails: thumbnails kept, evenly spread over the set.
 
     Raises:
         DataError: the set has no usable image.
-        UnsupportedModelError: some features are NaN or inf.
+        CheckpointError: some features are NaN or inf.
         AclipError: reading failed on any rank; raised on all.
     """
     stride = max(1, -(-len(images) // max(1, max_thumbnails)))
@@ -103,8 +101,7 @@ def encode_image_set(
     with evaluating(model), torch.inference_mode(), sharding.raise_on_all_ranks():
         for batch in images:
             pixels = batch.pixels.to(device, non_blocking=True)
-            with _autocast(device, precision):
-                encoded = model.encode_image(pixels) if space == "joint" else model.encode_trunk(pixels)
+            encoded = model.encode_image(pixels) if space == "joint" else model.encode_trunk(pixels)
             features.append(F.normalize(encoded.float(), dim=-1) if space == "joint" else encoded.float())
             first = -len(about) % stride
             if max_thumbnails:
@@ -151,15 +148,14 @@ class TextEncoder:
     Attributes:
         model: whose text tower is run, on `device`.
         device: where it runs and the features stay.
-        precision: autocast dtype, or None; features are float32 either way.
     """
 
     def __init__(
-        self, model: LoadedModel, device: torch.device, *, precision: torch.dtype | None = None, batch_size: int = 256,
+        self, model: LoadedModel, device: torch.device, *, batch_size: int = 256,
         tokenizer: Callable[[list[str]], Tensor] | None = None,
     ) -> None:
         """Wrap `model`; `tokenizer` replaces the model's own."""
-        self.model, self.device, self.precision = model, device, precision
+        self.model, self.device = model, device
         self._batch_size, self._tokenizer = batch_size, tokenizer
         self._cache: OrderedDict[Hashable, Tensor] = OrderedDict()
 
@@ -172,16 +168,14 @@ class TextEncoder:
             (M, D) float32, L2-normalised, on `device`, in the order of `texts`.
 
         Raises:
-            UnsupportedModelError: some features are NaN or inf.
+            CheckpointError: some features are NaN or inf.
         """
         starts, features = range(0, len(texts), self._batch_size), []
         tokenizer = self._tokenizer or self.model.tokenizer
         with evaluating(self.model), torch.inference_mode(), sharding.raise_on_all_ranks():
             for start in (starts[i] for i in sharding.shard(len(starts))):
                 tokens = tokenizer(list(texts[start : start + self._batch_size])).to(self.device)
-                with _autocast(self.device, self.precision):
-                    encoded = self.model.encode_text(tokens, normalize=True)
-                features.append(F.normalize(encoded.float(), dim=-1))
+                features.append(F.normalize(self.model.encode_text(tokens, normalize=True).float(), dim=-1))
         found = _gather_rows(features, self.device)
         _check_finite(found, "texts")
         return found
@@ -319,12 +313,8 @@ def _gather_rows(parts: Sequence[Float[Tensor, "n D"]], device: torch.device) ->
 def _check_finite(features: Float[Tensor, "B _"], what: str) -> None:
     bad = int((~features.sum(dim=1).isfinite()).sum())
     if bad:
-        raise UnsupportedModelError(f"the model's features of {bad:,} of {len(features):,} {what} are NaN or inf, so "
-                                    "there is nothing to measure: its training has diverged or its weights are damaged")
-
-
-def _autocast(device: torch.device, precision: torch.dtype | None) -> Any:
-    return nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
+        raise CheckpointError(f"the model's features of {bad:,} of {len(features):,} {what} are NaN or inf: its "
+                              "weights are damaged or its training diverged; measure an earlier checkpoint")
 
 
 def _synchronized_time(device: torch.device) -> float:

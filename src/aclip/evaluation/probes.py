@@ -31,15 +31,8 @@ QUERIES = 1024
 """Queries whose neighbours are searched at once."""
 
 MAX_ITERATIONS = 1000
-
-LOWEST, HIGHEST = -6.0, 6.0
-"""Decimal exponents of the penalty between which it is searched."""
-
-FIRST_STEP, LAST_STEP = 2.0, 0.125
-"""Steps of the first, coarse grid of exponents and of the last, finest one."""
-
-VALIDATION_EVERY = 5
-"""One in this many training images validates during the search."""
+LOWEST, HIGHEST, FIRST_STEP, LAST_STEP = -6.0, 6.0, 2.0, 0.125  # decimal exponents of the penalties searched
+VALIDATION_EVERY = 5  # one in this many training images validates during the search
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from aclip.errors import ConfigError, unknown_name
 from aclip.evaluation.base import Evaluation, Evaluator, Example
 from aclip.evaluation.features import ImageFeatures, TextEncoder
-from aclip.evaluation.ranking import CHUNK_ELEMENTS, Ranks, chance_recall, rank_both_ways, recall
+from aclip.evaluation.ranking import Ranks, chance_recall, rank_both_ways, recall
 
 CUTOFFS = (1, 5, 10)
 """The k of R@k."""
@@ -33,26 +33,24 @@ class Protocol:
     """Which captions and images are candidates.
 
     Attributes:
-        about: in one line.
         captions: number of captions of each image, the first ones, each a candidate of its own; None for all. 0: first
             captions only, equal ones merged into one candidate that is right for all of their images.
         fold: images ranked at a time, in the order of the set; metrics are means over whole folds, and a rest is left
             out. None ranks all at once.
     """
 
-    about: str
     captions: int | None = 0
     fold: int | None = None
 
 
 PROTOCOLS = {
-    "distinct": Protocol("first captions; equal ones are one candidate, right for all of their images"),
-    "all": Protocol("all captions of every image, each right for its own image only", captions=None),
-    "karpathy": Protocol("the first five captions, each right for its own image only (COCO 5K, Flickr30K 1K)",
-                         captions=5),
-    "karpathy-1k": Protocol("the same, mean over folds of 1,000 images (COCO 1K)", captions=5, fold=1000),
+    "distinct": Protocol(),
+    "all": Protocol(captions=None),
+    "karpathy": Protocol(captions=5),
+    "karpathy-1k": Protocol(captions=5, fold=1000),
 }
-"""`karpathy` is the protocol of Karpathy & Fei-Fei 2015 (arXiv 1412.2306, section 4.2) on their splits."""
+"""`karpathy` is the protocol of Karpathy & Fei-Fei 2015 (arXiv 1412.2306, section 4.2) on their splits: COCO 5K and
+Flickr30K 1K; `karpathy-1k` is COCO 1K."""
 
 
 class _Candidates(NamedTuple):
@@ -83,7 +81,6 @@ class Retrieval(Evaluator):
 
     Attributes:
         examples: number of best and of worst images returned.
-        chunk_elements: see `rank_both_ways`.
         protocol: key of `PROTOCOLS`.
 
     Raises:
@@ -93,7 +90,6 @@ class Retrieval(Evaluator):
     name = "retrieval"
     needs_captions = True
     examples: int = 8
-    chunk_elements: int = CHUNK_ELEMENTS
     protocol: str = "distinct"
 
     def __post_init__(self) -> None:
@@ -133,7 +129,7 @@ class Retrieval(Evaluator):
         asked = _candidates(images, fold, protocol.captions)
         texts = encoder.cached(tuple(asked.texts), lambda: encoder.encode(asked.texts))
         found = rank_both_ways(images.features[fold.start : fold.stop], texts, asked.of_image.to(texts.device),
-                               asked.of_text.to(texts.device), chunk_elements=self.chunk_elements)
+                               asked.of_text.to(texts.device))
         metrics: dict[str, float] = {}
         chance: dict[str, float] = {}
         right_texts = asked.of_text.bincount()[asked.of_image].tolist()
@@ -205,7 +201,8 @@ def _example(
     """Return image `first + index` as an example, with the most similar of its own captions."""
     similarity = (texts @ images.features[first + index]).cpu()
     values, indices = similarity.topk(min(_TOP, len(asked.texts)))
-    top = tuple((asked.texts[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True))
+    top = tuple({"caption": asked.texts[i], "similarity": value} for i, value in
+                zip(indices.tolist(), values.tolist(), strict=True))
     own = torch.where(asked.of_text == asked.of_image[index], similarity, -torch.inf)
     return Example(kind, images.keys[first + index], asked.texts[int(own.argmax())], rank, float(own.max()), top,
                    _png(images.thumbnails[first + index]))

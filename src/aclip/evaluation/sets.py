@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,11 +135,8 @@ def set_name(spec: str) -> str:
     >>> set_name("emoji:val"), set_name("emoji:val[:60]"), set_name("lists/val.csv?images=d/images")
     ('val', 'val[0:60]', 'val')
     """
-    whole, part = data.split_slice(spec)
-    if part is None:
-        return Path(data.split_query(spec)[0].rpartition(":")[2]).stem
-    first, last = part
-    return f"{set_name(whole)}[{first}:{'' if last is None else last}]"
+    source, slices = re.fullmatch(r"(.*?)((?:\[[^\[\]]*:[^\[\]]*\])*)", spec, re.DOTALL).groups()  # type: ignore[union-attr]
+    return Path(source.partition("?")[0].rpartition(":")[2]).stem + slices.replace("[:", "[0:")
 
 
 def check_sets(sets: Sequence[HeldOut]) -> None:
@@ -225,9 +222,9 @@ def _open(spec: str) -> tuple[str, data.Source]:
     from aclip.data.fetch import resolve_spec
 
     name, separator, rest = spec.partition("=")
-    first = spec.partition("/")[0] if "/" in spec else data.split_query(spec)[0]
     # year=2020/part.parquet is a path of Hive's layout
-    if not separator or not name.replace("-", "_").isidentifier() or Path(first).exists():
+    is_path = Path(re.split(r"[/\[?]", spec)[0]).exists()
+    if not separator or not name.replace("-", "_").isidentifier() or is_path:
         name, rest = set_name(spec), spec
     return name, data.open_source(resolve_spec(rest))
 
@@ -297,7 +294,7 @@ def _journal(
             file = as_file_name(name)
             if found.examples:  # an evaluator without any must not erase those of another
                 write_atomically(folder.path / "examples" / f"{file}.json", json.dumps(
-                    [example.to_dict() for example in found.examples], ensure_ascii=False, indent=1))
+                    [asdict(example) for example in found.examples], ensure_ascii=False, indent=1))
             if found.details:
                 details = {key: record[key] for key in ("set", "evaluator", "weights", "step")} | dict(found.details)
                 write_atomically(folder.path / "details" / f"{file}-{found.evaluator}.json",

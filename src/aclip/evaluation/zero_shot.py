@@ -225,7 +225,6 @@ class NamedClasses(Evaluator):
         classes: a `ClassList`, or names; None for the distinct labels of the set, or its distinct captions if an image
             has no label.
         templates: prompts with `{}` for the class name.
-        chunk_elements: see `rank_both_ways`.
 
     Raises:
         ConfigError: no template, a template without `{}`, a duplicate class, or fewer than two.
@@ -233,7 +232,6 @@ class NamedClasses(Evaluator):
 
     classes: ClassList | tuple[str, ...] | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    chunk_elements: int = CHUNK_ELEMENTS
 
     def __post_init__(self) -> None:
         check_templates(self.templates)
@@ -290,7 +288,7 @@ class ZeroShot(NamedClasses):
         targets = torch.tensor(indices, device=embeddings.device)
         features = images.features[torch.tensor(kept, device=embeddings.device)]
         numbers = torch.arange(len(classes), device=embeddings.device)
-        found = rank_both_ways(features, embeddings, targets, numbers, chunk_elements=self.chunk_elements)
+        found = rank_both_ways(features, embeddings, targets, numbers)
         targets = targets.cpu()
         rank = found.queries - _later_namesakes(classes)[targets]
         return Evaluation(self.name, *accuracies(rank, targets, len(classes)),
@@ -332,7 +330,7 @@ class Calibration(NamedClasses):
         scale = _logit_scale(texts.model)
         targets = torch.tensor(indices, device=embeddings.device)
         features = images.features[torch.tensor(kept, device=embeddings.device)]
-        rows = max(1, self.chunk_elements // len(classes))
+        rows = max(1, CHUNK_ELEMENTS // len(classes))
         confidences, corrects, nll = [], [], 0.0
         for some, own in zip(features.split(rows), targets.split(rows), strict=True):
             logits = scale * some @ embeddings.T
