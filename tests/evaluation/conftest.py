@@ -1,4 +1,4 @@
-"""A model and a picture set whose features are written down, not computed."""
+"""A model and a image set whose features are written down, not computed."""
 
 from dataclasses import dataclass, field
 
@@ -68,6 +68,9 @@ class FakeSet:
         self.batch_size, self.side = batch_size, side
         self.skipped = list(skipped)
 
+    def __len__(self):
+        return len(self.captions)
+
     def __iter__(self):
         for start in range(0, len(self.captions), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(self.captions)))
@@ -83,7 +86,7 @@ def table_model():
 
 
 @pytest.fixture
-def picture_set():
+def image_set():
     return FakeSet
 
 

@@ -1,4 +1,4 @@
-"""A set of small pictures and a model of them, for processes that are started afresh."""
+"""A set of small images and a model of them, for processes that are started afresh."""
 
 import io
 import math

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from aclip.errors import UnsupportedModelError
-from aclip.evaluation import Calibration
+from aclip.evaluation import Calibration, zero_shot
 
 
 @pytest.fixture
-def task(table_model, picture_set):
+def task(table_model, image_set):
     generator = torch.Generator().manual_seed(5)
     classes = [f"class {i}" for i in range(6)]
     texts = {c: torch.randn(8, generator=generator) for c in classes}
@@ -19,11 +19,11 @@ def task(table_model, picture_set):
     images = torch.stack([texts[label] for label in labels]) + 1.5 * torch.randn(60, 8, generator=generator)
     model = table_model(images, texts)
     model.logit_scale = torch.nn.Parameter(torch.tensor(math.log(7.0)))
-    return model, picture_set([f"caption {i}" for i in range(60)], labels), classes
+    return model, image_set([f"caption {i}" for i in range(60)], labels), classes
 
 
 def literal(model, labels, classes, bins):
-    """Every picture and every bin in turn."""
+    """Every image and every bin in turn."""
     sure, right, nll = [], [], []
     for image, label in zip(model.images.double().numpy(), labels, strict=True):
         texts = [model.texts[c].double().numpy() for c in classes]
@@ -44,22 +44,23 @@ def literal(model, labels, classes, bins):
 
 @pytest.mark.parametrize("bins", [4, 15])
 def test_metrics_equal_the_definitions(task, bins, cpu):
-    model, pictures, classes = task
-    result = Calibration(templates=("{}",), bins=bins).run(model, pictures, cpu)
-    assert result.metrics == pytest.approx(literal(model, pictures.labels, classes, bins), abs=1e-6)
+    model, images, classes = task
+    result = Calibration(templates=("{}",), bins=bins).run(model, images, cpu)
+    assert result.metrics == pytest.approx(literal(model, images.labels, classes, bins), abs=1e-6)
     assert result.chance["nll"] == pytest.approx(math.log(6))
     assert sum(one["pictures"] for one in result.details["reliability"]) == 60
     assert result.details["logit_scale"] == pytest.approx(7.0)
 
 
-def test_chunks_do_not_matter(task, cpu):
-    model, pictures, _ = task
-    expected = Calibration(templates=("{}",)).run(model, pictures, cpu).metrics
-    assert Calibration(templates=("{}",), chunk_elements=1).run(model, pictures, cpu).metrics == pytest.approx(expected)
+def test_chunks_do_not_matter(task, cpu, monkeypatch):
+    model, images, _ = task
+    expected = Calibration(templates=("{}",)).run(model, images, cpu).metrics
+    monkeypatch.setattr(zero_shot, "CHUNK_ELEMENTS", 1)
+    assert Calibration(templates=("{}",)).run(model, images, cpu).metrics == pytest.approx(expected)
 
 
 def test_a_model_without_scale_is_refused(task, cpu):
-    model, pictures, _ = task
+    model, images, _ = task
     del model.logit_scale
     with pytest.raises(UnsupportedModelError, match="no logit_scale"):
-        Calibration(templates=("{}",)).run(model, pictures, cpu)
+        Calibration(templates=("{}",)).run(model, images, cpu)

@@ -1,7 +1,7 @@
 import base64
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from aclip.errors import ConfigError
-from aclip.evaluation import EVALUATORS, Retrieval, write_examples
+from aclip.evaluation import EVALUATORS, Retrieval
 from aclip.evaluation.retrieval import PROTOCOLS, distinct
 
 
 @pytest.fixture
-def emoji(table_model, picture_set):
-    """40 pictures of 12 captions, spelled unevenly; features lean towards their caption's."""
+def emoji(table_model, image_set):
+    """40 images of 12 captions, spelled unevenly; features lean towards their caption's."""
     generator = torch.Generator().manual_seed(3)
     names = [f"thing {i}" for i in range(12)]
     texts = {name: torch.randn(8, generator=generator) for name in names}
@@ -23,7 +23,7 @@ def emoji(table_model, picture_set):
     noise = 1.2 * torch.randn(40, 8, generator=generator)
     images = torch.stack([texts[names[i]] for i in of_picture]) + noise
     captions = [names[i] if n < 12 else f" Thing  {i}" for n, i in enumerate(of_picture)]
-    return table_model(images, texts), picture_set(captions, skipped=[("bad", "empty file")])
+    return table_model(images, texts), image_set(captions, skipped=[("bad", "empty file")])
 
 
 def oracle(model, captions):
@@ -38,14 +38,14 @@ def oracle(model, captions):
     to_image = []
     for c, column in enumerate(cosine.T):
         order = [own[i] for i in np.argsort(-column)]
-        to_image.append(1 + order.index(c))  # what precedes the first right picture is all wrong
+        to_image.append(1 + order.index(c))  # what precedes the first right image is all wrong
     return {"image_to_text": to_text, "text_to_image": to_image}
 
 
 def test_metrics_equal_a_sorting_oracle(emoji, cpu):
-    model, pictures = emoji
-    result = Retrieval().run(model, pictures, cpu)
-    for direction, rank in oracle(model, pictures.captions).items():
+    model, images = emoji
+    result = Retrieval().run(model, images, cpu)
+    for direction, rank in oracle(model, images.captions).items():
         for k in (1, 5, 10):
             assert result.metrics[f"{direction}_r{k}"] == pytest.approx(np.mean([r <= k for r in rank]))
         assert result.metrics[f"{direction}_median_rank"] == np.median(rank)
@@ -53,42 +53,42 @@ def test_metrics_equal_a_sorting_oracle(emoji, cpu):
     assert result.counts == {"pictures": 40, "captions": 12, "skipped": 1}
 
 
-def test_metrics_do_not_depend_on_chunks_or_batches(emoji, picture_set, cpu):
-    model, pictures = emoji
-    expected = Retrieval().run(model, pictures, cpu).metrics
-    other = picture_set(pictures.captions, batch_size=11)
-    assert Retrieval(chunk_elements=1).run(model, other, cpu).metrics == expected
+def test_metrics_do_not_depend_on_batches(emoji, image_set, cpu):
+    model, images = emoji
+    expected = Retrieval().run(model, images, cpu).metrics
+    other = image_set(images.captions, batch_size=11)
+    assert Retrieval().run(model, other, cpu).metrics == expected
 
 
-def test_perfect_and_collapsed_models(table_model, picture_set, cpu):
+def test_perfect_and_collapsed_models(table_model, image_set, cpu):
     texts = {f"c{i}": torch.eye(12)[i] for i in range(12)}
-    pictures = picture_set(list(texts))
-    perfect = Retrieval().run(table_model(torch.eye(12), texts), pictures, cpu).metrics
+    images = image_set(list(texts))
+    perfect = Retrieval().run(table_model(torch.eye(12), texts), images, cpu).metrics
     assert {perfect[f"{d}_r1"] for d in ("image_to_text", "text_to_image")} == {1.0}
     collapsed = {name: torch.ones(12) for name in texts}
-    metrics = Retrieval().run(table_model(torch.ones(12, 12), collapsed), pictures, cpu).metrics
+    metrics = Retrieval().run(table_model(torch.ones(12, 12), collapsed), images, cpu).metrics
     assert {metrics[f"{d}_r{k}"] for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)} == {0.0}
 
 
-def test_any_picture_of_a_caption_is_right_for_it(table_model, picture_set, cpu):
+def test_any_picture_of_a_caption_is_right_for_it(table_model, image_set, cpu):
     texts = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
     images = torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.0, 1.0]])  # the second "a" looks like "b"
-    result = Retrieval().run(table_model(images, texts), picture_set(["a", "a", "b"]), cpu)
+    result = Retrieval().run(table_model(images, texts), image_set(["a", "a", "b"]), cpu)
     assert result.metrics["text_to_image_r1"] == 1.0
     assert result.metrics["image_to_text_r1"] == pytest.approx(2 / 3)
 
 
 @pytest.fixture
-def five_captions(table_model, picture_set):
-    """23 pictures with five captions each, two of them with six and three."""
+def five_captions(table_model, image_set):
+    """23 images with five captions each, two of them with six and three."""
     generator = torch.Generator().manual_seed(11)
     counts = [5] * 23
     counts[4], counts[9] = 6, 3
     images = torch.randn(23, 8, generator=generator)
-    captions = [[f"picture {i} caption {n}" for n in range(count)] for i, count in enumerate(counts)]
+    captions = [[f"image {i} caption {n}" for n in range(count)] for i, count in enumerate(counts)]
     texts = {text: images[i] + 2.0 * torch.randn(8, generator=generator)
              for i, own in enumerate(captions) for text in own}
-    return table_model(images, texts), picture_set([own[0] for own in captions], others=[own[1:] for own in captions])
+    return table_model(images, texts), image_set([own[0] for own in captions], others=[own[1:] for own in captions])
 
 
 def literal_recalls(model, captions, k):
@@ -108,9 +108,9 @@ def literal_recalls(model, captions, k):
 
 @pytest.mark.parametrize(("protocol", "each"), [("all", 6), ("karpathy", 5)])
 def test_several_captions_equal_the_literal_protocol(five_captions, protocol, each, cpu):
-    model, pictures = five_captions
-    captions = [(first, *others)[:each] for first, others in zip(pictures.captions, pictures.others, strict=True)]
-    result = Retrieval(protocol=protocol).run(model, pictures, cpu)
+    model, images = five_captions
+    captions = [(first, *others)[:each] for first, others in zip(images.captions, images.others, strict=True)]
+    result = Retrieval(protocol=protocol).run(model, images, cpu)
     for k in (1, 5, 10):
         to_text, to_image = literal_recalls(model, captions, k)
         assert result.metrics[f"image_to_text_r{k}"] == pytest.approx(to_text, abs=1e-12)
@@ -123,21 +123,21 @@ def test_several_captions_equal_the_literal_protocol(five_captions, protocol, ea
     assert all(example.rank >= 1 for example in result.examples)
 
 
-def test_captions_that_several_pictures_share_are_counted(table_model, picture_set, cpu):
+def test_captions_that_several_pictures_share_are_counted(table_model, image_set, cpu):
     texts = {"a dog": torch.eye(3)[0], " A  dog": torch.eye(3)[0], "a cat": torch.eye(3)[1], "a boat": torch.eye(3)[2]}
-    images = torch.eye(3)[[0, 0, 1]]
-    pictures = picture_set(["a dog", " A  dog", "a cat"], others=[["a dog"], [], ["a boat"]])
-    result = Retrieval(protocol="all").run(table_model(images, texts), pictures, cpu)
+    features = torch.eye(3)[[0, 0, 1]]
+    images = image_set(["a dog", " A  dog", "a cat"], others=[["a dog"], [], ["a boat"]])
+    result = Retrieval(protocol="all").run(table_model(features, texts), images, cpu)
     assert result.counts == {"pictures": 3, "captions": 5, "skipped": 0, "shared": 3}
     assert result.metrics["image_to_text_r1"] == pytest.approx(1 / 3)  # for a model that could do no better
-    assert "shared" not in Retrieval().run(table_model(images, texts), pictures, cpu).counts
+    assert "shared" not in Retrieval().run(table_model(features, texts), images, cpu).counts
 
 
 def test_folds_are_means_over_whole_folds(five_captions, cpu, monkeypatch):
-    model, pictures = five_captions
+    model, images = five_captions
     monkeypatch.setitem(PROTOCOLS, "karpathy-1k", replace(PROTOCOLS["karpathy-1k"], fold=10))
-    result = Retrieval(protocol="karpathy-1k").run(model, pictures, cpu)
-    captions = [(first, *others)[:5] for first, others in zip(pictures.captions, pictures.others, strict=True)]
+    result = Retrieval(protocol="karpathy-1k").run(model, images, cpu)
+    captions = [(first, *others)[:5] for first, others in zip(images.captions, images.others, strict=True)]
     images, parts = model.images, []
     for start in (0, 10):
         model.images = images[start:]
@@ -148,7 +148,7 @@ def test_folds_are_means_over_whole_folds(five_captions, cpu, monkeypatch):
 
 
 def test_a_set_smaller_than_a_fold_is_an_error(five_captions, cpu):
-    with pytest.raises(ConfigError, match="asks among 1,000 pictures at a time, and the set has 23"):
+    with pytest.raises(ConfigError, match="ranks 1,000 images at a time and the set has 23"):
         Retrieval(protocol="karpathy-1k").run(*five_captions, cpu)
     with pytest.raises(ConfigError, match="did you mean 'karpathy'"):
         Retrieval(protocol="karpaty")
@@ -157,7 +157,7 @@ def test_a_set_smaller_than_a_fold_is_an_error(five_captions, cpu):
 def test_chance_levels(emoji, cpu):
     chance = Retrieval().run(*emoji, cpu).chance
     assert chance["image_to_text_r5"] == pytest.approx(5 / 12)
-    # Captions 0-3 have four pictures, the others three.
+    # Captions 0-3 have four images, the others three.
     expected = (4 * (4 / 40) + 8 * (3 / 40)) / 12
     assert chance["text_to_image_r1"] == pytest.approx(expected)
     assert not any("median" in name for name in chance)
@@ -169,43 +169,40 @@ def test_distinct_ignores_case_and_spacing_and_keeps_the_first_spelling():
 
 
 def test_examples_show_the_widest_and_the_worst(emoji, cpu):
-    model, pictures = emoji
-    result = Retrieval(examples=3).run(model, pictures, cpu)
-    rank = oracle(model, pictures.captions)["image_to_text"]
+    model, images = emoji
+    result = Retrieval(examples=3).run(model, images, cpu)
+    rank = oracle(model, images.captions)["image_to_text"]
     best = [e for e in result.examples if e.kind == "best"]
     worst = [e for e in result.examples if e.kind == "worst"]
     assert len(best) == len(worst) == 3
-    assert all(e.rank == 1 and distinct([e.caption, e.top[0][0]])[1] == [0, 0] for e in best)
+    assert all(e.rank == 1 and distinct([e.caption, e.top[0]["caption"]])[1] == [0, 0] for e in best)
     assert worst[0].rank == max(rank)
     for e in result.examples:
         assert e.rank == rank[int(e.key.removeprefix("key"))]
-        values = [value for _, value in e.top]
+        values = [one["similarity"] for one in e.top]
         assert len(values) == 5
         assert values == sorted(values, reverse=True)
         assert Image.open(io.BytesIO(base64.b64decode(e.thumbnail))).size == (4, 4)
     assert len({e.caption.casefold().strip() for e in worst}) == 3
 
 
-def test_small_and_collapsed_sets_have_fewer_examples(table_model, picture_set, cpu):
+def test_small_and_collapsed_sets_have_fewer_examples(table_model, image_set, cpu):
     model = table_model(torch.ones(2, 3), {"a": torch.ones(3), "b": torch.ones(3)})
-    result = Retrieval().run(model, picture_set(["a", "b"]), cpu)
+    result = Retrieval().run(model, image_set(["a", "b"]), cpu)
     assert [e.kind for e in result.examples] == ["worst", "worst"]
 
 
-def test_record_and_examples_file(emoji, cpu, tmp_path):
+def test_records_are_plain_json(emoji, cpu):
     result = Retrieval(examples=2).run(*emoji, cpu)
     record = result.to_record(set_name="val", weights="ema", step=7, samples_seen=70)
     assert json.loads(json.dumps(record)) == record
     named = {name: record[name] for name in ("evaluator", "set", "weights", "step", "samples_seen")}
     assert list(named.values()) == ["retrieval", "val", "ema", 7, 70]
-    path = write_examples(tmp_path, "../val/vendor", result.examples)
-    assert path == tmp_path / "examples" / "_val_vendor.json"
-    written = json.loads(path.read_text(encoding="utf-8"))
-    assert [e["kind"] for e in written] == ["best", "best", "worst", "worst"]
-    assert set(written[0]["top"][0]) == {"caption", "similarity"}
-    assert list(path.parent.iterdir()) == [path]
+    examples = [json.loads(json.dumps(asdict(example))) for example in result.examples]
+    assert [e["kind"] for e in examples] == ["best", "best", "worst", "worst"]
+    assert set(examples[0]["top"][0]) == {"caption", "similarity"}
 
 
 def test_table_names_match():
-    assert all(evaluator.name == name for name, evaluator in EVALUATORS.items())
+    assert all(entry.name == name for name, entry in EVALUATORS.items())
     assert set(EVALUATORS) == {"retrieval", "zero_shot", "calibration", "linear_probe", "knn"}

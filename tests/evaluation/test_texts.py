@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from aclip.evaluation import texts as module
-from aclip.evaluation.texts import TextEncoder
+from aclip.evaluation import TextEncoder
+from aclip.evaluation import features as module
 from aclip.evaluation.zero_shot import class_embeddings
 
 
@@ -30,30 +30,30 @@ def test_texts_are_encoded_in_order_for_any_batch_size(model, cpu, batch_size):
     torch.testing.assert_close(TextEncoder(model, cpu, batch_size=batch_size).encode(model.names), expected)
 
 
-def test_what_was_made_is_not_made_again(model, asked, cpu):
+def test_cached_texts_are_not_encoded_again(model, asked, cpu):
     texts = TextEncoder(model, cpu)
-    first = texts.once("all", lambda: texts.encode(model.names))
-    assert torch.equal(texts.once("two", lambda: texts.encode(model.names[:2])), first[:2])
-    assert torch.equal(texts.once("all", lambda: texts.encode(model.names)), first)
+    first = texts.cached("all", lambda: texts.encode(model.names))
+    assert torch.equal(texts.cached("two", lambda: texts.encode(model.names[:2])), first[:2])
+    assert torch.equal(texts.cached("all", lambda: texts.encode(model.names)), first)
     assert asked == [9, 2]
 
 
-def test_memory_is_bounded_and_the_longest_unasked_goes_first(model, asked, cpu, monkeypatch):
-    monkeypatch.setattr(module, "KEPT_ELEMENTS", 4 * 6)
+def test_the_cache_is_bounded_and_evicts_the_least_recently_used(model, asked, cpu, monkeypatch):
+    monkeypatch.setattr(module, "CACHED_ELEMENTS", 4 * 6)
     texts = TextEncoder(model, cpu)
     for names in (("t0", "t1"), ("t2", "t3"), ("t0", "t1"), ("t4",), ("t0", "t1"), ("t2", "t3")):
         expected = torch.stack([model.texts[n] / model.texts[n].norm() for n in names])
-        torch.testing.assert_close(texts.once(names, lambda names=names: texts.encode(names)), expected)
+        torch.testing.assert_close(texts.cached(names, lambda names=names: texts.encode(names)), expected)
     assert asked == [2, 2, 1, 2]
     for _ in range(2):
-        texts.once("more than is remembered", lambda: texts.encode(model.names))
+        texts.cached("more than fits", lambda: texts.encode(model.names))
     assert asked[4:] == [9, 9]
 
 
-def test_classes_are_remembered_not_their_prompts(table_model, cpu, monkeypatch):
+def test_classes_are_cached_not_their_prompts(table_model, cpu, monkeypatch):
     """Of a thousand classes with eighty prompts each the prompts would not fit."""
     model = table_model(torch.eye(6), {f"{c}{n}": torch.randn(6) for c in "ab" for n in range(9)})
-    monkeypatch.setattr(module, "KEPT_ELEMENTS", 2 * 6)
+    monkeypatch.setattr(module, "CACHED_ELEMENTS", 2 * 6)
     texts, calls = TextEncoder(model, cpu), []
     encode = texts.encode
     monkeypatch.setattr(texts, "encode", lambda prompts: (calls.append(len(prompts)), encode(prompts))[1])

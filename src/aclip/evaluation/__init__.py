@@ -1,46 +1,37 @@
-"""Evaluation on held-out pictures: `EVALUATORS` maps names to `Evaluator` classes."""
+"""Evaluation on held-out images. Everything is imported on first use, so that `evaluate` costs nothing to import."""
 
-from aclip.evaluation import together
-from aclip.evaluation.base import Evaluation, Evaluator, Example
-from aclip.evaluation.calibration import Calibration
-from aclip.evaluation.class_names import find_classes, find_templates
-from aclip.evaluation.classes import ClassList
-from aclip.evaluation.features import PictureFeatures, encode_pictures
-from aclip.evaluation.knn import NearestNeighbours
-from aclip.evaluation.linear_probe import LinearProbe
-from aclip.evaluation.masked_encoder import KEPT_BY, MaskedEncoder
-from aclip.evaluation.probe import Probe
-from aclip.evaluation.records import write_details, write_examples
-from aclip.evaluation.retrieval import PROTOCOLS, Retrieval
-from aclip.evaluation.texts import TextEncoder
-from aclip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-EVALUATORS: dict[str, type[Evaluator]] = {
-    evaluator.name: evaluator for evaluator in (Retrieval, ZeroShot, Calibration, LinearProbe, NearestNeighbours)
+from aclip.evaluation.api import Result, evaluate
+
+if TYPE_CHECKING:
+    from aclip.evaluation.base import Evaluation, Evaluator
+    from aclip.evaluation.features import ImageFeatures, MaskedEncoder, TextEncoder, encode_image_set
+    from aclip.evaluation.probes import LinearProbe, NearestNeighbours, Probe
+    from aclip.evaluation.retrieval import PROTOCOLS, Retrieval
+    from aclip.evaluation.sets import EVALUATORS, HeldOut, check_sets, evaluate_sets, name_skipped, open_sets
+    from aclip.evaluation.sharding import sharded
+    from aclip.evaluation.zero_shot import Calibration, ClassList, ZeroShot, find_classes, find_templates
+
+__all__ = ["EVALUATORS", "PROTOCOLS", "Calibration", "ClassList", "Evaluation", "Evaluator", "HeldOut", "ImageFeatures",
+           "LinearProbe", "MaskedEncoder", "NearestNeighbours", "Probe", "Result", "Retrieval", "TextEncoder",
+           "ZeroShot", "check_sets", "encode_image_set", "evaluate", "evaluate_sets", "find_classes", "find_templates",
+           "name_skipped", "open_sets", "sharded"]
+
+_HOMES = {
+    "base": ("Evaluation", "Evaluator"),
+    "features": ("ImageFeatures", "MaskedEncoder", "TextEncoder", "encode_image_set"),
+    "probes": ("LinearProbe", "NearestNeighbours", "Probe"),
+    "retrieval": ("PROTOCOLS", "Retrieval"),
+    "sets": ("EVALUATORS", "HeldOut", "check_sets", "evaluate_sets", "name_skipped", "open_sets"),
+    "sharding": ("sharded",),
+    "zero_shot": ("Calibration", "ClassList", "ZeroShot", "find_classes", "find_templates"),
 }
 
-__all__ = [
-    "DEFAULT_TEMPLATES",
-    "EVALUATORS",
-    "KEPT_BY",
-    "PROTOCOLS",
-    "Calibration",
-    "ClassList",
-    "Evaluation",
-    "Evaluator",
-    "Example",
-    "LinearProbe",
-    "MaskedEncoder",
-    "NearestNeighbours",
-    "PictureFeatures",
-    "Probe",
-    "Retrieval",
-    "TextEncoder",
-    "ZeroShot",
-    "encode_pictures",
-    "find_classes",
-    "find_templates",
-    "together",
-    "write_details",
-    "write_examples",
-]
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"aclip.evaluation.{module}"), name)
+    raise AttributeError(f"module 'aclip.evaluation' has no attribute '{name}'")

@@ -1,28 +1,28 @@
-"""An evaluator: a name, and numbers about a model on a set of pictures."""
+"""What an evaluator is, and what it returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from aclip.evaluation.features import PictureFeatures, encode_pictures
-from aclip.evaluation.interface import Encoder, PictureSet, Progress, Space
-from aclip.evaluation.texts import TextEncoder
+from aclip.data import EvaluationSet
+from aclip.evaluation.features import ImageFeatures, Space, TextEncoder, encode_image_set
+from aclip.models import LoadedModel
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture that an evaluation found telling.
+    """An image shown in the report.
 
     Attributes:
-        kind: "best" (right, by the widest margin) or "worst" (the true caption ranked last).
-        key: the picture's name. caption: its true caption.
+        kind: "best" (right, by the widest margin) or "worst" (true caption ranked last).
+        key: name of the image. caption: its true caption.
         rank: of the true caption, from 1.
         similarity: cosine with the true caption.
-        top: the most similar captions with their cosine similarities, best first.
-        thumbnail: PNG, base64 encoded, at most 96 pixels a side.
+        top: {"caption", "similarity"} of the most similar captions, best first.
+        thumbnail: PNG, base64 encoded.
     """
 
     kind: str
@@ -30,52 +30,46 @@ class Example:
     caption: str
     rank: int
     similarity: float
-    top: tuple[tuple[str, float], ...]
+    top: tuple[dict[str, Any], ...]
     thumbnail: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values, as `examples/<set>.json` holds it."""
-        top = [{"caption": caption, "similarity": similarity} for caption, similarity in self.top]
-        return {"kind": self.kind, "key": self.key, "caption": self.caption, "rank": self.rank,
-                "similarity": self.similarity, "top": top, "thumbnail": self.thumbnail}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluator found.
+    """What an evaluator found on a set.
 
     Attributes:
         evaluator: its name.
-        metrics: name -> value; recalls and accuracies are shares in [0, 1].
+        metrics: name -> value; recalls and accuracies are fractions in [0, 1].
         chance: name -> expected value of that metric for a random order, where it has one.
-        counts: name -> how many pictures, captions, classes, skipped pictures.
-        examples: telling pictures, possibly none.
+        counts: name -> number of images, captions, classes, skipped images.
+        examples: images shown in the report.
         settings: name -> what a probe was fitted with.
-        details: what a report draws besides numbers, as plain JSON values.
+        details: plain JSON values that the report draws.
     """
 
     evaluator: str
     metrics: Mapping[str, float]
-    chance: Mapping[str, float]
-    counts: Mapping[str, int]
-    examples: tuple[Example, ...] = field(default=())
+    chance: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
     settings: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_record(
         self, *, set_name: str, weights: str, step: int, samples_seen: int, training_set: str | None = None
     ) -> dict[str, Any]:
-        """Return one line of `evaluations.jsonl`: everything but examples and details, as plain JSON values.
+        """Return a line of `evaluations.jsonl`: everything but examples and details, as plain JSON values.
 
         Args:
-            set_name: the pictures' set. weights: "online" or "ema".
+            set_name: of the evaluation set. weights: "online" or "ema".
             step: optimizer steps done. samples_seen: pairs seen over all ranks.
-            training_set: the set that the evaluator has learned from, if it learns.
+            training_set: of a probe.
         """
-        learned = {} if training_set is None else {"training_set": training_set, "settings": dict(self.settings)}
+        fitted = {} if training_set is None else {"training_set": training_set, "settings": dict(self.settings)}
         return {"step": step, "samples_seen": samples_seen, "weights": weights, "evaluator": self.evaluator,
                 "set": set_name, "metrics": dict(self.metrics), "chance": dict(self.chance),
-                "counts": dict(self.counts), **learned}
+                "counts": dict(self.counts), **fitted}
 
 
 class Evaluator(ABC):
@@ -83,35 +77,51 @@ class Evaluator(ABC):
 
     Attributes:
         name: in `EVALUATORS` and in records.
-        space: of the features that it reads; "joint" needs a model with text.
-        needs_captions: whether every picture must have one; others can do with labels.
+        space: of the image features that it reads; "joint" needs a model with text.
+        needs_captions: whether images without a caption are skipped even if they have a label.
     """
 
-    name: ClassVar[str]
-    space: ClassVar[Space] = "joint"
-    needs_captions: ClassVar[bool] = False
+    name: str
+    space: Space = "joint"
+    needs_captions: bool = False
 
     @property
     def variant(self) -> str:
-        """What sets it apart from the evaluator as it is by default, in a word; added to a set's name in records."""
+        """What distinguishes it from its defaults, in a word; records add it to the name of the set."""
         return ""
 
-    def run(
-        self,
-        model: Encoder,
-        pictures: PictureSet,
-        device: torch.device,
-        *,
-        precision: torch.dtype | None = None,
-        progress: Progress | None = None,
-    ) -> Evaluation:
-        """Encode the pictures and measure; see `encode_pictures` for the arguments.
-
-        With several evaluators for one set, call `encode_pictures` once a space and `measure` of each.
-        """
-        encoded = encode_pictures(model, pictures, device, space=self.space, precision=precision, progress=progress)
-        return self.measure(TextEncoder(model, device, precision=precision), encoded)
-
     @abstractmethod
-    def measure(self, texts: TextEncoder, pictures: PictureFeatures) -> Evaluation:
-        """Measure on pictures that `encode_pictures` has encoded into `space`; `texts` is of the same model."""
+    def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation | Mapping[str, float]:
+        """Measure on a set that `encode_image_set` has encoded into `space`; `texts` is of the same model.
+
+        Returns:
+            An `Evaluation`, or metrics alone.
+        """
+
+    def evaluate(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation:
+        """Return `measure(images, texts)` as an `Evaluation`."""
+        found = self.measure(images, texts)
+        if isinstance(found, Evaluation):
+            return found
+        return Evaluation(self.name, {key: float(value) for key, value in found.items()},
+                          counts={"pictures": len(images), "skipped": len(images.skipped)})
+
+    def run(self, model: LoadedModel, images: EvaluationSet, device: torch.device) -> Evaluation:
+        """Encode a set and measure; see `encode_image_set` for the arguments."""
+        return self.evaluate(encode_image_set(model, images, device, space=self.space), TextEncoder(model, device))
+
+
+MeasureFunction = Callable[[ImageFeatures, TextEncoder], Mapping[str, Any]]
+"""The shortest evaluator: encoded images and the model's text encoder -> metrics by name."""
+
+
+class FunctionEvaluator(Evaluator):
+    """A `MeasureFunction` from `EVALUATORS`, by its name there."""
+
+    def __init__(self, name: str, function: MeasureFunction) -> None:
+        self.name = name
+        self._function = function
+
+    def measure(self, images: ImageFeatures, texts: TextEncoder) -> Mapping[str, float]:
+        """See `Evaluator.measure`."""
+        return self._function(images, texts)

@@ -1,12 +1,10 @@
-"""Ranks, the one thing that retrieval and classification measure.
+"""Ranks, which retrieval and classification measure.
 
-The rank of a query is 1 + the number of wrong items whose similarity is not clearly below that of its
-best right item. Ties count against the model: one that maps everything to a point scores 0, not 100 %,
-and so does one that returns NaN.
+The rank of a query is 1 + the number of wrong items whose similarity is not at least `TIE` below that of its best
+right item. Ties count against the model: one that maps everything to a point scores 0, not 100 %.
 
-The matrix of similarities is never held: it is computed in tiles, each of which is counted in both
-directions and forgotten. Processes that evaluate together take every n-th band of rows each, and the counts are
-added.
+The similarity matrix is never held: it is computed in tiles, each counted in both directions and dropped. With
+sharding each rank takes every n-th band of rows, and the counts are summed.
 """
 
 import math
@@ -16,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from aclip.evaluation import together
+from aclip.evaluation import sharding
 
 TIE = 1e-6
-"""Cosine similarities, and scores of classes, closer than this are equal: float32 does not carry more."""
+"""Similarities and class scores closer than this are equal: float32 resolves no more."""
 
 CHUNK_ELEMENTS = 2**22
 """Entries of the similarity matrix held at a time (32 MiB in float64)."""
@@ -32,7 +30,7 @@ _TILE_ITEMS = 4096  # columns of a tile: wide enough for matrix products at full
 
 @dataclass(frozen=True)
 class Ranks:
-    """What a pass over the matrix of similarities has counted, on the CPU.
+    """Ranks in both directions, on the CPU.
 
     Attributes:
         queries: (Q,) int64 rank of the best right item of every query, from 1.
@@ -48,19 +46,6 @@ class Ranks:
     nearest: Int[Tensor, " Q"]
 
 
-def ranks(
-    queries: Float[Tensor, "Q D"],
-    items: Float[Tensor, "I D"],
-    query_groups: Int[Tensor, " Q"],
-    item_groups: Int[Tensor, " I"],
-    *,
-    chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Int[Tensor, " Q"], Float[Tensor, " Q"]]:
-    """Return the ranks and the margins of the queries, see `rank_both_ways`."""
-    found = rank_both_ways(queries, items, query_groups, item_groups, chunk_elements=chunk_elements)
-    return found.queries, found.margins
-
-
 def rank_both_ways(
     queries: Float[Tensor, "Q D"],
     items: Float[Tensor, "I D"],
@@ -74,17 +59,16 @@ def rank_both_ways(
     rank(q) = 1 + #{i wrong : not s(q, i) < max over right r of s(q, r) - TIE},  s = <q, i>
 
     and the same with the roles exchanged. In float64 up to `EXACT_ENTRIES`, where the result depends neither on the
-    size of the chunks nor on reduced-precision matrix products; beyond that, and on devices without float64, in
-    float32, which can count a similarity on the wrong side where it lies within 1e-6 of the limit.
+    chunk size nor on reduced-precision matrix products; beyond that, and on devices without float64, in float32, where
+    a similarity within 1e-6 of the limit can be counted on the wrong side.
 
-    Memory is that of the features (once more in float64) and a few tiles. Equal on all processes that evaluate
-    together.
+    Takes the memory of the features (once more in float64) and a few tiles. Equal on all ranks.
 
     Args:
-        queries, items: (Q, D) and (I, D), L2-normalised.
-        query_groups, item_groups: (Q,) and (I,) int64; an item is right for a query when their groups are equal; every
+        queries, items: (Q, D) and (I, D), L2-normalised and finite.
+        query_groups, item_groups: (Q,) and (I,) int64; an item is right for a query if their groups are equal; every
             query has at least one right item.
-        chunk_elements: most entries of the similarity matrix held at once; does not change the result.
+        chunk_elements: entries of the similarity matrix held at once; does not change the result.
     """
     exact = queries.device.type != "mps" and len(queries) * len(items) <= EXACT_ENTRIES
     wide = torch.float64 if exact else torch.float32
@@ -95,23 +79,22 @@ def rank_both_ways(
     columns = min(len(b), _TILE_ITEMS, chunk_elements)
     rows = max(1, chunk_elements // columns)
     for number, start in enumerate(range(0, len(a), rows)):
-        if number % together.world_size() == together.rank():
+        if number % sharding.world_size() == sharding.rank():
             band = pairs[:, torch.searchsorted(pairs[0], start) : torch.searchsorted(pairs[0], start + rows)]
             _count_band(a, b, band, best, slice(start, start + rows), columns, counts)
-    right_items, right_queries = (torch.bincount(pairs[side], minlength=len(x)) for side, x in ((0, a), (1, b)))
-    rank_a = _finish(together.sum_over_ranks(counts.rows), best[0], right_items, len(b))
-    rank_b = _finish(together.sum_over_ranks(counts.columns), best[1], right_queries, len(a))
-    margins = best[0] - together.sum_over_ranks(counts.best_wrong)
+    right_queries = torch.bincount(pairs[1], minlength=len(b))
+    rank_a, rank_b = (1 + sharding.sum_over_ranks(counted) for counted in (counts.rows, counts.columns))
+    margins = best[0] - sharding.sum_over_ranks(counts.best_wrong)
     return Ranks(rank_a.cpu(), torch.where(right_queries > 0, rank_b, 0).cpu(), margins.cpu().double(),
-                 together.sum_over_ranks(counts.nearest).cpu())
+                 sharding.sum_over_ranks(counts.nearest).cpu())
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Accumulators over tiles; zero where another process counts.
+    """Accumulators over tiles; zero where another rank counts.
 
     Attributes:
-        rows, columns: (Q,) and (I,) int64 entries that are not clearly below the best right one, right ones aside.
+        rows, columns: (Q,) and (I,) int64 wrong entries not at least `TIE` below the best right one.
         best_wrong: (Q,) highest similarity of a wrong item. nearest: (Q,) int64 item with the highest of all.
     """
 
@@ -135,7 +118,7 @@ def _count_band(
     columns: int,
     counts: _Counts,
 ) -> None:
-    """Count some rows of the matrix, tile by tile; `band` are their right pairs."""
+    """Count a band of rows of the matrix, tile by tile; `band` holds its right pairs."""
     own = a[rows]
     top = torch.full((len(own),), -math.inf, device=a.device, dtype=a.dtype)
     nearest = torch.zeros(len(own), device=a.device, dtype=torch.int64)
@@ -147,24 +130,17 @@ def _count_band(
         high, at = tile.max(dim=1)
         nearest = torch.where(high > top, at + start, nearest)
         top = torch.maximum(top, high)
-        # right entries leave the count as -inf; with a NaN for a limit they are counted, and `_finish` knows
+        # right entries leave the count as -inf
         ends = torch.searchsorted(band[1].contiguous(), torch.tensor([start, start + columns], device=a.device))
         i, j = band[:, ends[0] : ends[1]]
         tile[i - (rows.start or 0), j - start] = -math.inf
         best_wrong = torch.maximum(best_wrong, tile.amax(dim=1))
-        # what is not below, so that NaN counts against; int32 sums are five times as fast as the default's
+        # int32 sums are five times as fast as the default's
         limits = limits_b[None, start : start + columns]
         counts.rows[rows] += tile.shape[1] - (tile < limits_a[:, None]).sum(dim=1, dtype=torch.int32)
         counts.columns[start : start + columns] += len(tile) - (tile < limits).sum(dim=0, dtype=torch.int32)
     counts.best_wrong[rows] = best_wrong
     counts.nearest[rows] = nearest
-
-
-def _finish(
-    counted: Int[Tensor, " Q"], best: Float[Tensor, " Q"], right: Int[Tensor, " Q"], others: int
-) -> Int[Tensor, " Q"]:
-    """Return ranks: where the best right similarity is NaN, every wrong entry counts, and right ones do not."""
-    return 1 + torch.where(best.isnan(), others - right, counted)
 
 
 def _right_pairs(query_groups: Int[Tensor, " Q"], item_groups: Int[Tensor, " I"]) -> Int[Tensor, "2 P"]:
@@ -186,7 +162,7 @@ def _best_of_pairs(
     for i, j in pairs.split(max(1, chunk_elements // a.shape[1]), dim=1):
         similarity = (a[i] * b[j]).sum(dim=1)
         for highest, index in zip(best, (i, j), strict=True):
-            highest.scatter_reduce_(0, index, similarity, "amax")  # NaN stays NaN
+            highest.scatter_reduce_(0, index, similarity, "amax")
     return best[0], best[1]
 
 
@@ -196,22 +172,22 @@ def class_ranks(scores: Float[Tensor, "Q M"], targets: Int[Tensor, " Q"]) -> Int
     rank(q) = 1 + #{m wrong : not scores(q, m) < scores(q, right) - TIE}
 
     Args:
-        scores: (Q, M), the higher the likelier. targets: (Q,) int64, the right classes.
+        scores: (Q, M), higher for likelier classes. targets: (Q,) int64, the right classes.
 
     Returns:
         (Q,) int64 ranks from 1 on the CPU.
     """
-    below = scores < scores.gather(1, targets[:, None]) - TIE  # false for the right class itself, and for NaN
+    below = scores < scores.gather(1, targets[:, None]) - TIE  # false for the right class itself
     return (~below).sum(dim=1).cpu()
 
 
 def recall(rank: Int[Tensor, " Q"], k: int) -> float:
-    """Return the share of queries whose rank is at most `k`, in [0, 1]."""
+    """Return the fraction of queries whose rank is at most `k`, in [0, 1]."""
     return float((rank <= k).double().mean())
 
 
 def mean_per_class(rank: Int[Tensor, " Q"], targets: Int[Tensor, " Q"]) -> float:
-    """Return the mean of the classes' top-1 accuracies, over the classes that have a query.
+    """Return the mean of the classes' top-1 accuracies, over classes that have a query.
 
     Args:
         rank: (Q,) from 1, on the CPU. targets: (Q,) int64, on the CPU.

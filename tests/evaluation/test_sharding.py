@@ -1,4 +1,4 @@
-"""Two processes that evaluate together find what one finds; an error of one is an error of both."""
+"""Two ranks that share an evaluation find what one process finds; an error of one is raised on both."""
 
 import warnings
 from pathlib import Path
@@ -11,23 +11,31 @@ from torch import multiprocessing
 
 from aclip.data import EvaluationSet
 from aclip.errors import DataError
-from aclip.evaluation import Calibration, NearestNeighbours, Retrieval, TextEncoder, ZeroShot, encode_pictures, together
+from aclip.evaluation import (
+    Calibration,
+    NearestNeighbours,
+    Retrieval,
+    TextEncoder,
+    ZeroShot,
+    encode_image_set,
+    sharding,
+)
 
 RANKS = 2
 
 
 def measure(count: int, bad: frozenset[int] = frozenset()) -> dict[str, object]:
-    """Return everything that a set of `count` pictures says about a model, in batches of four."""
+    """Return everything that a set of `count` images says about a model, in batches of four."""
     model, cpu = PixelModel(), torch.device("cpu")
     found: dict[str, object] = {}
-    pictures = EvaluationSet(Squares(count, bad), model.preprocess, batch_size=4,
-                             share=(together.rank(), together.world_size()))
-    encoded = encode_pictures(model, pictures, cpu)
+    images = EvaluationSet(Squares(count, bad), model.preprocess, batch_size=4,
+                             share=(sharding.rank(), sharding.world_size()))
+    encoded = encode_image_set(model, images, cpu)
     found["features"], found["keys"], found["skipped"] = encoded.features, encoded.keys, encoded.skipped
     texts = TextEncoder(model, cpu)
-    probe = NearestNeighbours(k=3).learn(encoded)
+    probe = NearestNeighbours(k=3).fit(encoded)
     for evaluator in (Retrieval(), Retrieval(protocol="all"), ZeroShot(), Calibration(), probe):
-        result = evaluator.measure(texts, encoded)
+        result = evaluator.evaluate(encoded, texts)
         found[f"{evaluator.name} {evaluator.variant}"] = (result.metrics, result.counts)
     return found
 
@@ -38,7 +46,7 @@ def one_rank(rank: int, folder: str) -> None:
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     results: dict[str, object] = {}
     alone = measure(21)
-    with together.together():
+    with sharding.sharded():
         results["many"] = measure(21)
         results["bad"] = measure(21, bad=frozenset({0, 13}))
         results["one share is empty"] = measure(4)
@@ -50,14 +58,14 @@ def one_rank(rank: int, folder: str) -> None:
             measure(21, bad=frozenset({-1}))  # only the last process meets it
         except DataError as error:
             results["error of one"] = str(error)
-    assert str(alone) == str(results["many"]), "outside of together() a process evaluates for itself, and the same"
+    assert str(alone) == str(results["many"]), "outside of sharded() each process evaluates alone"
     torch.save(results, f"{folder}/{rank}.pt")
     torch_dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    folder = tmp_path_factory.mktemp("together")
+    folder = tmp_path_factory.mktemp("sharding")
     multiprocessing.spawn(one_rank, args=(str(folder),), nprocs=RANKS)
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
@@ -75,7 +83,7 @@ def test_every_process_finds_what_one_finds(
 
 
 def test_an_error_is_common(results: list[dict[str, object]]) -> None:
-    nothing = "nothing to evaluate: the set holds no usable picture (21 skipped)"
+    nothing = "nothing to evaluate: the set has no usable image (21 skipped)"
     assert {found["error"] for found in results} == {nothing}
     assert {found["error of one"] for found in results} == {"the disk is gone"}
 

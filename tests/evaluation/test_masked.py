@@ -1,4 +1,4 @@
-"""A part of every picture: the right patches, chosen alike everywhere, and never in ordinary evaluation."""
+"""Masked evaluation: the right patches, chosen alike in any batch."""
 
 import math
 
@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from aclip import models
 from aclip.errors import ConfigError
-from aclip.evaluation import KEPT_BY, MaskedEncoder
+from aclip.evaluation import MaskedEncoder
+from aclip.evaluation.features import KEEP_BY
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,12 @@ def test_the_most_attended_patches_are_kept(model, pixels):
         torch.testing.assert_close(masked.encode_image(pixels), F.normalize(expected, dim=-1))
 
 
-@pytest.mark.parametrize("way", KEPT_BY)
+@pytest.mark.parametrize("way", KEEP_BY)
 def test_a_pictures_patches_do_not_depend_on_its_batch(model, pixels, way):
     masked = MaskedEncoder(model, 0.25, way, block_size=2)
     with torch.no_grad():
         whole = masked.keep_indices(pixels)
-        apart = torch.cat([masked.keep_indices(picture[None]) for picture in pixels])
+        apart = torch.cat([masked.keep_indices(image[None]) for image in pixels])
     assert torch.equal(whole, apart)
     assert whole.shape[1] == masked.num_keep == masked.num_patches // 4
 
@@ -70,7 +71,7 @@ def test_half_size_scores_are_those_of_the_small_picture_enlarged(model, pixels)
 
 
 def test_senseless_settings_are_refused(model):
-    with pytest.raises(ConfigError, match=r"share of patches that the model sees, 0 < share <= 1, not 1\.5"):
+    with pytest.raises(ConfigError, match=r"fraction of patches that the model sees, in \(0, 1\], not 1\.5"):
         MaskedEncoder(model, 1.5)
     with pytest.raises(ConfigError, match="did you mean 'attentive'"):
         MaskedEncoder(model, 0.5, "atentive")

@@ -1,0 +1,161 @@
+"""`aclip.evaluate`: a model and data in, results out. Imports torch and the like only when called."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from aclip.models import LoadedModel
+    from aclip.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Result:
+    """One metric of one evaluator on one set.
+
+    Attributes:
+        set: its name, with the retrieval protocol if that is not the default.
+        evaluator: its name in `EVALUATORS`.
+        metric: name, such as "image_to_text_r1".
+        value: recalls and accuracies are fractions in [0, 1].
+        keep: fraction of patches kept, of an evaluation on masked images; else None.
+        kept_by: how these were chosen.
+    """
+
+    set: str
+    evaluator: str
+    metric: str
+    value: float
+    keep: float | None = None
+    kept_by: str | None = None
+
+
+def evaluate(
+    model: str | LoadedModel,
+    *,
+    data: tuple[str, ...] | str,
+    evaluators: tuple[str, ...] | str | None = None,
+    train: str | None = None,
+    protocol: str = "distinct",
+    templates: tuple[str, ...] | str | None = None,
+    classes: str | None = None,
+    keep: tuple[float, ...] = (),
+    keep_by: tuple[str, ...] = ("attentive", "uniform"),
+    block_size: int = 1,
+    weights: Literal["online", "ema"] = "online",
+    output: str | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+) -> list[Result]:
+    """Measure a model on held-out images: retrieval, zero-shot classification, calibration, probes.
+
+    Prints the metrics; those of a run are also added to its evaluations.jsonl and report. Under torchrun the ranks
+    share the work, and each returns all results.
+
+    Args:
+        model: a run's folder, any model that training starts from (NAME:TAG, NAME:FILE, a folder), or a loaded model.
+        data: [NAME=]SOURCE of held-out images, of every kind that training takes.
+        evaluators: retrieval, zero_shot, calibration, linear_probe, knn, or your own in EVALUATORS; default: retrieval
+            if the model has text, with train also linear_probe and knn.
+        train: [NAME=]SOURCE of labelled images that linear_probe and knn are fitted on.
+        protocol: candidates of retrieval: distinct, all, karpathy (first five captions), karpathy-1k (folds of 1,000).
+        templates: zero-shot prompts with {} for the class name, a file with one a line, or openai, simple or the name
+            of a published set.
+        classes: zero-shot classes: a file with one name a line, with LABEL<TAB>NAME lines or with JSON; or imagenet,
+            imagenet-subset or the name of a published set; default: the labels of the set, else its captions.
+        keep: fractions of patches to keep; measures again on images masked so, e.g. 1 0.75 0.5 0.25.
+        keep_by: how keep chooses patches: attentive, attentive-half (scored at half size), uniform.
+        block_size: side of the blocks that keep keeps or removes, in patches.
+        weights: of a run: the trained model, or its image tower's moving average (ema).
+        output: folder for numbers and report of a model that is no run.
+        device: auto, cpu, cuda, cuda:1, mps.
+        workers: processes that read images; default: what suits the cores and the device.
+
+    Returns:
+        One `Result` a metric.
+
+    Raises:
+        ConfigError: an argument that makes no sense.
+        AclipError: the model or data cannot be read or used.
+
+    Example:
+        >>> for result in aclip.evaluate("runs/first", data="held-out.csv"):
+        ...     print(result.set, result.metric, result.value)
+    """
+    from rich.console import Console
+
+    from aclip.data import suitable_workers
+    from aclip.engine.launch import joined
+    from aclip.engine.run_config import choose_device
+    from aclip.errors import ConfigError
+    from aclip.evaluation import sharding
+    from aclip.evaluation.features import MaskedEncoder, check_masking
+    from aclip.evaluation.sets import build_evaluators, evaluate_sets, open_sets, select_for_model
+    from aclip.models import load
+    from aclip.report import write_report
+
+    if workers is not None and workers < 0:
+        raise ConfigError(f"--workers is a number of processes, 0 or more, not {workers}")
+    check_masking(keep, keep_by, block_size)
+    names = (evaluators,) if isinstance(evaluators, str) else evaluators
+    instances = build_evaluators(names, with_training=train is not None, protocol=protocol, templates=templates,
+                                 classes=classes)
+    with joined(device) as device_name, sharding.sharded():
+        console = Console(highlight=False, quiet=sharding.rank() > 0)
+        with sharding.raise_on_all_ranks():
+            chosen = choose_device(device_name)
+            folder = _open_journal(model, output)
+            loaded = load(model, weights=weights) if isinstance(model, str) else model
+            instances = select_for_model(instances, loaded, str(model) if isinstance(model, str) else "the model",
+                                         by_default=names is None)
+            loaded = loaded.to(chosen)
+            sets = open_sets((data,) if isinstance(data, str) else data)
+            training = open_sets([train])[0] if train is not None else None
+        masked = [MaskedEncoder(loaded, fraction, way, block_size) for fraction in keep
+                  for way in (keep_by if fraction < 1.0 else keep_by[:1])]  # 1 leaves nothing to choose
+        try:
+            return evaluate_sets(
+                loaded, sets, instances, folder, console, device=chosen, workers=suitable_workers(chosen, workers),
+                weights=weights, step=getattr(loaded, "step", None) or 0,
+                samples_seen=getattr(loaded, "samples_seen", None) or 0, training=training, masked=masked)
+        finally:
+            if folder is not None and sharding.rank() == 0 and (folder.path / "evaluations.jsonl").exists():
+                report = write_report(folder.path)
+                console.print(f"added to {folder.path}/evaluations.jsonl and to {report}", markup=False, soft_wrap=True)
+
+
+def _open_journal(model: str | LoadedModel, output: str | None) -> RunFolder | None:
+    """Return where the numbers go, if anywhere.
+
+    Raises:
+        ConfigError: an output for a run, which has a folder; or an output that is a run, or of another model.
+    """
+    from aclip.errors import ConfigError
+    from aclip.evaluation import sharding
+    from aclip.run_folder import RunFolder
+
+    path = Path(model) if isinstance(model, str) else None
+    if path and (path / "config.json").is_file() and any((path / part).is_dir() for part in ("final", "checkpoints")):
+        if output is not None:
+            raise ConfigError(f"{path} is a run, and its numbers go into its own folder: leave --output out")
+        return RunFolder(path)
+    if output is None:
+        return None
+    folder = RunFolder(Path(output))
+    if (folder.path / "checkpoints").exists():
+        raise ConfigError(f"--output {folder.path} is the folder of a run: choose another")
+    program = Path(sys.argv[0]).name
+    command = shlex.join(["aclip" if program == "__main__.py" else program, *sys.argv[1:]])
+    name = str(path) if path else "a loaded model"
+    if (folder.path / "config.json").exists():
+        before = folder.read_json("config.json")
+        if not isinstance(before, dict) or before.get("recipe") != {"name": name}:
+            raise ConfigError(f"--output {folder.path} has the config.json of something else than an evaluation of "
+                              f"{name}: choose another folder")
+    if sharding.rank() == 0:
+        folder.write_json("config.json", {"recipe": {"name": name}, "command": command})
+    return folder

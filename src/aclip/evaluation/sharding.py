@@ -1,0 +1,76 @@
+"""Sharding one evaluation over the ranks of a process group.
+
+Off unless asked for: during training one rank may evaluate alone while the others wait, and then no collective may run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from aclip import dist
+from aclip.errors import AclipError
+
+_sharded: ContextVar[bool] = ContextVar("sharded", default=False)
+
+
+@contextmanager
+def sharded() -> Iterator[None]:
+    """Share the work of every evaluation inside among all ranks; each ends with all results.
+
+    All ranks must make the same calls inside.
+    """
+    token = _sharded.set(True)
+    try:
+        yield
+    finally:
+        _sharded.reset(token)
+
+
+def world_size() -> int:
+    """Return the number of ranks that share the work."""
+    return dist.world_size() if _sharded.get() else 1
+
+
+def rank() -> int:
+    """Return this process's rank among them."""
+    return dist.rank() if _sharded.get() else 0
+
+
+def shard(count: int) -> range:
+    """Return this rank's contiguous range of `count` items; ranges follow one another in rank order."""
+    first, last = (count * i // world_size() for i in (rank(), rank() + 1))
+    return range(first, last)
+
+
+def collect(value: Any) -> list[Any]:
+    """Return every rank's value, in rank order, on all ranks."""
+    return dist.collect(value) if world_size() > 1 else [value]
+
+
+def gather(x: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "WB *rest"]:
+    """Return the rows of all ranks, in rank order, on all ranks; every rank must bring the same number."""
+    return dist.gather(x) if world_size() > 1 else x
+
+
+def sum_over_ranks(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Return the sum of `x` over ranks, on all ranks."""
+    return dist.sum_over_ranks(x) if world_size() > 1 else x
+
+
+@contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise an `AclipError` of one rank on every rank, which would otherwise wait for it in a collective."""
+    problem: AclipError | None = None
+    try:
+        yield
+    except AclipError as error:
+        if world_size() == 1:
+            raise
+        problem = error
+    for found in collect(problem):
+        if found is not None:
+            raise found
