@@ -4,7 +4,6 @@ import errno
 import io
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -130,9 +129,9 @@ def write_shards(
         missing = {name: [index for index in indices if index not in left]
                    for name, indices in shards.items() if name not in sizes}
         requests = (chunk for indices in missing.values() for chunk in _chunks(indices))
-        read = _PackSamples(source, side, quality)
+        answers = read_ahead(_PackSamples(source, side, quality), requests,
+                             workers=usable_cores() if workers is None else workers)
         with (
-            closing(read_ahead(read, requests, workers=usable_cores() if workers is None else workers)) as answers,
             (folder / _JOURNAL).open("a") as journal,
             (folder / SKIPPED).open("a") as skips,
             progress(f"packing {source.spec}", sum(map(len, missing.values()))) as advance,
@@ -141,7 +140,7 @@ def write_shards(
                 bad: list[tuple[str, str]] = []
                 samples = _good(islice(answers, len(_chunks(indices))), bad, advance)
                 with atomic_file(folder / name) as file:
-                    sizes[name] = write_tar(file, (_shard_sample(index, sample, keep_names) for index, sample in samples))
+                    sizes[name] = write_tar(file, (_shard_sample(*sample, keep_names) for sample in samples))
                 for sample_name, reason in bad:
                     skips.write(json.dumps({"shard": name, "key": sample_name, "reason": reason}) + "\n")
                 skips.flush()

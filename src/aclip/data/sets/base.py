@@ -3,20 +3,20 @@
 import csv
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aclip.data.sets.packages import Package
-from aclip.data.sources.base import Source
+from aclip.data.sources.base import RawSample, Source
 from aclip.files import write_atomically
 
 Files = Mapping[str, Path]
 """Downloaded packages: name -> file."""
 
 Licences = tuple[list[tuple[str, str, Mapping[str, Any]]], dict[str, bytes]]
-"""Style or family, its package, and what an Iconify pack says of itself (`name`, `author`, `license`); files by path."""
+"""Rows of style or family, its package, and `name`, `author`, `license` as Iconify packs say them; files by path."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,48 @@ class DataSet:
     licences: Callable[[Files], Licences]
     shard_size: int = 1000
     drawn: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sample whose image file is made when it is read; the other fields are those of `RawSample`."""
+
+    name: str
+    image: Any
+    captions: tuple[str, ...]
+    tags: tuple[str, ...] = ()
+    label: str | None = None
+    concept: str | None = None
+
+
+class Entries(Source):
+    """The samples of a split, shuffled by a hash of their names."""
+
+    def __init__(self, spec: str, entries: Iterable[Entry], encode: Callable[[Any], bytes]) -> None:
+        """Keep `entries`; `encode` turns what an entry has as its image into a file, or raises BadSampleError."""
+        self.spec = spec
+        self._entries = sorted(entries, key=lambda entry: shuffle_key(entry.name))
+        self._encode = encode
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, index: int) -> str:
+        """Return the name of a sample."""
+        return self._entries[index].name
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a sample."""
+        return self._entries[index].captions
+
+    def read(self, index: int) -> RawSample:
+        """Return a sample.
+
+        Raises:
+            BadSampleError: its image cannot be made.
+        """
+        one = self._entries[index]
+        return RawSample(one.name, self._encode(one.image), one.captions, one.tags, one.label, one.concept)
 
 
 def unit_hash(text: str) -> float:

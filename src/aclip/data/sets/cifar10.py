@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from aclip.data.sets.base import DataSet, Files, Licences, shuffle_key
+from aclip.data.sets.base import DataSet, Entries, Entry, Files, Licences
 from aclip.data.sets.packages import Package, read_npm
-from aclip.data.sources.base import RawSample, Source
+from aclip.data.sources.base import Source
 
 PIXELS = 32
 
@@ -60,50 +60,27 @@ def captions(label: str) -> tuple[str, ...]:
     return tuple(template.format(label, a=article) for template in TEMPLATES)
 
 
-class Photos(Source):
-    """The photos of a split."""
-
-    def __init__(self, spec: str, pixels: np.ndarray, labels: Sequence[int]) -> None:
-        """Keep (n, 32, 32, 3) uint8 `pixels` and n class numbers."""
-        self.spec = spec
-        self._pixels, self._labels = pixels, labels
-        split = spec.partition(":")[2]
-        names = [f"{split}-{number:05d}" for number in range(len(labels))]
-        self._order = sorted(range(len(names)), key=lambda number: shuffle_key(names[number]))
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def name(self, index: int) -> str:
-        """Return the name of a photo."""
-        return self._names[self._order[index]]
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a photo."""
-        return captions(CLASSES[self._labels[self._order[index]]])
-
-    def read(self, index: int) -> RawSample:
-        """Return a photo as a PNG."""
-        number = self._order[index]
-        png = io.BytesIO()
-        Image.fromarray(self._pixels[number]).save(png, "PNG")
-        label = CLASSES[self._labels[number]]
-        return RawSample(self._names[number], png.getvalue(), captions(label), label=label, concept=label)
-
-
 def open_cifar10(files: Files) -> dict[str, Source]:
     """Return the source of each split."""
     return {split: _open_split(files[PACKAGE.name], split, *members) for split, members in _MEMBERS.items()}
 
 
-def _open_split(path: Path, split: str, sheets: Sequence[str], labels: str) -> Photos:
+def _open_split(path: Path, split: str, sheets: Sequence[str], labels: str) -> Source:
     from aclip.data.decode import decode_image
 
     members = dict(read_npm(path, [*sheets, labels]))
     rows = np.concatenate([np.asarray(decode_image(members[sheet])) for sheet in sheets])
     numbers = json.loads(members[labels])
-    return Photos(f"cifar10:{split}", rows.reshape(len(numbers), PIXELS, PIXELS, 3), numbers)
+    photos = zip(rows.reshape(len(numbers), PIXELS, PIXELS, 3), map(CLASSES.__getitem__, numbers), strict=True)
+    entries = (Entry(f"{split}-{number:05d}", pixels, captions(label), label=label, concept=label)
+               for number, (pixels, label) in enumerate(photos))
+    return Entries(f"cifar10:{split}", entries, _png)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    return png.getvalue()
 
 
 def licences(files: Files) -> Licences:

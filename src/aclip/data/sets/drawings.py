@@ -1,12 +1,11 @@
-"""Icons in the Iconify JSON format, rendered when they are read."""
+"""Vector drawings: icons in the Iconify JSON format, and their rendering."""
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from aclip.data.sources.base import RawSample, Source
 from aclip.errors import BadSampleError
 
 PIXELS = 128
@@ -24,46 +23,6 @@ class Icon:
     top: float
     width: float
     height: float
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A sample whose image is an icon; the fields are those of `RawSample`."""
-
-    name: str
-    icon: Icon
-    caption: str
-    tags: tuple[str, ...] = ()
-    concept: str | None = None
-
-
-class Drawings(Source):
-    """Icons with captions; images are PNG, 128 x 128 RGBA."""
-
-    def __init__(self, spec: str, drawings: Sequence[Drawing]) -> None:
-        """Keep `drawings` in their order."""
-        self.spec = spec
-        self._drawings = drawings
-
-    def __len__(self) -> int:
-        return len(self._drawings)
-
-    def name(self, index: int) -> str:
-        """Return the name of a sample."""
-        return self._drawings[index].name
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a sample."""
-        return (self._drawings[index].caption,)
-
-    def read(self, index: int) -> RawSample:
-        """Render a sample.
-
-        Raises:
-            BadSampleError: nothing is drawn, or the renderer refuses.
-        """
-        one = self._drawings[index]
-        return RawSample(one.name, render_icon(one.icon), (one.caption,), one.tags, one.caption, one.concept)
 
 
 def icon_of(pack: Mapping[str, Any], name: str) -> Icon:

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aclip.data.sets.base import DataSet, Files, Licences, shuffle_key, unit_hash
-from aclip.data.sets.drawings import Drawing, Drawings, Icon, icon_of
+from aclip.data.sets.base import DataSet, Entries, Entry, Files, Licences, unit_hash
+from aclip.data.sets.drawings import Icon, icon_of, render_icon
 from aclip.data.sets.packages import Package, read_npm
 from aclip.data.sources.base import Source
 
@@ -90,14 +90,13 @@ def open_emoji(files: Files) -> dict[str, Source]:
     """Return the source of each split."""
     concepts = read_concepts(files[LABELS])
     packs = _read_packs(files)
-    splits: dict[str, list[Drawing]] = {split: [] for split in SPLITS}
+    splits: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     for style, icons in match(packs, concepts).items():
         for code, icon in icons.items():
-            concept = concepts[code]
-            drawing = Drawing(f"{style}-{code}", icon, concept.label, concept.tags, code)
-            splits[split_of(code, style in HELD_OUT_STYLES)].append(drawing)
-    return {split: Drawings(f"emoji:{split}", sorted(drawings, key=lambda drawing: shuffle_key(drawing.name)))
-            for split, drawings in splits.items()}
+            label, tags = concepts[code].label, concepts[code].tags
+            entry = Entry(f"{style}-{code}", icon, (label,), tags, label, code)
+            splits[split_of(code, style in HELD_OUT_STYLES)].append(entry)
+    return {split: Entries(f"emoji:{split}", entries, render_icon) for split, entries in splits.items()}
 
 
 def split_of(code: str, style_held_out: bool) -> str:
@@ -210,9 +209,9 @@ def _by_names(
         by_letters.setdefault(letters(name), icon)
     for code, concept in concepts.items():
         candidates = [by_letters.get(letters(concept.label)), *(pack.icons.get(name) for name in elsewhere[code])]
-        icon = next((one for one in candidates if one is not None), None)
-        if icon is not None:
-            yield code, icon
+        shown = next(filter(None, candidates), None)
+        if shown is not None:
+            yield code, shown
 
 
 EMOJI = DataSet(

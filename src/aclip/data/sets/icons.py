@@ -26,8 +26,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aclip.data.sets.base import DataSet, Files, Licences, shuffle_key
-from aclip.data.sets.drawings import Drawing, Drawings, icon_of
+from aclip.data.sets.base import DataSet, Entries, Entry, Files, Licences
+from aclip.data.sets.drawings import icon_of, render_icon
 from aclip.data.sets.packages import Package, read_npm
 from aclip.data.sources.base import Source
 
@@ -51,16 +51,15 @@ _LICENCE_FILES = ("package.json", "readme.md", "lib/license.txt")
 
 def open_icons(files: Files) -> dict[str, Source]:
     """Return the source of each split."""
-    splits: dict[str, list[Drawing]] = {"train": [], "val_vendor": [], "val_both": []}
-    held_out: list[Drawing] = []
+    splits: dict[str, list[Entry]] = {"train": [], "val_vendor": [], "val_both": []}
+    held_out: list[Entry] = []
     path = files[PACKAGE.name]
-    for family, drawing in _drawings(path, families(path)):
-        (held_out if family in HELD_OUT else splits["train"]).append(drawing)
-    known = {drawing.caption for drawing in splits["train"]}
-    for drawing in held_out:
-        splits["val_vendor" if drawing.caption in known else "val_both"].append(drawing)
-    return {split: Drawings(f"icons:{split}", sorted(drawings, key=lambda drawing: shuffle_key(drawing.name)))
-            for split, drawings in splits.items()}
+    for family, entry in _entries(path, families(path)):
+        (held_out if family in HELD_OUT else splits["train"]).append(entry)
+    known = {entry.label for entry in splits["train"]}
+    for entry in held_out:
+        splits["val_vendor" if entry.label in known else "val_both"].append(entry)
+    return {split: Entries(f"icons:{split}", entries, render_icon) for split, entries in splits.items()}
 
 
 def licences(files: Files) -> Licences:
@@ -82,12 +81,13 @@ def is_used(info: Mapping[str, Any]) -> bool:
     return info.get("category") not in _LEFT_OUT and not info.get("hidden") and "-NC" not in licence
 
 
-def _drawings(path: Path, used: Collection[str]) -> Iterator[tuple[str, Drawing]]:
-    """Yield family and drawing of every icon; the file of one family is in memory at a time."""
+def _entries(path: Path, used: Collection[str]) -> Iterator[tuple[str, Entry]]:
+    """Yield family and entry of every icon; the file of one family is in memory at a time."""
     for member, content in read_npm(path, [f"json/{family}.json" for family in used]):
         family, pack = Path(member).stem, json.loads(content)
         for caption, name in _captioned(pack).items():
-            yield family, Drawing(f"{family}--{caption.replace(' ', '-')}", icon_of(pack, name), caption)
+            entry_name = f"{family}--{caption.replace(' ', '-')}"
+            yield family, Entry(entry_name, icon_of(pack, name), (caption,), label=caption)
 
 
 def _captioned(pack: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from aclip.data.progress import progress
 from aclip.errors import DataError, MissingDependencyError
@@ -139,8 +139,7 @@ def _npm(package: Package) -> tuple[Callable[..., _Done], list[str]]:
             "no npm on the PATH and none from PyPI: pip install 'attentive-clip[demo]' brings one") from None
 
     def run(arguments: list[str], **options: Any) -> _Done:
-        done: _Done = npm(arguments, return_completed_process=True, **options)
-        return done
+        return cast(_Done, npm(arguments, return_completed_process=True, **options))
 
     return run, arguments
 

@@ -17,14 +17,15 @@ There is one split, `all`: the set is for evaluation.
 
 import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from aclip.data.sets.base import DataSet, Files, Licences, shuffle_key
+from aclip.data.sets.base import DataSet, Entries, Entry, Files, Licences
 from aclip.data.sets.drawings import png_size, render
 from aclip.data.sets.packages import Package, read_debian
 from aclip.data.sources.base import RawSample, Source
@@ -44,67 +45,49 @@ _COPYRIGHT = "usr/share/doc/tuxpaint-stamps-default/copyright"
 _EMBEDDED = re.compile(r"<image\b[^>]*?(/>|>.*?</image>)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """A stamp: its place below the folder of all stamps, its caption, and its PNG or else its SVG file."""
+class Stamp(NamedTuple):
+    """A stamp: its place below the folder of all stamps, and its PNG or else its SVG file."""
 
     path: PurePosixPath
-    caption: str
     png: bytes | None
     svg: bytes | None
 
-    @property
-    def name(self) -> str:
-        """Its name as a sample."""
-        return str(self.path).replace("/", "--").replace(".", "_")
-
-
-class Stamps(Source):
-    """Stamps with their captions."""
-
-    def __init__(self, spec: str, stamps: Sequence[Stamp]) -> None:
-        """Keep `stamps` in their order."""
-        self.spec = spec
-        self._stamps = stamps
-
-    def __len__(self) -> int:
-        return len(self._stamps)
-
-    def name(self, index: int) -> str:
-        """Return the name of a stamp."""
-        return self._stamps[index].name
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the caption of a stamp."""
-        return (self._stamps[index].caption,)
-
-    def read(self, index: int) -> RawSample:
-        """Return a stamp as a square PNG.
+    def image(self) -> Image.Image:
+        """Return its RGBA image.
 
         Raises:
             BadSampleError: its vector drawing cannot be rendered.
         """
-        stamp = self._stamps[index]
-        image = _image(stamp)
+        data = self.png
+        if data is None:
+            assert self.svg is not None
+            document = _EMBEDDED.sub("", self.svg.decode("utf-8", errors="replace"))  # one drawing has bitmaps in it
+            data = render(document, width=DRAWING_PIXELS)
+            if png_size(data)[1] > DRAWING_PIXELS:
+                data = render(document, height=DRAWING_PIXELS)
+        try:
+            return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadSampleError(f"damaged PNG: {error}") from None
+
+
+class Stamps(Entries):
+    """Stamps as square PNGs, with the label that their pixels decide."""
+
+    def __init__(self, spec: str, entries: Iterable[Entry]) -> None:
+        """Keep `entries`, whose images are `Stamp`."""
+        super().__init__(spec, entries, _square_png)
+
+    def read(self, index: int) -> RawSample:
+        """Return a stamp.
+
+        Raises:
+            BadSampleError: its vector drawing cannot be rendered.
+        """
+        stamp: Stamp = self._entries[index].image
         drawn = stamp.svg is not None or stamp.path.parts[0] == "symbols" or "cartoon" in stamp.path.parts
-        png = io.BytesIO()
-        _square(image).save(png, "PNG")
-        label = "drawing" if drawn or not _is_colourful(image) else "photo"
-        return RawSample(stamp.name, png.getvalue(), (stamp.caption,), label=label)
-
-
-def _image(stamp: Stamp) -> Image.Image:
-    data = stamp.png
-    if data is None:
-        assert stamp.svg is not None
-        document = _EMBEDDED.sub("", stamp.svg.decode("utf-8", errors="replace"))  # one drawing has bitmaps in it
-        data = render(document, width=DRAWING_PIXELS)
-        if png_size(data)[1] > DRAWING_PIXELS:
-            data = render(document, height=DRAWING_PIXELS)
-    try:
-        return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadSampleError(f"damaged PNG: {error}") from None
+        label = "drawing" if drawn or not _is_colourful(stamp.image()) else "photo"
+        return replace(super().read(index), label=label)
 
 
 def _is_colourful(image: Image.Image) -> bool:
@@ -115,12 +98,15 @@ def _is_colourful(image: Image.Image) -> bool:
     return len(opaque) >= PHOTO_PIXELS and colours >= PHOTO_COLOURS * len(opaque)
 
 
-def _square(image: Image.Image) -> Image.Image:
-    """Return an RGBA image centred in the smallest square, which is transparent around it."""
+def _square_png(stamp: Stamp) -> bytes:
+    """Return a PNG of the stamp, centred in the smallest square, which is transparent around it."""
+    image = stamp.image()
     side = max(image.size)
     square = Image.new("RGBA", (side, side), (255, 255, 255, 0))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    png = io.BytesIO()
+    square.save(png, "PNG")
+    return png.getvalue()
 
 
 def open_tuxpaint(files: Files) -> dict[str, Source]:
@@ -128,18 +114,17 @@ def open_tuxpaint(files: Files) -> dict[str, Source]:
     return {"all": Stamps("tuxpaint:all", read_stamps(files[PACKAGE.name]))}
 
 
-def read_stamps(path: Path) -> list[Stamp]:
-    """Return the stamps of a package that have a sentence, shuffled."""
+def read_stamps(path: Path) -> Iterator[Entry]:
+    """Yield the stamps of a package that have a sentence."""
     files = read_debian(path, lambda name: name.endswith((".png", ".svg", ".txt")) and "/stamps/" in name)
-    stamps = []
-    for name, text in files.items():
-        stem = name.removesuffix(".txt")
+    for file, text in files.items():
+        stem = file.removesuffix(".txt")
         png, svg = files.get(f"{stem}.png"), files.get(f"{stem}.svg")
-        if stem != name and (png or svg):
+        if stem != file and (png or svg):
+            place = PurePosixPath(stem).relative_to(_STAMPS)
             # English first, then a line for each translation.
             lines = [line for line in text.decode("utf-8-sig", errors="replace").splitlines() if line.strip()]
-            stamps.append(Stamp(PurePosixPath(stem).relative_to(_STAMPS), lines[0] if lines else "", png, svg))
-    return sorted(stamps, key=lambda stamp: shuffle_key(stamp.name))
+            yield Entry(str(place).replace("/", "--").replace(".", "_"), Stamp(place, png, svg), tuple(lines[:1]))
 
 
 def licences(files: Files) -> Licences:

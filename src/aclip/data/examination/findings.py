@@ -7,22 +7,16 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from aclip.data.doctor.copies import Copies
-from aclip.data.doctor.measure import GOOD, Measurements
+from aclip.data.examination.duplicates import Duplicates
+from aclip.data.examination.measure import GOOD, Measurements
 
 T = TypeVar("T")
 
 Severity = Literal["error", "warning", "note"]
 """An error spoils results or is lost to training; a warning costs quality; a note is good to know."""
 
-LONG = 4.0
-"""A picture is called long if one side has more than this many times the other's pixels."""
-
-EXAMPLES = 8
-"""Examples of a finding that are kept: single samples, or groups."""
-
-GROUP = 4
-"""Samples of a group that are kept."""
+EXAMPLES, GROUP = 8, 4
+"""Examples of a finding that are kept, single samples or groups; samples of a group that are kept."""
 
 Place = tuple[int, int]
 """A sample: number of its source (0 is the one examined), row in that one's measurements."""
@@ -41,7 +35,7 @@ class Finding:
         unit: what is counted.
         advice: what to do, in one line.
         details: parts of `count` with their numbers.
-        examples: groups of samples that belong together; of one sample each where none do.
+        examples: groups of samples that belong together, of one sample each where none do.
     """
 
     name: str
@@ -56,18 +50,15 @@ class Finding:
 
     @property
     def share(self) -> float:
-        """Return `count` as a share of `total`."""
+        """Return `count` as a fraction of `total`."""
         return self.count / max(self.total, 1)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model takes.
+    """What a model takes: its name, the (height, width) of its input in pixels, and the tokens of a caption.
 
-    Attributes:
-        model: its name.
-        image_size: (height, width) of its input in pixels.
-        context_length: tokens of a caption, start and end included; None for a model without text.
+    `context_length` counts start and end, and is None for a model without text.
     """
 
     model: str
@@ -75,17 +66,17 @@ class Limits:
     context_length: int | None
 
 
-def find_all(measured: Sequence[Measurements], copies: Copies, limits: Limits) -> tuple[Finding, ...]:
+def find_all(measured: Sequence[Measurements], duplicates: Duplicates, limits: Limits) -> tuple[Finding, ...]:
     """Return the findings about the first source, errors first; the others are what it is compared with.
 
     Args:
-        measured: the source examined, then those that it must share no picture with.
-        copies: of all of them.
+        measured: the source examined, then those that it must share no image with.
+        duplicates: of all of them.
         limits: what the model takes.
     """
     source = measured[0]
     found = [
-        *_bad_samples(source), *_leaks(measured, copies), *_blank(source), *_copies(source, copies),
+        *_bad_samples(source), *_leaks(measured, duplicates), *_pixels(source), *_duplicates(source, duplicates),
         *_sizes(source, limits), *_captions(source, limits),
     ]
     order = ("error", "warning", "note")
@@ -96,72 +87,74 @@ def _bad_samples(source: Measurements) -> Iterator[Finding]:
     samples = source.samples
     unreadable = np.flatnonzero((samples["reason"] != GOOD) & ~samples["decoded"])
     if len(unreadable):
+        _, first_of_each = np.unique(samples["reason"][unreadable], return_index=True)
         yield Finding(
-            "unreadable", "error", "Pictures that cannot be read", len(unreadable), len(samples), "samples",
+            "unreadable", "error", "Images that cannot be read", len(unreadable), len(samples), "samples",
             "Training skips them and takes others in their place: repair or fetch them again, or leave them out.",
-            _count_reasons(source, unreadable), _singly(_of_each_reason(source, unreadable), first=True))
+            _count_reasons(source, unreadable), _singly(unreadable[first_of_each], first=True))
     without = np.flatnonzero((samples["reason"] != GOOD) & samples["decoded"])
     if len(without):
         yield Finding(
-            "no-caption", "error", "Pictures without a caption", len(without), len(samples), "samples",
+            "no-caption", "error", "Images without a caption", len(without), len(samples), "samples",
             "Training skips them: caption them, or leave them out.", _count_reasons(source, without), _singly(without))
-    partly = np.flatnonzero((samples["empty_captions"] > 0) & (samples["captions"] > 0))
-    if len(partly):
-        yield Finding(
-            "empty-captions", "note", "Empty captions beside others of the same picture",
-            int(samples["empty_captions"][partly].sum()), int(samples["empty_captions"].sum()) + len(source.captions),
-            "captions", "Nothing: they are never drawn.", examples=_singly(partly))
 
 
-def _leaks(measured: Sequence[Measurements], copies: Copies) -> Iterator[Finding]:
+def _leaks(measured: Sequence[Measurements], duplicates: Duplicates) -> Iterator[Finding]:
     source = measured[0]
-    for name, title, groups in (("leak-file", "Files that are also in {}", copies.by_file),
-                                ("leak-look", "Pictures that look like one in {}", copies.by_look)):
+    for name, title, groups in (("leak-file", "Files that are also in {}", duplicates.by_file),
+                                ("leak-look", "Images that look like one in {}", duplicates.by_look)):
         for number, other in enumerate(measured[1:], start=1):
-            start, end = copies.starts[number], copies.starts[number + 1]
-            shared = leaked(copies, groups, number)
-            if groups is copies.by_look:
-                shared = np.setdiff1d(shared, leaked(copies, copies.by_file, number))
+            start, end = duplicates.starts[number], duplicates.starts[number + 1]
+            shared = leaked(duplicates, groups, number)
+            if groups is duplicates.by_look:
+                shared = np.setdiff1d(shared, leaked(duplicates, duplicates.by_file, number))
             if not len(shared):
                 continue
-            there = {int(group): int(start) + row for row, group in reversed(list(enumerate(groups[start:end])))}
-            pairs = [(row, there[int(groups[row])]) for row in shared.tolist()]
-            same = sum(bool(captions_of(source, row) & captions_of(other, twin - int(start))) for row, twin in pairs)
+            twins = {int(group): row for row, group in reversed(list(enumerate(groups[start:end].tolist())))}
+            pairs = [(row, twins[int(groups[row])]) for row in shared.tolist()]
+            same = sum(bool(captions_of(source, row) & captions_of(other, twin)) for row, twin in pairs)
             yield Finding(
-                name, "error", title.format(Path(other.source.name).name), len(shared), len(source.samples), "samples",
-                "A model that has trained on them is measured too well there: leave them out of training.",
+                name, "error", title.format(Path(other.source.spec).name), len(shared), len(source.samples), "samples",
+                "Results on it are too good for a model that has trained on them: leave them out of training.",
                 (("with the same caption", same), ("with another caption", len(shared) - same)),
-                tuple(((0, row), (number, twin - int(start))) for row, twin in _spread(pairs)))
+                tuple(((0, row), (number, twin)) for row, twin in _spread(pairs)))
 
 
-def leaked(copies: Copies, groups: np.ndarray, number: int) -> np.ndarray:
-    """Return the rows of the first source whose picture is in source `number` too, by `by_file` or `by_look`."""
-    own, others = groups[: copies.starts[1]], groups[copies.starts[number] : copies.starts[number + 1]]
+def leaked(duplicates: Duplicates, groups: np.ndarray, number: int) -> np.ndarray:
+    """Return the rows of the first source whose image is in source `number` too, by `by_file` or `by_look`."""
+    own = groups[: duplicates.starts[1]]
+    others = groups[duplicates.starts[number] : duplicates.starts[number + 1]]
     return np.flatnonzero((own >= 0) & np.isin(own, others))
 
 
 def captions_of(source: Measurements, row: int) -> set[int]:
-    """Return the hashes of a sample's captions, those that differ in case and white space alone being the same."""
+    """Return the hashes of a sample's captions, equal for those that differ in case and white space alone."""
     first, last = np.searchsorted(source.captions["sample"], [row, row + 1])
     return set(source.captions["exact"][first:last].tolist())
 
 
-def _blank(source: Measurements) -> Iterator[Finding]:
+def _pixels(source: Measurements) -> Iterator[Finding]:
     rows = np.flatnonzero(source.samples["blank"] & source.samples["decoded"])
     if len(rows):
         yield Finding(
-            "blank", "warning", "Pictures of a single colour", len(rows), len(source.samples), "samples",
-            "There is nothing to see in them; often they stand for a picture that could not be loaded: leave them out.",
+            "blank", "warning", "Images of a single colour", len(rows), len(source.samples), "samples",
+            "There is nothing to see in them; often they stand for an image that could not be loaded: leave them out.",
             examples=_singly(rows))
+    rows = np.flatnonzero(source.samples["dark"])
+    if len(rows):
+        yield Finding(
+            "dark", "error", "Images with more than 8 bits that come out nearly black", len(rows), len(source.samples),
+            "samples", "Their values use a small part of the range: put '?stretch=4095' behind the source for 12 bits, "
+            "or '?stretch=1' to stretch each image on its own.", examples=_singly(rows))
 
 
-def _copies(source: Measurements, copies: Copies) -> Iterator[Finding]:
-    own = slice(0, int(copies.starts[1]))
-    files, looks = copies.by_file[own], copies.by_look[own]
+def _duplicates(source: Measurements, duplicates: Duplicates) -> Iterator[Finding]:
+    own = slice(0, int(duplicates.starts[1]))
+    files, looks = duplicates.by_file[own], duplicates.by_look[own]
     extra, examples = _repeated(files)
     if extra:
         yield Finding(
-            "same-file", "warning", "Copies of the same file", extra, len(source.samples), "samples",
+            "same-file", "warning", "Duplicates of the same file", extra, len(source.samples), "samples",
             "Each is drawn more often than others, and in one batch they count as each other's negatives: keep one, "
             "with the captions of all.", examples=examples)
     # one of each file, so that what is counted above is not counted again
@@ -169,7 +162,7 @@ def _copies(source: Measurements, copies: Copies) -> Iterator[Finding]:
     extra, examples = _repeated(looks[distinct], distinct)
     if extra:
         yield Finding(
-            "same-look", "warning", "Pictures that look like another", extra, len(source.samples), "samples",
+            "same-look", "warning", "Images that look like another", extra, len(source.samples), "samples",
             "Copies in another size, format or quality, or variants of one drawing: keep one where they are copies.",
             examples=examples)
 
@@ -182,16 +175,9 @@ def _sizes(source: Measurements, limits: Limits) -> Iterator[Finding]:
         needed = f"{limits.image_size[1]} x {limits.image_size[0]}"
         yield Finding(
             "small", "warning" if len(rows) > 0.1 * len(samples) else "note",
-            f"Pictures smaller than the input of {limits.model}, {needed}", len(rows), len(samples), "samples",
+            f"Images smaller than the input of {limits.model}, {needed}", len(rows), len(samples), "samples",
             "They are enlarged, which adds cost and no detail: take larger originals, or a model with a smaller input.",
             examples=_singly(rows[np.argsort(width[rows] * height[rows], kind="stable")], first=True))
-    long = np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)
-    rows = np.flatnonzero(samples["decoded"] & (long > LONG))
-    if len(rows):
-        yield Finding(
-            "long", "note", f"Pictures more than {LONG:g} times as long as wide", len(rows), len(samples), "samples",
-            "A crop shows a small part of them, which their caption may not be about: cut them up, or leave them out.",
-            examples=_singly(rows[np.argsort(-long[rows], kind="stable")], first=True))
 
 
 def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
@@ -207,28 +193,23 @@ def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
                 examples=_singly(np.unique(captions["sample"][cut])))
     order = np.lexsort((captions["sample"], captions["exact"]))
     exact, owners = captions["exact"][order], captions["sample"][order]
-    again = (exact[1:] == exact[:-1]) & (owners[1:] == owners[:-1])  # the same words twice for one picture
-    keep = order[np.concatenate([[True], ~again])] if len(order) else order
-    distinct = captions[keep]
+    again = (exact[1:] == exact[:-1]) & (owners[1:] == owners[:-1])  # the same words twice for one image
+    distinct = captions[order[np.concatenate([[True], ~again])] if len(order) else order]
     extra, groups = _repeated(distinct["exact"], distinct["sample"])
-    if extra:
+    if len(distinct) > 1 and extra == len(distinct) - 1:
         yield Finding(
-            "same-caption", "note", "Captions that several pictures share", extra, len(captions), "captions",
-            "Such pictures are not taken for each other's negatives; if they show different things, the captions say "
-            "too little.", examples=groups)
-    _, first = np.unique(distinct["exact"], return_index=True)
-    variants = distinct[np.sort(first)]
-    extra, groups = _repeated(variants["loose"], variants["sample"])
-    if extra:
+            "one-caption", "error", "Every image has the same caption", len(captions), len(captions), "captions",
+            "There is nothing to tell images apart by, so the contrastive loss is 0: take captions that differ.",
+            examples=groups)
+    elif extra:
         yield Finding(
-            "similar-caption", "note", "Captions alike but for case, accents, punctuation, digits or word order",
-            extra, len(captions), "captions",
-            "Pictures whose captions differ in a number alone are taken for each other's negatives: say what is in "
-            "them, or give them one caption.", examples=groups)
+            "same-caption", "note", "Captions that several images share", extra, len(captions), "captions",
+            "Such images are not each other's negatives; if they show different things, the captions say too little.",
+            examples=groups)
 
 
 def _repeated(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[int, tuple[tuple[Place, ...], ...]]:
-    """Return how many values came before, those below 0 apart, and the rows of the largest groups."""
+    """Return how many values repeat an earlier one, without those below 0, and the rows of the largest groups."""
     rows = np.arange(len(values)) if rows is None else rows
     known = values >= 0
     values, rows = values[known], rows[known]
@@ -254,14 +235,5 @@ def _spread(items: list[T]) -> list[T]:
 
 def _count_reasons(source: Measurements, rows: np.ndarray) -> tuple[tuple[str, int], ...]:
     counts = np.bincount(source.samples["reason"][rows], minlength=len(source.reasons))
-    return tuple((source.reasons[i], int(counts[i])) for i in np.argsort(-counts, kind="stable") if counts[i])
-
-
-def _of_each_reason(source: Measurements, rows: np.ndarray) -> np.ndarray:
-    """Return the rows ordered so that the first of each reason come first."""
-    reasons = source.samples["reason"][rows]
-    order = np.argsort(reasons, kind="stable")
-    _, start, counts = np.unique(reasons[order], return_index=True, return_counts=True)
-    turn = np.empty(len(rows), dtype=np.int64)
-    turn[order] = np.arange(len(rows)) - np.repeat(start, counts)
-    return rows[np.argsort(turn, kind="stable")]
+    common = np.argsort(-counts, kind="stable")[:100]
+    return tuple((source.reasons[i], int(counts[i])) for i in common if counts[i])

@@ -8,11 +8,10 @@ import pytest
 from PIL import Image
 
 from aclip.data import CaptionTokenizer, decode_image, open_source
-from aclip.data.doctor import Examination, Finding, Limits, check_fix, examine, write_clean
-from aclip.data.doctor.clean import left_out
-from aclip.data.doctor.measure import jpeg_size, look_at, loose_caption
-from aclip.data.doctor.near_duplicates import look_alikes
-from aclip.data.doctor.picture_hash import hash_pictures, shrink
+from aclip.data.examination import Examination, Finding, Limits, examine
+from aclip.data.examination.doctor import left_out
+from aclip.data.examination.duplicates import look_alikes
+from aclip.data.examination.measure import hash_images, jpeg_size, look_at, measure
 from aclip.errors import BadSampleError, ConfigError
 from bad_samples import SKIPPED, make_mixed_folder
 from made_pictures import WordTokenizer, encode
