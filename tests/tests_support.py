@@ -2,27 +2,26 @@
 
 import torch
 
-from aclip.data import RawSample
+from aclip.data import RawSample, Source
 from aclip.data.augment import AUGMENTATIONS, draw
 from aclip.plan import Plan
 from aclip.rng import generator
 from aclip.structs import Batch, ViewBatch
 
 
-class Numbers:
-    """A source whose samples are their numbers; with groups it is a `Grouped` one."""
+class Numbers(Source):
+    """A source whose samples are their numbers."""
 
-    name = "numbers"
+    spec = "numbers"
 
-    def __init__(self, count: int, groups: tuple[int, ...] | None = None) -> None:
+    def __init__(self, count: int, groups: tuple[int, ...] = ()) -> None:
         self._count = count
-        if groups is not None:
-            self.groups = groups
+        self.groups = groups
 
     def __len__(self) -> int:
         return self._count
 
-    def key(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return str(index)
 
     def read(self, index: int) -> RawSample:

@@ -107,7 +107,7 @@ def _read_ahead(
 ) -> Iterator[Answer]:
     with contextlib.ExitStack() as stack:
         answers: list[Iterator[Any]] = []
-        # Stops the workers, when they have been told. The traceback of an error keeps this frame: torch's iterator would
+        # Stops the workers, once they are told to. The traceback of an error keeps this frame: torch's iterator would
         # live on in a reference cycle, and a worker forked later that collects it would wait for processes not its own.
         stack.callback(answers.clear)
         reader: _Reader[Request, Answer] = _Reader(read)
