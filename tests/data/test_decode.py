@@ -126,7 +126,7 @@ def test_damaged_exif_leaves_the_picture() -> None:
         (b"", "empty file"),
         (b"hello, I am a text file", "not an image in a known format"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
-        (giant_png(), "image too large: 30000x30000 pixels, the limit is 100 million"),
+        (giant_png(), "image too large: more than 100 million pixels"),
         (encode(picture(1, 64), "JPEG")[:600], "truncated or damaged JPEG image"),
         (encode(picture(1, 64), "PNG")[:-400], "truncated or damaged PNG image"),
         (encode(picture(1, 64), "WEBP")[:300], "truncated or damaged WEBP image"),

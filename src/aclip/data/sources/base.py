@@ -1,15 +1,17 @@
 """What every source is: image-text pairs that can be counted, and read in any order."""
 
 import hashlib
+import pickle
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from aclip import rng
+from aclip.errors import BadSampleError
 
 WINDOW = 8
 """Groups that training draws from at a time, and that a reader of groups keeps."""
@@ -129,9 +131,29 @@ class Source:
         samples = window_order(self.groups, seed, epoch) if self.groups else epoch_order(len(self), seed, epoch)
         return samples, np.full(len(samples), epoch, dtype=np.int64)
 
+    def window(self, seed: int, epoch: int, sample: int) -> list[range]:
+        """Return the samples that are read at about the time of `sample`: those of its window of groups.
+
+        A replacement drawn from them needs no shard or row group that is not in use anyway. Without groups every sample
+        is as near. The last window, which may be short, is filled up from the one before.
+
+        Args:
+            seed, epoch, sample: as in `order`, the epoch being the pass that it returned with the sample.
+        """
+        if not self.groups:
+            return [range(len(self))]
+        ends = np.cumsum(self.groups, dtype=np.int64)
+        order = rng.generator(seed, "order", epoch).permutation(len(ends)).tolist()
+        first = order.index(int(np.searchsorted(ends, sample, side="right"))) // WINDOW * WINDOW
+        chosen = order[max(0, min(first, len(order) - WINDOW)) : first + WINDOW]
+        return [range(int(ends[group]) - self.groups[group], int(ends[group])) for group in chosen]
+
     def advice(self) -> list[str]:
-        """Return sentences about what makes training on this source slow or useless, each with what to do."""
-        return []
+        """Return sentences about what makes training on this source slow or useless, each with what to do.
+
+        Some captions are read, and of a source of many files some images.
+        """
+        return [*_group_advice(self), *_file_advice(self), *_caption_advice(self)]
 
     @property
     def parts(self) -> tuple["Source", ...]:
@@ -150,6 +172,54 @@ class Source:
             32 hexadecimal digits.
         """
         return digest_of(type(self).__name__, len(self), self.groups)
+
+
+_PACK = "'aclip data pack {} --output shards' makes shards of 1,000 pairs of it"
+_LARGE_GROUP = 20_000  # samples: eight such groups of 30 kB images are 5 GB in each worker
+_MANY_FILES = 50_000
+_SMALL_FILE = 16_384  # bytes: below it, opening a file takes longer than reading it on most disks
+_FILES_READ, _CAPTIONS_READ = 15, 200
+
+
+def _group_advice(source: Source) -> Iterator[str]:
+    if source.groups and max(source.groups) > _LARGE_GROUP:
+        yield (f"{source.spec} has a row group of {max(source.groups):,} pairs, and each worker keeps {WINDOW} in memory: "
+               f"{_PACK.format(source.spec)}")
+    elif source.groups and len(source.groups) == 1 and len(source) > 1000:
+        yield (f"{source.spec} has one row group, which every worker reads whole: {_PACK.format(source.spec)}")
+
+
+def _file_advice(source: Source) -> Iterator[str]:
+    if len(source) < _MANY_FILES or source.path(0) is None:
+        return
+    sizes = []
+    for index in np.linspace(0, len(source) - 1, _FILES_READ).astype(int).tolist():
+        path = source.path(index)
+        if path is not None and path.is_file():
+            sizes.append(path.stat().st_size)
+    if sizes and (size := float(np.median(sizes))) < _SMALL_FILE:
+        yield (f"{source.spec} has {len(source):,} files of about {size / 1000:.0f} kB, and on many disks opening "
+               f"one takes longer than reading it: {_PACK.format(source.spec)}")
+
+
+def _caption_advice(source: Source) -> Iterator[str]:
+    """Say that nothing can be learnt from the captions, as far as some of them tell."""
+    numbers = np.unique(np.linspace(0, len(source) - 1, _CAPTIONS_READ).astype(int)).tolist()
+    if source.groups:  # no further than the first group
+        numbers = list(range(min(source.groups[0], _CAPTIONS_READ)))
+    said: set[str] = set()
+    for index in numbers:
+        try:
+            said.update(" ".join(text.split()) for text in source.captions(index) if text.strip())
+        except BadSampleError:
+            continue
+        if len(said) > 1:
+            return
+    if said and len(source) > 1:
+        yield f"{source.spec} has one caption for every image, {said.pop()[:80]!r}: nothing can be learnt from it"
+    elif not said and numbers:
+        yield (f"no image of {source.spec} has a caption, as far as {len(numbers)} tell: it serves evaluation by classes, "
+               "not training with text")
 
 
 def digest_of(*parts: Any) -> str:
@@ -244,14 +314,29 @@ class PackedStrings:
         """Return the text and where each string ends, as bytes."""
         return bytes(self._text) + self._ends.tobytes()
 
+    def sizes(self) -> np.ndarray:
+        """Return the (n,) int64 number of bytes of each string."""
+        return np.diff(np.frombuffer(self._ends, dtype=np.int64))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle the buffers out of band where the pickler can, so that spawned workers map them from one file."""
+        if int(protocol) < 5:
+            return super().__reduce_ex__(protocol)
+        return _unpacked, (pickle.PickleBuffer(self._text), pickle.PickleBuffer(self._ends))
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} strings")
-        text = self._text[self._ends[index] : self._ends[index + 1]]
-        return text.decode("utf-8", errors="surrogateescape")
+        return str(self._text[self._ends[index] : self._ends[index + 1]], "utf-8", "surrogateescape")
+
+
+def _unpacked(text: Any, ends: Any) -> PackedStrings:
+    strings = PackedStrings.__new__(PackedStrings)
+    strings._text, strings._ends = memoryview(text).cast("B"), memoryview(ends).cast("B").cast("q")  # type: ignore
+    return strings
 
 
 # Until every reader derives from Source and every caller reads `spec` and `name(index)`.
