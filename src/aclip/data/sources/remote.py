@@ -244,7 +244,7 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
         error = state.outcome.exception() if state.outcome else None
         assert state.next_action is not None
         level = logging.WARNING if state.idle_for > 10 * FIRST_WAIT else logging.INFO
-        _log.log(level, "%s: %s; retried in %.0f s", url, _reason(error), state.next_action.sleep)
+        _log.log(level, "%s: %s; retried in %.0f s", url, _reason(error and _cause(error)), state.next_action.sleep)
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
@@ -261,15 +261,29 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
     except Exception as error:  # every store has errors of its own
         if _is_local(error):
             raise
-        missing = isinstance(error, FileNotFoundError | PermissionError) or _status(error) in (403, 404, 410)
-        raise _UnavailableError("there is no such file" if missing else _reason(error), missing=missing) from error
+        missing = _is_missing(error)
+        reason = "there is no such file" if missing else _reason(_cause(error))
+        raise _UnavailableError(reason, missing=missing) from error
 
 
 def _may_pass(error: BaseException) -> bool:
-    if not isinstance(error, Exception) or isinstance(error, AclipError | FileNotFoundError | PermissionError):
+    if not isinstance(error, Exception) or isinstance(error, AclipError):
         return False
-    status = _status(error)
-    return not _is_local(error) and (not 400 <= status < 500 or status in (408, 409, 425, 429))
+    status = _status(_cause(error))
+    refused = 400 <= status < 500 and status not in (408, 409, 425, 429)
+    return not (refused or _is_missing(error) or _is_local(error))
+
+
+def _is_missing(error: BaseException) -> bool:
+    cause = _cause(error)
+    return isinstance(cause, FileNotFoundError | PermissionError) or _status(cause) in (403, 404, 410)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what failed: fsspec reports whatever goes wrong with an HTTP server as a file that does not exist."""
+    cause = error.__cause__
+    of_http = cause is not None and (type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError))
+    return cause if cause is not None and of_http and isinstance(error, FileNotFoundError) else error
 
 
 def _is_local(error: BaseException) -> bool:
