@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
     from aclip.data.decode import decode_image
     from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet, Target
-    from aclip.data.examination import advise, doctor, look
+    from aclip.data.examination.diagnosis import doctor
+    from aclip.data.examination.glance import advise, look
     from aclip.data.frequencies import token_frequencies
     from aclip.data.order import BatchSampler, Request
     from aclip.data.packing import pack
@@ -37,6 +38,8 @@ _MODULES = {
 _PLACE = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "SETS",
+    "SOURCES",
     "BatchLoader",
     "BatchSampler",
     "CaptionTokenizer",
@@ -46,8 +49,6 @@ __all__ = [
     "PairDataset",
     "RawSample",
     "Request",
-    "SETS",
-    "SOURCES",
     "Source",
     "Spec",
     "Target",

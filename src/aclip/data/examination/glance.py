@@ -1,6 +1,6 @@
 """`aclip data look`: how a source is understood, in seconds."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -58,13 +58,13 @@ def look(source: str, *, output: str | None = None, samples: int = 5) -> Look:
     opened = open_training(source)
     probed, problems = _probe(opened, max(samples, _PROBED))
     shown = tuple(probed[i] for i in _evenly(len(probed), samples))
-    advice = (*opened.advice(), *problems, *_problems(probed))
+    advice = (*opened.advice(), *problems)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(str(opened.summary))
     for sample in shown:
         label = f" [{sample.label}]" if sample.label else ""
         console.print(f"  {sample.name}{label}, {_size(sample)}")
-        for caption in sample.captions:
+        for caption in map(_one_line, sample.captions or ("(no caption)",)):
             console.print(f"    {caption if len(caption) <= _WIDTH else caption[:_WIDTH] + '...'}")
     for sentence in advice:
         console.print(f"advice: {sentence}")
@@ -75,33 +75,37 @@ def look(source: str, *, output: str | None = None, samples: int = 5) -> Look:
 
 
 def advise(source: Source) -> list[str]:
-    """Return what makes training on a source slow or useless, as far as a few of its samples tell, with what to do.
+    """Return `source.advice()` and what is wrong with the images, as far as a few of them tell, with what to do.
 
     Quick enough to be called before every training run; of a source that is read in groups, only the first is read.
     """
-    samples, problems = _probe(source, _PROBED)
-    return [*source.advice(), *problems, *_problems(samples)]
+    return [*source.advice(), *_probe(source, _PROBED)[1]]
 
 
 def _probe(source: Source, count: int) -> tuple[list[RawSample], list[str]]:
-    """Read `count` samples; return those that training can use, and a sentence about the others."""
-    from aclip.data.captions import clean_captions
+    """Read `count` samples; return those whose image can be decoded, and what is wrong with the images."""
     from aclip.data.decode import decode_image
 
     good: list[RawSample] = []
     bad: list[str] = []
+    dark = 0
     indices = _indices(source, count)
     for index in indices:
         try:
             sample = source.read(index)
-            decode_image(sample.image, min_side=_DECODED_SIDE)
-            good.append(replace(sample, captions=clean_captions(sample.captions)))
+            dark += is_dark(sample.image, decode_image(sample.image, min_side=_DECODED_SIDE))
+            good.append(sample)
         except BadSampleError as error:
             bad.append(f"{source.name(index)}: {error.reason}")
-    if not bad:
-        return good, []
-    return good, [f"{len(bad)} of {len(indices)} samples looked at cannot be used, e.g. {bad[0]}: "
-                  f"`aclip data doctor` lists all of them"]
+    sentences = []
+    if bad:
+        sentences.append(f"{len(bad)} of {len(indices)} samples looked at cannot be read, e.g. {bad[0]}: "
+                         "`aclip data doctor` lists all of them")
+    if dark:
+        sentences.append(f"{dark} of {len(good)} images looked at have more than 8 bits and come out nearly black, as "
+                         "their values use a small part of the range: put '?stretch=4095' behind the source for 12 "
+                         "bits, or '?stretch=1' to stretch each image on its own")
+    return good, sentences
 
 
 def _indices(source: Source, count: int) -> list[int]:
@@ -118,19 +122,8 @@ def _evenly(count: int, wanted: int) -> list[int]:
     return sorted(set(np.linspace(0, count - 1, min(count, wanted)).round().astype(int).tolist())) if count else []
 
 
-def _problems(samples: list[RawSample]) -> list[str]:
-    """Return what is wrong with usable samples taken together."""
-    found = []
-    captions = {caption.casefold() for sample in samples for caption in sample.captions}
-    if len(samples) > 1 and len(captions) == 1:
-        found.append(f"all {len(samples)} samples looked at have the same caption, '{captions.pop()[:80]}', from which "
-                     "nothing can be learned: take captions that differ")
-    dark = sum(is_dark(sample.image) for sample in samples)
-    if dark:
-        found.append(f"{dark} of {len(samples)} images looked at have more than 8 bits and come out nearly black, as "
-                     "their values use a small part of the range: put '?stretch=4095' behind the source for 12 "
-                     "bits, or '?stretch=1' to stretch each image on its own")
-    return found
+def _one_line(text: str) -> str:
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 def _size(sample: RawSample) -> str:
