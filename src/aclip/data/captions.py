@@ -1,6 +1,7 @@
 """Captions: read, cleaned, drawn, identified and turned into tokens."""
 
 import codecs
+import gzip
 import hashlib
 import logging
 import re
@@ -72,7 +73,7 @@ def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
             return TextEncoding(codecs.lookup(chosen).name, f"read as {chosen}")
         except LookupError as error:
             raise ConfigError(f"'encoding={chosen}' is unknown: write a name such as utf-8, gb18030 or shift_jis") from error
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         marked = _marked(file.read(_HEAD))
         if marked:
             return TextEncoding(marked)
@@ -86,6 +87,13 @@ def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
         except UnicodeDecodeError:
             file.seek(0)
             return _of_mixed_lines(path, file)
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file, through gzip where it is compressed so."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
 
 
 def _of_mixed_lines(path: Path, file: BinaryIO) -> TextEncoding:
@@ -170,11 +178,12 @@ def _as_cp1252(error: UnicodeError) -> tuple[str, int]:
 
 _AS_CP1252 = "aclip-cp1252"
 codecs.register_error(_AS_CP1252, _as_cp1252)
-_HEAD, _CHUNK = 4096, 2**20  # bytes
+_HEAD, _CHUNK = 4096, 2**18  # bytes
 _HIGH = re.compile(rb"[\x80-\xff]+")
 _SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-_LETTER, _SIGN = rb"[\xc0-\xff]{1,2}", rb"[\x85\x91-\x97\x99\xa0-\xbf]"
-_WESTERN = re.compile(rb"(?<=[A-Za-z])" + _LETTER + rb"(?![\x80-\xff])|(?<![\x80-\xff])" + _LETTER + rb"(?=[A-Za-z ])"
+_SIGN = rb"[\x80\x84\x85\x8b\x91-\x97\x99\x9b\xa0-\xbf]"
+_LETTERS = _SIGN + rb"?[\xc0-\xff]{1,2}" + _SIGN + rb"?"
+_WESTERN = re.compile(rb"(?<=[A-Za-z])" + _LETTERS + rb"(?![\x80-\xff])|(?<![\x80-\xff])" + _LETTERS + rb"(?=[A-Za-z ])"
                       rb"|(?<![\x80-\xff])" + _SIGN + rb"(?![\x80-\xff])")
 _CODECS = ["gb18030", "cp932", "cp949", "big5", "euc_jp", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256",
            "cp1250", "cp874"]  # fmt: skip

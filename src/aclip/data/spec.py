@@ -111,8 +111,8 @@ def parse_spec(text: str) -> Spec:
         weight, path = float(match[2]), match[1]
         if not 0.0 < weight < math.inf:
             raise ConfigError(f"the weight of '{path}' must be a positive number, not {match[2]}")
-    if not os.path.exists(path) and (match := _SLICE.fullmatch(path)):
-        path, part = match[1], _part(match)
+    while not os.path.exists(path) and (match := _SLICE.fullmatch(path)):
+        path, part = match[1], _within(_part(match), part)
     if os.path.exists(path):
         return Spec(text, path, part=part, weight=weight)
     path, options = _split_query(text, path)
@@ -136,6 +136,15 @@ def _part(match: re.Match[str]) -> tuple[int, int | None]:
         raise ConfigError(f"'{match[0]}': a part takes no negative numbers, it is counted from the first sample: "
                           f"'{whole}[:1000]' is the first thousand, '{whole}[1000:]' the rest")
     return int(first or 0), int(last) if last else None
+
+
+def _within(whole: tuple[int, int | None], part: tuple[int, int | None] | None) -> tuple[int, int | None]:
+    """Return a part of a part, both counted from the start of the source."""
+    if part is None:
+        return whole
+    first, last = whole[0] + part[0], None if part[1] is None else whole[0] + part[1]
+    ends = [end for end in (whole[1], last) if end is not None]
+    return first, min(ends, default=None)
 
 
 def _split_query(text: str, path: str) -> tuple[str, dict[str, str]]:

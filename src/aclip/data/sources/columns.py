@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from aclip.data.decode import IMAGE_EXTENSIONS
+from aclip.data.sources.image_files import looks_embedded
 from aclip.data.spec import Spec, as_named
 from aclip.errors import ConfigError, DataError, unknown_name
 
@@ -221,7 +222,9 @@ def guessable(header: Sequence[str]) -> bool:
 
 def names_image(value: Any) -> bool:
     """Return whether a value reads like the name of an image file."""
-    return isinstance(value, str) and len(value) < 1000 and _IMAGE_NAME.search(value.strip()) is not None
+    if not isinstance(value, str) or len(value) > 1000 or _URL.match(value.strip()):
+        return False
+    return _IMAGE_NAME.search(value.strip()) is not None
 
 
 def _guess(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> Columns:
@@ -249,13 +252,14 @@ def _guess(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]
 
 def _image_column(header: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the field of images: by name if its values can be files, else the one whose values read like files."""
-    share = {name: sum(names_image(image_cell(row.get(name))) for row in sample) for name in header}
+    cells = {name: [image_cell(row.get(name)) for row in sample] for name in header}
+    share = {name: sum(names_image(cell) or looks_embedded(cell) for cell in cells[name]) for name in header}
     by_content = max(share, key=lambda name: share[name], default=None)
     for known in IMAGE_COLUMNS:
         name = _first((known,), header)
         if name is None:
             continue
-        addresses = sample and all(_URL.match(image_cell(row.get(name))) for row in sample)
+        addresses = sample and all(map(_URL.match, cells[name]))
         if addresses or (known in _IDS and by_content is not None and share[by_content] > share[name]):
             continue
         return name

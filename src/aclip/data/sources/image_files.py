@@ -64,7 +64,7 @@ class _Way(NamedTuple):
         name = _UPLOADED.sub("", name) if self.uploaded else name
         name = unicodedata.normalize(self.form, name) if self.form else name  # type: ignore[arg-type]
         stem = name.rpartition(".")[0] or name if self.swap else name
-        return os.path.join(self.root, *folders, self.prefix + stem.zfill(self.digits) + self.ending)
+        return os.path.join(self.root or os.sep, *folders, self.prefix + stem.zfill(self.digits) + self.ending)
 
 
 class ImageFiles:
@@ -108,17 +108,19 @@ class ImageFiles:
         """
         used: Counter[_Way] = Counter()
         lost: list[str] = []
+        as_written = any(_is_file(self._ways[0].path(cell)) for cell in cells)
         for cell in cells:
             way = next((way for way in self._ways if _is_file(way.path(cell))), None)
             if way is None and len(lost) < 20:
-                way = next(self._possible(cell), None)
+                way = next(self._possible(cell, elsewhere=not as_written), None)
             if way is None:
                 lost.append(cell)
                 continue
             if way not in self._ways:
                 self._ways.append(way)
             used[way] += 1
-        self._ways = [way for way, _ in used.most_common()] or self._ways[:1]
+        # A file of the same name beside another list is not this list's: a way must find a good part of the images.
+        self._ways = [way for way, count in used.most_common() if 10 * count >= len(cells)] or self._ways[:1]
         self.notes = [note for way in self._ways if (note := self._note(way))]
         if not used and lost:
             self._by_name = self._all_names()
@@ -139,21 +141,22 @@ class ImageFiles:
         way = next(other._possible(cell), None)
         return Path(way.root) if way is not None and way.root else None
 
-    def _possible(self, cell: str) -> Iterator[_Way]:
-        """Yield the ways that find a cell's file, the plainest first."""
+    def _possible(self, cell: str, elsewhere: bool = True) -> Iterator[_Way]:
+        """Yield the ways that find a cell's file, the plainest first; in other folders only if `elsewhere`."""
         parts = _parts(cell)
         if not parts:
             return
         if _is_file("/".join(parts)) and (cell.startswith("file:") or os.path.isabs(cell)):
             yield _Way("", 0)
-        roots = list(self._roots())
-        for drop in range(len(parts)):
+        roots = list(self._roots()) if elsewhere else [str(self.folder)]
+        drops = range(len(parts)) if elsewhere else range(1)
+        for drop in drops:
             for root in roots:
                 *folders, name = parts[drop:]
                 names = self._names(os.path.join(root, *folders))
                 if names:
                     yield from self._same_name(root, drop, name, names)
-        for drop in range(len(parts)):
+        for drop in drops:
             for root in roots:
                 *folders, name = parts[drop:]
                 names = self._names(os.path.join(root, *folders))

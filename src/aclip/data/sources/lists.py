@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
-from aclip.data.sources.columns import DOWNLOAD, OPTIONS, Columns, Row, row_of, settle_columns, texts
+from aclip.data.sources.columns import DOWNLOAD, MAX_STORED, OPTIONS, Columns, Row, row_of, settle_columns, texts
 from aclip.data.sources.image_files import ImageFiles, embedded_image, full_path, is_address, looks_embedded, read_image
-from aclip.data.sources.records import Found, JsonLines, ListFile, Table, choose_split, open_list
+from aclip.data.sources.records import JsonLines, ListFile, Table, choose_split, open_list
 from aclip.data.spec import Spec
 from aclip.errors import BadSampleError, ConfigError, DataError
 
@@ -60,7 +60,7 @@ class ListSource(Source):
         self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
         self._problems: dict[int, str] = {}
         self._numbers: np.ndarray | None = None  # of each sample's first row, where images repeat
-        keys = array("q")
+        keys, long = array("q"), 0
         base = os.path.abspath(files.folder)
         for number, row in enumerate(rows):
             image = _storable(row.image)
@@ -68,12 +68,15 @@ class ListSource(Source):
             self._captions.append(_join(row.captions))
             self._tags.append(_join(row.tags))
             self._labels.append(_storable(row.label))
-            if row.problem:
-                self._problems[number] = row.problem
+            long += any(len(text) == MAX_STORED for text in row.captions)
+            if row.problem or not image:
+                self._problems[number] = row.problem or "missing image path"
             keys.append(hash(_identity(number, image, row.problem, base)))
         self.rows = len(keys)
         if not self.rows:
             raise DataError(f"{spec} holds no rows")
+        if long:
+            self._notes.append(f"{long:,} captions longer than {MAX_STORED:,} characters are cut")
         self._merge(np.frombuffer(keys, dtype=np.int64), base)
         self._missing = self._find_images()
 
@@ -140,8 +143,6 @@ class ListSource(Source):
     def _image(self, image: str) -> bytes:
         if image.startswith(_PLACE):
             return self._cut_out(image)
-        if not image:
-            raise BadSampleError("missing image path")
         if is_address(image):
             raise BadSampleError("the image is a URL, not a file: download it first")
         path = self._files.find(image)
@@ -150,8 +151,7 @@ class ListSource(Source):
         data = embedded_image(image)
         if data is not None:
             return data
-        where = self._files.folder / image[:1000]
-        raise BadSampleError(f"cannot read the image file: No such file or directory: {full_path(where)[:1200]}")
+        return read_image(self._files.folder / image)
 
     def _cut_out(self, image: str) -> bytes:
         """Return the image that lies in base64 at a place of the list's file."""
@@ -227,7 +227,7 @@ class ListSource(Source):
             self._files.forget()
             local = [self._images[index] for index, _ in cells]
         missing = [cell for cell in local if self._files.find(cell) is None]
-        if local and len(missing) == len(local) and len(local) == len(cells):
+        if local and len(missing) == len(local) and not any(looks_embedded(cell) for _, cell in cells):
             where = full_path(self._files.folder / missing[0][:1000])[:1200]
             raise DataError(f"{self.spec}: none of {len(local):,} of its images is there, looked for {where} first: "
                             f"{self._where_else(missing[0])}")
@@ -272,9 +272,9 @@ def open_list_source(path: Path, spec: Spec) -> ListSource:
 
 def _rows(file: ListFile, columns: Columns, split_column: str | None, wanted: frozenset[str]) -> Iterator[Row]:
     embedded = any(looks_embedded(_text(one.get(columns.image))) for one in file.sample)
-    for fields, offset, size in file.rows():
+    for fields, offset, size, image in file.rows():
         if isinstance(fields, str):
-            yield Row("", problem=fields)
+            yield Row(image, problem=fields)
             continue
         if split_column is not None and str(fields.get(split_column)).strip() not in wanted:
             continue
@@ -350,7 +350,7 @@ def _open_stored(spec: Spec, images: ListFile, captions: ListFile) -> ListSource
     columns = Columns(next(name for name in images.header if name != key), ())
 
     def rows() -> Iterator[Row]:
-        for fields, offset, size in images.rows():
+        for fields, offset, size, _ in images.rows():
             if isinstance(fields, str):
                 yield Row("", problem=fields)
                 continue

@@ -1,17 +1,16 @@
 """Files that list things, as records of named fields: tables, JSON lines, JSON documents; content tells which."""
 
 import csv
-import gzip
 import io
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from aclip.data.captions import find_encoding, text_errors
+from aclip.data.captions import find_encoding, open_binary, text_errors
 from aclip.data.sources.columns import guessable, names_image, texts
 from aclip.data.sources.image_files import looks_embedded
 from aclip.errors import ConfigError, DataError
@@ -37,11 +36,13 @@ class Found(NamedTuple):
     Attributes:
         fields: by name; or why there are none, in words.
         offset, size: its bytes in the file, or -1 and 0 where a record has no bytes of its own.
+        image: what seems to name the image of a record that has no fields.
     """
 
     fields: Mapping[str, Any] | str
     offset: int = -1
     size: int = 0
+    image: str = ""
 
 
 class ListFile:
@@ -101,16 +102,18 @@ class Table(ListFile):
         names = [name.strip() for name in rows[0]] if self._headed else [str(n + 1) for n in range(len(rows[0]))]
         self.header = names
         self.about = f"table, delimiter {self.delimiter!r}{'' if self._headed else ', no header'}"
-        self._image_at = max(range(len(names)), key=lambda at: sum(
-            names_image(row[at]) for row in rows[self._headed :] if at < len(row)), default=0)
-        self.sample = [dict(zip(names, row, strict=False)) for row in rows[self._headed :] if len(row) == len(names)]
+        named = [sum(names_image(row[at]) for row in rows if at < len(row)) for at in range(len(names))]
+        self._image_at = named.index(max(named)) if max(named) else None
+        self.sample = [dict(zip(names, map(str.strip, row), strict=True)) for row in rows[self._headed :]
+                       if len(row) == len(names)]
 
     def rows(self) -> Iterator[Found]:
         """Yield the rows; one that does not fit the header says so."""
         lines = _lines(self.path, self.codec)
         found = _split_rows(lines, self.delimiter, len(self.header), self._image_at)
         for fields, offset, size in islice(found, int(self._headed), None):
-            yield Found(self._fields(fields), offset, size)
+            image = "" if self._image_at is None or self._image_at >= len(fields) else fields[self._image_at]
+            yield Found(self._fields(fields), offset, size, image.strip())
 
     def parse(self, data: bytes) -> Mapping[str, Any] | str:
         """Return the row that these bytes are."""
@@ -124,7 +127,7 @@ class Table(ListFile):
             del fields[width:]
         if len(fields) != width:
             return f"{len(fields)} fields in the row, {width} in the header"
-        return dict(zip(self.header, fields, strict=True))
+        return dict(zip(self.header, map(str.strip, fields), strict=True))
 
 
 class JsonLines(ListFile):
@@ -178,7 +181,7 @@ class JsonDocument(ListFile):
         import ijson
 
         try:
-            with _open(self.path) as file:
+            with open_binary(self.path) as file:
                 for one in ijson.items(file, "item", use_float=True):
                     yield Found(_flat(one) if isinstance(one, dict) else "not a JSON object")
         except (ijson.JSONError, UnicodeError) as error:
@@ -197,18 +200,31 @@ def open_list(path: Path, encoding: str | None = None, split: str | None = None)
         ConfigError: an unknown encoding, or a split that must be chosen.
     """
     if _starts_binary(path):
-        raise DataError(f"{path} is no text that lists images: give a table, JSON or Parquet")
+        raise DataError(f"{path} lists no images: it is neither text nor Parquet nor Arrow")
     codec, note = find_encoding(path, encoding)
-    head = [line for line, *_ in islice(_lines(path, codec), 20) if line.strip()]
-    if not head:
+    with open_binary(path) as opened:
+        start = opened.read(4096).decode(codec, errors=text_errors(codec)).lstrip("\ufeff \t\r\n")
+    if not start:
         raise DataError(f"{path} holds no rows")
-    first = head[0].lstrip("\ufeff").lstrip()[0]
-    whole = sum(isinstance(_value_of(line), dict) for line in head)
-    if whole and (len(head) > 1 or first == "{") and first != "[" and not _is_document(head):
+    first, head = start[0], [] if start[0] == "[" else _first_lines(path, codec)
+    if any(isinstance(_value_of(line), dict) for line in head) and not _is_document(head):
         return JsonLines(path, codec, [note])
     if first in "[{":
         return JsonDocument(path, codec, [note], split)
-    return Table(path, codec, [note])
+    table = Table(path, codec, [note])
+    if len(table.header) < 2:
+        raise DataError(f"{path} lists no images: it is no JSON, and a table of one column ({table.header[0][:80]!r})")
+    return table
+
+
+def _first_lines(path: Path, codec: str) -> list[str]:
+    """Return some lines that are not blank; of a very long one the beginning alone, which is no JSON then."""
+    if codec.startswith(("utf-16", "utf-32")):
+        return [line for line, *_ in islice(_lines(path, codec), 20) if line.strip()]
+    with open_binary(path) as file:
+        lines = [file.readline(_SAMPLE_BYTES) for _ in range(20)]
+    errors = text_errors(codec)
+    return [text for line in lines if (text := line.decode(codec, errors=errors)).strip()]
 
 
 def _is_document(head: Sequence[str]) -> bool:
@@ -216,7 +232,13 @@ def _is_document(head: Sequence[str]) -> bool:
     if len(head) > 1:
         return False
     value = _value_of(head[0])
-    return isinstance(value, dict) and not guessable(list(_flat(value)))
+    return isinstance(value, dict) and not _is_record(value)
+
+
+def _is_record(value: dict[str, Any]) -> bool:
+    """Return whether an object names an image and its caption, itself or in the one object in it."""
+    nested = sum(isinstance(one, dict) for one in value.values())
+    return guessable(list(_flat(value) if nested == 1 else value))
 
 
 def _value_of(line: str) -> Any:
@@ -237,31 +259,24 @@ def _parse_line(line: str) -> Mapping[str, Any] | str:
 # Lines and rows of text
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a file, through gzip where it is compressed so."""
-    if _starts_with(path, b"\x1f\x8b"):
-        return gzip.open(path)  # type: ignore[return-value]
-    return path.open("rb")
-
-
 def _starts_with(path: Path, start: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(start)
 
 
 def _starts_binary(path: Path) -> bool:
-    with _open(path) as file:
+    with open_binary(path) as file:
         try:
             head = file.read(4096)
         except (OSError, EOFError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
     marked = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return b"\0" in head and not marked and head.count(0) < len(head) // 4
+    return not marked and len(head) // 50 < head.count(0) < len(head) // 4
 
 
 def _lines(path: Path, codec: str) -> Iterator[tuple[str, int, int]]:
     """Yield each line with its place in the file, (-1, 0) where the encoding or compression leaves it none."""
-    with _open(path) as file:
+    with open_binary(path) as file:
         start = file.read(_SAMPLE_BYTES // 8)
         file.seek(0)
         if codec.startswith(("utf-16", "utf-32")) or (b"\r" in start and b"\n" not in start):
@@ -285,7 +300,7 @@ def _head(lines: Iterator[tuple[str, int, int]]) -> Iterator[tuple[str, int, int
 
 
 def _split_rows(
-    lines: Iterator[tuple[str, int, int]], delimiter: str, width: int | None = None, image_at: int = 0
+    lines: Iterator[tuple[str, int, int]], delimiter: str, width: int | None = None, image_at: int | None = None
 ) -> Iterator[tuple[list[str], int, int]]:
     """Yield the fields and the place of rows that are not blank.
 
@@ -293,7 +308,7 @@ def _split_rows(
         lines: of the file.
         delimiter: one character; `_WORDS` cuts at the first white space.
         width: fields of the header, by which quotes that swallow rows are known.
-        image_at: which of them names the image.
+        image_at: which of them is the name of an image file, if one is.
     """
     waiting: deque[tuple[str, int, int]] = deque()
     while True:
@@ -334,13 +349,14 @@ def _quoted(lines: list[str], delimiter: str) -> tuple[list[str], bool]:
     return fields, not fields or not fields[-1].endswith("\n")
 
 
-def _are_rows(lines: Sequence[tuple[str, int, int]], delimiter: str, width: int | None, image_at: int) -> bool:
+def _are_rows(lines: Sequence[tuple[str, int, int]], delimiter: str, width: int | None, image_at: int | None) -> bool:
     """Return whether the lines that a quoted field spans are rows by themselves."""
     if width is None or width < 2:
         return False
     later = [line[0].rstrip("\r\n").split(delimiter) for line in lines[1:]]
-    return all(len(fields) == width and (names_image(fields[image_at]) or " " not in fields[image_at].strip())
-               for fields in later)
+    if any(len(fields) != width for fields in later):
+        return False
+    return all(names_image(fields[image_at]) for fields in later) if image_at is not None else width > 2
 
 
 def _merit(
@@ -375,7 +391,7 @@ class _Shape(NamedTuple):
 
 def _load(path: Path, codec: str) -> Any:
     """Return a document; objects one behind the other are the list of them."""
-    with _open(path) as file:
+    with open_binary(path) as file:
         text = file.read().decode(codec, errors=text_errors(codec))
     try:
         return json.loads(text)
@@ -424,7 +440,7 @@ def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
     if lists:
         name = max(lists, key=lambda one: len(lists[one]))
         return _Shape(f"JSON, list '{name}'", map(_item, lists[name]))
-    if guessable(list(_flat(content))):
+    if _is_record(content):
         return _Shape("JSON object", iter([_flat(content)]))
     keyed = _keyed(content)
     if keyed is not None:
@@ -527,8 +543,9 @@ def _coco(content: dict[str, Any], images: list[dict[str, Any]]) -> _Shape:
 def _karpathy(path: Path, images: list[dict[str, Any]], split: str | None) -> _Shape:
     sizes = Counter(str(one.get("split", "?")) for one in images)
     wanted = choose_split(path.name, sizes, split)
-    rows = ({"image": f"{one['filepath']}/{one['filename']}" if one.get("filepath") else one.get("filename"),
-             "caption": one.get("sentences")} for one in images if one.get("split") in wanted)
+    rows = ({"image": "/".join(part for part in (one.get("filepath"), one.get("filename")) if isinstance(part, str)),
+             "caption": one.get("sentences")} for one in images
+            if one.get("split") in wanted and isinstance(one.get("filename"), str))
     return _Shape(f"Karpathy's split {'+'.join(wanted)}", rows, ("image", "caption"))
 
 
@@ -544,9 +561,10 @@ def choose_split(name: str, sizes: Mapping[str, int], split: str | None) -> list
         ConfigError: none is named, or one that does not exist; those there are.
     """
     there = ", ".join(f"{one} ({count:,})" for one, count in sizes.items())
+    example = "train" if "train" in sizes else next(iter(sizes))
     wanted = re.split(r"[+ ]", split) if split and split not in sizes else [split] if split else []
     if not wanted:
-        raise ConfigError(f"{name} holds the splits {there}: say which, as in '{name}?split={next(iter(sizes))}'")
+        raise ConfigError(f"{name} holds the splits {there}: say which, as in '{name}?split={example}'")
     for one in wanted:
         if one not in sizes:
             raise ConfigError(f"{name} has no split '{one}': it holds {there}")
