@@ -34,9 +34,6 @@ HEIC_EXTENSIONS = frozenset({"heic", "heif", "hif"})
 MAX_PIXELS = 100_000_000
 """Images with more pixels are refused: 100 Mpixel are 300 MB once decoded."""
 
-MAX_ASPECT = 32
-"""Longer to shorter side from which on `crop_to_aspect` cuts: a thin image resized to its shorter side is vast."""
-
 _JPEG, _PNG, _END_OF_JPEG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"\xff\xd9"
 _START_OF_SCAN, _APP1 = b"\xda", b"\xe1"
 _METADATA = (b"zTXt", b"iTXt", b"tEXt", b"iCCP")  # chunks of a PNG that say nothing about its pixels
@@ -170,20 +167,6 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return _to_rgb(_upright(image))
 
 
-def crop_to_aspect(image: Image.Image, limit: float = MAX_ASPECT) -> Image.Image:
-    """Return the middle of an image that is more than `limit` times as long as it is wide, others as they are.
-
-    For what resizes the shorter side and crops the centre: only the middle is seen, and the rest would be resized
-    for nothing (1 x 12,000 pixels at a shorter side of 224 are 1.8 GB).
-    """
-    width, height = image.size
-    longest = max(1, round(min(width, height) * limit))
-    if max(width, height) <= longest:
-        return image
-    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
-
-
 def grey_peak(data: bytes) -> int | None:
     """Return the brightest value of a 16-bit grey image, of 65,535; None for all other images and what is damaged."""
     pixels = _deep_grey(data)
@@ -278,7 +261,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _scale_to_8_bits(image)
     if image.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")  # type: ignore[arg-type]
+        converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
         return image.convert("RGB") if converted is None else converted
     if image.has_transparency_data:
         image = image.convert("RGBA")

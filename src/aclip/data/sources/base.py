@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from aclip import rng
+from aclip.data.decode import grey_peak
 from aclip.errors import BadSampleError
 
 WINDOW = 8
@@ -153,7 +154,7 @@ class Source:
 
         Some captions are read, and of a source of many files some images.
         """
-        return [*_group_advice(self), *_file_advice(self), *_caption_advice(self)]
+        return [*_group_advice(self), *_file_advice(self), *_grey_advice(self), *_caption_advice(self)]
 
     @property
     def parts(self) -> tuple["Source", ...]:
@@ -178,7 +179,7 @@ _PACK = "'aclip data pack {} --output shards' makes shards of 1,000 pairs of it"
 _LARGE_GROUP = 20_000  # samples: eight such groups of 30 kB images are 5 GB in each worker
 _MANY_FILES = 50_000
 _SMALL_FILE = 16_384  # bytes: below it, opening a file takes longer than reading it on most disks
-_FILES_READ, _CAPTIONS_READ = 15, 200
+_FILES_READ, _GREYS_READ, _CAPTIONS_READ = 15, 5, 200
 
 
 def _group_advice(source: Source) -> Iterator[str]:
@@ -200,6 +201,21 @@ def _file_advice(source: Source) -> Iterator[str]:
     if sizes and (size := float(np.median(sizes))) < _SMALL_FILE:
         yield (f"{source.spec} has {len(source):,} files of about {size / 1000:.0f} kB, and on many disks opening "
                f"one takes longer than reading it: {_PACK.format(source.spec)}")
+
+
+def _grey_advice(source: Source) -> Iterator[str]:
+    """Say that 16-bit images use a small part of their range, as those of 12-bit detectors do."""
+    peaks = []
+    for index in range(min(len(source), _GREYS_READ)):
+        try:
+            peak = grey_peak(source.read(index).image)
+        except BadSampleError:
+            continue
+        peaks += [] if peak is None else [peak]
+    if peaks and 0 < max(peaks) < 2**15:
+        white = 2 ** max(peaks).bit_length() - 1
+        yield (f"{source.spec} has 16-bit grey images whose brightest value is {max(peaks):,} of 65,535, so they are read "
+               f"as nearly black: '?stretch={white}' makes {white:,} white, '?stretch=1' stretches each image")
 
 
 def _caption_advice(source: Source) -> Iterator[str]:

@@ -52,7 +52,9 @@ class _File:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 yield from file.iter_batches(columns=list(columns), batch_size=_ROWS_AT_ONCE)
         else:
-            yield from self._batches(columns)
+            for batch in self._batches(columns):
+                batch.validate(full=True)
+                yield batch
 
     def _batches(self, columns: Sequence[str], group: int = 0) -> list[Any]:
         import pyarrow.parquet
@@ -84,12 +86,13 @@ class ColumnarSource(Source):
         names = [one.path.name for one in files]
         self._names = names if len(set(names)) == len(names) else _distinct([one.path for one in files])
         self._kept: OrderedDict[tuple[int, bool], Any] = OrderedDict()
+        self._sound: set[tuple[int, bool, int]] = set()
         if not len(self):
             raise DataError(f"{spec} holds no rows")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the kept groups behind when the source goes to a worker."""
-        return self.__dict__ | {"_kept": OrderedDict()}
+        return self.__dict__ | {"_kept": OrderedDict(), "_sound": set()}
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -149,6 +152,9 @@ class ColumnarSource(Source):
                     self._kept.popitem(last=False)
             self._kept[key] = kept
             batch = kept if self.groups else kept[group]
+            if not self.groups and (*key, group) not in self._sound:
+                batch.validate(full=True)  # Arrow follows the offsets of mapped files unchecked
+                self._sound.add((*key, group))
             fields: dict[str, Any] = batch.slice(row, 1).to_pylist()[0]
         except _errors() as error:
             raise BadSampleError(f"cannot read {self._names[file]}: {error}") from error
