@@ -5,26 +5,27 @@
     aclip data fetch tuxpaint
     python benchmarks/data.py
 
-The pictures are 500 x 375 JPEG of quality 90: the photographed cut-outs of `tuxpaint`, enlarged or shrunk to the
-frame, before an enlarged CIFAR-10 photograph (some 27 kB each); with `--photos FOLDER`, JPEG files of your own,
-shrunk to 500 pixels. They lie in 16 WebDataset shards. Every contender reads the same shards with the same number of
-worker processes, batches of 64, crops of 224 px from a half to the whole of a picture, and ends with normalised
-floats; each reads on for a pass, and contenders take turns, round by round.
+The images are 500 x 375 JPEG of quality 90: the photographed cut-outs of `tuxpaint`, resized to the frame, before an
+enlarged CIFAR-10 photograph (some 27 kB each); with `--photos FOLDER`, JPEG files of your own, shrunk to 500 pixels;
+with `--synthetic`, smooth noise, which needs no download. They lie in 16 WebDataset shards. Every contender reads the
+same shards with the same number of worker processes, batches of 64, crops of 224 px from a half to the whole of an
+image, and ends with normalised floats; each reads on for a pass, and contenders take turns, round by round.
 
 open_clip's loader is `open_clip_train.data.get_wds_dataset` with its own training transform. It is made for webdataset
 up to 0.2.86; newer ones mark the end of a shard, which it takes for a member and fails at, so the mark is turned off.
 It gives one view; for A-CLIP's three crops its transform is replaced by that of three PIL crops of the one decoded
-picture, with torchvision's operations as the A-CLIP release lists them. Ours augments in batch, on the CPU, in the
+image, with torchvision's operations as the A-CLIP release lists them. Ours augments in batch, on the CPU, in the
 main process, which is counted.
 
-"Per core" is pictures per second of processor time of all processes together: it depends less on what else the machine
+"Per core" is images per second of processor time of all processes together: it depends less on what else the machine
 does, though work beside it empties the caches. Memory is measured over ten epochs of a manifest of a million rows, of
-each of which the first 5,000 samples are read (32 px pictures): what is the parent's and each worker's own, without
+each of which the first 5,000 samples are read (32 px images): what is the parent's and each worker's own, without
 files that lie in memory.
 """
 
 import argparse
 import functools
+import importlib.util
 import inspect
 import io
 import itertools
@@ -52,7 +53,7 @@ from torchvision.transforms import v2
 
 from aclip import data
 from aclip.data import augment
-from aclip.data.fetch import resolve_spec
+from aclip.data.batches import ReadBatch
 from aclip.data.order import BatchSampler
 from aclip.data.tar_files import Sample, write_tar
 from aclip.data.views import VIEWS
@@ -64,25 +65,25 @@ WIDTH, HEIGHT = 500, 375
 MEAN, STD = torch.tensor([0.481, 0.458, 0.408]), torch.tensor([0.269, 0.261, 0.276])
 MODEL = "ViT-B-32"
 
-Batches = Iterator[int]  # pictures in each
+Batches = Iterator[int]  # images in each
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- images
 
 
 def cut_outs_before_photographs(count: int) -> Iterator[bytes]:
-    """Yield pictures made of what can be fetched."""
+    """Yield images made of what can be fetched."""
     chance = np.random.default_rng(0)
     objects = []
-    stamps = data.open_source(resolve_spec("tuxpaint:all"))
+    stamps = data.open_source("tuxpaint:all")
     for raw in map(stamps.read, range(len(stamps))):
         if raw.label == "photo":
-            picture = Image.open(io.BytesIO(raw.image)).convert("RGBA")
-            picture = picture.crop(picture.getchannel("A").getbbox())
-            scale = 0.9 * min(WIDTH / picture.width, HEIGHT / picture.height)
-            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            objects.append(picture.resize(size, Image.Resampling.BICUBIC))
-    behind = data.open_source(resolve_spec("cifar10:train[:2000]"))
+            image = Image.open(io.BytesIO(raw.image)).convert("RGBA")
+            image = image.crop(image.getchannel("A").getbbox())
+            scale = 0.9 * min(WIDTH / image.width, HEIGHT / image.height)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            objects.append(image.resize(size, Image.Resampling.BICUBIC))
+    behind = data.open_source("cifar10:train[:2000]")
     for number in range(count):
         back = data.decode_image(behind.read(int(chance.integers(len(behind)))).image)
         back = back.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
@@ -101,6 +102,14 @@ def own_photographs(folder: Path, count: int) -> Iterator[bytes]:
         yield as_jpeg(image)
 
 
+def smooth_noise(count: int) -> Iterator[bytes]:
+    """Yield enlarged noise, as hard to decode as photographs of the same size in bytes."""
+    chance = np.random.default_rng(0)
+    for _ in range(count):
+        coarse = Image.fromarray(chance.integers(0, 256, (HEIGHT // 10, WIDTH // 10, 3), dtype=np.uint8))
+        yield as_jpeg(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+
+
 def as_jpeg(image: Image.Image) -> bytes:
     """Return a JPEG of quality 90."""
     content = io.BytesIO()
@@ -108,14 +117,14 @@ def as_jpeg(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def write_shards(folder: Path, pictures: list[bytes]) -> str:
-    """Write the pictures to shards, and return their pattern."""
-    each = len(pictures) // SHARDS
+def write_shards(folder: Path, images: list[bytes]) -> str:
+    """Write the images to shards, and return their pattern."""
+    each = len(images) // SHARDS
     for shard in range(SHARDS):
         with (folder / f"{shard:04}.tar").open("wb") as file:
             numbers = range(shard * each, (shard + 1) * each)
             captions = (f"a photo, number {number}, of a thing in front of another".encode() for number in numbers)
-            write_tar(file, (Sample(f"{number:06}", {"jpg": pictures[number], "txt": caption})
+            write_tar(file, (Sample(f"{number:06}", {"jpg": images[number], "txt": caption})
                              for number, caption in zip(numbers, captions, strict=True)))  # fmt: skip
     return f"{folder}/{{0000..{SHARDS - 1:04}}}.tar"
 
@@ -124,7 +133,7 @@ def write_shards(folder: Path, pictures: list[bytes]) -> str:
 
 
 class ThreePilCrops:
-    """A-CLIP's views from one decoded picture, each cropped by PIL and changed by torchvision: (3, 3, h, w) floats."""
+    """A-CLIP's views from one decoded image, each cropped by PIL and changed by torchvision: (3, 3, h, w) floats."""
 
     def __init__(self) -> None:
         self._boxes = VIEWS["two_crops_in_context"]()
@@ -146,7 +155,7 @@ class ThreePilCrops:
         return torch.stack(crops)
 
 
-def theirs(shards: str, pictures: int, workers: int, *, three: bool) -> Callable[[], Batches]:
+def theirs(shards: str, images: int, workers: int, *, three: bool) -> Callable[[], Batches]:
     """Return open_clip's loader; like ours, it starts its workers anew for each pass, before the clock runs."""
     import open_clip
     import open_clip_train.data as training
@@ -157,7 +166,7 @@ def theirs(shards: str, pictures: int, workers: int, *, three: bool) -> Callable
     transform = ThreePilCrops() if three else open_clip.image_transform(
         SIDE, is_train=True, mean=MEAN.tolist(), std=STD.tolist(), aug_cfg={"scale": (0.5, 1.0)})
     options = SimpleNamespace(
-        train_data=shards, val_data=None, train_num_samples=pictures, dataset_resampled=False, seed=0,
+        train_data=shards, val_data=None, train_num_samples=images, dataset_resampled=False, seed=0,
         train_data_upsampling_factors=None, batch_size=BATCH, workers=workers, world_size=1)  # fmt: skip
     tokenizer = open_clip.get_tokenizer(MODEL)
     passes = itertools.count()
@@ -171,12 +180,12 @@ def theirs(shards: str, pictures: int, workers: int, *, three: bool) -> Callable
     return run
 
 
-def ours(shards: str, pictures: int, workers: int, *, views: str, on_cpu: bool) -> Callable[[], Batches]:
+def ours(shards: str, images: int, workers: int, *, views: str, on_cpu: bool) -> Callable[[], Batches]:
     """Return our loader; `on_cpu` augments and normalises here, else it is left to another device."""
     build = VIEWS[views]()
     dataset = data.PairDataset(data.open_source(shards), build, data.CaptionTokenizer(tokenizer_of(MODEL)),
                                sizes=dict.fromkeys(build.names, (SIDE, SIDE)), seed=0)  # fmt: skip
-    steps = pictures // BATCH
+    steps = images // BATCH
     passes = itertools.count()
 
     def run() -> Batches:
@@ -190,9 +199,9 @@ def ours(shards: str, pictures: int, workers: int, *, views: str, on_cpu: bool) 
     return run
 
 
-def floors(pictures: list[bytes]) -> dict[str, Callable[[], Batches]]:
+def floors(images: list[bytes]) -> dict[str, Callable[[], Batches]]:
     """Return decoding and one resized crop, from memory, with each library."""
-    boxes = [VIEWS["one_crop"]().boxes(HEIGHT, WIDTH, seed=0, epoch=0, sample=i)["a"] for i in range(len(pictures))]
+    boxes = [VIEWS["one_crop"]().boxes(HEIGHT, WIDTH, seed=0, epoch=0, sample=i)["a"] for i in range(len(images))]
 
     def pillow(content: bytes, box: tuple[int, int, int, int]) -> object:
         top, left, height, width = box
@@ -228,8 +237,8 @@ def floors(pictures: list[bytes]) -> dict[str, Callable[[], Batches]]:
         found["decode and crop: OpenCV, not antialiased"] = opencv
 
     def batches(crop: Callable[[bytes, tuple[int, int, int, int]], object]) -> Batches:
-        for first in range(0, len(pictures) - BATCH + 1, BATCH):
-            for content, box in zip(pictures[first : first + BATCH], boxes[first : first + BATCH], strict=True):
+        for first in range(0, len(images) - BATCH + 1, BATCH):
+            for content, box in zip(images[first : first + BATCH], boxes[first : first + BATCH], strict=True):
                 crop(content, box)
             yield BATCH
 
@@ -250,19 +259,19 @@ def processor_seconds() -> float:
 
 
 def rates(run: Callable[[], Batches], workers: int) -> tuple[float, float]:
-    """Return pictures per second, and per second of processor time, after the first batches.
+    """Return images per second, and per second of processor time, after the first batches.
 
     What was read ahead when the clock starts, the same for every contender, is not counted.
     """
-    pictures, start, spent = 0, 0.0, 0.0
+    images, start, spent = 0, 0.0, 0.0
     ahead = 2 * workers
     for number, count in enumerate(run()):
         if number == ahead:
             start, spent = time.perf_counter(), processor_seconds()
         elif number > ahead:
-            pictures += count
+            images += count
             end, used = time.perf_counter(), processor_seconds()
-    return pictures / (end - start), pictures / (used - spent)
+    return images / (end - start), images / (used - spent)
 
 
 def own_memory(pid: int, what: str) -> float:
@@ -273,16 +282,16 @@ def own_memory(pid: int, what: str) -> float:
 
 def memory(folder: Path, rows: int, samples: int, epochs: int = 10) -> dict[str, list[float]]:
     """Return megabytes of the parent before and after a manifest is opened, and of it and two workers each epoch."""
-    picture = as_jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)))
+    image = as_jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)))
     (folder / "0000").mkdir()
     for number in range(100):
-        (folder / "0000" / f"{number:02}.jpg").write_bytes(picture)
-    for number in range(1, -(-rows // 100)):  # a path of its own for every row: rows of one picture are one sample
+        (folder / "0000" / f"{number:02}.jpg").write_bytes(image)
+    for number in range(1, -(-rows // 100)):  # a path of its own for every row: rows of one image are one sample
         (folder / f"{number:04}").symlink_to("0000")
     with (folder / "million.csv").open("w") as file:
         file.write("filepath,caption\n")
         for row in range(rows):
-            file.write(f"{row // 100:04}/{row % 100:02}.jpg,a picture of thing{row} beside {row * 7919 % rows}\n")
+            file.write(f"{row // 100:04}/{row % 100:02}.jpg,a photo of thing{row} beside {row * 7919 % rows}\n")
     me = os.getpid()
     tokenizer = data.CaptionTokenizer(tokenizer_of(MODEL))
     before = own_memory(me, "Anonymous")
@@ -293,8 +302,6 @@ def memory(folder: Path, rows: int, samples: int, epochs: int = 10) -> dict[str,
     wanted = samples // 100
     some = (step for number, step in enumerate(sampler) if number % sampler.steps_per_epoch < wanted)
     found: dict[str, list[float]] = {"opened": [own_memory(me, "Anonymous") - before], "parent": [], "workers": []}
-    from aclip.data.loader import ReadBatch
-
     for number, _ in enumerate(read_ahead(ReadBatch(dataset, None), some, workers=2)):
         if number % wanted == wanted - 1:
             found["parent"].append(own_memory(me, "Anonymous") - before)
@@ -305,7 +312,7 @@ def memory(folder: Path, rows: int, samples: int, epochs: int = 10) -> dict[str,
 
 def print_rates(measured: dict[tuple[str, int], list[tuple[float, float]]], console: Console) -> None:
     """Print a table; medians, and the lowest and highest in brackets."""
-    table = Table("reader", "workers", "pictures/s", "pictures/s per core")
+    table = Table("reader", "workers", "images/s", "images/s per core")
     for (name, workers), values in measured.items():
         cells = [f"{statistics.median(column):,.0f} ({min(column):,.0f} to {max(column):,.0f})"
                  for column in zip(*values, strict=True)]
@@ -321,8 +328,8 @@ def print_ratios(measured: dict[tuple[str, int], list[tuple[float, float]]], con
     pairs += [(("aclip, three crops", n), ("three PIL crops", n)) for n in (1, 2)]
     pairs += [(("aclip, three crops, augmented elsewhere", n), ("three PIL crops", n)) for n in (1, 2)]
     pairs += [(("aclip, one view, normalised elsewhere", n), floor) for n in (0, 1)]
-    table = Table("ratio", "workers", "pictures/s", "per core")
-    for one, other in pairs:
+    table = Table("ratio", "workers", "images/s", "per core")
+    for one, other in ((one, other) for one, other in pairs if other in measured):
         cells = []
         for column in (0, 1):
             values = [a[column] / b[column] for a, b in zip(measured[one], measured[other], strict=True)]
@@ -334,9 +341,10 @@ def print_ratios(measured: dict[tuple[str, int], list[tuple[float, float]]], con
 def main() -> None:
     """Measure and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=960)
+    parser.add_argument("--images", type=int, default=960)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--photos", type=Path, help="folder of JPEG files, in place of the made pictures")
+    parser.add_argument("--photos", type=Path, help="folder of JPEG files to read in place of composed images")
+    parser.add_argument("--synthetic", action="store_true", help="read smooth noise in place of composed images")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the manifest whose memory is measured")
     parser.add_argument("--only", choices=["speed", "memory"], help="measure one of the two")
     parser.add_argument("--json", type=Path, help="write all that was measured here")
@@ -348,11 +356,11 @@ def main() -> None:
         folder = Path(name)
         os.environ["ACLIP_CACHE"] = f"{name}/cache"
         if args.only != "memory":
-            made = own_photographs(args.photos, args.pictures) if args.photos else cut_outs_before_photographs(
-                args.pictures)  # fmt: skip
-            result["speed"] = speed(folder, list(track(made, "making pictures", args.pictures)), args.rounds, console)
+            made = (own_photographs(args.photos, args.images) if args.photos else smooth_noise(args.images)
+                    if args.synthetic else cut_outs_before_photographs(args.images))  # fmt: skip
+            result["speed"] = speed(folder, list(track(made, "preparing images", args.images)), args.rounds, console)
         if args.only != "speed":
-            result["memory"] = used = memory(folder, args.rows, samples=5_000)
+            result["memory"] = used = memory(folder, args.rows, samples=min(5_000, args.rows))
             console.print(f"a manifest of {args.rows:,} rows takes {used['opened'][0]:.0f} MB in the parent")
             for whose in ("parent", "workers"):
                 console.print(f"{whose}, MB after each epoch: {', '.join(f'{mb:.0f}' for mb in used[whose])}")
@@ -360,21 +368,25 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def speed(folder: Path, pictures: list[bytes], rounds: int, console: Console) -> Iterable[object]:
+def speed(folder: Path, images: list[bytes], rounds: int, console: Console) -> Iterable[object]:
     """Measure and print the rates."""
-    shards = write_shards(folder, pictures)
-    console.print(f"{len(pictures)} pictures of {statistics.mean(map(len, pictures)) / 1000:.0f} kB")
+    shards = write_shards(folder, images)
+    console.print(f"{len(images)} images of {statistics.mean(map(len, images)) / 1000:.0f} kB")
     runs: dict[tuple[str, int], Callable[[], Batches]] = {}
-    build = functools.partial(ours, shards, len(pictures))
+    has_theirs = importlib.util.find_spec("open_clip_train") and importlib.util.find_spec("webdataset")
+    if not has_theirs:
+        console.print("open_clip's loader is left out: pip install 'open_clip_torch\\[training]'")
+    build = functools.partial(ours, shards, len(images))
     for n in (1, 2):
-        runs["open_clip, one view", n] = theirs(shards, len(pictures), n, three=False)
+        if has_theirs:
+            runs["open_clip, one view", n] = theirs(shards, len(images), n, three=False)
+            runs["three PIL crops", n] = theirs(shards, len(images), n, three=True)
         runs["aclip, one view", n] = build(n, views="one_crop", on_cpu=True)
-        runs["three PIL crops", n] = theirs(shards, len(pictures), n, three=True)
         runs["aclip, three crops", n] = build(n, views="two_crops_in_context", on_cpu=True)
         runs["aclip, three crops, augmented elsewhere", n] = build(n, views="two_crops_in_context", on_cpu=False)
     for n in (0, 1):
         runs["aclip, one view, normalised elsewhere", n] = build(n, views="one_crop", on_cpu=False)
-    runs |= {(name, 0): run for name, run in floors(pictures).items()}
+    runs |= {(name, 0): run for name, run in floors(images).items()}
     measured: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in runs}
     for _, (key, run) in track(list(itertools.product(range(rounds), runs.items())), "measuring"):
         measured[key].append(rates(run, key[1]))

@@ -5,7 +5,7 @@
     python benchmarks/reading.py
 
 One process, rounds of all in turns; medians, and the lowest and the highest. The doctor is compared with reading
-and decoding the same samples: photographs of 512 x 384 (mosaics of 16 x 12 CIFAR-10 pictures, as JPEG of quality 90),
+and decoding the same samples: photographs of 512 x 384 (mosaics of 16 x 12 CIFAR-10 images, as JPEG of quality 90),
 the 128 px PNG of `emoji`, and CIFAR-10's own 32 px PNG.
 """
 
@@ -28,12 +28,11 @@ from rich.progress import track
 from rich.table import Table
 
 from aclip import data
-from aclip.data.doctor import Limits, examine
-from aclip.data.fetch import resolve_spec
+from aclip.data.examination import Limits, examine
 from aclip.data.tar_files import Sample, write_tar
 from aclip.models import tokenizer_of
 
-PICTURES = 600
+IMAGES = 600
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -50,8 +49,8 @@ def write_small_pairs(path: Path, pairs: int) -> None:
 
 
 def write_mosaics(path: Path) -> None:
-    """Write a shard of photographs made of CIFAR-10 pictures."""
-    source = data.open_source(resolve_spec("cifar10:train[:5000]"))
+    """Write a shard of photographs made of CIFAR-10 images."""
+    source = data.open_source("cifar10:train[:5000]")
     chance = np.random.default_rng(0)
     photos = np.stack([np.asarray(data.decode_image(source.read(i).image)) for i in range(len(source))])
 
@@ -62,7 +61,7 @@ def write_mosaics(path: Path) -> None:
         return Sample(f"{number:06}", {"jpg": content.getvalue(), "txt": f"a mosaic, number {number}".encode()})
 
     with path.open("wb") as file:
-        write_tar(file, map(mosaic, range(PICTURES)))
+        write_tar(file, map(mosaic, range(IMAGES)))
 
 
 def opening(folder: Path) -> dict[str, Callable[[], float]]:
@@ -77,7 +76,7 @@ def opening(folder: Path) -> dict[str, Callable[[], float]]:
     import datasets
 
     datasets.disable_progress_bars()
-    rows = data.open_source(resolve_spec("emoji:val_both"))
+    rows = data.open_source("emoji:val_both")
     content = [rows.read(i) for i in range(len(rows))]
     datasets.Dataset.from_dict(
         {"image": [{"bytes": one.image, "path": None} for one in content], "text": [one.captions[0] for one in content]}
@@ -115,8 +114,8 @@ def main() -> None:
         write_mosaics(Path(folder, "mosaics.tar"))
         runs = opening(Path(folder)) | examining({
             "512 x 384 JPEG": f"{folder}/mosaics.tar",
-            "128 px PNG": resolve_spec(f"emoji:train[:{PICTURES}]"),
-            "32 px PNG": resolve_spec(f"cifar10:train[:{PICTURES}]"),
+            "128 px PNG": f"emoji:train[:{IMAGES}]",
+            "32 px PNG": f"cifar10:train[:{IMAGES}]",
         })  # fmt: skip
         measured: dict[str, list[float]] = {name: [] for name in runs}
         for _, (name, run) in track(list(itertools.product(range(args.rounds), runs.items())), "measuring"):

@@ -11,7 +11,7 @@ SKIPPED = {
     "truncated.jpg": "truncated or damaged JPEG image",
     "zero_bytes.jpg": "empty file",
     "text.jpg": "not an image in a known format",
-    "giant.png": "image too large: 30000x30000 pixels",
+    "giant.png": "image too large",
     "empty_caption.png": "empty caption",
     "missing_caption.png": "missing caption",
 }

@@ -6,7 +6,7 @@ import torch
 
 from aclip import models
 from aclip.config import Recipe
-from aclip.data import RawSample
+from aclip.data import RawSample, Source
 from aclip.data.augment import AUGMENTATIONS, draw
 from aclip.method import Method
 from aclip.plan import Plan, resolve
@@ -33,20 +33,19 @@ VIT_B_16 = TowerShape(
 SMALL_HEADS = {"ntxent": {"hidden": 32, "out": 16}, "byol": {"hidden": 32, "out": 16}}
 
 
-class Numbers:
-    """A source whose samples are their numbers; with groups it is a `Grouped` one."""
+class Numbers(Source):
+    """A source whose samples are their numbers."""
 
-    name = "numbers"
+    spec = "numbers"
 
-    def __init__(self, count: int, groups: tuple[int, ...] | None = None) -> None:
+    def __init__(self, count: int, groups: tuple[int, ...] = ()) -> None:
         self._count = count
-        if groups is not None:
-            self.groups = groups
+        self.groups = groups
 
     def __len__(self) -> int:
         return self._count
 
-    def key(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return str(index)
 
     def read(self, index: int) -> RawSample:

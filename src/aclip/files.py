@@ -1,8 +1,21 @@
+<<<<<<< HEAD
 """Atomic file writes, and portable file names."""
+=======
+"""Files: atomic writes, portable names, and where caches and data sets live."""
+>>>>>>> data
 
+import logging
 import os
 import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
+
+_log = logging.getLogger(__name__)
 
 
 def as_file_name(name: str) -> str:
@@ -14,24 +27,87 @@ def as_file_name(name: str) -> str:
     return re.sub(r"[^\w-]+", "_", name)
 
 
+<<<<<<< HEAD
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a file atomically: after a crash it has either its old or its new content.
 
     Args:
         path: created or replaced, with its parent folders.
         data: the content; text is written as UTF-8.
+=======
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name whole or not at all, also after a crash.
+
+    Args:
+        path: replaced when the block ends without an exception; its folder is created.
+>>>>>>> data
 
     Raises:
         OSError: the disk is full or the folder is not writable; an existing file stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
     # The process id separates processes that write the same file.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+=======
+    # Random, because process ids repeat between containers that share a folder.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+>>>>>>> data
     try:
         with part.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all, see `atomic_file`.
+
+    Args:
+        path: replaced if it exists; its folder is created.
+        data: the content; text is written as UTF-8, with escapes for the undecodable bytes of file names.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; what was there before stays.
+    """
+    with atomic_file(path) as file:
+        file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+
+
+def cache_root() -> Path:
+    """Return the folder of what can be computed or downloaded again: `$ACLIP_CACHE`, else `~/.cache/aclip`.
+
+    Without a writable home folder, as in a container whose user has no passwd entry, a temporary folder takes its
+    place.
+    """
+    return _root("ACLIP_CACHE", "")
+
+
+def data_root() -> Path:
+    """Return the folder of fetched data sets: `$ACLIP_DATA`, else `~/.cache/aclip/data`; see `cache_root`."""
+    return _root("ACLIP_DATA", "data")
+
+
+def _root(variable: str, below: str) -> Path:
+    chosen = os.environ.get(variable)
+    if chosen:
+        return Path(os.path.expanduser(chosen))  # Path.expanduser raises without a home folder
+    home = Path(os.path.expanduser("~")) / ".cache" / "aclip" / below
+    return home if _can_create(home) else _temporary_root(variable) / below
+
+
+def _can_create(folder: Path) -> bool:
+    existing = next((one for one in (folder, *folder.parents) if one.exists()), None)
+    return folder.is_absolute() and existing is not None and os.access(existing, os.W_OK)
+
+
+@cache
+def _temporary_root(variable: str) -> Path:
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"aclip-{user}"
+    _log.warning("no writable home folder: using %s; set %s to choose another", folder, variable)
+    return folder

@@ -1,4 +1,4 @@
-"""Augmentation against torchvision and PIL, one picture at a time; the draws against their stated rates."""
+"""Augmentation against torchvision and PIL, one image at a time; the draws against their stated rates."""
 
 import math
 
@@ -16,8 +16,8 @@ from aclip.structs import ViewBatch
 MEAN, STD = torch.zeros(3), torch.ones(3)
 
 
-def pictures(count, height=40, width=56, seed=0):
-    """Smooth coloured pictures with full-range values, like photographs; one of them grey, one extreme."""
+def images_of(count, height=40, width=56, seed=0):
+    """Smooth coloured images with full-range values, like photographs; one of them grey, one extreme."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 5, 7, generator=generator) * 1.6 - 0.3
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
@@ -76,7 +76,7 @@ SHIFTS = [-0.5, -0.1, -0.03, 0.0, 0.05, 0.1, 0.27, 0.5]
     ],
 )
 def test_operations_equal_torchvision_on_floats(column, values, oracle):
-    pixels = pictures(8)
+    pixels = images_of(8)
     ours = applied(pixels, parameters(8, **{column: values}))
     theirs = torch.stack([oracle(p / 255, v) for p, v in zip(pixels, values, strict=True)])
     # torchvision weighs red by 0.2989, PIL and we by 0.299
@@ -94,14 +94,14 @@ def test_operations_equal_torchvision_on_floats(column, values, oracle):
     ],
 )
 def test_operations_equal_pil_up_to_its_rounding(column, values, oracle, levels):
-    pixels = pictures(8)
+    pixels = images_of(8)
     ours = applied(pixels, parameters(8, **{column: values})) * 255
     theirs = torch.stack([from_pil(oracle(to_pil(p), v)) for p, v in zip(pixels, values, strict=True)])
     assert (ours - theirs).abs().max() <= levels
 
 
 def test_blur_equals_torchvision_with_thirteen_taps():
-    pixels, sigmas = pictures(8), [0.1, 0.3, 0.5, 0.8, 1.0, 1.4, 1.7, 2.0]
+    pixels, sigmas = images_of(8), [0.1, 0.3, 0.5, 0.8, 1.0, 1.4, 1.7, 2.0]
     ours = applied(pixels, parameters(8, blur_sigma=sigmas))
     for i, sigma in enumerate(sigmas):
         padded = torch.nn.functional.pad(pixels[i : i + 1] / 255, (6, 6, 6, 6), mode="replicate")
@@ -111,7 +111,7 @@ def test_blur_equals_torchvision_with_thirteen_taps():
 
 def test_blur_looks_like_pils():
     # PIL approximates a Gaussian of this standard deviation by box filters, and rounds
-    pixels, sigmas = pictures(6), [0.5, 0.8, 1.0, 1.4, 1.7, 2.0]
+    pixels, sigmas = images_of(6), [0.5, 0.8, 1.0, 1.4, 1.7, 2.0]
     ours = applied(pixels, parameters(6, blur_sigma=sigmas)) * 255
     for i, sigma in enumerate(sigmas):
         theirs = from_pil(to_pil(pixels[i]).filter(ImageFilter.GaussianBlur(sigma)))
@@ -145,7 +145,7 @@ def test_solarize_separates_127_from_128():
 
 
 def test_the_order_is_jitter_grey_blur_solarize():
-    pixels = pictures(3)
+    pixels = images_of(3)
     rows = parameters(3, brightness=1.3, contrast=0.7, saturation=1.2, hue=0.08, grey=[0, 1, 0],
                       blur_sigma=1.5, solarize_threshold=0.5)
     ours = applied(pixels, rows)
@@ -167,7 +167,7 @@ def test_the_order_is_jitter_grey_blur_solarize():
 
 
 def test_normalisation_is_that_of_the_model():
-    pixels = pictures(2)
+    pixels = images_of(2)
     mean, std = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
     expected = tv.normalize(pixels / 255, mean.tolist(), std.tolist())
     torch.testing.assert_close(augment.apply(view(pixels, None), mean, std), expected)
@@ -175,21 +175,21 @@ def test_normalisation_is_that_of_the_model():
 
 
 def test_identity_parameters_change_nothing():
-    pixels = pictures(5)
+    pixels = images_of(5)
     assert torch.equal(applied(pixels, parameters(5)), pixels / 255)
     assert torch.equal(applied(pixels, drawn("none", 5)), pixels / 255)
 
 
 def test_identity_changes_nothing_where_operations_run_on_every_sample():
     # As on an accelerator, where it is not known on the host which samples an operation concerns.
-    images = torch.cat([pictures(5), torch.full((1, 3, 40, 56), 255, dtype=torch.uint8)]) / 255
+    images = torch.cat([images_of(5), torch.full((1, 3, 40, 56), 255, dtype=torch.uint8)]) / 255
     for operation, columns in augment._OPERATIONS:
         unchanged = operation(images.clone(), parameters(6)[:, columns])
         torch.testing.assert_close(unchanged, images, rtol=0, atol=1e-5)
 
 
 def test_all_samples_at_once_equals_only_those_concerned():
-    pixels, rows = pictures(32), drawn("a-clip", 32)
+    pixels, rows = images_of(32), drawn("a-clip", 32)
     images = pixels / 255
     for operation, columns in augment._OPERATIONS[:3]:
         images = operation(images, rows[:, columns])
@@ -208,7 +208,7 @@ def test_an_accelerator_reads_nothing_back():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_the_cpu_without_synchronising():
-    pixels, rows = pictures(16), drawn("a-clip", 16)
+    pixels, rows = images_of(16), drawn("a-clip", 16)
     rows[:, COLUMNS.index("solarize_threshold")] = 2.0
     on_device = view(pixels, rows).to(torch.device("cuda"))
     mean, std = MEAN.cuda(), STD.cuda()
@@ -223,8 +223,8 @@ def test_cuda_equals_the_cpu_without_synchronising():
 
 @pytest.mark.parametrize("name", ["a-clip", "slip"])
 def test_each_sample_depends_on_itself_alone(name):
-    # 96 pictures of 40 x 56 are several pieces of the CPU's work
-    pixels, rows = pictures(96), drawn(name, 96)
+    # 96 images of 40 x 56 are several pieces of the CPU's work
+    pixels, rows = images_of(96), drawn(name, 96)
     rows[:, COLUMNS.index("solarize_threshold")] = 2.0
     together = applied(pixels, rows)
     alone = torch.cat([applied(pixels[i : i + 1], rows[i : i + 1]) for i in range(96)])
@@ -234,7 +234,7 @@ def test_each_sample_depends_on_itself_alone(name):
 
 
 def test_values_stay_in_range_and_inputs_untouched():
-    pixels, rows = pictures(64), drawn("a-clip", 64)
+    pixels, rows = images_of(64), drawn("a-clip", 64)
     before, rows_before = pixels.clone(), rows.clone()
     images = applied(pixels, rows)
     assert torch.isfinite(images).all()
@@ -246,7 +246,7 @@ def test_values_stay_in_range_and_inputs_untouched():
 
 
 def test_autocast_does_not_lower_the_precision():
-    pixels, rows = pictures(8), drawn("slip", 8)
+    pixels, rows = images_of(8), drawn("slip", 8)
     expected = applied(pixels, rows)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         images = applied(pixels, rows)

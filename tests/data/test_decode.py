@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from aclip.data.decode import FORMATS, MAX_PIXELS, _decode_plain_jpeg, decode_image, decode_pixels
+from aclip.data.decode import (
+    FORMATS,
+    MAX_PIXELS,
+    _decode_plain_jpeg,
+    decode_image,
+    decode_pixels,
+    grey_peak,
+    stretch_grey,
+)
 from aclip.errors import BadSampleError
 from made_pictures import encode, giant_png, picture
 
@@ -126,7 +136,7 @@ def test_damaged_exif_leaves_the_picture() -> None:
         (b"", "empty file"),
         (b"hello, I am a text file", "not an image in a known format"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
-        (giant_png(), "image too large: 30000x30000 pixels, the limit is 100 million"),
+        (giant_png(), "image too large: more than 100 million pixels"),
         (encode(picture(1, 64), "JPEG")[:600], "truncated or damaged JPEG image"),
         (encode(picture(1, 64), "PNG")[:-400], "truncated or damaged PNG image"),
         (encode(picture(1, 64), "WEBP")[:300], "truncated or damaged WEBP image"),
@@ -200,3 +210,60 @@ def test_pixels_of_what_is_out_of_the_ordinary_are_those_of_pillow() -> None:
         with pytest.raises(BadSampleError) as pillow:
             decode_image(data)
         assert ours.value.reason == pillow.value.reason
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("extra", [
+    chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b'{"nodes": []}' * 400_000)),
+    chunk(b"iTXt", b"XML:com\0\1\0\0\0" + zlib.compress(b"x" * 5_000_000)),
+    chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(5_000_000))),
+    b"".join(chunk(b"zTXt", b"part%d\0\0" % n + zlib.compress(b"x" * 900_000)) for n in range(80)),
+], ids=["text", "xmp", "profile", "many texts"])  # fmt: skip
+@pytest.mark.parametrize("at", [33, -12], ids=["before the pixels", "behind the pixels"])
+def test_large_metadata_of_a_sound_png_is_ignored(extra: bytes, at: int) -> None:
+    sound = encode(picture(1))
+    assert np.array_equal(decode_image(sound[:at] + extra + sound[at:]), picture(1))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_jpeg_without_its_end_marker(mode: str, progressive: bool, missing: int) -> None:
+    whole = encode(picture(1, 64).convert(mode), "JPEG", progressive=progressive)
+    assert np.array_equal(decode_image(whole[:-missing]), decode_image(whole))
+    assert np.array_equal(decode_pixels(whole[:-missing]), decode_pixels(whole))
+    with pytest.raises(BadSampleError, match="truncated or damaged JPEG"):
+        decode_image(whole[:-200])
+
+
+def test_rare_but_sound_kinds() -> None:
+    from PIL import ImageCms
+
+    original = picture(1, 64).resize((16, 16)).resize((64, 64))
+    lab = ImageCms.profileToProfile(original, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    kinds = {
+        "MPO": encode(original, "MPO", save_all=True, append_images=[original.rotate(90)], quality=95),
+        "APNG": encode(original, "PNG", save_all=True, append_images=[original.rotate(90)]),
+        "PNG without its end": encode(original, "PNG")[:-12],
+        "Lab TIFF": encode(lab, "TIFF"),
+        "TIFF in YCbCr": encode(original.convert("YCbCr"), "TIFF"),
+        "JPEG with a large profile": encode(original, "JPEG", icc_profile=bytes(300_000), quality=95),
+    }
+    for kind, data in kinds.items():
+        difference = np.abs(np.asarray(decode_image(data)).astype(int) - np.asarray(original).astype(int)).mean()
+        assert difference < 10, kind
+
+
+def test_greys_of_twelve_bits_are_stretched_if_asked() -> None:
+    values = np.linspace(100, 4000, 64 * 64).astype(np.uint16).reshape(64, 64)
+    data = encode(Image.fromarray(values), "PNG")
+    assert (grey_peak(data), grey_peak(encode(picture(1)))) == (4000, None)
+    assert np.asarray(decode_image(data)).max() == 16  # what they are without
+    own, fixed = (np.asarray(decode_image(stretch_grey(data, white)))[..., 0] for white in (None, 4095.0))
+    assert (own.min(), own.max()) == (0, 255)
+    assert np.array_equal(fixed, np.round(values * (255 / 4095)).astype(np.uint8))
+    colours = encode(picture(1))
+    assert stretch_grey(colours) is colours

@@ -5,11 +5,12 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aclip.data import CaptionTokenizer, PairDataset, build_loader, open_mixture, open_source
+from aclip.data import CaptionTokenizer, PairDataset, build_loader, open_source, open_training
 from aclip.data.tar_files import Sample, write_tar
 from made_pictures import WholePicture, WordTokenizer, encode, picture
 
@@ -38,7 +39,15 @@ def make_shards(folder: Path) -> str:
     return f"{folder}/{{0..2}}.tar"
 
 
-@pytest.fixture(params=["folder", "table", "shards", "groups", "part of groups", "mixture"])
+def publish(pattern: str) -> str:
+    """Return the address under which fsspec's memory has the shards of a pattern."""
+    store = fsspec.filesystem("memory")
+    for path in Path(pattern).parent.glob("*.tar"):
+        store.pipe_file(str(path), path.read_bytes())
+    return f"memory://{pattern}"
+
+
+@pytest.fixture(params=["folder", "table", "shards", "remote shards", "groups", "part of groups", "mixture"])
 def dataset(request: pytest.FixtureRequest, pair_folder: Path, tmp_path: Path) -> PairDataset:
     (pair_folder / "003.png").write_bytes(b"")  # a bad sample in each
     parquet = make_parquet(tmp_path)
@@ -46,13 +55,14 @@ def dataset(request: pytest.FixtureRequest, pair_folder: Path, tmp_path: Path) -
         "folder": [str(pair_folder)],
         "table": [make_table(pair_folder)],
         "shards": [make_shards(tmp_path)],
+        "remote shards": [publish(make_shards(tmp_path))],
         "groups": [parquet],
         "part of groups": [f"{parquet}[4:35]"],
-        "mixture": [f"{pair_folder}[:10]=2", f"{parquet}=1"],
+        "mixture": [f"{pair_folder}[:10]=2", f"{parquet}=1", f"{publish(make_shards(tmp_path))}=1"],
     }[request.param]
     views = WholePicture()
     return PairDataset(
-        open_mixture(specs, open_source), views, CaptionTokenizer(WordTokenizer()),
+        open_training(specs), views, CaptionTokenizer(WordTokenizer()),
         sizes=dict.fromkeys(views.names, (8, 8)), seed=5,
     )  # fmt: skip
 

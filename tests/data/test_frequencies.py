@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 
-from aclip.data import CaptionTokenizer, RawSample, draw_caption, open_source, token_frequencies
+from aclip.data import CaptionTokenizer, RawSample, Source, draw_caption, open_source, token_frequencies
 from aclip.errors import BadSampleError, ConfigError, DataError
 
 
@@ -23,10 +23,10 @@ class Letters:
         return rows
 
 
-class Listed:
+class Listed(Source):
     """A source of captions alone; None is a bad sample. Says what was read."""
 
-    name = "a list"
+    spec = "a list"
 
     def __init__(self, *captions: tuple[str, ...] | None, tags: tuple[str, ...] = ()) -> None:
         self._captions = captions
@@ -36,7 +36,7 @@ class Listed:
     def __len__(self) -> int:
         return len(self._captions)
 
-    def key(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return str(index)
 
     def read(self, index: int) -> RawSample:

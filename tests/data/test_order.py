@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aclip.data.order import BatchSampler, epoch_order
+from aclip.data.order import BatchSampler
+from aclip.data.sources.base import epoch_order
 from aclip.errors import ConfigError, DataError
 from tests_support import Numbers
 

@@ -43,7 +43,7 @@ def contains(outer, box):
 
 
 def coordinates(height, width):
-    """A picture whose red is the row and whose green is the column (both below 256)."""
+    """An image whose red is the row and whose green is the column (both below 256)."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[..., 0] = np.arange(height)[:, None]
     pixels[..., 1] = np.arange(width)
@@ -202,13 +202,6 @@ def test_released_context_misses_part_of_a_view_in_most_samples():
 
 
 # ------------------------------------------------------------------------------------------- draws
-
-
-def test_a_whole_context_is_the_image_and_changes_no_other_view():
-    for sample in range(9):
-        boxes = TwoCropsInContext(context="whole").boxes(123, 45, seed=0, epoch=sample, sample=sample)
-        others = TwoCropsInContext().boxes(123, 45, seed=0, epoch=sample, sample=sample)
-        assert boxes == {**others, "context": (0, 0, 123, 45)}
 
 
 def test_draws_are_a_function_of_seed_epoch_sample_and_view():
@@ -375,17 +368,10 @@ def test_pipelines_travel_to_spawned_workers():
         ("one_crop", {"scale": (0.9, 0.5)}, "0 < low <= high <= 1"),
         ("one_crop", {"scale": (0.0, 1.0)}, "0 < low <= high <= 1"),
         ("one_crop", {"scale": (0.5, 1.5)}, "0 < low <= high <= 1"),
-        ("one_crop", {"scale": 0.5}, "two numbers"),
-        ("one_crop", {"scale": "0.5,1"}, "two numbers"),
-        ("one_crop", {"scale": (True, True)}, "two numbers"),
         ("two_augs", {"ratio": (-1.0, 1.0)}, "'ratio'"),
         ("two_augs", {"ratio": (0.5, float("inf"))}, "'ratio'"),
         ("two_augs", {"scale": (float("nan"), 1.0)}, "'scale'"),
         ("two_augs", {"flip": 1.5}, "between 0 and 1"),
-        ("two_augs", {"flip": "yes"}, "between 0 and 1"),
-        ("two_augs", {"augmentation": "aclip"}, "did you mean 'a-clip'"),
-        ("two_augs", {"augmentation": ["a-clip"]}, "unknown augmentation"),
-        ("two_crops_in_context", {"context": "release"}, "did you mean 'released'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_in_a_sentence(name, options, sentence):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from readers import CORPUS, Checker, mutations, read_everything, seeds
 
-ENDINGS = ("tar", "csv", "jsonl", "json", "parquet", "pkl", "npy")
+ENDINGS = ("tar", "csv", "jsonl", "json", "parquet", "arrow")
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*.*")), ids=lambda path: path.name)

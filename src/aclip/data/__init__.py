@@ -1,41 +1,82 @@
-"""From files to batches: sources, decoding, captions, views, order, loader."""
+"""From files to batches: sources, decoding, captions, views, order, loader; and the verbs of `aclip data`."""
 
-from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
-from aclip.data.dataset import Item, PairDataset
-from aclip.data.decode import decode_image
-from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet, Target
-from aclip.data.frequencies import token_frequencies
-from aclip.data.loader import BatchLoader, build_loader
-from aclip.data.order import BatchSampler, Request, epoch_order
-from aclip.data.sources import READERS, RawSample, Source, open_source, split_query, split_slice
-from aclip.data.sources.mixture import Mixture, open_mixture, weights_of
-from aclip.data.workers import suitable_workers
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aclip.data.batches import BatchLoader, Item, PairDataset, build_loader
+    from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
+    from aclip.data.decode import decode_image
+    from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet, Target
+    from aclip.data.examination.diagnosis import doctor
+    from aclip.data.examination.glance import advise, look
+    from aclip.data.frequencies import token_frequencies
+    from aclip.data.order import BatchSampler, Request
+    from aclip.data.packing import pack
+    from aclip.data.sets import SETS, fetch, list_sets
+    from aclip.data.sources import SOURCES, open_source, open_training, weights_of
+    from aclip.data.sources.base import RawSample, Source, epoch_order
+    from aclip.data.spec import Spec, parse_spec, split_name
+    from aclip.data.workers import suitable_workers
+
+# Imported on first use: the command line's help needs none of torch, pillow and pyarrow.
+_MODULES = {
+    "batches": ("BatchLoader", "Item", "PairDataset", "build_loader"),
+    "captions": ("CaptionTokenizer", "caption_id", "clean_captions", "draw_caption"),
+    "decode": ("decode_image",),
+    "evaluation_set": ("EvaluationBatch", "EvaluationSet", "Target"),
+    "examination": ("advise", "doctor", "look"),
+    "frequencies": ("token_frequencies",),
+    "order": ("BatchSampler", "Request"),
+    "packing": ("pack",),
+    "sets": ("SETS", "fetch", "list_sets"),
+    "sources": ("SOURCES", "open_source", "open_training", "weights_of"),
+    "sources.base": ("RawSample", "Source", "epoch_order"),
+    "spec": ("Spec", "parse_spec", "split_name"),
+    "workers": ("suitable_workers",),
+}
+_PLACE = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "READERS",
+    "SETS",
+    "SOURCES",
     "BatchLoader",
     "BatchSampler",
     "CaptionTokenizer",
     "EvaluationBatch",
     "EvaluationSet",
     "Item",
-    "Mixture",
     "PairDataset",
     "RawSample",
     "Request",
     "Source",
+    "Spec",
     "Target",
+    "advise",
     "build_loader",
     "caption_id",
     "clean_captions",
     "decode_image",
+    "doctor",
     "draw_caption",
     "epoch_order",
-    "open_mixture",
+    "fetch",
+    "list_sets",
+    "look",
     "open_source",
-    "split_query",
-    "split_slice",
+    "open_training",
+    "pack",
+    "parse_spec",
+    "split_name",
     "suitable_workers",
     "token_frequencies",
     "weights_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PLACE[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,21 +1,21 @@
 """Colour, blur and solarisation: drawn per sample in the loader, applied per batch on the device.
 
-A worker calls `draw` once for a sample's view; the row of numbers travels with the uint8 pixels in
+A worker calls `draw` once per view of a sample; the row of numbers travels with the uint8 pixels in
 `ViewBatch.augmentation`, and `apply` turns the batch into the normalised float images that a tower reads.
-What is drawn depends on (seed, epoch, sample, view) alone, so it is the same at any batch position.
+The draws depend on (seed, epoch, sample, view) alone, so they are the same at any batch position.
 
-Settings are those of the A-CLIP release (arXiv 2212.08653) and of SLIP (arXiv 2112.12750). Two deviations:
+Settings are those of the A-CLIP release (arXiv 2212.08653) and of SLIP (arXiv 2112.12750), with two deviations:
 the colour jitter applies its four parts in a fixed order (brightness, contrast, saturation, hue) where
 torchvision permutes them per image, and values stay float between operations where PIL truncates to 8 bits.
 
-The operations are a few lines of torch rather than kornia's: measured on one CPU thread over
-256 x 3 x 64 x 64 and 64 x 3 x 224 x 224, these take 1/5 to 3/4 of the time for brightness, contrast and
-saturation and 1/3 for hue; and kornia's blur reads its sigmas on the host, which would stall a GPU in every
-step.
+The operations are plain torch rather than kornia's: measured on one CPU thread over 256 x 3 x 64 x 64 and
+64 x 3 x 224 x 224, they take 1/5 to 3/4 of the time for brightness, contrast and saturation and 1/3 for hue; and
+kornia's blur reads its sigmas on the host, which would stall a GPU in every step.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,23 +26,23 @@ from torch import Tensor
 from aclip.structs import ViewBatch
 
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "grey", "blur_sigma", "solarize_threshold")
-"""What the columns of `ViewBatch.augmentation` hold:
+"""Columns of `ViewBatch.augmentation`:
 
-    brightness, contrast, saturation: factors, 1 leaves a picture as it is.
+    brightness, contrast, saturation: factors, 1 changes nothing.
     hue: shift in turns of the colour circle, -0.5 to 0.5.
     grey: 1 replaces the colours by their luma, 0 does not.
     blur_sigma: standard deviation of a Gaussian in pixels of the view, 0 is no blur.
     solarize_threshold: values in [0, 1] at or above it are inverted; 2 is never.
 """
 
-# A tuple, so that nobody can change what "unchanged" means; the order of COLUMNS.
+# Parameters that change nothing, in the order of COLUMNS.
 IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 2.0)
 
-# PIL inverts 8-bit values from 128 on. The middle between 127 and 128 separates them robustly in floats.
+# PIL inverts 8-bit values from 128 on; half-way between 127 and 128 is robust in floats.
 _SOLARIZE_THRESHOLD = 127.5 / 255
 
-# Three of the largest sigma in the table, 2: 0.3 % of its mass lies beyond. Fixed, because a kernel size that
-# followed the drawn sigmas would have to be read from the device.
+# Three times the largest sigma, 2: 0.3 % of the mass lies beyond. Fixed, because a kernel size that followed the drawn
+# sigmas would have to be read from the device.
 _BLUR_RADIUS = 6
 
 # Rec. 601 luma, as in PIL and torchvision.
@@ -51,16 +51,18 @@ _RED, _GREEN, _BLUE = 0.299, 0.587, 0.114
 # On a CPU, values per piece: half a megabyte of floats stays in the cache through the chain of operations.
 _PIECE = 2**17
 
+AugmentationName = Literal["none", "a-clip", "slip"]
+
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly, and how often, each operation changes a view.
+    """Strength and probability of each operation.
 
     Attributes:
         brightness, contrast, saturation: factors are uniform in [1 - value, 1 + value].
         hue: shift uniform in [-value, value], in turns, at most 0.5.
-        jitter_p: probability that these four are applied (all of them or none).
-        grey_p, blur_p, solarize_p: probabilities of each of the others, independent.
+        jitter_p: probability that these four are applied, all of them or none.
+        grey_p, blur_p, solarize_p: probabilities of the others, independent.
         blur_sigma: sigma is uniform between these, in pixels of the view; at most 2.
     """
 
@@ -75,7 +77,7 @@ class Augmentation:
     solarize_p: float = 0.0
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {
+AUGMENTATIONS: dict[AugmentationName, Augmentation] = {
     "none": Augmentation(),
     "a-clip": Augmentation(0.4, 0.4, 0.2, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.1, solarize_p=0.2),
     "slip": Augmentation(0.4, 0.4, 0.4, 0.1, jitter_p=0.8, grey_p=0.2, blur_p=0.5),
@@ -84,12 +86,10 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 
 def draw(augmentation: Augmentation, generator: np.random.Generator) -> Float32[np.ndarray, " A"]:
-    """Return one sample's parameters, in the order of `COLUMNS`.
-
-    Always takes the same number of draws from `generator`, whatever is applied.
+    """Draw one sample's parameters, in the order of `COLUMNS`; always takes the same number of draws.
 
     Returns:
-        (A,) float32; the value of `IDENTITY` where an operation is not applied.
+        (A,) float32, equal to `IDENTITY` where an operation is not applied.
     """
     u = generator.random(9).tolist()
     values = list(IDENTITY)
@@ -113,9 +113,8 @@ def apply(
 ) -> Float[Tensor, "B 3 h w"]:
     """Augment a view with its own parameters and normalise it: (augmented(pixels / 255) - mean) / std.
 
-    The order is brightness, contrast, saturation, hue, grey, blur, solarisation. Each sample's result
-    depends on that sample alone. Runs on the view's device; on an accelerator nothing is read back to the
-    host, so that a step can be queued without waiting.
+    The order is brightness, contrast, saturation, hue, grey, blur, solarisation. Each sample's result depends on that
+    sample alone. Runs on the view's device, without a host synchronisation.
 
     Args:
         view: B crops; without augmentation parameters they are only normalised.
@@ -124,7 +123,7 @@ def apply(
     Returns:
         (B, 3, h, w) float32.
     """
-    # Colours come pixel by pixel, in the order of the file, and leave plane by plane, as towers read them.
+    # The loader's pixels are channels_last; towers read contiguous images.
     images = view.pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     if view.augmentation is not None:
         images = _augmented(images, view.augmentation)
@@ -138,7 +137,7 @@ def _augmented(
     for operation, columns in _OPERATIONS:
         values = parameters[:, columns]
         if images.device.type != "cpu":
-            # Which samples an operation concerns is known on the device only; identity values change nothing.
+            # Which samples are concerned is known on the device only; identity values change nothing.
             images = operation(images, values)
             continue
         changed = (values != values.new_tensor(IDENTITY[columns])).any(dim=1).nonzero()[:, 0]
@@ -181,8 +180,8 @@ def _shift_hue(images: Float[Tensor, "n 3 h w"], shift: Float[Tensor, "n 1 1"]) 
     for channel, phase in enumerate((5 / 6, 3 / 6, 1 / 6)):
         # one turn more, because frac keeps the sign of a negative hue
         distance = (hue + (1 + phase)).frac_().sub_(1 / 3).abs_()
-        share = distance.mul_(-6).add_(2).clamp_(0, 1)
-        shifted[:, channel] = torch.addcmul(value, chroma, share, value=-1)
+        fraction = distance.mul_(-6).add_(2).clamp_(0, 1)
+        shifted[:, channel] = torch.addcmul(value, chroma, fraction, value=-1)
     return shifted
 
 
@@ -192,12 +191,12 @@ def _to_grey(images: Float[Tensor, "n 3 h w"], values: Float[Tensor, "n 1"]) -> 
 
 
 def _blur(images: Float[Tensor, "n 3 h w"], values: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3 h w"]:
-    """Convolve rows and columns with each sample's Gaussian; pixels at the border are continued outwards.
+    """Convolve rows and columns with each sample's Gaussian, with replicated borders.
 
-    Sums of shifted copies, because a grouped convolution with one kernel a sample is slower on a CPU.
+    A sum of shifted copies: a grouped convolution with one kernel per sample is slower on a CPU.
     """
     offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
-    # exp(-offset^2 / tiny) is exactly 0 beside the centre, so that sigma 0 returns the picture itself
+    # exp(-offset^2 / tiny) is exactly 0 beside the centre, so that sigma 0 returns the image itself
     weights = torch.exp(-offsets.square() / (2 * values.square()).clamp_min(1e-4))
     taps = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None, None].unbind(1)
     for dim, padding in ((3, (_BLUR_RADIUS, _BLUR_RADIUS, 0, 0)), (2, (0, 0, _BLUR_RADIUS, _BLUR_RADIUS))):

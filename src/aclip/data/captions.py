@@ -1,14 +1,19 @@
 """Captions: read, cleaned, drawn, identified and turned into tokens."""
 
+import codecs
+import gzip
 import hashlib
+import logging
+import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor
 
 from aclip import rng
-from aclip.errors import BadSampleError
+from aclip.errors import BadSampleError, ConfigError, DataError
 
 MAX_TAGS = 3
 """At most this many tags follow a caption in training."""
@@ -29,14 +34,159 @@ class DrawnCaption(NamedTuple):
     caption_id: int
 
 
-def decode_text(data: bytes) -> str:
-    """Decode a text file: UTF-8 with or without mark, UTF-16 with one, else Windows-1252."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16", errors="replace")
+class TextEncoding(NamedTuple):
+    """How a text file is read.
+
+    Attributes:
+        codec: for Python's decoders.
+        note: one sentence if that was not plain UTF-8, else "".
+    """
+
+    codec: str
+    note: str = ""
+
+
+def decode_text(data: bytes, encoding: str | None = None, fallback: str | None = None) -> str:
+    """Decode a text.
+
+    Args:
+        data: the text.
+        encoding: it is in; None reads UTF-8, and UTF-16 and UTF-32 by their marks.
+        fallback: what it is in if it is none of these; None guesses.
+    """
+    codec = encoding or _marked(data) or ("utf-8-sig" if _is_utf8(data) else fallback or guess_encoding(data) or "cp1252")
+    return data.decode(codec, errors=text_errors(codec))
+
+
+def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
+    """Return the encoding of a text file: as `chosen`, by its mark, UTF-8, or what most of its other lines are in.
+
+    A file put together from several often has a few lines of Windows-1252 in UTF-8: bytes of those that are not UTF-8
+    are read as Windows-1252, where they stand, so that they do not spoil the other lines.
+
+    Raises:
+        ConfigError: an encoding that Python does not know.
+        DataError: no encoding fits the file.
+    """
+    if chosen is not None:
+        try:
+            return TextEncoding(codecs.lookup(chosen).name, f"read as {chosen}")
+        except LookupError as error:
+            raise ConfigError(f"'encoding={chosen}' is unknown: write a name such as utf-8, gb18030 or shift_jis") from error
+    with open_binary(path) as file:
+        marked = _marked(file.read(_HEAD))
+        if marked:
+            return TextEncoding(marked)
+        file.seek(0)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            while chunk := file.read(_CHUNK):
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+            return TextEncoding("utf-8-sig")
+        except UnicodeDecodeError:
+            file.seek(0)
+            return _of_mixed_lines(path, file)
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file, through gzip where it is compressed so."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
+
+
+def _of_mixed_lines(path: Path, file: BinaryIO) -> TextEncoding:
+    broken, first, sound, odd = bytearray(), 0, 0, 0
+    for number, line in enumerate(file, start=1):
+        if line.isascii():
+            continue
+        if _is_utf8(line):
+            sound += 1
+            continue
+        odd, first = odd + 1, first or number
+        if len(broken) < _CHUNK:
+            broken += line[:_CHUNK]
+    if sound >= odd:
+        return TextEncoding("utf-8-sig", f"{odd} lines are not UTF-8, the first is line {first}: what is not in them is "
+                                         "read as Windows-1252")
+    codec = guess_encoding(bytes(broken))
+    if codec is None:
+        raise DataError(f"{path} is not UTF-8 and no other encoding fits it: say which with '{path.name}?encoding=NAME'")
+    said = "Windows-1252" if codec == "cp1252" else codec
+    return TextEncoding(codec, f"read as {said}, as it is not UTF-8 ('?encoding=NAME' reads it as another)")
+
+
+def guess_encoding(data: bytes) -> str | None:
+    """Return the likely codec of text that is not UTF-8, or None if nothing fits.
+
+    In Western European text (Windows-1252) letters beyond ASCII stand alone or in twos among ASCII ones; in Chinese,
+    Japanese, Korean or Cyrillic they come in runs, which charset-normalizer tells apart.
+    """
+    if data[:_HEAD].count(0) > len(data[:_HEAD]) // 4:
+        return "utf-16-le" if data[1:2] == b"\0" else "utf-16-be"
+    runs = _HIGH.findall(data)
+    sound = [run for run in runs if _is_utf8(run)]
+    if 2 * len(sound) >= len(runs) or _covered(runs) > 0.85:
+        return "utf-8-sig"
+    western = sum(len(run) for run in _WESTERN.findall(data))
+    if 2 * western > sum(map(len, runs)):
+        return "cp1252"
+    from charset_normalizer import from_bytes
+
+    logging.getLogger("charset_normalizer").setLevel(logging.ERROR)
+    words = b" ".join(word for word in re.split(rb"[\s,;]", data[:_CHUNK]) if not word.isascii())
+    matches = list(from_bytes(words, cp_isolation=_CODECS))
+    if not matches:
+        return None
+    alike = [match.encoding for match in matches if match.percent_chaos <= matches[0].percent_chaos + 5]
+    return max((match for match in matches if match.encoding in alike),
+               key=lambda match: (match.percent_coherence, -_CODECS.index(match.encoding))).encoding
+
+
+def _covered(runs: list[bytes]) -> float:
+    return sum(len(one) for run in runs for one in _SEQUENCE.findall(run)) / sum(map(len, runs))
+
+
+def text_errors(codec: str) -> str:
+    """Return how bytes that a codec does not know are handled: in UTF-8 they are taken for Windows-1252."""
+    return _AS_CP1252 if codec in ("utf-8-sig", "utf-8") else "replace"
+
+
+def _marked(data: bytes) -> str | None:
+    """Return the codec that a byte order mark names."""
+    for mark, codec in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+                        (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
+        if data.startswith(mark):
+            return codec
+    return None
+
+
+def _is_utf8(data: bytes) -> bool:
     try:
-        return data.decode("utf-8-sig")
+        data.decode("utf-8")
     except UnicodeDecodeError:
-        return data.decode("cp1252", errors="replace")
+        return False
+    return True
+
+
+def _as_cp1252(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return error.object[error.start : error.end].decode("cp1252", errors="replace"), error.end
+
+
+_AS_CP1252 = "aclip-cp1252"
+codecs.register_error(_AS_CP1252, _as_cp1252)
+_HEAD, _CHUNK = 4096, 2**18  # bytes
+_HIGH = re.compile(rb"[\x80-\xff]+")
+_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+_SIGN = rb"[\x80\x84\x85\x8b\x91-\x97\x99\x9b\xa0-\xbf]"
+_LETTERS = _SIGN + rb"?[\xc0-\xff]{1,2}" + _SIGN + rb"?"
+_WESTERN = re.compile(rb"(?<=[A-Za-z])" + _LETTERS + rb"(?![\x80-\xff])|(?<![\x80-\xff])" + _LETTERS + rb"(?=[A-Za-z ])"
+                      rb"|(?<![\x80-\xff])" + _SIGN + rb"(?![\x80-\xff])")
+_CODECS = ["gb18030", "cp932", "cp949", "big5", "euc_jp", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256",
+           "cp1250", "cp874"]  # fmt: skip
 
 
 def caption_lines(text: str) -> tuple[str, ...]:

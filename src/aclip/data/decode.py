@@ -1,4 +1,4 @@
-"""Turn the bytes of any ordinary picture into 8-bit RGB, or say why that cannot be done.
+"""Turn the bytes of any ordinary image into 8-bit RGB, or say why that cannot be done.
 
 The bytes come from the internet, so nothing is trusted: formats are whitelisted, the size is read from
 the header before a pixel is decoded, and whatever a decoder raises becomes a `BadSampleError`.
@@ -7,14 +7,16 @@ Pillow decodes. An ordinary JPEG, which is most of them, goes to libjpeg-turbo d
 pixels only: the same values in 0.6 of the time, see `decode_pixels`.
 """
 
+import functools
+import importlib
 import io
-import struct
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from aclip.errors import BadSampleError
 
@@ -22,31 +24,25 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Formats that are tried, by Pillow's names; formats that can run programs (EPS, WMF) are not among them."""
 
 IMAGE_EXTENSIONS = frozenset(
-    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif"}
+    {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "mpo"}
 )
-"""File name endings, lower case and without the dot, that sources take for pictures."""
+"""File name endings, lower case and without the dot, that sources take for images."""
+
+HEIC_EXTENSIONS = frozenset({"heic", "heif", "hif"})
+"""Endings of images that need the package pillow-heif."""
 
 MAX_PIXELS = 100_000_000
-"""Pictures with more pixels are refused: 100 Mpixel are 300 MB once decoded."""
+"""Images with more pixels are refused: 100 Mpixel are 300 MB once decoded."""
 
-_JPEG = b"\xff\xd8"
+_JPEG, _PNG, _END_OF_JPEG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"\xff\xd9"
 _START_OF_SCAN, _APP1 = b"\xda", b"\xe1"
-_ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_METADATA = (b"zTXt", b"iTXt", b"tEXt", b"iCCP")  # chunks of a PNG that say nothing about its pixels
 
 
 def decode_image(data: bytes, *, min_side: int | None = None) -> Image.Image:
     """Decode `data` to an upright RGB image: first frame, 8 bits, alpha composited on white.
 
-    16-bit pictures are scaled to 8 bits (v / 257), not clipped; CMYK is converted; the EXIF orientation
+    16-bit images are scaled to 8 bits (v / 257), not clipped; CMYK is converted; the EXIF orientation
     is applied.
 
     Args:
@@ -62,21 +58,57 @@ def decode_image(data: bytes, *, min_side: int | None = None) -> Image.Image:
     # Pillow warns about sizes, EXIF and palettes; what matters of it is an error here, the rest is noise.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = _open(data)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadSampleError(
-                f"image too large: {width}x{height} pixels, the limit is {MAX_PIXELS // 1_000_000} million"
-            )
         try:
-            if min_side is not None and image.format == "JPEG":
-                image.draft(None, (min_side, min_side))
-            image.load()
-            return _to_rgb(_upright(image))
+            return _decode(data, min_side)
         except BadSampleError:
-            raise
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-            raise BadSampleError(f"truncated or damaged {image.format} image: {_one_line(error)}") from error
+            mended = _without_metadata(data) if data.startswith(_PNG) else _with_end(data)
+            if mended is None:
+                raise
+            return _decode(mended, min_side)
+
+
+def _decode(data: bytes, min_side: int | None) -> Image.Image:
+    image = _open(data)
+    try:
+        if min_side is not None and image.format in ("JPEG", "MPO"):
+            image.draft(None, (min_side, min_side))
+        image.load()
+        return _to_rgb(_upright(image))
+    except BadSampleError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise BadSampleError(f"truncated or damaged {image.format} image: {_one_line(error)}") from error
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """Return a PNG without texts and colour profile, which may be larger than Pillow unpacks; None if it has none."""
+    kept, at = [data[: len(_PNG)]], len(_PNG)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in _METADATA:
+            kept.append(data[at:end])
+        at = end
+    whole = b"".join(kept)
+    return None if len(whole) == len(data) else whole
+
+
+def _with_end(data: bytes) -> bytes | None:
+    """Return a JPEG with the end marker that it lacks, if all of its pixels are there; else None.
+
+    libjpeg fills in what is missing and warns; `strict` makes that warning an error.
+    """
+    if not data.startswith(_JPEG) or data.rstrip(b"\0").endswith(_END_OF_JPEG):
+        return None
+    whole = data.rstrip(b"\xff") + _END_OF_JPEG
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(whole)
+        if height * width > MAX_PIXELS:
+            return None
+        printed = colours in ("CMYK", "YCCK")
+        simplejpeg.decode_jpeg(whole, colorspace="CMYK" if printed else "RGB", strict=True)
+    except ValueError:
+        return None
+    return whole
 
 
 def decode_pixels(data: bytes, *, min_side: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
@@ -92,7 +124,7 @@ def decode_pixels(data: bytes, *, min_side: int | None = None) -> UInt8[np.ndarr
 def _decode_plain_jpeg(data: bytes, min_side: int | None) -> UInt8[np.ndarray, "h w 3"] | None:
     """Decode a JPEG without Pillow around it; None if anything about it is out of the ordinary.
 
-    Out of the ordinary are metadata, which may turn the picture, colours of print, too many pixels, and whatever
+    Out of the ordinary are metadata, which may turn the image, colours of print, too many pixels, and whatever
     the decoder complains of: Pillow then decides.
     """
     if _has_metadata(data):
@@ -123,7 +155,7 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture that is decoded already as `decode_image` does: upright, RGB, alpha on white.
+    """Return a image that is decoded already as `decode_image` does: upright, RGB, alpha on white.
 
     Raises:
         BadSampleError: no pixels, or numbers without an agreed white.
@@ -135,40 +167,102 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return _to_rgb(_upright(image))
 
 
-def _open(data: bytes) -> Image.Image:
-    """Read the header with the first whitelisted decoder that knows the signature.
+def grey_peak(data: bytes) -> int | None:
+    """Return the brightest value of a 16-bit grey image, of 65,535; None for all other images and what is damaged."""
+    pixels = _deep_grey(data)
+    return None if pixels is None else int(pixels.max())
 
-    `PIL.Image.open` would refuse large pictures without telling their size, and holds its limit in a
-    global; the decoders that it calls do not.
+
+def stretch_grey(data: bytes, white: float | None = None) -> bytes:
+    """Return a 16-bit grey image as an 8-bit PNG whose values are stretched; other images as they are.
+
+    Args:
+        data: a whole file.
+        white: the value that becomes white, such as 4,095 of 12 bits; None stretches from each image's darkest value to
+            its brightest.
     """
-    Image.init()
-    for name in FORMATS:
-        if name not in Image.OPEN:  # WEBP and AVIF depend on how Pillow was built
-            continue
-        factory, accept = Image.OPEN[name]
-        if accept is None or accept(data[:16]) is not True:
-            continue
+    pixels = _deep_grey(data)
+    if pixels is None:
+        return data
+    low, high = (float(pixels.min()), float(pixels.max())) if white is None else (0.0, white)
+    scaled = np.clip((pixels - low) * (255.0 / max(high - low, 1.0)), 0.0, 255.0)
+    file = io.BytesIO()
+    Image.fromarray(np.round(scaled).astype(np.uint8)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _deep_grey(data: bytes) -> UInt8[np.ndarray, "h w"] | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            image = factory(io.BytesIO(data), "")
-        except Exception as error:
-            raise BadSampleError(f"truncated or damaged {name} image: {_one_line(error)}") from error
-        if image.width < 1 or image.height < 1:
-            raise BadSampleError(f"image without pixels: {image.width}x{image.height}")
-        return image
-    raise BadSampleError(f"not an image in a known format ({', '.join(FORMATS)})")
+            image = _open(data)
+            if not image.mode.startswith("I"):
+                return None
+            return np.asarray(_upright(image)).astype(np.float32)
+        except Exception:  # what cannot be read is reported when it is decoded
+            return None
+
+
+@functools.cache
+def reads_heic() -> bool:
+    """Return whether HEIC images can be read: whether pillow-heif is installed."""
+    try:
+        heif = importlib.import_module("pillow_heif")
+    except ImportError:
+        return False
+    register: Callable[[], None] = heif.register_heif_opener
+    register()
+    return True
+
+
+def _formats(data: bytes) -> list[str]:
+    """Return the formats to try: HEIC's reader is looked for where a file may need it."""
+    is_heic = data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis")
+    return [*FORMATS, "HEIF"] if is_heic and reads_heic() else list(FORMATS)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header."""
+    formats = _formats(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:
+        raise BadSampleError(f"image too large: more than {MAX_PIXELS // 1_000_000} million pixels") from error
+    except Exception as error:
+        known = next((name for name in formats if name in Image.OPEN and _accepts(name, data)), None)
+        if known is not None:
+            raise BadSampleError(f"truncated or damaged {known} image: {_one_line(error)}") from error
+        heic = data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf")
+        advice = "; HEIC: pip install 'attentive-clip[heic]'" if heic else ""
+        raise BadSampleError(f"not an image in a known format ({', '.join(FORMATS)}){advice}") from error
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise BadSampleError(f"image without pixels: {width}x{height}")
+    if width * height > MAX_PIXELS:
+        raise BadSampleError(
+            f"image too large: {width}x{height} pixels, the limit is {MAX_PIXELS // 1_000_000} million")
+    return image
+
+
+def _accepts(name: str, data: bytes) -> bool:
+    accept = Image.OPEN[name][1]
+    return accept is not None and accept(data[:16]) is True
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except (OSError, SyntaxError, TypeError, ValueError, KeyError, struct.error):
-        return image  # damaged metadata around a sound picture
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata around a sound image
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _scale_to_8_bits(image)
+    if image.mode == "LAB":
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+        return image.convert("RGB") if converted is None else converted
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")

@@ -1,8 +1,8 @@
-"""Pictures as evaluation sees them: every one once, in order, whole, with its own caption."""
+"""Images as evaluation sees them: each once, in order, whole, with its own captions."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,24 +11,27 @@ from torch import Tensor
 
 from aclip.data.captions import caption_id, clean_captions
 from aclip.data.decode import decode_image
-from aclip.data.sources import RawSample, Source
-from aclip.data.workers import read_ahead
+from aclip.data.sources.base import RawSample, Source
+from aclip.data.workers import check_workers, empty_shared, read_ahead
 from aclip.errors import BadSampleError, DataError
 
 Target = Literal["caption", "label", "either"]
-"""What a picture must have to be evaluated: a caption for retrieval, a label for probes, either to be named."""
+"""What an image must have to be evaluated: a caption for retrieval, a label for probes, either to be named."""
+
+MAX_ASPECT = 100
+"""Long side over short side above which an image is cropped before it is resized."""
 
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """Some pictures with what they are compared to.
+    """Some images with what they are compared to.
 
     Attributes:
         pixels: (B, 3, h, w) float32, preprocessed.
-        captions: the pictures' first captions, without tags; empty where there is none, or a label is the target.
-        all_captions: all captions of each picture, the first included.
+        captions: the first caption of each image, without tags; empty where there is none, or a label is the target.
+        all_captions: all captions of each image, the first included.
         caption_ids: (B,) int64, see `aclip.data.captions.caption_id`.
-        labels: the pictures' classes, or None.
+        labels: the class of each image, or None.
         keys: the samples' names.
         indices: the samples' numbers in the source.
     """
@@ -42,28 +45,15 @@ class EvaluationBatch:
     indices: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Picture:
-    pixels: Float[Tensor, "3 h w"]
-    captions: tuple[str, ...]
-    label: str | None
-    key: str
-    index: int
-
-    @property
-    def caption(self) -> str:
-        return self.captions[0] if self.captions else ""
-
-
 class EvaluationSet:
-    """The pictures of a source for evaluation, in batches: every good one once, in the source's order.
+    """The images of a source for evaluation, in batches: every good one once, in the source's order.
 
-    Bad samples are left out, with nothing in their place; `skipped` names them. The batches are the same
-    for any number of workers. Captions are cleaned and never drawn, so iterating twice gives the same.
+    Bad samples are left out, with nothing in their place; `skipped` names them. The batches are the same for any number
+    of workers. Captions are cleaned and never drawn, so iterating twice gives the same.
 
     Attributes:
-        source: where the pictures come from.
-        skipped: (name, reason) of those that the latest iteration has left out so far.
+        source: where the images come from.
+        skipped: (name, reason) of the samples that the latest iteration has left out so far.
     """
 
     def __init__(
@@ -79,19 +69,21 @@ class EvaluationSet:
         """Evaluate `source`.
 
         Args:
-            source: the pictures.
-            preprocess: maps an RGB picture to (3, h, w) float32, all of one size; open_clip's evaluation
-                transform.
-            batch_size: samples read for a batch, so at most this many pictures in it.
+            source: the images.
+            preprocess: maps an RGB image to (3, h, w) float32, all of one size; open_clip's evaluation transform.
+            batch_size: samples read for a batch, so at most this many images in it.
             workers: processes that read ahead; 0 reads in this one.
-            target: a picture without it is a bad sample.
-            share: (i, n) reads the i-th of n runs of whole batches alone, i from 0; the batches are the same for any n.
+            target: an image without it is a bad sample.
+            share: (i, n) reads the i-th of n runs of whole batches, i from 0; the batches are the same for any n.
+
+        Raises:
+            ConfigError: a negative number of workers.
         """
         self.source = source
         self.skipped: list[tuple[str, str]] = []
-        self._read = _ReadPictures(source, preprocess, target)
+        self._read = _ReadImages(source, preprocess, target)
         self._batch_size = batch_size
-        self._workers = workers
+        self._workers = check_workers(workers)
         index, count = share
         batches = -(-len(source) // batch_size)
         first, last = (batches * i // count * batch_size for i in (index, index + 1))
@@ -103,7 +95,7 @@ class EvaluationSet:
         return len(self._numbers)
 
     def image(self, index: int) -> Image.Image:
-        """Return picture `index` of the source as it is, upright and in RGB.
+        """Return image `index` of the source as it is, upright and in RGB.
 
         Raises:
             BadSampleError: it cannot be used.
@@ -111,48 +103,70 @@ class EvaluationSet:
         return decode_image(self.source.read(index).image)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        """Yield the good pictures.
+        """Yield the good images.
 
         Raises:
-            DataError: there is none in the whole source; a share may be empty.
+            DataError: there is none in the whole source (a share may be empty), or a worker was killed.
         """
         self.skipped = []
         numbers = self._numbers
         chunks = (numbers[first : first + self._batch_size] for first in range(0, len(numbers), self._batch_size))
-        for samples in read_ahead(self._read, chunks, workers=self._workers):
-            self.skipped.extend(sample for sample in samples if isinstance(sample, tuple))
-            pictures = [sample for sample in samples if isinstance(sample, _Picture)]
-            if pictures:
-                yield _collate(pictures)
+        for batch, skipped in read_ahead(self._read, chunks, workers=self._workers):
+            self.skipped.extend(skipped)
+            if batch is not None:
+                yield batch
         if self._whole and len(self.skipped) == len(self):
             name, reason = self.skipped[0]
             raise DataError(
-                f"no usable sample in {self.source.name}: all {len(self)} are bad, "
-                f"the first is {name} ({reason})"
-            )
+                f"no usable sample in {self.source.spec}: all {len(self)} are bad, the first is {name} ({reason})")
 
 
-class _ReadPictures:
-    """What a worker does for one batch: pictures, and (name, reason) where one is bad."""
+def limit_aspect(image: Image.Image, aspect: int = MAX_ASPECT) -> Image.Image:
+    """Return the central part of an image that is longer than `aspect` times its short side, others as they are.
+
+    An evaluation transform scales the short side to its size and then crops the centre: an image of 1 x 12,000 pixels
+    would be 224 x 2,688,000 in between, gigabytes for a square of which nothing but the centre is kept.
+    """
+    longest = aspect * min(image.size)
+    width, height = (min(side, longest) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+class _Read(NamedTuple):
+    pixels: Float[Tensor, "3 h w"]
+    captions: tuple[str, ...]
+    label: str | None
+    key: str
+    number: int
+
+
+class _ReadImages:
+    """What a worker does for one batch: the good images, and (name, reason) of the bad samples."""
 
     def __init__(self, source: Source, preprocess: Callable[[Image.Image], Tensor], target: Target) -> None:
         self._source = source
         self._preprocess = preprocess
         self._target = target
 
-    def __call__(self, indices: range) -> list[_Picture | tuple[str, str]]:
-        return [self._read(index) for index in indices]
+    def __call__(self, indices: range) -> tuple[EvaluationBatch | None, list[tuple[str, str]]]:
+        images, skipped = [], []
+        for index in indices:
+            try:
+                images.append(self._read(index))
+            except BadSampleError as error:
+                skipped.append((self._source.name(index), error.reason))
+        return _collate(images) if images else None, skipped
 
-    def _read(self, index: int) -> _Picture | tuple[str, str]:
-        try:
-            raw = self._source.read(index)
-            if self._target == "label" and raw.label is None:
-                raise BadSampleError("missing label")
-            captions = self._captions(raw)
-            pixels = self._preprocess(decode_image(raw.image))
-        except BadSampleError as error:
-            return self._source.key(index), error.reason
-        return _Picture(pixels, captions, raw.label, raw.key, index)
+    def _read(self, index: int) -> _Read:
+        raw = self._source.read(index)
+        if self._target == "label" and raw.label is None:
+            raise BadSampleError("missing label")
+        captions = self._captions(raw)
+        pixels = self._preprocess(limit_aspect(decode_image(raw.image)))
+        return _Read(pixels, captions, raw.label, raw.name, index)
 
     def _captions(self, raw: RawSample) -> tuple[str, ...]:
         if self._target == "label":
@@ -165,13 +179,15 @@ class _ReadPictures:
             raise
 
 
-def _collate(pictures: list[_Picture]) -> EvaluationBatch:
+def _collate(images: list[_Read]) -> EvaluationBatch:
+    pixels, all_captions, labels, keys, indices = zip(*images, strict=True)
+    captions = tuple(some[0] if some else "" for some in all_captions)
     return EvaluationBatch(
-        pixels=torch.stack([picture.pixels for picture in pictures]),
-        captions=tuple(picture.caption for picture in pictures),
-        all_captions=tuple(picture.captions for picture in pictures),
-        caption_ids=torch.tensor([caption_id(picture.caption) for picture in pictures], dtype=torch.int64),
-        labels=tuple(picture.label for picture in pictures),
-        keys=tuple(picture.key for picture in pictures),
-        indices=tuple(picture.index for picture in pictures),
+        pixels=torch.stack(pixels, out=empty_shared((len(pixels), *pixels[0].shape), pixels[0].dtype)),
+        captions=captions,
+        all_captions=all_captions,
+        caption_ids=torch.tensor([caption_id(caption) for caption in captions], dtype=torch.int64),
+        labels=labels,
+        keys=keys,
+        indices=indices,
     )

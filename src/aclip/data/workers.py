@@ -1,50 +1,78 @@
-"""Worker processes that read ahead of the one that computes, over torch's DataLoader."""
+"""Worker processes that read ahead of the training process, over torch's DataLoader."""
 
+import atexit
+import contextlib
 import logging
+import math
+import mmap
+import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from aclip import dist
-from aclip.errors import AclipError
+from aclip.devices import usable_cores
+from aclip.errors import AclipError, ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 
-Asked = TypeVar("Asked")
+Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
+MAX_WORKERS = 8
+"""Default limit on worker processes: each holds whole batches in memory."""
 
-MOST_SUITABLE = 8
-"""Most processes that read where nobody has said how many: each holds whole batches."""
+_GRACE = 0.5  # seconds in which a worker may finish what it reads before it exits
+_ALIGNMENT = 64  # bytes, of arrays in a file that workers map
+
+_SMALL_SHM = ("/dev/shm has no room for batches: give the container more ('docker run --shm-size=8g'), or read in the "
+             "training process with '--workers 0'")
 
 
-def usable_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def suitable_workers(device: torch.device, workers: int | None = None) -> int:
+    """Return how many processes should read for one that computes on `device`; `workers`, unless it is None.
 
+    Beside a GPU all cores but one; on a CPU, where readers take cores from training, a quarter of them. The ranks on
+    this machine share its cores. At least 1, at most `MAX_WORKERS`.
 
-def suitable_workers(device: torch.device, asked: int | None = None) -> int:
-    """Return how many processes should read for one that computes on `device`: `asked`, where somebody has.
-
-    Beside a GPU all cores but one; on a CPU, where they take cores from the training, a quarter of them. The processes
-    that share this machine share its cores. At least 1, at most `MOST_SUITABLE`.
+    Raises:
+        ConfigError: a negative number.
     """
-    if asked is not None:
-        return asked
+    if workers is not None:
+        return check_workers(workers)
     cores = usable_cores() // dist.processes_here()
-    return min(MOST_SUITABLE, max(1, cores // 4 if device.type == "cpu" else cores - 1))
+    return min(MAX_WORKERS, max(1, cores // 4 if device.type == "cpu" else cores - 1))
+
+
+def check_workers(workers: int) -> int:
+    """Return `workers`.
+
+    Raises:
+        ConfigError: a negative number.
+    """
+    if workers < 0:
+        raise ConfigError(f"workers must be 0 (read in the main process) or more, not {workers}")
+    return workers
 
 
 def read_ahead(
-    read: Callable[[Asked], Answer],
-    requests: Iterable[Asked],
+    read: Callable[[Request], Answer],
+    requests: Iterable[Request],
     *,
     workers: int,
     prefetch: int = 2,
@@ -52,81 +80,264 @@ def read_ahead(
 ) -> Iterator[Answer]:
     """Yield `read(request)` for every request, in order, whatever the number of processes.
 
-    Touches no global random generator. Workers run torch on one thread and leave Ctrl-C to the process
-    that started them; they end with the iteration.
+    Touches no global random generator, and may be called from any thread. Workers run torch on one thread, ignore
+    signals sent to the process group (the parent decides when to stop), and exit within a second of the iteration's
+    end or the parent's death, also in the middle of a long read.
 
     Args:
-        read: a function of its argument alone; pickled where processes are spawned, not forked.
-        requests: may be endless; drawn from in this process as workers become free.
+        read: a pure function; pickled once where workers are spawned, its arrays shared through a file.
+        requests: may be endless; consumed in this process as workers become free.
         workers: processes; 0 reads in this one.
-        prefetch: requests that each worker is ahead.
-        pin_memory: deliver tensors, or objects with `pin_memory()`, in page-locked memory.
+        prefetch: requests that each worker reads ahead.
+        pin_memory: deliver tensors, and objects with `pin_memory()`, in page-locked memory.
 
     Raises:
-        AclipError: as `read` raised it in its worker.
+        ConfigError: a negative number of workers.
+        AclipError: as raised by `read` in its worker.
+        DataError: a worker was killed, or there is no shared memory to talk to one.
     """
     cores = usable_cores()
-    if workers > cores:
+    if check_workers(workers) > cores:
         _log.warning("%d loader workers share %d cores: fewer would be as fast", workers, cores)
-    with warnings.catch_warnings():
-        # Torch's wording of the above; and that forking beside threads can deadlock (Python 3.12): a worker
-        # waits for no lock of the threads left behind, and starts none of its own.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
-        loader: DataLoader[Any] = DataLoader(
-            _Reader(read),
-            sampler=requests,
-            batch_size=None,  # a request is answered whole
-            collate_fn=_unchanged,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            worker_init_fn=_start_worker,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # or torch draws the workers' base seed from the global one
-        )
-        answers = iter(loader)
-    try:
-        for answer in answers:
+    return _read_ahead(read, requests, workers, prefetch, pin_memory)
+
+
+def _read_ahead(
+    read: Callable[[Request], Answer], requests: Iterable[Request], workers: int, prefetch: int, pin_memory: bool
+) -> Iterator[Answer]:
+    with contextlib.ExitStack() as stack:
+        answers: list[Iterator[Any]] = []
+        # Stops the workers, once they are told to. The traceback of an error keeps this frame: torch's iterator would
+        # live on in a reference cycle, and a worker forked later that collects it would wait for processes not its own.
+        stack.callback(answers.clear)
+        reader: _Reader[Request, Answer] = _Reader(read)
+        start = _StartWorker(stack.enter_context(_stopping())) if workers else None
+        if workers and multiprocessing.get_start_method() != "fork":
+            reader.share(stack)
+        answers.append(_start(reader, requests, workers, prefetch, pin_memory, start))
+        killed = None
+        while killed is None:
+            try:
+                answer = next(answers[0])
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                killed = _killed(error)
+                if killed is None:
+                    raise
+                continue
             if isinstance(answer, AclipError):
                 raise answer
-            yield answer
-    finally:
-        # Stops the workers now. An error's traceback keeps this frame: torch's iterator would live on in a
-        # reference cycle, and a worker forked later that collects it waits seconds for processes not its own.
-        del answers
+            yield answer.open() if isinstance(answer, _Packed) else answer
+        raise killed
 
 
-class _Reader(Dataset[Any], Generic[Asked, Answer]):
-    """Answers requests in a worker.
-
-    An error that the user can cause is returned, not raised: torch would wrap its one sentence in the
-    worker's traceback.
-    """
-
-    def __init__(self, read: Callable[[Asked], Answer]) -> None:
-        self._read = read
-
-    def __getitem__(self, request: Asked) -> Answer | AclipError:
+def _start(
+    reader: "_Reader[Any, Any]", requests: Iterable[Any], workers: int, prefetch: int, pin_memory: bool,
+    start: "_StartWorker | None",
+) -> Iterator[Any]:
+    with warnings.catch_warnings():
+        # Torch's wording of too many workers; and that forking beside threads can deadlock (Python 3.12): a worker
+        # waits for no lock of the threads left behind.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         try:
-            return self._read(request)
-        except AclipError as error:
-            return error
+            answers = iter(DataLoader(
+                reader,
+                sampler=requests,
+                batch_size=None,  # a request is answered whole
+                collate_fn=_unchanged,
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                worker_init_fn=start,
+                pin_memory=pin_memory,
+                generator=torch.Generator(),  # or torch draws the workers' base seed from the global one
+            ))  # fmt: skip
+        except OSError as error:  # the semaphores of queues lie in shared memory, too
+            raise DataError(f"workers cannot be started ({error.strerror}): {_SMALL_SHM}") from error
+    if workers:
+        _watch_workers()
+    return answers
 
 
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # torchrun and Slurm send what they send to the whole group; the parent saves first, and ends its workers itself
-    parent = os.getppid()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: None if os.getppid() == parent else os._exit(1))
-    sys.excepthook = _report
+def _watch_workers() -> None:
+    """Turn what torch's SIGCHLD handler raises, at any point of the main thread, into one sentence.
+
+    In other threads, where there is no handler, torch notices a dead worker within seconds.
+    """
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and not isinstance(handler, _OnDeadWorker):
+            signal.signal(signal.SIGCHLD, _OnDeadWorker(handler))
+
+
+class _OnDeadWorker:
+    def __init__(self, torch_handler: Callable[[int, Any], Any]) -> None:
+        self._torch_handler = torch_handler
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            self._torch_handler(number, frame)
+        except RuntimeError as error:
+            raise _killed(error) or error from None
+
+
+def _killed(error: RuntimeError) -> DataError | None:
+    """Return the sentence for a killed worker, or None if that is not what torch reports."""
+    reason = str(error).partition("\n")[0]
+    if "DataLoader worker" not in reason:
+        return None
+    if "Bus error" in reason:
+        return DataError(f"a loader worker was killed: {_SMALL_SHM}")
+    return DataError("a loader worker was killed, most often because memory ran out: lower '--workers' or give the "
+                     f"machine more memory ({reason.strip().rstrip('.')})")
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[Connection]:
+    """Yield the end of a pipe that becomes readable when workers should stop, at the latest when this process exits."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def stop() -> None:
+        sender.send_bytes(b"stop")  # never received, so that every worker sees it
+
+    atexit.register(stop)  # runs before multiprocessing's own, which would wait for workers in the middle of a read
+    try:
+        yield receiver
+    finally:
+        atexit.unregister(stop)
+        stop()
+
+
+class _StartWorker:
+    """Sets up a worker process."""
+
+    def __init__(self, stop: Connection) -> None:
+        self._stop = stop
+
+    def __call__(self, _: int) -> None:
+        torch.set_num_threads(1)
+        sys.excepthook = _report
+        # torchrun and Slurm signal the whole process group; the parent saves first and stops its workers itself
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        threading.Thread(target=self._exit_when_told, args=(os.getppid(),), daemon=True).start()
+
+    def _exit_when_told(self, parent: int) -> None:
+        while not self._stop.poll(1.0):
+            if os.getppid() != parent:
+                os._exit(1)
+        time.sleep(_GRACE)  # torch stops an idle worker meanwhile
+        os._exit(0)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Stay silent where the parent was interrupted while it took a tensor over: it says so itself."""
+    """Print an exception, unless the parent hung up: it reports why itself."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
+
+
+class _Reader(Dataset[Any], Generic[Request, Answer]):
+    """Answers requests in a worker.
+
+    An error that the user can cause is returned, not raised: torch would wrap its one sentence in the worker's
+    traceback. An answer that does not fit into shared memory travels through a pipe: torch would lose it, and wait for
+    it for ever.
+    """
+
+    def __init__(self, read: Callable[[Request], Answer]) -> None:
+        self._read = read
+
+    def __getitem__(self, request: Request) -> "Answer | AclipError | _Packed":
+        try:
+            answer = self._read(request)
+        except AclipError as error:
+            return error
+        if get_worker_info() is None:
+            return answer
+        try:
+            for tensor in _tensors(answer):
+                tensor.share_memory_()
+        except (RuntimeError, OSError):
+            return _Packed(answer)
+        return answer
+
+    def share(self, stack: contextlib.ExitStack) -> None:
+        """Pickle `read` once for all workers, its arrays into a file that they map and that `stack` removes."""
+        arrays: list[pickle.PickleBuffer] = []
+        rest = pickle.dumps(self._read, protocol=5, buffer_callback=arrays.append)
+        spans, end = [], 0
+        file, path = tempfile.mkstemp(prefix="aclip-", suffix=".arrays")
+        stack.callback(lambda: Path(path).unlink(missing_ok=True))
+        with open(file, "wb") as out:
+            for array in arrays:
+                content = array.raw()
+                out.seek(end)
+                out.write(content)
+                spans.append((end, end + content.nbytes))
+                end += -(-content.nbytes // _ALIGNMENT) * _ALIGNMENT
+            out.truncate(max(end, 1))
+        self._read = _Mapped(path, rest, spans)
+
+
+class _Mapped:
+    """A function that is unpickled when it is first called, its arrays mapped from a file."""
+
+    def __init__(self, path: str, rest: bytes, spans: list[tuple[int, int]]) -> None:
+        self._path, self._rest, self._spans = path, rest, spans
+        self._function: Callable[[Any], Any] | None = None
+
+    def __call__(self, request: Any) -> Any:
+        if self._function is None:
+            with open(self._path, "rb") as file:  # copied on write, so that arrays are as writable as they were
+                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            self._function = pickle.loads(self._rest, buffers=[content[first:last] for first, last in self._spans])
+        assert self._function is not None
+        return self._function(request)
+
+
+class _Packed:
+    """An answer as bytes, which needs no shared memory."""
+
+    _told = False
+
+    def __init__(self, answer: Any) -> None:
+        self._content = pickle.dumps(answer, protocol=5)
+
+    def open(self) -> Any:
+        """Return the answer; log, once in a process, that this way is slow."""
+        if not _Packed._told:
+            _Packed._told = True
+            _log.warning("batches travel through a pipe, which is slower: %s", _SMALL_SHM)
+        return pickle.loads(self._content)
+
+    def pin_memory(self) -> Any:
+        """Return the answer in page-locked memory (torch calls this by name)."""
+        answer = self.open()
+        return answer.pin_memory() if hasattr(answer, "pin_memory") else answer
+
+
+def empty_shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised CPU tensor, in a worker in shared memory, so that handing it over copies nothing."""
+    if get_worker_info() is not None:
+        size = math.prod(shape) * dtype.itemsize
+        with contextlib.suppress(RuntimeError, OSError):  # no room: see `_Reader`
+            return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage._new_shared(size), 0, shape)  # type: ignore
+    return torch.empty(shape, dtype=dtype)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in dataclasses, mappings, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])
 
 
 def _unchanged(answer: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from aclip.data.sources import HuggingFaceSource, open_source
+from aclip.data.sources import ColumnarSource, open_source
 from aclip.errors import BadSampleError, ConfigError, DataError
 from made_pictures import encode, picture
 
@@ -32,11 +32,11 @@ def made(rows: int = 5) -> datasets.Dataset:
 def test_pictures_captions_and_the_names_of_classes(tmp_path: Path) -> None:
     made().select([3, 0, 4]).save_to_disk(tmp_path / "saved")
     source = open_source(str(tmp_path / "saved"))
-    assert isinstance(source, HuggingFaceSource)
+    assert isinstance(source, ColumnarSource)
     for one in (source, pickle.loads(pickle.dumps(source))):
         assert [one.read(n).image for n in range(len(one))] == [encode(picture(n)) for n in (3, 0, 4)]
         assert (one.read(0).captions, one.read(0).label) == (("first 3", "second 3"), "dog")
-    assert source.key(2) == "saved: row 3"
+    assert source.name(2) == "data-00000-of-00001.arrow: group 1, row 3"
     classes = open_source(f"{tmp_path / 'saved'}?image=image&caption=label&label=label")
     assert [classes.read(n).captions for n in range(3)] == [("dog",), ("cat",), ("cat",)]
 
@@ -44,9 +44,9 @@ def test_pictures_captions_and_the_names_of_classes(tmp_path: Path) -> None:
 def test_splits(tmp_path: Path) -> None:
     datasets.DatasetDict(train=made(4), test=made(2)).save_to_disk(tmp_path / "both")
     assert len(open_source(f"{tmp_path / 'both'}?split=train")) == 4
-    with pytest.raises(ConfigError, match=r"has the splits test, train: choose one with 'both\?split=test'"):
+    with pytest.raises(ConfigError, match=r"holds the splits test \(1\), train \(1\): say which, as in 'both\?split=train'"):
         open_source(str(tmp_path / "both"))
-    with pytest.raises(ConfigError, match="unknown split 'trian': did you mean 'train'"):
+    with pytest.raises(ConfigError, match="has no split 'trian': it holds"):
         open_source(f"{tmp_path / 'both'}?split=trian")
     datasets.DatasetDict(train=made(3)).save_to_disk(tmp_path / "single")
     assert len(open_source(str(tmp_path / "single"))) == 3
@@ -66,8 +66,9 @@ def test_paths_are_relative_to_the_folder(tmp_path: Path) -> None:
 def test_damage_is_a_clear_error(tmp_path: Path) -> None:
     made().save_to_disk(tmp_path / "saved")
     source = open_source(str(tmp_path / "saved"))
-    (tmp_path / "saved" / "state.json").write_text("{")
-    with pytest.raises(BadSampleError, match="cannot be read as a saved dataset"):
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"torn")
+    with pytest.raises(BadSampleError, match="cannot read data-00000-of-00001.arrow"):
         source.read(0)
+    (tmp_path / "saved" / "state.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a saved dataset"):
         open_source(str(tmp_path / "saved"))

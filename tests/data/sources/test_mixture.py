@@ -8,10 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from aclip.data import Mixture, open_mixture, open_source
-from aclip.data.order import order_of, window_order
-from aclip.data.sources import Grouped, Part, Source
-from aclip.data.sources.mixture import split_weight
+from aclip.data import open_training
+from aclip.data.sources import Mixture, Part, Source
+from aclip.data.sources.base import window_order
+from aclip.data.sources.combined import open_mixture
+from aclip.data.spec import parse_spec
 from aclip.errors import AclipError, ConfigError, DataError
 from tests_support import Numbers
 
@@ -50,7 +51,7 @@ def test_shares_and_passes(sources: list[tuple[int, float]], epochs: int, seed: 
 def test_without_weights_an_epoch_is_every_sample_once() -> None:
     mixture = open_mixture(["5", "17", "40"], lambda spec: Numbers(int(spec)))
     for epoch in range(3):
-        samples, passes = order_of(mixture)(1, epoch)
+        samples, passes = mixture.order(1, epoch)
         assert sorted(samples.tolist()) == list(range(62))
         assert set(passes.tolist()) == {epoch}
 
@@ -71,10 +72,7 @@ def test_a_part_of_a_grouped_source_is_grouped() -> None:
     source = Numbers(23, groups=(10, 0, 5, 8))
 
     def groups_of(first: int, last: int | None) -> tuple[int, ...]:
-        from aclip.data.sources import take_part
-
-        part = take_part(source, first, last)
-        assert isinstance(part, Grouped)
+        part = Part(source, first, last)
         assert sum(part.groups) == len(part)
         return part.groups
 
@@ -84,7 +82,7 @@ def test_a_part_of_a_grouped_source_is_grouped() -> None:
     assert groups_of(11, 12) == (1,)
     edges = list(accumulate((6, 2)))
     assert sorted(window_order(groups_of(4, 12), 0, 0).tolist()) == list(range(edges[-1]))
-    assert not isinstance(Part(Numbers(4), 0, 2), Grouped)
+    assert not Part(Numbers(4), 0, 2).groups
 
 
 @pytest.mark.parametrize(
@@ -101,32 +99,33 @@ def test_a_part_of_a_grouped_source_is_grouped() -> None:
     ],
 )
 def test_weights_are_read(spec: str, expected: tuple[str, float | None]) -> None:
-    assert split_weight(spec) == expected
+    parsed = parse_spec(spec)
+    assert (spec.removesuffix(f"={spec.rpartition('=')[2]}") if parsed.weight else spec, parsed.weight) == expected
 
 
 def test_a_path_that_ends_like_a_weight_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "run=3").mkdir()
-    assert split_weight(f"{tmp_path}/run=3") == (f"{tmp_path}/run=3", None)
+    assert parse_spec(f"{tmp_path}/run=3").weight is None
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e999"])
 def test_weights_that_make_no_sense(weight: str) -> None:
     with pytest.raises(ConfigError, match=f"the weight of 'a.csv' must be a positive number, not {weight}"):
-        split_weight(f"a.csv={weight}")
+        parse_spec(f"a.csv={weight}")
 
 
 def test_all_or_no_source_has_a_weight(pair_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"the source 'b\.csv' has no weight, and others have"):
-        open_mixture(["a.csv=2", "b.csv"], open_source)
-    alone: Source = open_mixture(f"{pair_folder}=7", open_source)
+        open_training(["a.csv=2", "b.csv"])
+    alone: Source = open_training(f"{pair_folder}=7")
     assert not isinstance(alone, Mixture)
-    both = open_mixture([f"{pair_folder}=1", f"{pair_folder}[:10]=3"], open_source)
+    both = open_training([f"{pair_folder}=1", f"{pair_folder}[:10]=3"])
     assert isinstance(both, Mixture)
     assert (len(both), both.shares) == (50, (0.25, 0.75))
     assert both.read(41).captions == ("picture 1",)
-    assert both.key(41) == f"{pair_folder}[0:10]: 001.png"
+    assert both.name(41) == f"{pair_folder}[0:10]: 001.png"
     with pytest.raises(AclipError, match="nowhere"):
-        open_mixture([f"{pair_folder}=1", "nowhere=3"], open_source)
+        open_training([f"{pair_folder}=1", "nowhere=3"])
 
 
 def test_too_few_samples_to_mix() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from aclip.data import open_source, split_slice
+from aclip.data import open_source, parse_spec
 from aclip.data.sources import Part
 from aclip.errors import ConfigError, DataError
 
@@ -26,7 +26,7 @@ def test_reads_what_the_slice_names(tmp_path: Path, part: str, expected: list[in
     whole, some = open_source(str(table)), open_source(f"{table}{part}")
     assert len(some) == len(expected)
     for index, number in enumerate(expected):
-        assert some.key(index) == whole.key(number)
+        assert some.name(index) == whole.name(number)
         assert some.read(index) == whole.read(number)
         assert some.read(index).captions == (f"picture {number}",)
 
@@ -43,7 +43,7 @@ def test_negative_numbers_are_refused(tmp_path: Path, part: str) -> None:
 
 
 def test_a_part_before_the_fields_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"comes after the fields, as in '.*pairs\.csv\?images=x\[:2\]'"):
+    with pytest.raises(ConfigError, match=r"comes after the options, as in '.*pairs\.csv\?images=x\[:2\]'"):
         open_source(f"{write_table(tmp_path, 7)}[:2]?images=x")
 
 
@@ -56,5 +56,5 @@ def test_parts_of_parts(tmp_path: Path) -> None:
 def test_a_path_that_ends_like_a_slice_is_a_path(tmp_path: Path) -> None:
     odd = tmp_path / "a[1:2]"
     odd.mkdir()
-    assert split_slice(str(odd)) == (str(odd), None)
-    assert split_slice("shards/[0-9].tar") == ("shards/[0-9].tar", None)
+    assert parse_spec(str(odd)).part is None
+    assert parse_spec("shards/[0-9].tar").part is None

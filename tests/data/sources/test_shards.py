@@ -1,20 +1,17 @@
 """WebDataset shards: what groups into a sample, and what happens when a shard is broken."""
 
 import io
-import itertools
 import json
 import logging
 import pickle
 import tarfile
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
 from aclip import dist
 from aclip.data.sources import ShardSource, open_source, shard_index, shards
-from aclip.data.sources.shard_index import index_shard
-from aclip.data.sources.shards import expand_pattern
+from aclip.data.sources.shard_index import cached_index, index_shard
 from aclip.errors import BadSampleError, DataError
 from made_pictures import encode, picture
 
@@ -29,17 +26,24 @@ def write_tar(path: Path, members: dict[str, bytes], **options: object) -> Path:
 
 
 def keys(source: ShardSource) -> list[str]:
-    return [source.key(index) for index in range(len(source))]
+    return [source.name(index) for index in range(len(source))]
+
+
+def pairs(source: ShardSource) -> list[tuple[str, bytes, tuple[str, ...]]]:
+    samples = [source.read(index) for index in range(len(source))]
+    assert [sample.name for sample in samples] == keys(source)
+    assert [source.captions(index) for index in range(len(source))] == [sample.captions for sample in samples]
+    return [(sample.name.partition("/")[2], sample.image, sample.captions) for sample in samples]
 
 
 def test_members_of_one_name_are_one_sample(tmp_path: Path) -> None:
     members = {
-        "a/0.1.jpg": b"left",  # the name ends at the first dot
+        "a/0.jpg": b"left",
         "a/0.txt": b"one\ntwo\n",
         "b/0.png": b"other folder",
         "b/0.json": json.dumps({"caption": "three", "tags": ["x", 5, "y"], "label": 7}).encode(),
         "1.json": json.dumps({"captions": ["four", "five"], "label": "json", "concept": 4}).encode(),
-        "a/0.png": b"second picture",
+        "a/0.png": b"second image",
         "1.WebP": b"webp",
         "1.cls": b"12\n",
         "2.jpg": b"no caption",
@@ -52,16 +56,16 @@ def test_members_of_one_name_are_one_sample(tmp_path: Path) -> None:
     assert [sample.captions for sample in samples] == [("one", "two"), ("three",), ("four", "five"), ()]
     assert [sample.label for sample in samples] == [None, "7", "12", None]
     assert [sample.concept for sample in samples] == [None, None, "4", None]
-    assert samples[1].tags == ("x", "y")
+    assert samples[1].tags == ("x", "5", "y")
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_foreign_names(tmp_path: Path, tar_format: int) -> None:
     name = "ordner/" * 12 + "schildkröte-" * 3 + "漢字"
-    path = write_tar(tmp_path / "s.tar", {f"{name}.jpg": b"picture"}, format=tar_format)
+    path = write_tar(tmp_path / "s.tar", {f"{name}.jpg": b"image"}, format=tar_format)
     source = open_source(str(path))
     assert keys(source) == [f"s.tar/{name}"]
-    assert source.read(0).image == b"picture"
+    assert source.read(0).image == b"image"
 
 
 def test_only_regular_files_count_and_names_are_not_paths(tmp_path: Path) -> None:
@@ -91,7 +95,7 @@ def test_samples_that_are_bad_on_their_own(tmp_path: Path) -> None:
     }  # fmt: skip
     source = open_source(str(write_tar(tmp_path / "s.tar", members)))
     broken = "JSON that cannot be read"
-    for index, reason in enumerate(("no picture in the shard", broken, "JSON that is not an object", broken)):
+    for index, reason in enumerate(("no image in the shard", broken, "JSON that is not an object", broken)):
         with pytest.raises(BadSampleError, match=reason):
             source.read(index)
     assert source.read(4).captions == ("",)
@@ -103,10 +107,10 @@ def test_patterns(tmp_path: Path) -> None:
     expected = [f"train-{number:04}.tar/{number}" for number in (8, 9, 10)]
     for pattern in ("train-{0008..0010}.tar", "train-*.tar", "train-{0008,0009,0010}.tar", ""):
         assert keys(open_source(str(tmp_path / pattern))) == expected
-    two_braces = open_source(str(tmp_path / "{train,train}-{0009..0010}.tar"))
-    assert keys(two_braces) == expected[1:] * 2
+    listed_twice = open_source(str(tmp_path / "{train,train}-{0009..0010}.tar"))
+    assert keys(listed_twice) == expected[1:]
     with pytest.raises(DataError, match=r"no such file: .*train-0011\.tar \(2 missing, 3 found"):
-        expand_pattern(str(tmp_path / "train-{0008..0012}.tar"))
+        open_source(str(tmp_path / "train-{0008..0012}.tar"))
     with pytest.raises(DataError, match="no such file"):
         open_source(str(tmp_path / "eval-*.tar"))
 
@@ -124,7 +128,7 @@ def damaged(path: Path, kind: str) -> int:
     """Damage a shard of four samples; return how many can still be read."""
     data = bytearray(path.read_bytes())
     third, fourth = data.index(b"2.png"), data.index(b"3.png")
-    if kind == "cut in a picture":
+    if kind == "cut in an image":
         del data[third + 700 :]
         survivors = 2
     elif kind == "cut in a header":
@@ -140,7 +144,7 @@ def damaged(path: Path, kind: str) -> int:
     return survivors
 
 
-@pytest.mark.parametrize("kind", ["cut in a picture", "cut in a header", "no end", "garbage"])
+@pytest.mark.parametrize("kind", ["cut in an image", "cut in a header", "no end", "garbage"])
 def test_the_readable_part_of_a_damaged_shard_is_used(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -178,7 +182,7 @@ def test_a_shard_that_shrinks_later_gives_bad_samples(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", {"0.png": b"x" * 5000})
     source = open_source(str(path))
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(BadSampleError, match="cut off since it was opened"):
+    with pytest.raises(BadSampleError, match="truncated since it was opened"):
         source.read(0)
     path.unlink()
     with pytest.raises(BadSampleError, match=r"cannot read s\.tar: No such file"):
@@ -203,6 +207,7 @@ def test_an_index_is_read_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(read) == 4
     write_tar(path, {"new.png": b"x"})
     assert keys(open_source(str(path))) == ["s.tar/new"]
+    assert list((tmp_path / "cache" / "index").iterdir()) == [kept]  # one index for each path, whatever became of it
 
 
 def test_without_a_place_for_the_index_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +225,7 @@ def test_members_that_repeat_a_name_are_said(tmp_path: Path, caplog: pytest.LogC
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     source = open_source(str(path))
-    assert "1 members repeat a name, the first of each is used: 0 has more than one image" in caplog.text
+    assert "has 1 members that repeat a name: the first of each is used" in caplog.text
     assert (source.read(0).image, source.read(0).captions) == (b"first", ("c",))
     assert source.read(1).captions == ("far",)  # members of one sample may lie apart
 
@@ -279,13 +284,13 @@ def test_every_damage_to_a_kept_index_is_survived(tmp_path: Path, monkeypatch: p
     for at in range(len(good)):
         for value in (1, 255):
             kept.write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
-            index = shard_index._load(kept)
-            assert index is None or list(index.keys) == ["0"]
+            index = cached_index(str(path))
+            assert index is None or index.keys[0] == "0"
 
 
 @pytest.fixture
 def many(tmp_path: Path) -> list[Path]:
-    """Nineteen shards of two pictures, one of which is no tar file: as many as may be lost."""
+    """Nineteen shards of two images, one of which is not a tar file: as many as may be lost."""
     paths = [write_tar(tmp_path / f"{n}.tar", {f"{n}-{i}.jpg": f"{n}{i}".encode() for i in range(2)})
              for n in range(19)]
     paths[7].write_bytes(b"not a tar file at all")
@@ -301,13 +306,13 @@ def test_many_processes_index_what_one_does(
         monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / f"cache-{cores}"))
         monkeypatch.setattr(shards, "usable_cores", lambda cores=cores: cores)
         source = ShardSource("many", many)
-        found.append([(source.key(i), source.read(i).image) for i in range(len(source))])
+        found.append([(source.name(i), source.read(i).image) for i in range(len(source))])
         assert len(list((tmp_path / f"cache-{cores}").rglob("*.npz"))) == 18
     assert found[0] == found[1]
     assert len(found[0]) == 36
 
 
-def test_only_what_the_cache_does_not_have_is_handed_over(many: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_not_cached_is_handed_over(many: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading an index takes less than a worker's answer does."""
     for path in many[3:6]:
         index_shard(path)
@@ -315,26 +320,116 @@ def test_only_what_the_cache_does_not_have_is_handed_over(many: list[Path], monk
     monkeypatch.setattr(shards, "read_ahead", lambda read, paths, workers: (
         handed.append(path.stem) or read(path) for path in paths))
     source = ShardSource("many", [*many, many[0]])
-    assert [source.key(i) for i in range(4, 12)] == [f"{n}.tar/{n}-{i}" for n in range(2, 6) for i in range(2)]
-    assert len(source) == 38
-    assert handed == [str(n) for n in range(19) if n not in (3, 4, 5)] + ["0"]
+    assert [source.name(i) for i in range(4, 12)] == [f"{n}.tar/{n}-{i}" for n in range(2, 6) for i in range(2)]
+    assert len(source) == 36
+    assert handed == [str(n) for n in range(19) if n not in (3, 4, 5)]
 
 
-def test_a_process_of_a_run_first_reads_its_share(many: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_begins_with_another_part(many: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr(shards, "index_shard", lambda path: (read.append(path.stem), index_shard(path))[1])
+    monkeypatch.setattr(shards, "index_shard", lambda path, endings: (
+        read.append(path.stem), index_shard(path, endings))[1])
     monkeypatch.setattr(dist, "world_size", lambda: 4)
     monkeypatch.setattr(dist, "rank", lambda: 2)
-    assert len(ShardSource("many", many)) == 36
-    assert read == ["2", "6", "10", "14", "18", *map(str, range(19))]
+    source = ShardSource("many", many)
+    assert read == [*map(str, range(9, 19)), *map(str, range(9))]
+    monkeypatch.setattr(dist, "rank", lambda: 0)
+    assert ShardSource("many", many).digest() == source.digest()
 
 
-def test_long_reading_of_headers_tells_how_far_it_is(
-    many: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+# --------------------------------------------------------------------------- what people call their members
+
+
+@pytest.mark.parametrize(
+    ("members", "expected", "said"),
+    [
+        # endings of several words (webdataset#237)
+        ({"s.input.jpg": "S", "s.outputs.txt": "one", "t.input.jpg": "T", "t.outputs.txt": "two"},
+         [("s", "S", "one"), ("t", "T", "two")], "images from .input.jpg"),
+        # names with dots, some of them also without
+        ({"22.00.jpg": "A", "22.00.txt": "one", "22.01.jpg": "B", "22.01.txt": "two"},
+         [("22.00", "A", "one"), ("22.01", "B", "two")], ""),
+        ({"22.jpg": "A", "22.json": '{"caption": "one"}', "22.1.jpg": "B", "22.1.json": '{"caption": "two"}'},
+         [("22", "A", "one"), ("22.1", "B", "two")], ""),
+        ({"v1.0.input.jpg": "A", "v1.0.output.txt": "one", "v1.5.input.jpg": "B", "v1.5.output.txt": "two"},
+         [("v1.0", "A", "one"), ("v1.5", "B", "two")], "images from .input.jpg"),
+        # what lies beside the image, before or behind it, with and without captions
+        ({"0.depth.png": "D", "0.jpg": "A", "0.mask.png": "M", "0.txt": "one"}, [("0", "A", "one")],
+         "2 left out (beside the image of their sample: .depth.png, .mask.png)"),
+        ({"0.jpg": "A", "0.seg.png": "S", "1.jpg": "B", "1.seg.png": "S"}, [("0", "A", None), ("1", "B", None)], ".seg.png"),
+        ({"0.rgb.png": "A", "0.depth.png": "D", "0.txt": "one"}, [("0", "A", "one")], "images from .rgb.png"),
+        # several images that could be meant
+        ({"0.left.jpg": "L", "0.right.jpg": "R", "0.txt": "one"}, [("0", "L", "one")], "choose with '?image=right.jpg'"),
+        # img2dataset: JSON has the caption, too, and keeps line breaks
+        ({"000000000.jpg": "A", "000000000.txt": "one\nstill one", "000000000.json": '{"caption": "one\\nstill one", '
+          '"url": "http://x/y.jpg", "key": "000000000", "width": 9}'}, [("000000000", "A", "one\nstill one")], ""),
+        ({"0.jpg": "A", "0.json": '{"text": 1984}', "1.jpg": "B", "1.json": '{"caption": ["two", "zwei"]}'},
+         [("0", "A", "1984"), ("1", "B", "two", "zwei")], ""),
+        ({"0.jpg": "A", "0.txt": "one", "0.json": '{"url": "x"}'}, [("0", "A", "one")], ""),
+        ({"0.jpg": "A", "0.txt": "one", "0.json": "{broken"}, [("0", "A", "one")], ""),
+        # a choice that is said
+        ({"0.jpg": "A", "0.txt": "one\ntwo"}, [("0", "A", "one", "two")], "'?captions=whole' takes the lines together"),
+        ({"0.jpg": "A", "0.json": '{"blip": "one", "url": "x"}'}, [("0", "A")],
+         "no caption in the JSON, whose texts are blip, url: choose one with '?caption=FIELD'"),
+        # archives of a folder, and of a Mac
+        ({"./a/0.jpg": "A", "./a/0.txt": "one", "./a/._0.jpg": "?", "./a/.DS_Store": "?"}, [("a/0", "A", "one")], ""),
+        ({"0.JPG": "A", "0.TXT": "one"}, [("0", "A", "one")], ""),
+    ],
+)  # fmt: skip
+def test_members_are_understood(
+    members: dict[str, str], expected: list[tuple[str, ...]], said: str, tmp_path: Path
 ) -> None:
-    ticks = itertools.count(0.0, 1.5)  # seconds a shard
-    monkeypatch.setattr(shards, "time", Mock(monotonic=lambda: next(ticks)))
-    with caplog.at_level(logging.INFO, logger="aclip"):
-        ShardSource("many", many)
-    told = [record.message for record in caplog.records if "where the pictures lie" in record.message]
-    assert told == ["reading where the pictures lie in many: 1 of 19 shards, 0:00:54 left"]
+    path = write_tar(tmp_path / "s.tar", {name: data.encode() for name, data in members.items()})
+    source = ShardSource("s", [path])
+    assert pairs(source) == [(name, image.encode(), tuple(c for c in captions if c is not None))
+                             for name, image, *captions in expected]  # fmt: skip
+    assert said in str(source.summary)
+    if not said:
+        assert str(source.summary).count(";") == 0
+    summary = source.summary
+    assert summary.found == summary.captioned + summary.uncaptioned + sum(summary.left_out.values())
+    backwards = write_tar(tmp_path / "b.tar", {name: members[name].encode() for name in reversed(members)})
+    assert sorted(pairs(ShardSource("b", [backwards]))) == sorted(pairs(source))
+
+
+def test_endings_and_fields_can_be_chosen(tmp_path: Path) -> None:
+    members = {"0.left.jpg": b"L", "0.right.jpg": b"R", "0.short.txt": b"short", "0.long.txt": b"long\nmore",
+               "0.json": b'{"caption": "alt text", "blip": "a dog"}'}  # fmt: skip
+    path = write_tar(tmp_path / "s.tar", members)
+
+    def read(**chosen: str) -> tuple[bytes, tuple[str, ...]]:
+        sample = ShardSource("s", [path], **chosen).read(0)  # type: ignore[arg-type]
+        return sample.image, sample.captions
+
+    assert read() == (b"L", ("alt text",))
+    assert read(image="right.jpg", caption="short.txt") == (b"R", ("short",))
+    assert read(image=".right.jpg", caption="long.txt", captions="whole") == (b"R", ("long\nmore",))
+    assert read(caption="blip") == (b"L", ("a dog",))
+    assert read() == (b"L", ("alt text",))  # not the index that was cached for another choice
+
+
+def test_numbers_are_captions_and_labels(tmp_path: Path) -> None:
+    members = {"0.jpg": b"A", "0.json": b'{"caption": 1999, "label": 0.0}', "1.jpg": b"B", "1.json": b'{"label": 1.0}',
+               "2.jpg": b"C", "2.cls": b"0\n", "2.txt": b"7"}  # fmt: skip
+    source = ShardSource("s", [write_tar(tmp_path / "s.tar", members)])
+    samples = [source.read(index) for index in range(3)]
+    assert [(sample.captions, sample.label) for sample in samples] == [(("1999",), "0"), ((), "1"), (("7",), "0")]
+
+
+def test_names_are_unique_over_folders(tmp_path: Path) -> None:
+    for folder in ("cc3m", "cc12m"):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "00000.tar", {"000.jpg": folder.encode()})
+    source = open_source(f"{tmp_path}/{{cc3m,cc12m}}/00000.tar")
+    assert keys(source) == ["cc3m/00000.tar/000", "cc12m/00000.tar/000"]
+    assert source.digest() != open_source(f"{tmp_path}/{{cc12m,cc3m}}/00000.tar").digest()
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (tmp_path / "cc3m").rename(moved / "cc3m")
+    (tmp_path / "cc12m").rename(moved / "cc12m")
+    assert open_source(f"{moved}/{{cc3m,cc12m}}/00000.tar").digest() == source.digest()
+
+
+def test_undecodable_names(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", {"caf\udce9.jpg": b"x", "caf\udce9.txt": b"a caption"})
+    assert pairs(ShardSource("s", [path])) == [("caf\\udce9", b"x", ("a caption",))]

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aclip.data.sources import FolderSource, PackedStrings, ShardSource, Source, TableSource, open_source
-from aclip.data.sources.base import Runs
+from aclip.data.sources import FolderSource, ShardSource, Source, ListSource, open_source
+from aclip.data.sources.base import PackedStrings, Runs
 from aclip.errors import BadSampleError, ConfigError, DataError
 from made_pictures import encode, picture
 
@@ -32,9 +32,9 @@ def test_a_folder(pair_folder: Path) -> None:
     source = open_source(str(pair_folder))
     assert isinstance(source, FolderSource)
     assert isinstance(source, Source)
-    assert [source.key(i) for i in range(len(source))] == [f"{i:03}.png" for i in range(40)]
+    assert [source.name(i) for i in range(len(source))] == [f"{i:03}.png" for i in range(40)]
     sample = source.read(7)
-    assert (sample.key, sample.captions, sample.tags, sample.label) == ("007.png", ("picture 7",), (), None)
+    assert (sample.name, sample.captions, sample.tags, sample.label) == ("007.png", ("picture 7",), (), None)
     assert sample.image == encode(picture(7))
 
 
@@ -44,19 +44,19 @@ def test_what_a_folder_takes_and_what_not(tmp_path: Path, caplog: pytest.LogCapt
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
     (tmp_path / "cats/b.c.txt").write_text("first line\n\nsecond line\n", encoding="utf-16")
-    with caplog.at_level(logging.WARNING, logger="aclip"):
+    with caplog.at_level(logging.INFO, logger="aclip"):
         source = open_source(str(tmp_path))
-    assert [source.key(i) for i in range(len(source))] == ["cats/a.tiff", "cats/b.c.jpeg", "z.PNG"]
+    assert [source.name(i) for i in range(len(source))] == ["cats/a.tiff", "cats/b.c.jpeg", "z.PNG"]
     assert source.read(0).captions == ()
     assert source.read(0).label == "cats"
     assert source.read(1).captions == ("first line", "second line")
-    assert "1 text files have no picture beside them, e.g. a.txt" in caplog.text
+    assert "1 text files have no image beside them: a.txt" in caplog.text
 
 
 def test_a_picture_that_goes_missing_is_a_bad_sample(pair_folder: Path) -> None:
     source = open_source(str(pair_folder))
     (pair_folder / "003.png").unlink()
-    with pytest.raises(BadSampleError, match="cannot read the file: No such file"):
+    with pytest.raises(BadSampleError, match="cannot read the image file: No such file"):
         source.read(3)
 
 
@@ -67,7 +67,7 @@ def test_readers_are_found_by_name(pair_folder: Path, tmp_path: Path) -> None:
     shards.mkdir()
     with tarfile.open(shards / "0.tar", "w") as archive:
         archive.add(pair_folder / "000.png", "000.png")
-    assert isinstance(open_source(str(tmp_path / "pairs.CSV")), TableSource)
+    assert isinstance(open_source(str(tmp_path / "pairs.CSV")), ListSource)
     assert isinstance(open_source(str(shards)), ShardSource)
     assert isinstance(open_source(str(shards / "0.tar")), ShardSource)
     (shards / "picture.png").write_bytes(b"")
@@ -75,12 +75,10 @@ def test_readers_are_found_by_name(pair_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_that_is_nothing_lists_what_is_accepted(tmp_path: Path) -> None:
-    (tmp_path / "a.pdf").touch()
-    for name, problem in (("nowhere", "does not exist"), ("a.pdf", "is none of what can be read")):
-        with pytest.raises(DataError, match=f"{name}' {problem}") as caught:
-            open_source(str(tmp_path / name))
-        assert all(word in str(caught.value) for word in (".tar", ".csv", ".tsv", "folder"))
-    with pytest.raises(DataError, match="no pictures in"):
+    with pytest.raises(DataError, match="nowhere' does not exist") as caught:
+        open_source(str(tmp_path / "nowhere"))
+    assert all(word in str(caught.value) for word in (".tar", "CSV", "TSV", "folder"))
+    with pytest.raises(DataError, match="no images in"):
         open_source(str(tmp_path))
 
 
@@ -93,14 +91,14 @@ def test_a_field_that_a_source_does_not_take_is_refused_by_name(pair_folder: Pat
         {"filename": "pairs/000.png", "split": "test", "sentences": [{"raw": "a"}]}]}))  # fmt: skip
     pq.write_table(pa.table({"image": [b"x"], "text": ["a"]}), tmp_path / "a.parquet")
     for spec, message in (
-        ("0.tar?images={0}", "'.*0.tar' takes no fields, and so no 'images'"),
-        ("*.tar?label=x", r"\*.tar' takes no fields, and so no 'label'"),
-        ("pairs?images={0}", "unknown field 'images': .*There are: templates"),
+        ("0.tar?images={0}", "'.*0.tar.*': unknown option 'images': did you mean 'image'"),
+        ("*.tar?label=x", "unknown option 'label'"),
+        ("pairs?images={0}", "unknown option 'images': .*templates"),
         ("a.json?image=x&caption=y", "is COCO captions, .* takes no 'image' and 'caption'"),
-        ("b.json?image=x&caption=y&split=test", "one of Karpathy's files, .* takes no 'image' and 'caption'"),
+        ("b.json?image=x&caption=y&split=test", "Karpathy's split test, .* takes no 'image' and 'caption'"),
         ("a.parquet?images={0}", "column 'image' holds binary, not paths: 'images' is for lists of paths"),
-        ("a.json?images=", "the field 'images' is empty"),
-        ("a.json?images={0}/nowhere", "the folder of pictures '.*/nowhere' does not exist"),
+        ("a.json?images=", "the option 'images' is empty"),
+        ("a.json?images={0}/nowhere", "the folder '.*/nowhere' of 'images=' does not exist"),
     ):
         with pytest.raises(ConfigError, match=message):
             open_source(f"{tmp_path}/{spec.format(tmp_path)}")

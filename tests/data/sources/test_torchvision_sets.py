@@ -34,7 +34,7 @@ def test_pictures_and_labels_of_a_split(food: Path) -> None:
     image = decode_image(source.read(1).image)
     assert image.size == (20, 10)
     assert np.abs(np.asarray(image).astype(int) - (80, 10, 10)).max() <= 8  # as JPEG keeps it
-    assert source.key(2) == "food101 2"
+    assert source.name(2) == "food101 2"
     assert [open_source(f"torchvision:food101?root={food}&split=test&labels=number").read(i).label
             for i in (0, 2)] == ["0000", "0001"]
 

@@ -1,321 +1,265 @@
-"""Sources of image-text pairs; `open_source` finds the reader for what the user named."""
+"""Sources of image-text pairs; `open_source` finds the reader for what the user named, by looking inside."""
 
-import glob
 import logging
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import parse_qs
+from typing import Any
 
-from aclip.data.sources.base import Grouped, PackedStrings, RawSample, Source
-from aclip.data.sources.folder import FolderSource, holds_pictures, holds_texts
-from aclip.data.sources.hugging_face import HuggingFaceSource, is_hugging_face
-from aclip.data.sources.joined import Joined
-from aclip.data.sources.json_files import CocoSource, JsonSource, KarpathySource, open_json
-from aclip.data.sources.manifest import Columns, ManifestSource
-from aclip.data.sources.parquet import EmbeddedPictures, open_parquet
-from aclip.data.sources.part import Part, split_slice, take_part
+from aclip.data.sources.base import RawSample, Source, Summary
+from aclip.data.sources.columnar import ColumnarSource, is_columnar, is_saved, open_columnar, open_saved
+from aclip.data.sources.columns import settle_columns
+from aclip.data.sources.combined import Joined, Mixture, Part, Stretched, open_mixture, weights_of
+from aclip.data.sources.folder import LIST_ENDINGS, SPLIT_NAMES, FolderSource, Listing, list_folder
+from aclip.data.sources.lists import ListSource, open_list_source
+from aclip.data.sources.records import choose_split, open_list
 from aclip.data.sources.remote import RemoteShardSource, expand_urls
-from aclip.data.sources.shards import ShardSource, expand_pattern
-from aclip.data.sources.slip import open_slip
-from aclip.data.sources.table import TableSource, table_ending
+from aclip.data.sources.shards import ShardSource
 from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
-from aclip.data.sources.torchvision_sets import TorchvisionSource
+from aclip.data.sources.torchvision_sets import TorchvisionSource, open_torchvision
+from aclip.data.spec import Spec, expand_paths, is_pattern, parse_spec
 from aclip.errors import ConfigError, DataError, unknown_name
 
 __all__ = [
-    "READERS",
-    "CocoSource",
-    "Columns",
-    "EmbeddedPictures",
+    "ColumnarSource",
     "FolderSource",
-    "Grouped",
-    "HuggingFaceSource",
     "Joined",
-    "JsonSource",
-    "KarpathySource",
-    "ManifestSource",
-    "PackedStrings",
+    "ListSource",
+    "Mixture",
     "Part",
     "RawSample",
-    "Reader",
     "RemoteShardSource",
     "ShardSource",
     "Source",
-    "TableSource",
+    "Summary",
     "TorchvisionSource",
     "open_source",
-    "split_query",
-    "split_slice",
+    "open_training",
+    "weights_of",
 ]
 
+SOURCES = (
+    "WebDataset shards (a .tar file, 'shards/{0000..0012}.tar', a folder of them, or the same behind s3:// or http://)",
+    "a list of images and captions (CSV, TSV, JSON, JSON lines, COCO or Karpathy captions)",
+    "Parquet, Arrow or a folder that save_to_disk wrote",
+    "a folder of images with captions beside them or in a list, or of class folders",
+    "a set as torchvision lays it out ('torchvision:food101?root=FOLDER&split=test')",
+    "a set that was fetched ('emoji:train')",
+)
+"""What `open_source` reads, for messages and help."""
+
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """One kind of source.
-
-    Attributes:
-        about: what it reads, for error messages and help.
-        accepts: whether a spec is of this kind; decided by names, nothing is read.
-        open: opens the source.
-    """
-
-    about: str
-    accepts: Callable[[str], bool]
-    open: Callable[[str], Source]
+_SHARD_OPTIONS = ("image", "caption", "captions")
+_TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_SPLIT_OF_FILE = re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})\d*(?:[-_.].*)?", re.IGNORECASE)
 
 
 def open_source(spec: str) -> Source:
-    """Open the source that `spec` names with the first of `READERS` that accepts it.
-
-    A slice at the end, as in `pairs.csv[:1000]`, takes a part of it (`Part`).
+    """Open the source that `spec` names, see `aclip.data.spec`; how it was read is logged in one line.
 
     Raises:
         DataError: there is nothing of that name, or no reader for it; what is accepted.
-        ConfigError: columns of a table that do not exist or cannot be guessed.
+        ConfigError: columns of a list that do not exist or cannot be guessed, a split that must be chosen, an option that
+            this kind of source does not take.
     """
-    spec, part = split_slice(os.path.expanduser(spec))
-    if part is not None:
-        return take_part(open_source(spec), *part)
-    for reader in READERS.values():
-        if reader.accepts(spec):
-            return reader.open(spec)
-    path, query = split_query(spec)
-    whole, part = split_slice(path)
-    if query and part is not None:
-        raise ConfigError(f"'{spec}': a part comes after the fields, as in '{whole}?{query}{path.removeprefix(whole)}'")
-    if query and any(reader.accepts(path) for reader in READERS.values()):
-        raise ConfigError(f"'{spec}': '{path}' takes no fields, and so no '{query.partition('=')[0]}'")
-    accepted = "; ".join(reader.about for reader in READERS.values())
-    if "://" in spec:
-        raise DataError(f"'{spec}' cannot be read from afar: {READERS['remote shards'].about} can, the rest is local")
-    ending = table_ending(Path(path)) if os.path.isfile(path) else None
-    if ending is not None:
-        raise DataError(f"'{path}' looks like a table, and tables are known by their ending: rename it to "
-                        f"'{Path(path).with_suffix(ending)}'")
-    problem = "is none of what can be read" if os.path.exists(spec) else "does not exist"
-    raise DataError(f"'{spec}' {problem}: give {accepted}")
+    parsed = parse_spec(spec)
+    if parsed.weight is not None:
+        raise ConfigError(f"'{spec}': a weight such as ={parsed.weight:g} is for sources that are mixed in training")
+    return _open(parsed)
 
 
-def _is_shards(spec: str) -> bool:
-    if os.path.isdir(spec):
-        return bool(_tars_in(spec)) and not holds_pictures(Path(spec))
-    return spec.endswith((".tar", ".tar.gz", ".tgz")) and (os.path.isfile(spec) or _is_pattern(spec))
-
-
-def _open_shards(spec: str) -> Source:
-    return ShardSource(spec, _tars_in(spec) if os.path.isdir(spec) else expand_pattern(spec))
-
-
-def _tars_in(folder: str) -> list[Path]:
-    return [Path(path) for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))]
-
-
-def _is_pattern(spec: str) -> bool:
-    return "{" in spec or glob.has_magic(spec)
-
-
-def split_query(spec: str) -> tuple[str, str]:
-    """Return a specification without its `?name=value&...`, and that; a bare `?` is a wildcard."""
-    match = _QUERY.fullmatch(spec)
-    return (match[1], match[2]) if match else (spec, "")
-
-
-def _options(spec: str, *known: str) -> dict[str, str]:
-    """Return what the query of `spec` says, by name.
+def open_training(specs: str | Sequence[str]) -> Source:
+    """Open what is trained on: `a.csv=2 b.tar=1` is a mixture by weight, one source is itself.
 
     Raises:
-        ConfigError: a name that is not `known`, or one without a value.
+        ConfigError: a weight that is not positive, or weights behind some sources only.
+        AclipError: as `open_source`.
     """
-    chosen = {name: values[-1] for name, values in parse_qs(split_query(spec)[1], keep_blank_values=True).items()}
-    for name, value in chosen.items():
-        if name not in known:
-            raise ConfigError(f"'{spec}': {unknown_name('field', name, known)}")
-        if not value:
-            raise ConfigError(f"'{spec}': the field '{name}' is empty")
-    return chosen
+    return open_mixture(specs, lambda spec: _open(parse_spec(spec)))
 
 
-class _Asked(NamedTuple):
-    """What the query of a list of pairs asks for."""
+def _open(spec: Spec) -> Source:
+    from aclip.data.sets import resolve
 
-    columns: Columns | None
-    images: Path | None
-    split: str | None
-
-
-def _asked(spec: str, *known: str) -> _Asked:
-    """Return what the query of `spec` asks for; a list takes the fields `known`.
-
-    Raises:
-        ConfigError: another field, one column without the other, or a folder of pictures that is none.
-    """
-    chosen = _options(spec, *known)
-    columns = images = None
-    if chosen.keys() & set(_COLUMNS):
-        if "image" not in chosen or "caption" not in chosen:
-            path = split_query(spec)[0]
-            raise ConfigError(f"'{spec}': name both columns, as in '{path}?image=COLUMN&caption=COLUMN'")
-        columns = Columns(chosen["image"], tuple(chosen["caption"].split(",")), chosen.get("tags"), chosen.get("label"))
-    if "images" in chosen:
-        images = Path(chosen["images"]).expanduser()
-        if not images.is_dir():
-            raise ConfigError(f"'{spec}': the folder of pictures '{images}' does not exist")
-    return _Asked(columns, images, chosen.get("split"))
+    stretch = spec.get("stretch")
+    plain = Spec(spec.text, spec.path, {name: value for name, value in spec.options.items() if name != "stretch"})
+    folder = resolve(spec.path)
+    source = _open_whole(plain if folder is None else plain.with_path(folder))
+    _log.info("%s", source.summary)
+    if stretch is not None:
+        source = Stretched(source, stretch)
+    return source if spec.part is None else Part(source, *spec.part)
 
 
-def _is_list(*endings: str) -> Callable[[str], bool]:
-    """Return a test for a file with one of these endings, or a pattern of such files."""
-
-    def accepts(spec: str) -> bool:
-        path = split_query(spec)[0]
-        return path.lower().endswith(endings) and (os.path.isfile(path) or _is_pattern(path))
-
-    return accepts
-
-
-def _each(open_one: Callable[[Path, str], Source]) -> Callable[[str], Source]:
-    """Return a function that opens every file of a pattern with `open_one(path, query)` and joins them."""
-
-    def open_all(spec: str) -> Source:
-        pattern, query = split_query(spec)
-        paths = expand_pattern(pattern)
-        sources = [open_one(path, f"{path}?{query}" if query else str(path)) for path in paths]
-        return sources[0] if len(sources) == 1 else Joined(spec, sources)
-
-    return open_all
-
-
-def _open_table(path: Path, spec: str) -> Source:
-    asked = _asked(spec, *_COLUMNS, "images")
-    return TableSource(path, asked.columns, asked.images)
-
-
-def _open_json_lines(path: Path, spec: str) -> Source:
-    asked = _asked(spec, *_COLUMNS, "images")
-    return JsonSource(path, asked.columns, asked.images)
-
-
-def _open_json(path: Path, spec: str) -> Source:
-    return open_json(path, *_asked(spec, *_COLUMNS, "images", "split"))
-
-
-def _open_slip(path: Path, spec: str) -> Source:
-    return open_slip(path, _asked(spec, "images").images)
-
-
-def _open_hugging_face(spec: str) -> Source:
-    asked = _asked(spec, *_COLUMNS, "split")
-    return HuggingFaceSource(Path(split_query(spec)[0]), asked.columns, asked.split)
-
-
-def _is_parquet(spec: str) -> bool:
-    path = split_query(spec)[0]
+def _open_whole(spec: Spec) -> Source:
+    path = spec.path
+    if path.startswith(TORCHVISION) and not os.path.exists(path):
+        return open_torchvision(spec)
+    if "://" in path and not os.path.exists(path):
+        if not path.startswith("file://"):
+            return _open_remote(spec)
+        path = path.removeprefix("file://")
     if os.path.isdir(path):
-        return bool(_parquet_in(path)) and not holds_pictures(Path(path))
-    return path.lower().endswith(".parquet") and (os.path.isfile(path) or _is_pattern(path))
+        return _open_folder(Path(path), spec)
+    if not os.path.isfile(path) and not is_pattern(path):
+        raise DataError(f"'{path}' does not exist: give {'; '.join(SOURCES)}")
+    paths = expand_paths(path)
+    return _open_files(paths, spec.with_path(path))
 
 
-def _open_parquet(spec: str) -> Source:
-    path, asked = split_query(spec)[0], _asked(spec, *_COLUMNS, "images")
-    paths = _parquet_in(path) if os.path.isdir(path) else expand_pattern(path)
-    return open_parquet(path, paths, asked.columns, asked.images)
+def _open_remote(spec: Spec) -> Source:
+    if not any(ending in spec.path for ending in _TAR_ENDINGS):
+        raise DataError(f"'{spec.path}' cannot be read remotely: WebDataset shards can, the rest is local")
+    spec.allow(*_SHARD_OPTIONS)
+    return RemoteShardSource(spec.path, expand_urls(spec.path), **_shard_options(spec))
 
 
-def _parquet_in(folder: str) -> list[Path]:
-    return [Path(path) for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.parquet")))]
+def _shard_options(spec: Spec) -> dict[str, Any]:
+    captions = spec.get("captions", "lines")
+    if captions not in ("lines", "whole"):
+        raise ConfigError(f"'{spec.text}': {unknown_name('reading of text files', captions, ('lines', 'whole'))}")
+    return {"image": spec.get("image"), "caption": spec.get("caption"), "captions": captions}
 
 
-def _open_folder(spec: str) -> Source:
-    """Open `pictures/` or `pictures/?templates=a photo of a {}.|a drawing of a {}.`.
+def _open_files(paths: Sequence[Path], spec: Spec) -> Source:
+    """Open files of one kind; what the first is decides."""
+    first = paths[0]
+    if _is_tar(first):
+        spec.allow(*_SHARD_OPTIONS)
+        return ShardSource(spec.path, paths, **_shard_options(spec))
+    if is_columnar(first) or first.suffix.lower() == ".parquet":
+        return open_columnar(paths, spec)
+    if first.suffix.lower() in (".pkl", ".npy", ".pickle"):
+        raise DataError(f"{first} is a pickle, which can run any program when it is read: docs/convert_slip.py makes a "
+                        "table of SLIP's metadata")
+    sources = [open_list_source(path, spec.with_path(path)) for path in paths]
+    return sources[0] if len(sources) == 1 else Joined(spec.path, sources)
 
-    Where a list of pairs lies beside the pictures, and no text files do, the list has the captions: to take the
-    folders' names in its place would train on "a photo of a images.".
-    """
-    folder = Path(split_query(spec)[0])
-    templates = tuple(filter(None, _options(spec, "templates").get("templates", "").split("|")))
+
+def _is_tar(path: Path) -> bool:
+    if path.name.lower().endswith(_TAR_ENDINGS):
+        return True
+    with path.open("rb") as file:
+        return file.read(262)[257:] == b"ustar"
+
+
+def _open_folder(folder: Path, spec: Spec) -> Source:
+    """Open what a folder holds: a saved data set, shards, Parquet, or images with their captions."""
+    if is_saved(folder):
+        return open_saved(folder, spec)
+    listing = list_folder(folder)
+    if not listing.images and not listing.unread:
+        paths, chosen = _data_files(folder, spec)
+        if paths:
+            return _open_files(paths, chosen)
+    if "templates" in spec.options or _has_captions(listing):
+        return _open_images(listing, spec)
+    if lists := _lists_in(folder):
+        return _open_listed(folder, lists, spec)
+    if splits := _split_folders(listing):
+        only = next(iter(splits)) if len(splits) == 1 else None
+        chosen_splits = choose_split(str(folder), splits, spec.get("split") or only)
+        sources = [_open_folder(folder / name, _without_split(spec, folder / name)) for name in chosen_splits]
+        return sources[0] if len(sources) == 1 else Joined(spec.path, sources)
+    if lists := _lists_in(folder, below=True):
+        return _open_listed(folder, lists, spec)
+    return _open_images(listing, spec)
+
+
+def _open_images(listing: Listing, spec: Spec) -> Source:
+    spec.allow("templates", "captions", "encoding")
+    templates = tuple(filter(None, spec.get("templates", "").split("|")))
     for template in templates:
         if "{}" not in template:
-            raise ConfigError(f"'{spec}': the template '{template}' has no {{}} for the folder's name")
-    lists = sorted(path for path in folder.iterdir() if path.suffix.lower() in _LISTS and path.is_file())
-    if templates or not lists or holds_texts(folder):
-        return FolderSource(folder, templates)
-    if len(lists) > 1:
-        raise DataError(f"{folder} holds several lists of pairs, {', '.join(path.name for path in lists)}: name one of "
-                        "them, or say with '?templates=a photo of a {}.' that its folders are classes")
-    _log.info("%s: its captions are taken from %s", folder, lists[0].name)
-    return open_source(str(lists[0]))
+            raise ConfigError(f"'{spec.text}': the template '{template}' has no {{}} for the folder's name")
+    captions = spec.get("captions", "lines")
+    if captions not in ("lines", "whole"):
+        raise ConfigError(f"'{spec.text}': {unknown_name('reading of text files', captions, ('lines', 'whole'))}")
+    return FolderSource(listing, templates, whole_texts=captions == "whole", encoding=spec.get("encoding"))
 
 
-_LISTS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet")
-_QUERY = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)
-_COLUMNS = ("image", "caption", "tags", "label")
+def _has_captions(listing: Listing) -> bool:
+    stems = {os.path.splitext(image)[0] for image in listing.images} | set(listing.images)
+    return not stems.isdisjoint(listing.texts) or not stems.isdisjoint(listing.described)
 
 
-def _open_torchvision(spec: str) -> Source:
-    options = _options(spec, "root", "split", "labels")
-    path = split_query(spec)[0]
-    if "root" not in options:
-        raise ConfigError(f"'{spec}': say where it lies, as in '{path}?root=FOLDER&split=test'")
-    return TorchvisionSource(path, Path(options["root"]).expanduser(), options.get("split"),
-                             options.get("labels", "name"))
+def _lists_in(folder: Path, below: bool = False) -> list[Path]:
+    """Return the files of a folder, or of the folders right below it, that list images and captions."""
+    paths = sorted(folder.glob("*/*" if below else "*"))
+    found = [path for path in paths if path.suffix.lower() in LIST_ENDINGS and not path.name.startswith(".")
+             and "submission" not in path.name and path.is_file() and _lists_captions(path)]
+    about_captions = [path for path in found if "caption" in path.stem.lower()]
+    return about_captions if len(about_captions) < len(found) and about_captions else found
 
 
-READERS: dict[str, Reader] = {
-    "torchvision": Reader(
-        "a classification set as torchvision lays it out ('torchvision:food101?root=FOLDER&split=test')",
-        lambda spec: spec.startswith(TORCHVISION),
-        _open_torchvision,
-    ),
-    "remote shards": Reader(
-        "WebDataset shards elsewhere ('s3://bucket/{0000..0012}.tar', 'http://...')",
-        lambda spec: "://" in spec and ".tar" in spec,
-        lambda spec: RemoteShardSource(spec, expand_urls(spec)),
-    ),
-    "shards": Reader(
-        "WebDataset shards (a .tar file, a pattern such as 'shards/{0000..0012}.tar' or 'shards/*.tar', "
-        "or a folder of .tar files)",
-        _is_shards,
-        _open_shards,
-    ),
-    "table": Reader(
-        "a table (.csv or .tsv with a column of image paths and one of captions)",
-        _is_list(".csv", ".tsv", ".tab"),
-        _each(_open_table),
-    ),
-    "json lines": Reader(
-        "JSON lines (.jsonl with an image path and a caption, or several, in each object)",
-        _is_list(".jsonl", ".ndjson"),
-        _each(_open_json_lines),
-    ),
-    "json": Reader(
-        "a .json file (COCO captions, Karpathy's splits, or a list of objects)",
-        _is_list(".json"),
-        _each(_open_json),
-    ),
-    "parquet": Reader(
-        "Parquet (a .parquet file, a pattern or a folder of them, with the pictures or their paths)",
-        _is_parquet,
-        _open_parquet,
-    ),
-    "slip": Reader(
-        "metadata of SLIP (yfcc15m.pkl, cc3m.npy or cc12m.npy)",
-        _is_list(".pkl", ".npy"),
-        _each(_open_slip),
-    ),
-    "hugging face": Reader(
-        "a folder that Hugging Face's save_to_disk wrote",
-        lambda spec: is_hugging_face(Path(split_query(spec)[0])),
-        _open_hugging_face,
-    ),
-    "folder": Reader(
-        "a folder of pictures with .txt captions beside them, or of class folders",
-        lambda spec: os.path.isdir(split_query(spec)[0]),
-        _open_folder,
-    ),
-}
+def _lists_captions(path: Path) -> bool:
+    if is_columnar(path):
+        return True
+    try:
+        file = open_list(path, split="")
+        return file.given is not None or bool(settle_columns(parse_spec(str(path)), file.header, file.sample).captions)
+    except ConfigError as error:
+        return "splits" in str(error)
+    except DataError:
+        return False
+
+
+def _open_listed(folder: Path, lists: Sequence[Path], spec: Spec) -> Source:
+    """Open the list that describes a folder, or those of the splits that are asked for."""
+    if len(lists) == 1:
+        return _open_files(lists, spec.with_path(lists[0]))
+    by_split = _by_split(folder, lists)
+    if by_split is None or any(len(paths) > 1 for paths in by_split.values()):
+        names = ", ".join(str(path.relative_to(folder)) for path in lists)
+        raise DataError(f"{folder} holds several lists of pairs, {names}: name one of them, or say with "
+                        "'?templates=a photo of a {}.' that its folders are classes")
+    wanted = choose_split(str(folder), {name: len(paths) for name, paths in by_split.items()}, spec.get("split"))
+    sources = [_open_files(by_split[name], _without_split(spec, by_split[name][0])) for name in wanted]
+    return sources[0] if len(sources) == 1 else Joined(spec.path, sources)
+
+
+def _data_files(folder: Path, spec: Spec) -> tuple[list[Path], Spec]:
+    """Return the shards, columnar files or list of a folder without images, of the splits that are asked for."""
+    for ending in ("tar", "parquet", "arrow"):
+        for depth in ("*", "*/*", "*/*/*"):
+            paths = [path for path in sorted(folder.glob(f"{depth}.{ending}")) if path.is_file()]
+            if not paths:
+                continue
+            by_split = _by_split(folder, paths)
+            if by_split is None:
+                return paths, spec
+            if len(by_split) > 1 or "split" in spec.options:
+                sizes = {name: len(some) for name, some in by_split.items()}
+                wanted = choose_split(str(folder), sizes, spec.get("split"))
+                paths = [path for name in wanted for path in by_split[name]]
+            return paths, _without_split(spec, folder)
+    return [], spec
+
+
+def _by_split(folder: Path, paths: Sequence[Path]) -> dict[str, list[Path]] | None:
+    """Return split -> files, or None if the names of some tell no split."""
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        folders = [name for name in path.relative_to(folder).parts[:-1] if name.lower() in SPLIT_NAMES]
+        match = _SPLIT_OF_FILE.fullmatch(path.name.partition(".")[0])
+        name = folders[0] if folders else match[1] if match else None
+        if name is None:
+            return None
+        found.setdefault(name, []).append(path)
+    return found
+
+
+def _split_folders(listing: Listing) -> dict[str, int]:
+    """Return split -> images if the folders right below are the splits of a set, else nothing."""
+    top = listing.top
+    if not top or any(name.lower() not in SPLIT_NAMES for name in top) or any("/" not in one for one in listing.images):
+        return {}
+    counts = Counter(image.partition("/")[0] for image in listing.images)
+    return {name: counts[name] for name in top}
+
+
+def _without_split(spec: Spec, path: Path) -> Spec:
+    options = {name: value for name, value in spec.options.items() if name != "split"}
+    return Spec(spec.text, spec.path, options).with_path(path)

@@ -1,14 +1,21 @@
-"""What every source is: pairs that can be counted, and read in any order."""
+"""What every source is: image-text pairs that can be counted, and read in any order."""
 
+import hashlib
+import pickle
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, SupportsIndex
 
 import numpy as np
 
+from aclip import rng
+from aclip.data.decode import grey_peak
+from aclip.errors import BadSampleError
+
 WINDOW = 8
-"""Groups of a `Grouped` source that training draws from at a time."""
+"""Groups that training draws from at a time, and that a reader of groups keeps."""
 
 
 @dataclass(frozen=True)
@@ -16,43 +23,75 @@ class RawSample:
     """One pair as it is stored.
 
     Attributes:
-        key: the sample's name, by which it is reported.
-        image: the bytes of the picture's file, not yet decoded.
-        captions: as written; none where the source has none for this picture.
-        tags: further words for the picture.
-        label: the picture's class, or None.
-        concept: what the captions name, if they are several ways to say it: pictures of one concept are not each
+        name: unique in its source; reports and journals use it.
+        image: the bytes of the image file, not yet decoded.
+        captions: as written; empty where the source has none for this image.
+        tags: further words for the image.
+        label: the image's class, or None.
+        concept: what the captions name, if they are several ways to say it: images of one concept are not each
             other's negatives whichever caption each is drawn with. None: every caption stands for itself.
     """
 
-    key: str
+    name: str
     image: bytes
     captions: tuple[str, ...]
     tags: tuple[str, ...] = ()
     label: str | None = None
     concept: str | None = None
 
+    @property
+    def key(self) -> str:
+        """The name, for callers that have not moved to `name` yet."""
+        return self.name
 
-@runtime_checkable
-class Source(Protocol):
-    """A numbered collection of pairs, cheap to hand to worker processes.
 
-    A source is pickled or forked into every worker, so it holds no open file, and all processes see
-    the same samples under the same indices.
+@dataclass(frozen=True)
+class Summary:
+    """How a source was read, for one line: `found` = `captioned` + `uncaptioned` + the sum of `left_out`.
 
     Attributes:
-        name: what the user called it.
+        source: what the user called it.
+        found: images seen, used or not.
+        captioned: images used that have a caption (one that may turn out to be blank counts).
+        uncaptioned: images used without a caption.
+        left_out: reason -> images found and not used.
+        notes: how the source was read, and how to choose another reading where two are plausible.
     """
 
-    name: str
+    source: str
+    found: int
+    captioned: int
+    uncaptioned: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the line."""
+        parts = [f"{self.found:,} image{'s' * (self.found != 1)}"]
+        if self.uncaptioned:
+            parts += [f"{self.captioned:,} captioned", f"{self.uncaptioned:,} without caption"]
+        parts += [f"{count:,} left out ({reason})" for reason, count in self.left_out.items() if count]
+        return "; ".join([f"{self.source}: {', '.join(parts)}", *self.notes])
+
+
+class Source:
+    """A numbered collection of pairs, cheap to hand to worker processes.
+
+    A source is pickled or forked into every worker, so it holds no open file, and all processes see the same samples
+    under the same indices. Subclasses define `__len__`, `read` and `name`; the rest has defaults.
+
+    Attributes:
+        spec: what the user called it.
+        groups: number of samples in each group, where reading is by groups of consecutive samples (row groups, remote
+            shards) and a random order over all of them would be slow; empty where any order is as fast.
+    """
+
+    spec: str
+    groups: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of samples, bad ones included."""
-        ...
-
-    def key(self, index: int) -> str:
-        """Return the name of sample `index` without reading it."""
-        ...
+        raise NotImplementedError
 
     def read(self, index: int) -> RawSample:
         """Read sample `index`, 0 <= index < len.
@@ -60,18 +99,185 @@ class Source(Protocol):
         Raises:
             BadSampleError: the sample's files or fields are missing or unreadable.
         """
-        ...
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Return the unique, printable name of sample `index` without reading it."""
+        raise NotImplementedError
+
+    def key(self, index: int) -> str:
+        """The name, for callers that have not moved to `name(index)` yet."""
+        return self.name(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of sample `index`; sources that can do so without reading the image override this.
+
+        Raises:
+            BadSampleError: the sample cannot be read.
+        """
+        return self.read(index).captions
+
+    def path(self, index: int) -> Path | None:
+        """Return the file that is the image of sample `index`, or None if the image is no file of its own."""
+        return None
+
+    def order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the samples of an epoch in order, and for each the pass from which its crops and caption are drawn.
+
+        A function of its arguments alone. By default every sample once, the groups mixed `WINDOW` at a time.
+
+        Returns:
+            (n,) int64 each.
+        """
+        samples = window_order(self.groups, seed, epoch) if self.groups else epoch_order(len(self), seed, epoch)
+        return samples, np.full(len(samples), epoch, dtype=np.int64)
+
+    def window(self, seed: int, epoch: int, sample: int) -> list[range]:
+        """Return the samples that are read at about the time of `sample`: those of its window of groups.
+
+        A replacement drawn from them needs no shard or row group that is not in use anyway. Without groups every sample
+        is as near. The last window, which may be short, is filled up from the one before.
+
+        Args:
+            seed, epoch, sample: as in `order`, the epoch being the pass that it returned with the sample.
+        """
+        if not self.groups:
+            return [range(len(self))]
+        ends = np.cumsum(self.groups, dtype=np.int64)
+        order = rng.generator(seed, "order", epoch).permutation(len(ends)).tolist()
+        first = order.index(int(np.searchsorted(ends, sample, side="right"))) // WINDOW * WINDOW
+        chosen = order[max(0, min(first, len(order) - WINDOW)) : first + WINDOW]
+        return [range(int(ends[group]) - self.groups[group], int(ends[group])) for group in chosen]
+
+    def advice(self) -> list[str]:
+        """Return sentences about what makes training on this source slow or useless, each with what to do.
+
+        Some captions are read, and of a source of many files some images.
+        """
+        return [*_group_advice(self), *_file_advice(self), *_grey_advice(self), *_caption_advice(self)]
+
+    @property
+    def parts(self) -> tuple["Source", ...]:
+        """The sources that this one is made of; empty for one that reads files itself."""
+        return ()
+
+    @property
+    def summary(self) -> Summary:
+        """How the source was read; its line is logged when the source is opened."""
+        return Summary(self.spec, len(self), len(self))
+
+    def digest(self) -> str:
+        """Return a hash of what the samples are and how they are numbered, for ranks to compare; not of where they lie.
+
+        Returns:
+            32 hexadecimal digits.
+        """
+        return digest_of(type(self).__name__, len(self), self.groups)
 
 
-@runtime_checkable
-class Grouped(Protocol):
-    """A source that reads whole groups of samples, so that a random order over all of them would be slow.
+_PACK = "'aclip data pack {} --output shards' makes shards of 1,000 pairs of it"
+_LARGE_GROUP = 20_000  # samples: eight such groups of 30 kB images are 5 GB in each worker
+_MANY_FILES = 50_000
+_SMALL_FILE = 16_384  # bytes: below it, opening a file takes longer than reading it on most disks
+_FILES_READ, _GREYS_READ, _CAPTIONS_READ = 15, 5, 200
 
-    Attributes:
-        groups: samples in each group; a group's samples have consecutive numbers, in the order of the groups.
+
+def _group_advice(source: Source) -> Iterator[str]:
+    if source.groups and max(source.groups) > _LARGE_GROUP:
+        yield (f"{source.spec} has a row group of {max(source.groups):,} pairs, and each worker keeps {WINDOW} in memory: "
+               f"{_PACK.format(source.spec)}")
+    elif source.groups and len(source.groups) == 1 and len(source) > 1000:
+        yield (f"{source.spec} has one row group, which every worker reads whole: {_PACK.format(source.spec)}")
+
+
+def _file_advice(source: Source) -> Iterator[str]:
+    if len(source) < _MANY_FILES or source.path(0) is None:
+        return
+    sizes = []
+    for index in np.linspace(0, len(source) - 1, _FILES_READ).astype(int).tolist():
+        path = source.path(index)
+        if path is not None and path.is_file():
+            sizes.append(path.stat().st_size)
+    if sizes and (size := float(np.median(sizes))) < _SMALL_FILE:
+        yield (f"{source.spec} has {len(source):,} files of about {size / 1000:.0f} kB, and on many disks opening "
+               f"one takes longer than reading it: {_PACK.format(source.spec)}")
+
+
+def _grey_advice(source: Source) -> Iterator[str]:
+    """Say that 16-bit images use a small part of their range, as those of 12-bit detectors do."""
+    peaks = []
+    for index in range(min(len(source), _GREYS_READ)):
+        try:
+            peak = grey_peak(source.read(index).image)
+        except BadSampleError:
+            continue
+        peaks += [] if peak is None else [peak]
+    if peaks and 0 < max(peaks) < 2**15:
+        white = 2 ** max(peaks).bit_length() - 1
+        yield (f"{source.spec} has 16-bit grey images whose brightest value is {max(peaks):,} of 65,535, so they are read "
+               f"as nearly black: '?stretch={white}' makes {white:,} white, '?stretch=1' stretches each image")
+
+
+def _caption_advice(source: Source) -> Iterator[str]:
+    """Say that nothing can be learnt from the captions, as far as some of them tell."""
+    numbers = np.unique(np.linspace(0, len(source) - 1, _CAPTIONS_READ).astype(int)).tolist()
+    if source.groups:  # no further than the first group
+        numbers = list(range(min(source.groups[0], _CAPTIONS_READ)))
+    said: set[str] = set()
+    for index in numbers:
+        try:
+            said.update(" ".join(text.split()) for text in source.captions(index) if text.strip())
+        except BadSampleError:
+            continue
+        if len(said) > 1:
+            return
+    if said and len(source) > 1:
+        yield f"{source.spec} has one caption for every image, {said.pop()[:80]!r}: nothing can be learnt from it"
+    elif not said and numbers:
+        yield (f"no image of {source.spec} has a caption, as far as {len(numbers)} tell: it serves evaluation by classes, "
+               "not training with text")
+
+
+def digest_of(*parts: Any) -> str:
+    """Return 32 hexadecimal digits of BLAKE2b over bytes, `PackedStrings`, arrays and the text of anything else."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, PackedStrings):
+            part = part.content()
+        elif isinstance(part, np.ndarray):
+            part = np.ascontiguousarray(part).tobytes()
+        elif not isinstance(part, bytes | bytearray):
+            part = str(part).encode("utf-8", errors="backslashreplace")
+        state.update(len(part).to_bytes(8, "big"))
+        state.update(part)
+    return state.hexdigest()
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Return a permutation of `range(count)`, (count,) int64, that depends on (seed, epoch) alone."""
+    return rng.generator(seed, "order", epoch).permutation(count)
+
+
+def window_order(groups: Sequence[int], seed: int, epoch: int, *, window: int = WINDOW) -> np.ndarray:
+    """Return a permutation that stays within a few groups of consecutive samples at a time.
+
+    The groups are permuted, taken `window` at a time, and the samples of each window are permuted: every sample
+    once, and at any moment at most `window` groups (two windows' at a border) are needed.
+
+    Args:
+        groups: samples in each group.
+        seed, epoch: what the order depends on, with the two above.
+        window: groups that are mixed.
+
+    Returns:
+        (sum of groups,) int64.
     """
-
-    groups: tuple[int, ...]
+    generator = rng.generator(seed, "order", epoch)
+    ends = np.cumsum(groups, dtype=np.int64)
+    ranges = [np.arange(end - size, end) for size, end in zip(groups, ends.tolist(), strict=True)]
+    order = generator.permutation(len(groups)).tolist()
+    windows = [order[first : first + window] for first in range(0, len(order), window)]
+    return np.concatenate([generator.permutation(np.concatenate([ranges[i] for i in chosen])) for chosen in windows])
 
 
 def printable(name: str) -> str:
@@ -102,7 +308,7 @@ class Runs:
 
 
 class PackedStrings:
-    """A list of strings in two flat buffers, to which can be appended.
+    """A list of strings in two flat buffers that strings can be appended to.
 
     A million Python strings cost about 60 MB more than their text, and touching their reference counts
     copies them into every forked worker; a buffer costs 8 bytes a string and stays shared.
@@ -120,11 +326,42 @@ class PackedStrings:
         self._text += string.encode("utf-8", errors="surrogateescape")
         self._ends.append(len(self._text))
 
+    def content(self) -> bytes:
+        """Return the text and where each string ends, as bytes."""
+        return bytes(self._text) + self._ends.tobytes()
+
+    def sizes(self) -> np.ndarray:
+        """Return the (n,) int64 number of bytes of each string."""
+        return np.diff(np.frombuffer(self._ends, dtype=np.int64))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle the buffers out of band where the pickler can, so that spawned workers map them from one file."""
+        if int(protocol) < 5:
+            return super().__reduce_ex__(protocol)
+        return _unpacked, (pickle.PickleBuffer(self._text), pickle.PickleBuffer(self._ends))
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} strings")
-        text = self._text[self._ends[index] : self._ends[index + 1]]
-        return text.decode("utf-8", errors="surrogateescape")
+        return str(self._text[self._ends[index] : self._ends[index + 1]], "utf-8", "surrogateescape")
+
+
+def _unpacked(text: Any, ends: Any) -> PackedStrings:
+    strings = PackedStrings.__new__(PackedStrings)
+    strings._text, strings._ends = memoryview(text).cast("B"), memoryview(ends).cast("B").cast("q")  # type: ignore
+    return strings
+
+
+# Until every reader derives from Source and every caller reads `spec` and `name(index)`.
+class _HasGroups(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return bool(getattr(instance, "groups", ()))
+
+
+class Grouped(metaclass=_HasGroups):
+    """A source with groups; `source.groups` says so itself."""
+
+    groups: tuple[int, ...]

@@ -1,117 +1,307 @@
-"""A folder of pictures, each with its captions in a `.txt` file of the same name beside it."""
+"""A folder of images: captions beside them, in a list among them, or from the names of class folders."""
 
-import logging
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from aclip.data.captions import caption_lines, decode_text
-from aclip.data.decode import IMAGE_EXTENSIONS
-from aclip.data.sources.base import PackedStrings, RawSample, printable
+from aclip.data.captions import caption_lines, decode_text, guess_encoding
+from aclip.data.decode import HEIC_EXTENSIONS, IMAGE_EXTENSIONS, reads_heic
+from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
+from aclip.data.sources.columns import CAPTION_COLUMNS, label_of, split_tags, texts
+from aclip.data.sources.image_files import read_image
 from aclip.errors import BadSampleError, DataError
 
 CLASS_TEMPLATES = ("a photo of a {}.",)
 """Captions of class folders, unless others are given."""
 
-_log = logging.getLogger(__name__)
+LIST_ENDINGS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token")
+"""Endings of files that may list the images of a folder."""
+
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "restval")
+
+_TEXT_ENDINGS = (".txt", ".caption", ".captions")
+_NUMBERED = re.compile(r"\d{4,}")  # folders that a downloader fills in turn are no classes
+_SAMPLED_TEXTS = 200
 
 
-class FolderSource:
-    """Pictures found in a folder and below, in the order of their paths.
-
-    `cats/tom.jpg` has the captions of `cats/tom.txt`, one a line, and the label "cats". Names that begin
-    with a dot are passed over. Where a picture has no text file, its captions are the `templates` with the name of
-    its folder in place of `{}`: "a photo of a tabby cat." for `tabby_cat/tom.jpg`.
+@dataclass
+class Listing:
+    """What lies in a folder and below, paths relative to it.
 
     Attributes:
-        name: the folder.
-        templates: for pictures without a text file; none leaves them without a caption.
+        folder: the folder.
+        images: paths of images.
+        texts: path without ending -> the file of captions.
+        described: path without ending -> the `.json` file.
+        unread: ending -> images of kinds that cannot be read here.
+        links: linked folders left out because they are read where they lie.
     """
 
-    def __init__(self, folder: Path, templates: Sequence[str] = ()) -> None:
-        """List the pictures in `folder`.
+    folder: Path
+    images: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    described: dict[str, str] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    links: int = 0
 
-        If there is no text file at all, and every picture lies in a folder below, these are taken for classes:
-        `templates` is then `CLASS_TEMPLATES`, and that is logged.
+    @property
+    def top(self) -> list[str]:
+        """The folders directly below that hold images, sorted."""
+        return sorted({path.partition("/")[0] for path in self.images if "/" in path})
+
+    def captions_of(self, image: str) -> str:
+        """Return the path of the caption file of an image: beside it, or in a folder beside its own; "" for none."""
+        stem = _stem(image)
+        for table in (self.described, self.texts):
+            for name in (stem, image):
+                if name in table:
+                    return table[name]
+        return ""
+
+
+def list_folder(folder: Path) -> Listing:
+    """List the files below `folder`, in linked folders too; names that begin with a dot are passed over."""
+    found = Listing(folder)
+    readable = IMAGE_EXTENSIONS | (HEIC_EXTENSIONS if reads_heic() else frozenset())
+    for parent, names in _walk(folder, found):
+        below = os.path.relpath(parent, folder)
+        below = "" if below == "." else below.replace(os.sep, "/") + "/"
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if ending[1:] in readable:
+                found.images.append(below + name)
+            elif ending[1:] in HEIC_EXTENSIONS:
+                found.unread[ending] += 1
+            elif ending in _TEXT_ENDINGS:
+                found.texts.setdefault(_stem(below + name), below + name)
+            elif ending == ".json":
+                found.described.setdefault(_stem(below + name), below + name)
+    found.images.sort()
+    return found
+
+
+def _walk(folder: Path, found: Listing) -> Iterator[tuple[str, list[str]]]:
+    """Yield folders and the names of their files; a link is followed to a folder that is not read anyway."""
+    waiting, read = [str(folder)], [os.path.realpath(folder)]
+    while waiting:
+        parent = waiting.pop()
+        names = []
+        try:
+            with os.scandir(parent) as unsorted:
+                entries = sorted(unsorted, key=lambda entry: entry.name)
+        except OSError as error:
+            if parent == str(folder):
+                raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+            continue
+        for entry in entries:
+            if not entry.is_dir():
+                names.append(entry.name)
+            elif not entry.name.startswith(".") and entry.name != "__MACOSX":
+                real = os.path.realpath(entry.path) if entry.is_symlink() else ""
+                if real and any(_holds(one, real) or _holds(real, one) for one in read):
+                    found.links += 1
+                    continue
+                if real:
+                    read.append(real)
+                waiting.append(entry.path)
+        yield parent, names
+
+
+def _holds(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+class FolderSource(Source):
+    """Images found in a folder and below, in the order of their paths.
+
+    `cats/tom.jpg` has the captions of `cats/tom.txt`, one a line, or of `cats/tom.json`, and the label "cats". Where an
+    image has neither, its captions are the `templates` with the name of its folder in place of `{}`: "a photo of a tabby
+    cat." for `tabby_cat/tom.jpg`.
+
+    Attributes:
+        spec: the folder.
+        templates: for images without a caption file; none leaves them without a caption.
+    """
+
+    def __init__(
+        self, listing: Listing, templates: Sequence[str] = (), *, whole_texts: bool = False, encoding: str | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Read a folder that was listed.
+
+        If no image has a caption file, and all lie in two or more folders below, these are taken for classes:
+        `templates` is then `CLASS_TEMPLATES`, and the summary says so.
+
+        Args:
+            listing: of the folder.
+            templates: see above.
+            whole_texts: a `.txt` file is one caption, line breaks and all, rather than one a line.
+            encoding: of the text files; None finds it out.
+            notes: for the summary.
 
         Raises:
-            DataError: there are none.
+            DataError: no images.
         """
-        self.name = str(folder)
-        self._folder = folder
-        pictures, texts = _list_files(folder)
-        if not pictures:
-            raise DataError(
-                f"no pictures in {folder}: looked there and below for {', '.join(sorted(IMAGE_EXTENSIONS))}"
-            )
-        orphans = sorted(texts - {_stem(path) for path in pictures})
-        if orphans:
-            _log.warning(
-                "%s: %d text files have no picture beside them, e.g. %s.txt", folder, len(orphans), orphans[0]
-            )
-        self._pictures = PackedStrings(sorted(pictures))
+        self.spec = str(listing.folder)
+        self._folder, self._whole, self._notes = listing.folder, whole_texts, list(notes)
+        self._unread = dict(listing.unread)
+        if not listing.images:
+            raise DataError(f"no images in {listing.folder}: looked there and below for "
+                            f"{', '.join(sorted(IMAGE_EXTENSIONS))}{_heic_advice(self._unread)}")
+        beside = _parallel(listing)
+        files = [listing.captions_of(image) or beside.get(_below_top(image), "") for image in listing.images]
+        self._images, self._texts = PackedStrings(listing.images), PackedStrings(files)
         self.templates = tuple(templates)
-        if not texts and not templates and all("/" in path for path in pictures):
+        self._with_text = sum(map(bool, files))
+        if not self._with_text and not templates and _are_classes(listing):
             self.templates = CLASS_TEMPLATES
-            _log.info("%s: no text files, so the folders' names are the captions: '%s'", folder, CLASS_TEMPLATES[0])
+            self._notes.append(f"no caption files, so its {len(_parents(listing))} folders are classes: "
+                               f"'{CLASS_TEMPLATES[0]}' ('?templates=...' says otherwise)")
+        orphans = sorted(set(listing.texts.values()) - set(files)) if self._with_text else []
+        if orphans:
+            self._notes.append(f"{len(orphans):,} text files have no image beside them: {printable(orphans[0])}")
+        if listing.links:
+            self._notes.append(f"{listing.links} linked folders are read where they lie, and once")
+        self._encoding = encoding
+        self._fallback = None if encoding else self._look_at_texts(files)
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
-    def key(self, index: int) -> str:
-        """Return the picture's path below the folder."""
-        return printable(self._pictures[index])
+    def name(self, index: int) -> str:
+        """Return the image's path below the folder."""
+        return printable(self._images[index])
+
+    def path(self, index: int) -> Path:
+        """Return the image's file."""
+        return self._folder / self._images[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return an image's captions: of its caption file, else from its folder's name.
+
+        Raises:
+            BadSampleError: the caption file cannot be read.
+        """
+        return self._described(index)[0]
 
     def read(self, index: int) -> RawSample:
-        """Read a picture and its captions.
+        """Read an image and its captions.
 
         Raises:
             BadSampleError: a file that cannot be read.
         """
-        picture = self._pictures[index]
-        path = self._folder / picture
+        captions, tags, label = self._described(index)
+        return RawSample(self.name(index), read_image(self.path(index)), captions, tags, label or self._parent(index) or None)
+
+    @property
+    def summary(self) -> Summary:
+        """Images found, captioned, and of kinds that cannot be read."""
+        captioned = len(self) if self.templates else self._with_text
+        left_out = {f"{ending} files: pip install 'attentive-clip[heic]' reads them": count
+                    for ending, count in self._unread.items()}
+        found = len(self) + sum(self._unread.values())
+        return Summary(self.spec, found, captioned, len(self) - captioned, left_out, tuple(self._notes))
+
+    def digest(self) -> str:
+        """Return a hash of the paths of images and captions."""
+        return digest_of(self._images, self._texts, self.templates)
+
+    def _described(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+        """Return the captions, tags and label of an image."""
+        text = self._texts[index]
+        if not text:
+            words = " ".join(self._parent(index).replace("_", " ").split())
+            return tuple(template.replace("{}", words) for template in self.templates if words), (), ""
         try:
-            image = path.read_bytes()
-            text = path.with_suffix(".txt")
-            captions = caption_lines(decode_text(text.read_bytes())) if text.is_file() else None
+            data = (self._folder / text).read_bytes()
         except OSError as error:
-            raise BadSampleError(f"cannot read the file: {error.strerror}") from error
-        parent = printable(PurePosixPath(picture).parent.name)
-        if captions is None:
-            words = " ".join(parent.replace("_", " ").split())
-            captions = tuple(template.replace("{}", words) for template in self.templates if words)
-        return RawSample(self.key(index), image, captions, label=parent or None)
+            raise BadSampleError(f"cannot read the file: {error.strerror}: {printable(text)}") from error
+        if text.lower().endswith(".json"):
+            return _from_json(data)
+        said = decode_text(data, self._encoding, self._fallback)
+        return ((said,) if self._whole else caption_lines(said)), (), ""
+
+    def _parent(self, index: int) -> str:
+        return printable(PurePosixPath(self._images[index]).parent.name)
+
+    def _look_at_texts(self, files: Sequence[str]) -> str | None:
+        """Return the encoding of text files that are not UTF-8, found out from some of them together."""
+        odd, several, last = bytearray(), 0, ""
+        some = [file for file in files if file and not file.endswith(".json")]
+        for file in some[:: -(-len(some) // _SAMPLED_TEXTS) or 1]:
+            try:
+                data = (self._folder / file).read_bytes()
+            except OSError:
+                continue
+            several += len(caption_lines(decode_text(data))) > 1
+            try:
+                data.decode("utf-8")
+            except UnicodeDecodeError:
+                odd, last = odd + data + b"\n", file
+        if several and not self._whole:
+            self._notes.append(f"{several} of {min(len(some), _SAMPLED_TEXTS)} text files have several lines: each is a "
+                               "caption of its own ('?captions=whole' makes a file one caption)")
+        if not odd or odd.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return None
+        codec = guess_encoding(bytes(odd))
+        if codec == "utf-8-sig" or codec is None:
+            return None
+        self._notes.append(f"{printable(last)} and others are read as {codec} where they are not UTF-8 ('?encoding=NAME' says "
+                           "otherwise)")
+        return codec
 
 
-def holds_pictures(folder: Path) -> bool:
-    """Return whether `folder` or a folder below it has a picture, by file name."""
-    return bool(_list_files(folder)[0])
+def _from_json(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """Return captions, tags and label of the JSON beside an image, as img2dataset and scrapers write it."""
+    try:
+        fields = json.loads(decode_text(data))
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError(f"JSON that cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadSampleError("JSON that is not an object")
+    return captions_in(fields)
 
 
-def holds_texts(folder: Path) -> bool:
-    """Return whether `folder` or a folder below it has a `.txt` file beside a picture."""
-    pictures, texts = _list_files(folder)
-    return not texts.isdisjoint(map(_stem, pictures))
+def captions_in(fields: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """Return captions, tags and label of an object that describes one image."""
+    names = {name.lower(): name for name in reversed(fields)}
+    ordered = ("captions", *(name for name in CAPTION_COLUMNS if name not in ("captions", "label", "category", "class")))
+    captions = next((said for name in ordered if name in names and (said := texts(fields[names[name]]))), ())
+    tags = fields.get(names.get("tags", ""), fields.get(names.get("keywords", "")))
+    return captions, split_tags(texts(tags)), label_of(fields.get(names.get("label", "")))
 
 
-def _list_files(folder: Path) -> tuple[list[str], set[str]]:
-    """Return the pictures' paths and the text files' paths without their ending, below `folder`."""
-    pictures: list[str] = []
-    texts: set[str] = set()
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name).relative_to(folder).as_posix()
-            if _is_picture(name):
-                pictures.append(path)
-            elif name.endswith(".txt") and not name.startswith("."):
-                texts.add(_stem(path))
-    return pictures, texts
+def _are_classes(listing: Listing) -> bool:
+    parents = _parents(listing)
+    return all("/" in path for path in listing.images) and len(parents) > 1 and not all(map(_NUMBERED.fullmatch, parents))
 
 
-def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix[1:].lower() in IMAGE_EXTENSIONS
+def _parents(listing: Listing) -> set[str]:
+    return {PurePosixPath(path).parent.name for path in listing.images}
+
+
+def _parallel(listing: Listing) -> dict[str, str]:
+    """Return path below the topmost folder -> caption file, where texts lie in a folder beside that of the images."""
+    if len({file.partition("/")[0] for file in listing.texts.values() if "/" in file} - set(listing.top)) != 1:
+        return {}
+    return {_below_top(file): file for file in (*listing.texts.values(), *listing.described.values()) if "/" in file}
+
+
+def _below_top(path: str) -> str:
+    return _stem(path.partition("/")[2])
 
 
 def _stem(path: str) -> str:
-    return str(PurePosixPath(path).with_suffix(""))
+    return os.path.splitext(path)[0]
+
+
+def _heic_advice(unread: Mapping[str, int]) -> str:
+    if not unread:
+        return ""
+    return f"; {sum(unread.values())} {', '.join(unread)} files are read with pip install 'attentive-clip[heic]'"

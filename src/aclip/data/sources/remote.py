@@ -1,74 +1,99 @@
-"""Shards that lie elsewhere (`s3://`, `http://`, whatever fsspec knows), read through a bounded cache on the disk."""
+"""Shards behind addresses (`s3://`, `http://`, whatever fsspec knows), read through a bounded cache on the disk."""
 
 import errno
+import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from aclip.data.sources.base import WINDOW, RawSample, Runs
-from aclip.data.sources.shard_index import SIZES, cached_path
-from aclip.data.sources.shards import ShardSource, check_lost, expand_braces
-from aclip.errors import BadSampleError, DataError, MissingDependencyError
-from aclip.files import write_atomically
+from aclip.data.progress import progress
+from aclip.data.sources.base import WINDOW, RawSample, Runs, Source, Summary, digest_of
+from aclip.data.sources.shard_index import (
+    SIZES,
+    UNDERSTOOD,
+    Endings,
+    ShardIndex,
+    cached_index,
+    cached_path,
+    index_shard,
+)
+from aclip.data.sources.shards import ShardSource, check_lost, relative_names
+from aclip.data.spec import expand_braces
+from aclip.errors import AclipError, BadSampleError, DataError, MissingDependencyError
 
-TRIES = 4
-"""How often a shard is asked for before it counts as lost."""
+PATIENCE = 300.0
+"""Seconds of waiting, over all retries of one request, before a shard counts as lost."""
 
-FIRST_PAUSE = 0.5
-"""Seconds before the second try; each further pause is twice as long."""
+FIRST_WAIT, MAX_WAIT = 1.0, 60.0
+"""Seconds before the first retry, doubled for each further one, and the most."""
 
 TIMEOUT = 30.0
 """Seconds without a byte after which an HTTP server counts as stalled; other stores have limits of their own."""
 
-REST = 300.0
-"""Seconds for which a shard that could not be had is not asked for again."""
+RETRY_AFTER = 300.0
+"""Seconds before a lost shard is requested again."""
 
 CACHE_GB = 32.0
-"""Size of the cache, unless `$ACLIP_CACHE_GB` says another."""
+"""Size of the cache, unless `$ACLIP_CACHE_GB` says otherwise."""
 
 _AT_ONCE = 8  # downloads while shards are counted
+_LARGE = 20_000  # samples of a shard: fifty times as much as is read before a batch is complete
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
-class RemoteShardSource:
-    """Shards behind addresses; each is fetched whole when it is first needed, and dropped when the cache is full.
+class RemoteShardSource(Source):
+    """Shards behind addresses; each is downloaded whole when it is first needed, and evicted when the cache is full.
 
-    Whole, because training wants nearly all of a shard within a short time (`Grouped`: `WINDOW` shards are
-    mixed at a time), and one stream is what stores and their pricing are made for. The cache is shared by
-    all processes of a machine.
+    Whole, because training wants nearly all of a shard within a short time (`WINDOW` shards are mixed at a time), and
+    one stream is what stores and their pricing are made for. The cache is shared by all processes of a machine.
 
-    The number of samples in each shard must be known before training. It is taken from `sizes.json` beside
-    the shards; without one, every shard is fetched and counted once, and the counts are kept.
-
-    Attributes:
-        name: what the user called it.
-        groups: samples in each shard.
+    The number of samples in each shard must be known before training. It is taken from `sizes.json` beside the shards;
+    without one, every shard is downloaded and counted once, and its index is kept.
     """
 
-    def __init__(self, name: str, urls: Sequence[str]) -> None:
+    def __init__(
+        self,
+        spec: str,
+        urls: Sequence[str],
+        *,
+        image: str | None = None,
+        caption: str | None = None,
+        captions: Literal["lines", "whole"] = "lines",
+    ) -> None:
         """Count the samples of the shards `urls`.
 
+        Args:
+            spec: what the user called them.
+            urls: addresses.
+            image, caption, captions: as in `ShardSource`.
+
         Raises:
-            DataError: more shards out of reach or unreadable than `MAX_LOST`, or no sample in any.
+            DataError: more shards out of reach or unreadable than `MAX_LOST`, or no sample in any of them.
             MissingDependencyError: fsspec, or what it needs for this kind of address, is not installed.
         """
-        self.name = name
+        self.spec = spec
+        urls = list(dict.fromkeys(urls))
         file_system(urls[0])
+        self._reading = ShardSource.reading_of(image, caption, captions)
         known = _known_sizes(urls)
-        counts = _count([url for url in urls if url not in known], name, len(urls)) | known
+        counts = _count([url for url in urls if url not in known], spec, len(urls), self._reading.endings) | known
         self._urls = [url for url in urls if counts.get(url)]
+        if not self._urls:
+            raise DataError(f"no samples in {spec}: its {len(urls)} shards hold no image")
         self.groups = tuple(counts[url] for url in self._urls)
+        self._names = relative_names(self._urls)
         self._runs = Runs(self.groups)
+        self._lost_at_opening = len(urls) - len(self._urls)
         self._opened: dict[str, tuple[Path, ShardSource]] = {}
         self._lost: dict[str, tuple[float, DataError]] = {}
-        if not self._urls:
-            raise DataError(f"no samples in {name}: its {len(urls)} shards hold no picture")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what this process has opened."""
@@ -77,26 +102,52 @@ class RemoteShardSource:
     def __len__(self) -> int:
         return len(self._runs)
 
-    def key(self, index: int) -> str:
-        """Return the shard's file name and the number of the sample in it, counted from 1."""
+    def name(self, index: int) -> str:
+        """Return the shard's name and the number of the sample in it, counted from 1."""
         shard, row = self._runs.place(index)
-        return f"{self._urls[shard].rpartition('/')[2]}: sample {row + 1}"
+        return f"{self._names[shard]}: sample {row + 1}"
 
     def read(self, index: int) -> RawSample:
-        """Read one sample, and fetch its shard if that is not here.
+        """Read one sample, and download its shard if it is not cached.
 
         Raises:
-            BadSampleError: a bad sample, or a shard that cannot be had.
-            DataError: too many shards cannot be had, see `MAX_LOST`.
+            BadSampleError: a bad sample, or a shard that is out of reach.
+            DataError: too many shards are, see `MAX_LOST`.
         """
+        source, row = self._place(index)
+        return replace(source.read(row), name=self.name(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a sample, whose shard is downloaded if it is not cached."""
+        source, row = self._place(index)
+        return source.captions(row)
+
+    def advice(self) -> list[str]:
+        """Return what to do about large shards."""
+        if max(self.groups) <= _LARGE:
+            return []
+        return [f"{self.spec} has a shard of {max(self.groups):,} pairs, and a shard is used once it has arrived: "
+                f"'aclip data pack {self.spec} --output shards' writes shards of 1,000 pairs"]
+
+    @property
+    def summary(self) -> Summary:
+        """How many samples were found; whether they have captions is known when their shards are read."""
+        lost = self._lost_at_opening
+        return Summary(self.spec, len(self), len(self), notes=(f"{lost} shards left out",) if lost else ())
+
+    def digest(self) -> str:
+        """Return a hash of the shards' names and numbers of samples, in order."""
+        return digest_of("remote shards", self._names, self.groups)
+
+    def _place(self, index: int) -> tuple[ShardSource, int]:
         shard, row = self._runs.place(index)
         source = self._open(self._urls[shard])
         if row >= len(source):
-            raise BadSampleError(f"the shard holds {len(source)} samples, not {self.groups[shard]} as {SIZES} has it")
-        return source.read(row)
+            raise BadSampleError(f"the shard holds {len(source)} samples, {self.groups[shard]} when it was counted")
+        return source, row
 
     def _open(self, url: str) -> ShardSource:
-        """Return a shard, and keep it among the last that were used."""
+        """Return a shard; the ones used last stay open."""
         path, source = self._opened.pop(url, (None, None))
         if path is None or source is None or not _touch(path):
             path, source = self._fetch(url)
@@ -106,18 +157,18 @@ class RemoteShardSource:
         return source
 
     def _fetch(self, url: str) -> tuple[Path, ShardSource]:
-        """Fetch and index a shard; one that has just been out of reach is not asked for again yet."""
-        since, error = self._lost.get(url, (-REST, DataError("")))
-        if time.monotonic() - since < REST:
-            raise BadSampleError(str(error))
+        """Download and index a shard, unless it was lost a short while ago."""
+        now = time.monotonic()
+        self._lost = {one: (since, why) for one, (since, why) in self._lost.items() if now - since < RETRY_AFTER}
+        if url in self._lost:
+            raise BadSampleError(str(self._lost[url][1]))
         try:
-            opened = _fetch_and_index(url)
-        except DataError as reason:
-            self._lost[url] = time.monotonic(), reason
-            check_lost(self.name, [lost for _, lost in self._lost.values()], len(self._urls))
-            raise BadSampleError(str(reason)) from reason
-        self._lost.pop(url, None)
-        return opened
+            path, index = fetch_and_index(url, self._reading.endings)
+            return path, ShardSource.of_one(self.spec, path, index, self._reading)
+        except DataError as error:
+            self._lost[url] = time.monotonic(), error
+            check_lost(self.spec, [why for _, why in self._lost.values()], len(self._urls))
+            raise BadSampleError(str(error)) from error
 
 
 def expand_urls(spec: str) -> list[str]:
@@ -134,9 +185,9 @@ def expand_urls(spec: str) -> list[str]:
             continue
         store = file_system(pattern)
         try:
-            found = sorted(store.glob(pattern))
-        except Exception as error:  # every store has errors of its own
-            raise DataError(f"{pattern} cannot be listed: {_why(error)}") from error
+            found = sorted(_retried(lambda: store.glob(pattern), pattern))  # noqa: B023 - called at once
+        except _UnavailableError as error:
+            raise DataError(f"{pattern} cannot be listed: {error}") from error
         if not found:
             raise DataError(f"no such file: {pattern}")
         urls.extend(store.unstrip_protocol(path) for path in found)
@@ -163,101 +214,225 @@ def file_system(url: str) -> Any:
         return fsspec.filesystem(protocol, **options)
     except ImportError as error:
         raise MissingDependencyError(
-            f"{url} needs more to be read: pip install 'attentive-clip[remote]' ({_why(error)})") from error
+            f"{url} needs more packages to be read: pip install 'attentive-clip[remote]' ({_reason(error)})") from error
     except ValueError as error:
-        raise DataError(f"'{protocol}://' is no kind of address that fsspec knows: {_why(error)}") from error
+        raise DataError(f"'{protocol}://' is no kind of address that fsspec knows: {_reason(error)}") from error
 
 
-def fetch(url: str) -> Path:
-    """Return the file of an address in the cache, which is fetched if it is not there.
+# ------------------------------------------------------------------------------------------- requests
+
+
+class _UnavailableError(Exception):
+    """What was requested does not exist, or could not be had in `PATIENCE` seconds."""
+
+    def __init__(self, reason: str, *, missing: bool = False) -> None:
+        super().__init__(reason)
+        self.missing = missing
+
+
+def _retried(request: Callable[[], _Result], url: str) -> _Result:
+    """Return what a request to a store returns, which is repeated with back-off while it fails in passing.
 
     Raises:
-        DataError: it cannot be had after `TRIES` tries, or there is no room for it.
+        _UnavailableError: it failed for good, or longer than `PATIENCE`.
+        MissingDependencyError: a package is missing.
+        OSError: the local disk is full or read-only.
+    """
+    import tenacity
+
+    def log(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        assert state.next_action is not None
+        level = logging.WARNING if state.idle_for > 10 * FIRST_WAIT else logging.INFO
+        _log.log(level, "%s: %s; retried in %.0f s", url, _reason(error and _cause(error)), state.next_action.sleep)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        wait=tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=MAX_WAIT, jitter=FIRST_WAIT),
+        stop=lambda state: state.idle_for >= PATIENCE,
+        before_sleep=log,
+        sleep=lambda seconds: time.sleep(seconds),
+        reraise=True,
+    )
+    try:
+        return retrying(request)
+    except AclipError:
+        raise
+    except Exception as error:  # every store has errors of its own
+        if _is_local(error):
+            raise
+        missing = _is_missing(error)
+        reason = "there is no such file" if missing else _reason(_cause(error))
+        raise _UnavailableError(reason, missing=missing) from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    if not isinstance(error, Exception) or isinstance(error, AclipError):
+        return False
+    status = _status(_cause(error))
+    refused = 400 <= status < 500 and status not in (408, 409, 425, 429)
+    return not (refused or _is_missing(error) or _is_local(error))
+
+
+def _is_missing(error: BaseException) -> bool:
+    cause = _cause(error)
+    return isinstance(cause, FileNotFoundError | PermissionError) or _status(cause) in (403, 404, 410)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what failed: fsspec reports whatever goes wrong with an HTTP server as a file that does not exist."""
+    cause = error.__cause__
+    of_http = cause is not None and (type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError))
+    return cause if cause is not None and of_http and isinstance(error, FileNotFoundError) else error
+
+
+def _is_local(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _status(error: BaseException) -> int:
+    status = getattr(error, "status", 0)
+    return status if isinstance(status, int) else 0
+
+
+def _reason(error: BaseException | None) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
+    """Return address -> samples from the `sizes.json` of each folder that has one.
+
+    Raises:
+        DataError: the store does not say whether there is one. To count shards instead would give this rank another
+            order than those that could read it.
+    """
+    known: dict[str, int] = {}
+    for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
+        address = f"{folder}/{SIZES}"
+        try:
+            sizes = json.loads(_retried(functools.partial(file_system(address).cat_file, address), address))
+        except _UnavailableError as error:
+            if error.missing:
+                continue
+            raise DataError(f"{address} cannot be read: {error}") from error
+        except ValueError:
+            _log.warning("%s is not JSON: the shards are counted", address)
+            continue
+        if isinstance(sizes, dict):
+            known |= {f"{folder}/{name}": n for name, n in sizes.items() if isinstance(n, int) and n > 0}
+    return {url: known[url] for url in urls if url in known}
+
+
+def _count(urls: Sequence[str], spec: str, shards: int, endings: Endings) -> dict[str, int]:
+    """Return address -> samples, from shards that are downloaded if their index is not cached."""
+    if not urls:
+        return {}
+
+    def count(url: str) -> int | DataError:
+        index = cached_index(url, endings)
+        try:
+            return len((index or fetch_and_index(url, endings)[1]).keys)
+        except DataError as error:
+            return error
+
+    counts: dict[str, int] = {}
+    lost: list[DataError] = []
+    doing = f"counting the samples of {spec}, once (a {SIZES} beside the shards would save that)"
+    with ThreadPoolExecutor(_AT_ONCE) as pool, progress(doing, len(urls), "shards") as advance:
+        for url, found in zip(urls, pool.map(count, urls), strict=True):
+            if isinstance(found, DataError):
+                lost.append(found)
+                try:
+                    check_lost(spec, lost, shards)
+                except DataError:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            else:
+                counts[url] = found
+            advance(1)
+    return counts
+
+
+# ------------------------------------------------------------------------------------------- cache
+
+
+def fetch_and_index(url: str, endings: Endings = UNDERSTOOD) -> tuple[Path, ShardIndex]:
+    """Return the cached file of a shard, which is downloaded if it is not there, and its index.
+
+    Raises:
+        DataError: it cannot be downloaded or read, or there is no room for it.
     """
     from filelock import FileLock
 
     path = cached_path("shards", url, ".tar")
-    folder = path.parent
-    if _touch(path):
-        return path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not _touch(path):  # another process may have fetched it meanwhile
-                _download(url, path)
-                _make_room(folder, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not _touch(path):
+            with FileLock(path.with_suffix(".lock")):
+                if not _touch(path):  # another process may have downloaded it meanwhile
+                    _download(url, path, endings)
+                    _make_room(path)
+        # The index was written at the time of the download, so it belongs to this file whatever its version.
+        index = cached_index(url, endings)
+        if index is not None or path.exists():
+            return path, index or index_shard(path, endings, address=url, version="unknown")
+    except _UnavailableError as error:
+        raise DataError(f"{url} cannot be fetched: {error}") from error
     except OSError as error:
-        raise DataError(f"no room for {url} in {folder}: {_why(error)}") from error
-    return path
+        raise DataError(f"no room for {url} in {path.parent}: {_reason(error)}") from error
+    raise DataError(f"{url} is evicted from the cache before it is read: set ACLIP_CACHE_GB to more than a few shards")
 
 
-def _fetch_and_index(url: str) -> tuple[Path, ShardSource]:
-    """Return the file of a shard and what is in it.
+def _download(url: str, path: Path, endings: Endings) -> None:
+    """Download and index a file, which appears in the cache whole or not at all.
 
-    Raises:
-        DataError: it cannot be had or read.
-    """
-    for _ in range(TRIES):
-        path = fetch(url)
-        try:
-            return path, ShardSource(url, [path])
-        except DataError:
-            if path.exists():
-                raise
-    raise DataError(f"{url} is dropped from the cache before it is read: set ACLIP_CACHE_GB to more than a few shards")
-
-
-def _download(url: str, path: Path) -> None:
-    """Fetch a file so that it appears whole or not at all.
+    The index comes first: with a file that is in the cache there is never the index of an earlier version.
 
     Raises:
-        DataError: every try has failed.
+        _UnavailableError: as `_retried`.
+        DataError: not a tar file.
         OSError: the disk is full.
     """
     part = path.with_suffix(".part")
-    problem = ""
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+
+    def attempt() -> Mapping[str, Any]:
+        store = file_system(url)
+        info: Mapping[str, Any] = store.info(url)
+        store.get_file(url, str(part))
+        size, expected = part.stat().st_size, info.get("size")
+        if expected is not None and size != expected:
+            raise ConnectionError(f"{size:,} of {expected:,} bytes arrived")
+        return info
+
+    try:
+        info = _retried(attempt, url)
+        tags = (info.get(name) for name in ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "mtime"))
+        version = next((str(tag) for tag in tags if tag), "unknown")
+        if version == "unknown":
+            cached_path("index", url, ".npz").unlink(missing_ok=True)
         try:
-            store = file_system(url)
-            expected = store.info(url).get("size")
-            store.get_file(url, str(part))
-            size = part.stat().st_size
-            if expected is None or size == expected:
-                part.replace(path)
-                return
-            problem = f"{size:,} of {expected:,} bytes arrived"
-        except MissingDependencyError:
-            raise
-        except FileNotFoundError:
-            problem = "there is no such file"
-            break
-        except Exception as error:  # every store has errors of its own
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            problem = _why(error)
-        finally:
-            part.unlink(missing_ok=True)
-    raise DataError(f"{url} cannot be fetched: {problem}")
+            index_shard(part, endings, address=url, version=f"{part.stat().st_size} {version}")
+        except DataError as error:
+            raise DataError(str(error).replace(str(part), url)) from error
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def _make_room(folder: Path, newest: Path) -> None:
-    """Remove the files that were used longest ago until the cache has its size; the newest stays."""
+def _make_room(newest: Path) -> None:
+    """Evict the shards, and then the indexes, used longest ago until the cache has its size; the newest shard stays.
+
+    Raises:
+        DataError: `$ACLIP_CACHE_GB` is not a number.
+    """
     chosen = os.environ.get("ACLIP_CACHE_GB", str(CACHE_GB))
     try:
         limit = float(chosen) * 1e9
     except ValueError as error:
-        raise DataError(f"ACLIP_CACHE_GB is a number of gigabytes, not '{chosen}'") from error
-    files = []
-    for path in folder.glob("*.tar"):
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # removed by another process
-            continue
-        files.append((status.st_atime_ns, status.st_size, path))
+        raise DataError(f"ACLIP_CACHE_GB must be a number of gigabytes, not '{chosen}'") from error
+    files = sorted(_entries(newest.parent, ".tar")) + sorted(_entries(newest.parent.parent / "index", ".npz"))
     used = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
+    for _, size, path in files:
         if used <= limit:
             break
         if path != newest:
@@ -265,71 +440,20 @@ def _make_room(folder: Path, newest: Path) -> None:
             used -= size
 
 
+def _entries(folder: Path, ending: str) -> Iterator[tuple[int, int, Path]]:
+    """Yield when each file was used last, its size, and its path."""
+    for path in folder.glob(f"*{ending}"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # removed by another process
+            continue
+        yield status.st_atime_ns, status.st_size, path
+
+
 def _touch(path: Path) -> bool:
     """Note that a file of the cache is in use; return whether it is there."""
-    try:  # the time of change stays, by which the index of a shard is known
+    try:
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     except OSError:
         return False
     return True
-
-
-def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
-    """Return address -> samples from the `sizes.json` of each folder, where there is one that makes sense."""
-    known: dict[str, int] = {}
-    for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
-        try:
-            sizes = json.loads(file_system(folder + "/").cat_file(f"{folder}/{SIZES}"))
-        except MissingDependencyError:
-            raise
-        except Exception:  # it is not there, or it is not JSON: the shards are counted
-            continue
-        if isinstance(sizes, dict):
-            known |= {f"{folder}/{name}": n for name, n in sizes.items() if isinstance(n, int) and n > 0}
-    return {url: known[url] for url in urls if url in known}
-
-
-def _count(urls: Sequence[str], name: str, shards: int) -> dict[str, int]:
-    """Return address -> samples, from shards that are fetched if they have not been counted before."""
-    if not urls:
-        return {}
-    _log.info("%s: counting the samples of %d shards, once; a %s beside them would save that", name, len(urls), SIZES)
-
-    def count(url: str) -> int | DataError:
-        kept = cached_path("counts", url)
-        try:
-            return int(kept.read_text())
-        except (OSError, ValueError):
-            pass
-        try:
-            found = len(_fetch_and_index(url)[1])
-        except DataError as error:
-            return error
-        try:
-            write_atomically(kept, str(found))
-        except OSError as error:
-            _log.info("the count of %s is not kept: %s", url, error)
-        return found
-
-    counts: dict[str, int] = {}
-    lost: list[DataError] = []
-    said = time.monotonic()
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done, (url, found) in enumerate(zip(urls, pool.map(count, urls), strict=True), start=1):
-            if isinstance(found, DataError):
-                lost.append(found)
-                try:
-                    check_lost(name, lost, shards)
-                except DataError:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-            else:
-                counts[url] = found
-            if time.monotonic() - said > 10:
-                _log.info("%s: %d of %d shards counted", name, done, len(urls))
-                said = time.monotonic()
-    return counts
-
-
-def _why(error: Exception) -> str:
-    return str(error) or type(error).__name__

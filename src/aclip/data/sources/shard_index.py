@@ -1,41 +1,70 @@
-"""Where the members of a tar file lie, read from its headers once and kept beside other caches."""
+"""Which bytes of a tar file are which sample: read from its headers once, and cached."""
 
+import functools
 import hashlib
 import io
+import json
 import logging
 import os
 import tarfile
+import time
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from aclip.data.decode import IMAGE_EXTENSIONS
 from aclip.data.sources.base import PackedStrings
 from aclip.errors import DataError
-from aclip.files import write_atomically
+from aclip.files import cache_root, write_atomically
 
 _log = logging.getLogger(__name__)
 
 SIZES = "sizes.json"
-"""A file beside shards with the number of samples in each, by file name, as open_clip takes it, too."""
+"""A file beside shards with the number of samples in each, by file name, as in open_clip."""
 
 ROLES = ("image", "txt", "json", "cls")
-"""What a member can be of a sample."""
+"""What a member can be in a sample."""
 
 ABSENT = -1
 """Offset of a member that a sample does not have."""
 
+_FORMAT = 2  # of cached indexes
 _BLOCK = 512  # bytes; POSIX.1-2017, pax, "ustar Interchange Format"
-_FORMAT = 1  # of the files of the cache
-_LONGEST_EXTENSION = 2**24  # bytes of one header that extends the next; names and attributes need far less
+_MAX_EXTENSION = 2**24  # bytes of one header that extends the next; names and attributes need far less
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
                tarfile.GNUTYPE_LONGLINK)  # fmt: skip
 # What tarfile raises for hostile bytes: a chain of extension headers recurses, absurd sizes overflow.
 _BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+
+# Words within an ending: of what lies beside an image, and of the image that the others are derived from.
+_AUXILIARY = frozenset((
+    "mask", "masks", "depth", "seg", "segmentation", "semantic", "instance", "normal", "normals", "alpha", "matte",
+    "edge", "edges", "canny", "pose", "flow", "heatmap", "saliency", "thumb", "thumbnail",
+))  # fmt: skip
+_PRIMARY = frozenset(("image", "img", "input", "rgb", "photo", "picture", "source", "original"))
+_NAMINGS = (0, 1, 2)  # words of an ending, counted from the back; 0: all after the first dot, as WebDataset has it
+
+
+class Endings(NamedTuple):
+    """The endings that the user has chosen, each without its first dot, e.g. "input.jpg"; None: understood.
+
+    Attributes:
+        image: of the images.
+        caption: of the captions, ending in txt or json.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+
+
+UNDERSTOOD = Endings()
+"""Nothing is chosen."""
 
 
 @dataclass(frozen=True)
@@ -45,119 +74,137 @@ class ShardIndex:
     Attributes:
         keys: their names, in the order of their first members.
         members: (n, len(ROLES), 2) int64, offset and size in bytes of each member, `ABSENT` and 0 without one.
+        damage: what is wrong with the archive, or "".
+        repeated: members whose name occurred before; the first of each is used.
+        used: ending -> number of images that are used.
+        unused: ending -> number of images that belong to a sample with another image.
+        rivals: endings of images that could as well be those of their samples.
     """
 
     keys: PackedStrings
     members: np.ndarray
+    damage: str = ""
+    repeated: int = 0
+    used: Mapping[str, int] = field(default_factory=dict)
+    unused: Mapping[str, int] = field(default_factory=dict)
+    rivals: Sequence[str] = ()
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose size can be true; `tarfile` believes any, goes backwards for negative ones and never ends."""
+    """A header whose size is possible; `tarfile` believes any, goes backwards for negative ones and never ends."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Parse a header.
-
-        Raises:
-            tarfile.HeaderError: it is none, or its size is impossible.
-        """
         header = super().frombuf(buf, encoding, errors)
-        limit = _LONGEST_EXTENSION if header.type in _EXTENSIONS else 2**62
+        limit = _MAX_EXTENSION if header.type in _EXTENSIONS else 2**62
         if not 0 <= header.size <= limit:
             raise tarfile.InvalidHeaderError(f"a size of {header.size} bytes")  # type: ignore[attr-defined]
         return header
 
 
-def cache_folder() -> Path:
-    """Return where this project keeps what it can make again: `$ACLIP_CACHE`, else `~/.cache/aclip`."""
-    chosen = os.environ.get("ACLIP_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "aclip"
+def cached_path(kind: str, address: str, ending: str = "") -> Path:
+    """Return the file of a kind in the cache that belongs to an address; there is one for each."""
+    name = hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_root() / kind / f"{name}{ending}"
 
 
-def cached_path(kind: str, identity: str, ending: str = "") -> Path:
-    """Return the file of the cache, among those of a kind, that belongs to what `identity` says in full."""
-    name = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
-    return cache_folder() / kind / f"{name}{ending}"
+def index_shard(
+    path: Path, endings: Endings = UNDERSTOOD, *, address: str | None = None, version: str | None = None
+) -> ShardIndex:
+    """Return the index of a shard: the cached one if it belongs to this version of the shard, else from its headers.
 
+    Of a truncated shard the readable part is indexed, and `damage` says so.
 
-def index_shard(path: Path) -> ShardIndex:
-    """Return the index of a shard, from the cache if the shard has the size and time that it had then.
-
-    A shard that is cut off keeps its readable part; the rest is reported, and the index is not kept.
+    Args:
+        path: of the tar file.
+        endings: chosen by the user.
+        address: under which the index is cached; by default the absolute path.
+        version: of the shard; by default its size and time of change.
 
     Raises:
         DataError: not a tar file, a compressed one, or one that cannot be read.
     """
     try:
-        size, cached = _size_and_cache(path)
+        status = path.stat()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    index = _load(cached)
-    if index is not None:
-        return index
-    groups, sound = _read_headers(path, size)
-    members = np.array(list(groups.values()), dtype=np.int64).reshape(-1, len(ROLES), 2)
-    index = ShardIndex(PackedStrings(groups), members)
-    if sound:
-        _save(cached, index)
+    version = version or f"{status.st_size} {status.st_mtime_ns}"
+    address = address or str(path.absolute())
+    index = cached_index(address, endings, version)
+    if index is None:
+        index = _read_index(path, status.st_size, endings)
+        _save(cached_path("index", address, ".npz"), index, endings, version)
     return index
 
 
-def is_indexed(path: Path) -> bool:
-    """Return whether the cache has an index of the shard as it is now, so that `index_shard` need not read headers."""
-    try:
-        return _size_and_cache(path)[1].exists()
-    except OSError:
-        return False
-
-
-def _size_and_cache(path: Path) -> tuple[int, Path]:
-    """Return a shard's size in bytes, and the file of the cache that belongs to the shard as it is now."""
-    status = path.stat()
-    identity = f"{_FORMAT} {path.absolute()} {status.st_size} {status.st_mtime_ns}"
-    return status.st_size, cached_path("index", identity, ".npz")
-
-
-def _load(path: Path) -> ShardIndex | None:
-    """Return a cached index, or None if it is not there or damaged."""
+def cached_index(address: str, endings: Endings = UNDERSTOOD, version: str | None = None) -> ShardIndex | None:
+    """Return the cached index of an address, or None if there is none of this version (None: any), or it is damaged."""
+    path = cached_path("index", address, ".npz")
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
             text, members = content["keys"].tobytes(), content["members"]
-    # zipfile raises RuntimeError for flags that it takes for encryption or an unknown compression
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
+            about = json.loads(content["about"].tobytes())
+        if about["format"] != _FORMAT or Endings(*about["endings"]) != endings:
+            return None
+        if version is not None and about["version"] != version:
+            return None
+        keys = text.decode("utf-8", errors="surrogateescape").split("\0")[:-1]
+        if members.dtype != np.int64 or members.shape != (len(keys), len(ROLES), 2):
+            return None
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        return ShardIndex(PackedStrings(keys), members, **about["index"])
+    # zipfile raises RuntimeError for flags that it takes for encryption, NotImplementedError for unknown compression
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
         return None
-    keys = text.decode("utf-8", errors="surrogateescape").split("\0")[:-1]
-    if members.dtype != np.int64 or members.shape != (len(keys), len(ROLES), 2):
-        return None
-    return ShardIndex(PackedStrings(keys), members)
 
 
-def _save(path: Path, index: ShardIndex) -> None:
-    """Keep an index; without a place for it the shard is read again next time."""
+def _save(path: Path, index: ShardIndex, endings: Endings, version: str) -> None:
+    """Cache an index; where that is not possible the shard is read again next time."""
+    about = {"format": _FORMAT, "endings": endings, "version": version, "index": {
+        "damage": index.damage, "repeated": index.repeated, "used": index.used, "unused": index.unused,
+        "rivals": index.rivals}}  # fmt: skip
     text = "".join(f"{index.keys[number]}\0" for number in range(len(index.keys)))
     content = io.BytesIO()
-    keys = np.frombuffer(text.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)
-    np.savez(content, keys=keys, members=index.members)
+    np.savez(content, keys=_bytes(text), members=index.members, about=_bytes(json.dumps(about)))
     try:
         write_atomically(path, content.getvalue())
     except OSError as error:
-        _log.info("the index of a shard is not kept: %s", error)
+        _log.info("the index of a shard is not cached: %s", error)
 
 
-def _read_headers(path: Path, size: int) -> tuple[dict[str, list[tuple[int, int]]], bool]:
-    """Return sample name -> (offset, size) of its members, in the order of `ROLES`, and whether all is well."""
-    groups: dict[str, list[tuple[int, int]]] = {}
-    damage, repeated = "", []
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)
+
+
+# ------------------------------------------------------------------------------------------- headers
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+def _read_index(path: Path, size: int, endings: Endings) -> ShardIndex:
+    members, damage = _read_headers(path, size)
+    return _as_samples(members, endings, damage)
+
+
+def _read_headers(path: Path, size: int) -> tuple[list[_Member], str]:
+    """Return the regular files of an archive, and what is wrong with it."""
+    members: list[_Member] = []
+    damage = ""
     try:
         with tarfile.open(path, mode="r:", tarinfo=_Header) as archive:
             try:
-                for member in archive:
-                    damage = _cut_off(member, size) or damage
-                    if member.size < 0 or archive.offset <= member.offset:  # an extension header may say so
-                        damage = f"impossible size of {member.name}"
+                for header in archive:
+                    if header.isreg() and header.offset_data + header.size > size:
+                        damage = f"truncated within {header.name}"
+                    if header.size < 0 or archive.offset <= header.offset:  # an extension header may say so
+                        damage = f"impossible size of {header.name}"
                         break
-                    if not damage and (again := _add_member(groups, member)):
-                        repeated.append(again)
+                    if not damage and header.isreg() and not header.issparse():
+                        members.append(_Member(header.name, header.offset_data, header.size))
                     archive.members = []  # type: ignore[attr-defined]  # it keeps what it has seen: 1 kB a member
             except _BROKEN as error:
                 damage = str(error)
@@ -167,41 +214,7 @@ def _read_headers(path: Path, size: int) -> tuple[dict[str, list[tuple[int, int]
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except _BROKEN as error:
         raise DataError(f"{path} {_why_unreadable(path)}: {error}") from error
-    if damage:
-        _log.warning("%s is damaged (%s): its first %d samples are used", path, damage, len(groups))
-    if repeated:
-        _log.warning("%s: %d members repeat a name, the first of each is used: %s", path, len(repeated), repeated[0])
-    return groups, not damage and not repeated
-
-
-def _cut_off(member: tarfile.TarInfo, file_size: int) -> str:
-    """Return a word on a member that is needed and reaches beyond the end of the file."""
-    beyond = member.isreg() and member.offset_data + member.size > file_size
-    return f"cut off within {member.name}" if beyond else ""
-
-
-def _add_member(groups: dict[str, list[tuple[int, int]]], member: tarfile.TarInfo) -> str:
-    """Add a member to its group; return a word on it if the group has one of its kind."""
-    if not member.isreg() or member.issparse():
-        return ""
-    folder, _, file_name = member.name.rpartition("/")
-    stem, _, extension = file_name.partition(".")
-    role = _role(extension)
-    if role is None or not stem:
-        return ""
-    key = f"{folder}/{stem}" if folder else stem
-    group = groups.setdefault(key, [(ABSENT, 0)] * len(ROLES))
-    if group[role][0] != ABSENT:  # the first is used
-        return f"{key} has more than one {ROLES[role]}"
-    group[role] = (member.offset_data, member.size)
-    return ""
-
-
-def _role(extension: str) -> int | None:
-    extension = extension.lower()
-    if extension in ROLES[1:]:
-        return ROLES.index(extension)
-    return 0 if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else None
+    return members, damage
 
 
 def _damage_at_end(path: Path, end: int) -> str:
@@ -218,5 +231,110 @@ def _why_unreadable(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(4)
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
-        return "is compressed, and a compressed tar file cannot be read at random: unpack it to a plain .tar"
+        return "is compressed, and a compressed tar file has no random access: unpack it to a plain .tar"
     return "is not a tar file"
+
+
+# ------------------------------------------------------------------------------------------- samples
+
+_Groups = dict[str, dict[str, tuple[int, int]]]
+"""Sample name -> ending -> offset and size."""
+
+
+def _as_samples(members: Sequence[_Member], endings: Endings, damage: str) -> ShardIndex:
+    """Group members into samples, by the naming under which most images have a caption or a label.
+
+    WebDataset's rule, a name ends at its first dot, wins unless another gives more pairs: that is the case where names
+    have dots of their own, as in `22.00.jpg`, `22.00.txt`, `22.01.jpg`.
+    """
+    best: tuple[tuple[int, int], _Groups, int] | None = None
+    for words in _NAMINGS:
+        groups, repeated = _grouped(members, words)
+        score = _score(groups, endings)
+        if best is None or score > best[0]:
+            best = score, groups, repeated
+        if not any(_name_has_dots(member.name) for member in members):
+            break
+    assert best is not None
+    _, groups, repeated = best
+    rows, used, unused, rivals = [], Counter[str](), Counter[str](), Counter[str]()
+    for group in groups.values():
+        chosen, spare = _chosen(group, endings)
+        rows.append([group[ending] if ending is not None else (ABSENT, 0) for ending in chosen])
+        image = chosen[0]
+        if image is not None:
+            used[image] += 1
+            rivals.update(ending for ending in spare if _role(ending, endings)[1] == _role(image, endings)[1])
+        unused.update(spare)
+    return ShardIndex(
+        PackedStrings(groups), np.array(rows, dtype=np.int64).reshape(-1, len(ROLES), 2), damage, repeated,
+        dict(used.most_common(9)), dict(unused.most_common(9)), sorted(dict(rivals.most_common(9))),
+    )  # fmt: skip
+
+
+def _name_has_dots(name: str) -> bool:
+    return name.rpartition("/")[2].count(".") > 1
+
+
+def _grouped(members: Sequence[_Member], words: int) -> tuple[_Groups, int]:
+    """Return samples, and how many members repeat a name; files whose name starts with a dot are left out."""
+    groups: _Groups = {}
+    repeated = 0
+    for name, offset, size in members:
+        folder, slash, file_name = name.removeprefix("./").rpartition("/")
+        parts = file_name.split(".")
+        split = 1 if words == 0 else max(1, len(parts) - words)
+        if not parts[0] or len(parts) == split:
+            continue
+        key, ending = folder + slash + ".".join(parts[:split]), ".".join(parts[split:]).lower()
+        if _role(ending, UNDERSTOOD)[0] is None:
+            continue
+        if words and _AUXILIARY.intersection(word.lower() for word in parts[1:split]):
+            key, ending = folder + slash + parts[0], ".".join(parts[1:]).lower()  # `0.depth.png` is no sample "0.depth"
+        group = groups.setdefault(key, {})
+        if ending in group:
+            repeated += 1
+        else:
+            group[ending] = offset, size
+    return groups, repeated
+
+
+def _score(groups: _Groups, endings: Endings) -> tuple[int, int]:
+    """Return how many samples have an image with a companion, and how many an image."""
+    pairs = images = 0
+    for group in groups.values():
+        image, *others = _chosen(group, endings)[0]
+        images += image is not None
+        pairs += image is not None and any(other is not None for other in others)
+    return pairs, images if not pairs else 0
+
+
+def _chosen(group: Mapping[str, tuple[int, int]], endings: Endings) -> tuple[list[str | None], list[str]]:
+    """Return the ending for each role of a sample, and those of images that are not used."""
+    best: list[tuple[int, str] | None] = [None] * len(ROLES)
+    images = []
+    for ending in group:
+        role, rank = _role(ending, endings)
+        if role is None:
+            continue
+        if role == 0:
+            images.append(ending)
+        if rank >= 0 and (best[role] is None or (rank, ending) < best[role]):  # type: ignore[operator]
+            best[role] = rank, ending
+    chosen = [None if found is None else found[1] for found in best]
+    return chosen, [ending for ending in images if ending != chosen[0]]
+
+
+@functools.lru_cache(maxsize=10_000)
+def _role(ending: str, endings: Endings) -> tuple[int | None, int]:
+    """Return what a member with this ending is, and how likely it is meant, lowest first; negative: it is not meant."""
+    *words, last = ending.split(".")
+    role = 0 if last in IMAGE_EXTENSIONS else ROLES.index(last) if last in ROLES[1:] else None
+    wanted = {0: endings.image, 1: endings.caption, 2: endings.caption}.get(-1 if role is None else role)
+    if role is None:
+        return None, -1
+    if wanted is not None and (role == 0 or wanted.rpartition(".")[2] == ROLES[role]):
+        return role, 0 if ending == wanted else -1
+    if role == 0 and _AUXILIARY.intersection(words):
+        return role, -1
+    return role, 0 if not words else 1 if _PRIMARY.intersection(words) else 2

@@ -1,237 +1,314 @@
 """WebDataset shards: tar files whose members of one name make one sample."""
 
-import glob
+import functools
 import json
 import logging
-import os
-import re
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from aclip import dist
 from aclip.data.captions import caption_lines, decode_text
-from aclip.data.sources.base import PackedStrings, RawSample, printable
-from aclip.data.sources.shard_index import ABSENT, ROLES, ShardIndex, index_shard, is_indexed
-from aclip.data.workers import read_ahead, usable_cores
+from aclip.data.progress import progress
+from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
+from aclip.data.sources.columns import label_of, texts
+from aclip.data.sources.shard_index import ABSENT, ROLES, UNDERSTOOD, Endings, ShardIndex, cached_index, index_shard
+from aclip.data.workers import read_ahead
+from aclip.devices import usable_cores
 from aclip.errors import BadSampleError, DataError
 
 MAX_LOST = 0.1
-"""Share of the shards that may be unreadable, or out of reach, before a source is called unusable."""
+"""Fraction of the shards that may be unreadable or out of reach before a source counts as unusable."""
 
 MANY = 32
 """New shards from which on processes share in reading headers: starting them takes as long as reading some."""
 
-QUIET, PAUSE = 2.0, 30.0
-"""Seconds before the first word on how far the headers are, and between words."""
+CAPTION_FIELDS = ("captions", "caption", "texts", "text", "prompt", "sentences", "alt_text", "title")
+"""Fields of a sample's JSON that are taken for its captions, the first that holds any."""
+
+_LOOKED_AT = 16  # samples by which captions are understood
+_IMAGE, _TXT, _JSON, _CLS = range(len(ROLES))
 
 _log = logging.getLogger(__name__)
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
 
-
-class ShardSource:
-    """Pairs in tar files of the WebDataset layout, read in any order.
-
-    Members with one path up to the first dot of the file name are one sample: a picture by its ending,
-    `.txt` (captions, one a line), `.json` (an object with `caption` or `captions`, `tags`, `label`,
-    `concept`) and `.cls` (a label). Headers are read once when the source is opened; pictures are read by their offset,
-    in memory: a member's name is never used as a path. Only regular files count.
+class Reading(NamedTuple):
+    """How members become captions.
 
     Attributes:
-        name: what the user called it.
+        endings: chosen by the user.
+        field: of the JSON, chosen by the user.
+        whole: take all of a `.txt` for one caption, not each line.
     """
 
-    def __init__(self, name: str, paths: list[Path]) -> None:
+    endings: Endings = UNDERSTOOD
+    field: str | None = None
+    whole: bool = False
+
+
+class ShardSource(Source):
+    """Pairs in tar files of the WebDataset layout, read in any order.
+
+    Members of one name are one sample: an image by its ending, `.txt` (captions, one a line), `.json` (an object with a
+    caption or several, see `CAPTION_FIELDS`, and `tags`, `label`, `concept`) and `.cls` (a label). A caption in JSON is
+    preferred to the `.txt`, which cannot tell a line break within a caption from two captions. A name ends at its first
+    dot, or at a later one where that gives more pairs; endings may have several words (`.input.jpg`), and masks, depth
+    maps and the like are not images of a pair (`aclip.data.sources.shard_index`).
+
+    Headers are read once and cached; images are read by their offset. A member's name is never used as a path.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        paths: Sequence[Path],
+        *,
+        image: str | None = None,
+        caption: str | None = None,
+        captions: Literal["lines", "whole"] = "lines",
+    ) -> None:
         """Index the shards `paths`, in this order.
 
-        Shards that are no tar files, or compressed, are left out and named, up to `MAX_LOST` of all.
+        Shards that cannot be read are left out and named, up to `MAX_LOST` of all.
+
+        Args:
+            spec: what the user called them.
+            paths: of the tar files; one that is listed twice is read once.
+            image: ending of the images, such as "input.jpg"; None finds it out.
+            caption: ending of the captions, such as "outputs.txt", or a field of the JSON; None finds it out.
+            captions: whether each line of a `.txt` is a caption, or all of it is one.
 
         Raises:
-            DataError: more than `MAX_LOST` of the shards lost, or no sample in any of them.
+            DataError: too many shards lost, or no sample in any of them.
         """
-        self.name = name
-        self._paths: list[Path] = []
-        self._keys = PackedStrings()
-        members: list[np.ndarray] = []
-        shards: list[np.ndarray] = []
+        self.spec = spec
+        self._reading = self.reading_of(image, caption, captions)
+        endings = self._reading.endings
+        paths = list(dict.fromkeys(paths))
+        found: list[tuple[Path, ShardIndex]] = []
         lost: list[DataError] = []
-        for path, (index, why) in zip(paths, _telling(_indexed(paths), name, len(paths)), strict=True):
-            if index is None:
-                lost.append(DataError(why))
-                check_lost(name, lost, len(paths))
+        for path, index in zip(paths, _index_all(spec, paths, endings), strict=True):
+            if isinstance(index, str):
+                lost.append(DataError(index))
+                check_lost(spec, lost, len(paths))
                 continue
-            for number in range(len(index.keys)):
-                self._keys.append(printable(f"{path.name}/{index.keys[number]}"))
-            members.append(index.members)
-            shards.append(np.full(len(index.keys), len(self._paths), dtype=np.int32))
-            self._paths.append(path)
-        if not sum(map(len, members)):
-            raise DataError(f"no samples in {name}: its {len(paths)} tar files hold no picture")
-        self._members = np.concatenate(members)  # (n, roles, (offset, size)) in bytes
-        self._shards = np.concatenate(shards)
+            for problem in _problems(index):
+                _log.warning("%s %s", path, problem)
+            found.append((path, index))
+        self._set(found, names=relative_names([path.as_posix() for path, _ in found]))
+        self._notes = _notes([index for _, index in found], endings) + self._caption_notes()
+
+    @classmethod
+    def of_one(cls, spec: str, path: Path, index: ShardIndex, reading: Reading) -> "ShardSource":
+        """Return the source of one shard whose index is at hand."""
+        source = cls.__new__(cls)
+        source.spec, source._reading, source._notes = spec, reading, []
+        source._set([(path, index)], names=[path.name])
+        return source
+
+    @staticmethod
+    def reading_of(image: str | None, caption: str | None, captions: Literal["lines", "whole"]) -> Reading:
+        """Return the reading that the arguments of the constructor ask for; `caption` is an ending or a field."""
+        image = None if image is None else image.lstrip(".").lower()
+        if caption is None or caption.rpartition(".")[2].lower() not in ("txt", "json"):
+            return Reading(Endings(image), caption, captions == "whole")
+        return Reading(Endings(image, caption.lstrip(".").lower()), None, captions == "whole")
+
+    def _set(self, found: Sequence[tuple[Path, ShardIndex]], names: Sequence[str]) -> None:
+        indexes = [index for _, index in found]
+        self._paths = [path for path, _ in found]
+        self._names = PackedStrings(printable(f"{name}/{index.keys[number]}")
+                                    for name, index in zip(names, indexes, strict=True)
+                                    for number in range(len(index.keys)))  # fmt: skip
+        if not len(self._names):
+            raise DataError(f"no samples in {self.spec}: its {len(found)} tar files hold no image")
+        self._members = np.concatenate([index.members for index in indexes])  # (n, roles, (offset, size)) in bytes
+        self._shards = np.repeat(np.arange(len(found), dtype=np.int32), [len(index.keys) for index in indexes])
+        self._unused = sum((Counter(index.unused) for index in indexes), Counter())
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._names)
 
-    def key(self, index: int) -> str:
-        """Return the shard's file name and the sample's name in it."""
-        return self._keys[index]
+    def name(self, index: int) -> str:
+        """Return the shard's file name, with its folder where shards lie in several, and the sample's name in it."""
+        return self._names[index]
 
     def read(self, index: int) -> RawSample:
         """Read one sample's members.
 
         Raises:
-            BadSampleError: no picture, JSON that cannot be read, or a shard that has gone or shrunk.
+            BadSampleError: no image, JSON that cannot be read, or a shard that has gone or shrunk.
         """
-        key = self.key(index)
+        parts = self._read_members(index, ROLES)
+        if "image" not in parts:
+            raise BadSampleError("no image in the shard")
+        fields = self._fields(parts)
+        label = decode_text(parts["cls"]) if "cls" in parts else fields.get("label")
+        concept = label_of(fields.get("concept"))
+        return RawSample(self.name(index), parts["image"], self._captions(parts, fields), texts(fields.get("tags")),
+                         label_of(label) or None, concept or None)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a sample; its image is not read."""
+        parts = self._read_members(index, ("txt", "json"))
+        return self._captions(parts, self._fields(parts))
+
+    @property
+    def summary(self) -> Summary:
+        """How the shards were read."""
+        has = self._members[:, :, 0] != ABSENT
+        images = int(has[:, _IMAGE].sum())
+        captioned = int((has[:, _IMAGE] & (has[:, _TXT] | has[:, _JSON])).sum())
+        endings = ", ".join(f".{ending}" for ending in self._unused)
+        left_out = {f"beside the image of their sample: {endings}": self._unused.total()} if self._unused else {}
+        return Summary(self.spec, images + self._unused.total(), captioned, images - captioned, left_out,
+                       tuple(self._notes))
+
+    def digest(self) -> str:
+        """Return a hash of the names and sizes of all members, in order."""
+        return digest_of("shards", self._names, self._members)
+
+    def _read_members(self, index: int, roles: Sequence[str]) -> dict[str, bytes]:
         path = self._paths[int(self._shards[index])]
+        places = self._members[index].tolist()
         try:
-            # Opened anew for every sample: no handle to share with a fork, or to run out of.
-            file = os.open(path, os.O_RDONLY)
-            try:
-                parts = {
-                    role: _read_member(file, offset, size)
-                    for role, (offset, size) in zip(ROLES, self._members[index].tolist(), strict=True)
-                    if offset != ABSENT
-                }
-            finally:
-                os.close(file)
+            # Opened for every sample: no handle to share with a fork, or to run out of.
+            with open(path, "rb", buffering=0) as file:
+                parts = {}
+                for role, (offset, size) in zip(ROLES, places, strict=True):
+                    if offset != ABSENT and role in roles:
+                        file.seek(offset)
+                        parts[role] = file.read(size)
+                        if len(parts[role]) != size:
+                            raise BadSampleError("the shard has been truncated since it was opened")
         except OSError as error:
             raise BadSampleError(f"cannot read {path.name}: {error.strerror}") from error
-        if "image" not in parts:
-            raise BadSampleError("no picture in the shard")
-        fields = _parse_json(parts["json"]) if "json" in parts else {}
-        captions = _strings(fields.get("captions")) or _strings(fields.get("caption"))
-        if "txt" in parts:
-            captions = caption_lines(decode_text(parts["txt"]))
-        label, concept = fields.get("label"), fields.get("concept")
-        if "cls" in parts:
-            label = decode_text(parts["cls"]).strip()
-        return RawSample(
-            key,
-            parts["image"],
-            captions,
-            tags=_strings(fields.get("tags")),
-            label=None if label is None else str(label),
-            concept=None if concept is None else str(concept),
-        )
+        return parts
+
+    def _fields(self, parts: Mapping[str, bytes]) -> dict[str, Any]:
+        if "json" not in parts:
+            return {}
+        try:
+            fields = json.loads(parts["json"])
+        except (ValueError, RecursionError) as error:
+            if "txt" in parts:
+                return {}
+            raise BadSampleError(f"JSON that cannot be read: {error}") from error
+        if not isinstance(fields, dict):
+            raise BadSampleError("JSON that is not an object")
+        return fields
+
+    def _captions(self, parts: Mapping[str, bytes], fields: Mapping[str, Any]) -> tuple[str, ...]:
+        endings, field, whole = self._reading
+        names = CAPTION_FIELDS if field is None else (field,)
+        found = next((said for name in names if (said := texts(fields.get(name)))), ())
+        if "txt" not in parts or (found and not (endings.caption or "").endswith("txt")):
+            return found
+        text = decode_text(parts["txt"])
+        return (text,) if whole else caption_lines(text)
+
+    def _caption_notes(self) -> list[str]:
+        """Look at some samples; return what should be said of how their captions are read."""
+        lines = fields = captioned = 0
+        names: Counter[str] = Counter()
+        for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int).tolist():
+            try:
+                parts = self._read_members(index, ("txt", "json"))
+                found = self._fields(parts)
+                captions = self._captions(parts, found)
+            except BadSampleError:
+                continue
+            from_text = "txt" in parts and captions == caption_lines(decode_text(parts["txt"]))
+            lines += from_text and len(captions) > 1
+            fields += bool(found)
+            captioned += any(caption.strip() for caption in captions)
+            names.update(name for name, value in found.items() if isinstance(value, str))
+        notes = []
+        if lines:
+            notes.append("each line of a .txt is a caption of its own ('?captions=whole' takes the lines together)")
+        if fields and not captioned:
+            known = ", ".join(name for name, _ in names.most_common(9))
+            notes.append(f"no caption in the JSON, whose texts are {known or 'none'}: choose one with '?caption=FIELD'")
+        return notes
 
 
-def _indexed(paths: Sequence[Path]) -> Iterator[tuple[ShardIndex | None, str]]:
-    """Yield the index of every shard, or None and why there is none.
+def relative_names(places: Sequence[str]) -> list[str]:
+    """Return file paths or addresses as short as they are distinct: without the folder that all of them share."""
+    split = [place.split("/") for place in places]
+    folders = zip(*(parts[:-1] for parts in split), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, folders))
+    return ["/".join(parts[shared:]) for parts in split]
 
-    Those that the cache does not have are read by as many processes as this one has cores, if they are many; handing
-    over those that it has would take longer than loading them. Of the processes of a run each first reads its share of
-    the new ones, so that it finds the others' in the cache.
+
+def _index_all(spec: str, paths: Sequence[Path], endings: Endings) -> Iterator[ShardIndex | str]:
+    """Yield the index of every shard, or why there is none.
+
+    Those that are not cached are read by as many processes as this one has cores, if they are many. Each rank begins
+    with another part of them, and finds in the cache what other ranks have read meanwhile.
     """
-    new = [path for path in paths if not is_indexed(path)]
+    cached = {path: _try(path, endings, only_cached=True) for path in paths}
+    new = [path for path in paths if cached[path] is None]
     workers = max(1, usable_cores() // dist.processes_here()) if len(new) >= MANY else 0
-    if dist.world_size() > 1:
-        for _ in read_ahead(_try, new[dist.rank() :: dist.world_size()], workers=workers):
-            pass
-        new = [path for path in new if not is_indexed(path)]
-    read, unknown = read_ahead(_try, new, workers=workers), set(new)
+    first = len(new) * dist.rank() // dist.world_size()
+    order = new[first:] + new[:first]
+    with progress(f"indexing {spec}", len(new), "shards") as advance:
+        for path, index in zip(order, read_ahead(functools.partial(_try, endings=endings), order, workers=workers),
+                               strict=True):  # fmt: skip
+            cached[path] = index
+            advance(1)
     for path in paths:
-        yield next(read) if path in unknown else _try(path)
-
-
-def _try(path: Path) -> tuple[ShardIndex | None, str]:
-    try:
-        return index_shard(path), ""
-    except DataError as error:
-        return None, str(error)
-
-
-def _telling(
-    indexes: Iterable[tuple[ShardIndex | None, str]], name: str, total: int
-) -> Iterator[tuple[ShardIndex | None, str]]:
-    """Pass indexes on, and say from time to time how many there are and how long it will take still."""
-    begun = told = time.monotonic()
-    for number, index in enumerate(indexes):
-        now = time.monotonic()
-        if now - told > (PAUSE if told > begun else QUIET) and dist.rank() == 0:
-            left = timedelta(seconds=round((now - begun) / max(1, number) * (total - number)))
-            _log.info("reading where the pictures lie in %s: %d of %d shards, %s left", name, number, total, left)
-            told = now
+        index = cached.pop(path)
+        assert index is not None
         yield index
 
 
-def check_lost(name: str, lost: Sequence[DataError], shards: int) -> None:
-    """Say that a shard is left out.
+def _try(path: Path, endings: Endings, only_cached: bool = False) -> ShardIndex | str | None:
+    try:
+        if only_cached:
+            status = path.stat()
+            return cached_index(str(path.absolute()), endings, f"{status.st_size} {status.st_mtime_ns}")
+        return index_shard(path, endings)
+    except DataError as error:
+        return str(error)
+    except OSError:
+        return None
+
+
+def _problems(index: ShardIndex) -> Iterator[str]:
+    if index.damage:
+        yield f"is damaged ({index.damage}): its first {len(index.keys)} samples are used"
+    if index.repeated:
+        yield f"has {index.repeated} members that repeat a name: the first of each is used"
+
+
+def _notes(indexes: Sequence[ShardIndex], endings: Endings) -> list[str]:
+    """Return how images were told from other members, where that is not plain."""
+    used = sum((Counter(index.used) for index in indexes), Counter[str]())
+    rivals = sorted({ending for index in indexes for ending in index.rivals} - ({endings.image} - {None}))
+    notes = []
+    compound = [f".{ending}" for ending, _ in used.most_common() if "." in ending]
+    if compound and endings.image is None:
+        notes.append(f"images from {', '.join(compound)}")
+    if rivals:
+        notes.append(f"samples have several images, the others end in {', '.join(f'.{one}' for one in rivals)}: choose "
+                     f"with '?image={rivals[0]}'")
+    return notes
+
+
+def check_lost(spec: str, lost: Sequence[DataError], shards: int) -> None:
+    """Log that a shard is left out.
 
     Raises:
-        DataError: too many are, see `MAX_LOST`; if there is just one shard, what is wrong with it.
+        DataError: too many are, see `MAX_LOST`; of a single shard, what is wrong with it.
     """
     if len(lost) <= MAX_LOST * shards:
-        _log.warning("a shard of %s is left out: %s", name, lost[-1])
+        _log.warning("a shard of %s is left out: %s", spec, lost[-1])
         return
     if shards == 1:
         raise lost[0]
-    raise DataError(f"{len(lost)} of the {shards} shards of {name} cannot be used, and at most {MAX_LOST:.0%} may be "
+    raise DataError(f"{len(lost)} of the {shards} shards of {spec} cannot be used, and at most {MAX_LOST:.0%} may be "
                     f"lost; the first: {lost[0]}")
-
-
-def expand_pattern(spec: str) -> list[Path]:
-    """Return the files that a path, glob or brace pattern names, sorted within each pattern.
-
-    `{0000..0012}` counts with leading zeros, `{train,val}` lists.
-
-    Raises:
-        DataError: a file of a brace pattern or path that does not exist, or a glob that matches nothing.
-    """
-    paths: list[Path] = []
-    missing: list[str] = []
-    for pattern in expand_braces(spec):
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        paths.extend(Path(path) for path in found)
-        if not found:
-            missing.append(pattern)
-    if missing:
-        raise DataError(
-            f"no such file: {missing[0]} ({len(missing)} missing, {len(paths)} found for {spec})"
-        )
-    return paths
-
-
-def expand_braces(spec: str) -> Iterator[str]:
-    """Yield what a pattern with braces stands for; a pattern without is itself."""
-    match = _BRACES.search(spec)
-    if match is None:
-        yield spec
-        return
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if counted:
-        first, last = counted[1], counted[2]
-        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from expand_braces(spec[: match.start()] + choice + spec[match.end() :])
-
-
-def _read_member(file: int, offset: int, size: int) -> bytes:
-    data = os.pread(file, size, offset)
-    if len(data) != size:
-        raise BadSampleError("the shard has been cut off since it was opened")
-    return data
-
-
-def _parse_json(data: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"JSON that cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise BadSampleError("JSON that is not an object")
-    return fields
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    """Return the strings of a JSON value that may be one string, a list of strings, or something else."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(item for item in values if isinstance(item, str))

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aclip.data.sources.base import RawSample
+from aclip.data.sources.base import RawSample, Source, Summary
+from aclip.data.spec import Spec
 from aclip.errors import BadSampleError, ConfigError, DataError, unknown_name
 
 PREFIX = "torchvision:"
@@ -61,13 +62,13 @@ SETS: dict[str, _Set] = {
 """By the names under which clip-benchmark holds their class names and prompts."""
 
 
-class TorchvisionSource:
-    """A set that torchvision reads, its classes as labels; pictures have no captions.
+class TorchvisionSource(Source):
+    """A set that torchvision reads, its classes as labels; images have no captions.
 
     Labels are class names where torchvision knows them, else numbers, of as many digits as the highest.
 
     Attributes:
-        name: the specification.
+        spec: the specification.
     """
 
     def __init__(self, spec: str, root: Path, split: str | None = None, labels: str = "name") -> None:
@@ -94,20 +95,29 @@ class TorchvisionSource:
                               f"'{spec}?root={root}&split={list(known.splits)[-1]}'")
         if labels not in ("name", "number"):
             raise ConfigError(unknown_name("kind of label", labels, ("name", "number")))
-        self.name = f"{spec}?root={root}&split={split}"
-        self._set = _open(known, root, split, self.name)
+        self.spec = f"{spec}?root={root}&split={split}"
+        self._set = _open(known, root, split, self.spec)
         self._names = _class_names(self._set) if labels == "name" else None
         self._short = short
 
     def __len__(self) -> int:
         return len(self._set)
 
-    def key(self, index: int) -> str:
+    def name(self, index: int) -> str:
         """Return the set's name and the sample's number."""
         return f"{self._short} {index}"
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return no captions."""
+        return ()
+
+    @property
+    def summary(self) -> Summary:
+        """All images, without captions."""
+        return Summary(self.spec, len(self), 0, len(self))
+
     def read(self, index: int) -> RawSample:
-        """Read a picture, as PNG.
+        """Read an image, as PNG.
 
         Raises:
             BadSampleError: torchvision cannot read it.
@@ -120,7 +130,19 @@ class TorchvisionSource:
         image.convert("RGB").save(buffer, format="PNG", compress_level=1)
         number = int(target)
         label = self._names[number] if self._names is not None and number < len(self._names) else f"{number:04d}"
-        return RawSample(self.key(index), buffer.getvalue(), (), label=label)
+        return RawSample(self.name(index), buffer.getvalue(), (), label=label)
+
+
+def open_torchvision(spec: Spec) -> TorchvisionSource:
+    """Open `torchvision:NAME?root=FOLDER&split=SPLIT`.
+
+    Raises:
+        ConfigError, DataError: as `TorchvisionSource`.
+    """
+    spec.allow("root", "split", "labels")
+    if "root" not in spec.options:
+        raise ConfigError(f"'{spec.text}': say where it lies, as in '{spec.path}?root=FOLDER&split=test'")
+    return TorchvisionSource(spec.path, Path(spec.get("root", "")).expanduser(), spec.get("split"), spec.get("labels", "name"))
 
 
 def _open(known: _Set, root: Path, split: str, name: str) -> Any:

@@ -1,0 +1,115 @@
+"""Which images of one or several sources are the same, by their bytes or by their looks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from aclip.data.examination.measure import Measurements
+
+RADIUS = 10
+"""Bits of 128 by which the hashes of two copies may differ."""
+
+LUMA_MEAN, LUMA_MAX, CHROMA_MAX = 4.0, 20, 12
+"""Levels of 255 by which the fingerprints of two copies may differ: brightness on average, any cell's brightness,
+any cell's colour. Wider limits find more strongly compressed copies, and join drawings such as keycap # and *."""
+
+WINDOW = 64
+"""Neighbours in sorted order that an image is compared with, for each of the bands."""
+
+_LUMA_CELLS = 16 * 16
+_BANDS = 4
+_BITS = 16
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """The images of all sources, numbered consecutively, in groups of the same.
+
+    Attributes:
+        starts: (sources + 1,) the number of each source's first sample.
+        by_file: (n,) the smallest number among samples of the same bytes; -1 where the image cannot be decoded.
+        by_look: (n,) likewise among those that look the same, or have the same bytes.
+    """
+
+    starts: np.ndarray
+    by_file: np.ndarray
+    by_look: np.ndarray
+
+
+def find_duplicates(measured: Sequence[Measurements]) -> Duplicates:
+    """Compare all images of all sources with each other; blank and dark ones by their bytes alone."""
+    samples = np.concatenate([one.samples for one in measured])
+    starts = np.cumsum([0, *(len(one.samples) for one in measured)])
+    by_file = np.full(len(samples), -1, dtype=np.int64)
+    decoded = np.flatnonzero(samples["decoded"])
+    _, first, inverse = np.unique(samples["content"][decoded], return_index=True, return_inverse=True)
+    by_file[decoded] = decoded[first[inverse]]
+
+    distinct = decoded[np.sort(first)]
+    distinct = distinct[~(samples["blank"] | samples["dark"])[distinct]]
+    fingerprints = np.concatenate([one.fingerprints for one in measured])[distinct]
+    groups = look_alikes(samples["across"][distinct], samples["down"][distinct], fingerprints)
+    look_of = np.arange(len(samples))
+    look_of[distinct] = distinct[groups]
+    return Duplicates(starts, by_file, np.where(by_file < 0, -1, look_of[by_file]))
+
+
+def look_alikes(across: np.ndarray, down: np.ndarray, fingerprints: np.ndarray) -> np.ndarray:
+    """Return the group of every image: groups are the connected components of pairs that look the same.
+
+    The images are sorted by their hash, rotated so that each of its four 16-bit bands leads once, and each is compared
+    with the next `WINDOW` that share the band. Hashes across that differ in up to three bits share a band, so a pair
+    is missed only where a band has more images than the window. Time and memory grow as n log n and n.
+
+    Args:
+        across: (n,) uint64 hashes; see `ImageHashes`.
+        down: (n,) uint64.
+        fingerprints: (n, PRINT_BYTES) uint8; they confirm what the hashes propose.
+
+    Returns:
+        (n,) int64: the smallest number of an image in the same group.
+    """
+    groups = np.arange(len(across), dtype=np.int64)
+    for band in range(_BANDS):
+        turn, back = np.uint64(band * _BITS), np.uint64((64 - band * _BITS) % 64)
+        turned = across if band == 0 else (across << turn) | (across >> back)
+        order = np.lexsort((down, turned))
+        lead = turned[order] >> np.uint64(64 - _BITS)
+        for step in range(1, min(WINDOW, len(order) - 1) + 1):
+            at = np.flatnonzero(lead[:-step] == lead[step:])
+            if not len(at):
+                break
+            first, second = order[at], order[at + step]
+            apart = groups[first] != groups[second]
+            first, second = first[apart], second[apart]
+            distance = np.bitwise_count(across[first] ^ across[second]).astype(np.int16)
+            distance += np.bitwise_count(down[first] ^ down[second])
+            close = distance <= RADIUS
+            first, second = _confirmed(first[close], second[close], fingerprints)
+            if len(first):
+                groups = _join(groups, first, second)
+    return groups
+
+
+def _confirmed(first: np.ndarray, second: np.ndarray, fingerprints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs whose fingerprints agree."""
+    agree = np.zeros(len(first), dtype=bool)
+    for start in range(0, len(first), 4096):
+        part = slice(start, start + 4096)
+        difference = np.abs(fingerprints[first[part]].astype(np.int16) - fingerprints[second[part]])
+        luma, chroma = difference[:, :_LUMA_CELLS], difference[:, _LUMA_CELLS:]
+        agree[part] = (luma.mean(1) <= LUMA_MEAN) & (luma.max(1) <= LUMA_MAX) & (chroma.max(1) <= CHROMA_MAX)
+    return first[agree], second[agree]
+
+
+def _join(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the groups with those of each pair joined."""
+    from scipy.sparse import coo_array  # type: ignore[import-untyped]
+    from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+
+    edges = coo_array((np.ones(len(first)), (groups[first], groups[second])), shape=(len(groups), len(groups)))
+    _, labels = connected_components(edges, directed=False)
+    _, smallest, inverse = np.unique(labels[groups], return_index=True, return_inverse=True)
+    joined: np.ndarray = smallest[inverse]
+    return joined

@@ -1,0 +1,239 @@
+"""What is worth saying about a source, from its measurements."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from aclip.data.examination.duplicates import Duplicates
+from aclip.data.examination.measure import GOOD, Measurements
+
+T = TypeVar("T")
+
+Severity = Literal["error", "warning", "note"]
+"""An error spoils results or is lost to training; a warning costs quality; a note is good to know."""
+
+EXAMPLES, GROUP = 8, 4
+"""Examples of a finding that are kept, single samples or groups; samples of a group that are kept."""
+
+Place = tuple[int, int]
+"""A sample: number of its source (0 is the one examined), row in that one's measurements."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        name: short and stable, for programs.
+        severity: how much it matters.
+        title: what was found.
+        count: samples or captions that it concerns.
+        total: of how many.
+        unit: what is counted.
+        advice: what to do, in one line.
+        details: parts of `count` with their numbers.
+        examples: groups of samples that belong together, of one sample each where none do.
+    """
+
+    name: str
+    severity: Severity
+    title: str
+    count: int
+    total: int
+    unit: Literal["samples", "captions"]
+    advice: str
+    details: tuple[tuple[str, int], ...] = ()
+    examples: tuple[tuple[Place, ...], ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Return `count` as a fraction of `total`."""
+        return self.count / max(self.total, 1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model takes: its name, the (height, width) of its input in pixels, and the tokens of a caption.
+
+    `context_length` counts start and end, and is None for a model without text.
+    """
+
+    model: str
+    image_size: tuple[int, int]
+    context_length: int | None
+
+
+def find_all(measured: Sequence[Measurements], duplicates: Duplicates, limits: Limits) -> tuple[Finding, ...]:
+    """Return the findings about the first source, errors first; the others are what it is compared with.
+
+    Args:
+        measured: the source examined, then those that it must share no image with.
+        duplicates: of all of them.
+        limits: what the model takes.
+    """
+    source = measured[0]
+    found = [
+        *_bad_samples(source), *_leaks(measured, duplicates), *_pixels(source), *_duplicates(source, duplicates),
+        *_sizes(source, limits), *_captions(source, limits),
+    ]
+    order = ("error", "warning", "note")
+    return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
+
+
+def _bad_samples(source: Measurements) -> Iterator[Finding]:
+    samples = source.samples
+    unreadable = np.flatnonzero((samples["reason"] != GOOD) & ~samples["decoded"])
+    if len(unreadable):
+        _, first_of_each = np.unique(samples["reason"][unreadable], return_index=True)
+        yield Finding(
+            "unreadable", "error", "Images that cannot be read", len(unreadable), len(samples), "samples",
+            "Training skips them and takes others in their place: repair or fetch them again, or leave them out.",
+            _count_reasons(source, unreadable), _singly(unreadable[first_of_each], first=True))
+    without = np.flatnonzero((samples["reason"] != GOOD) & samples["decoded"])
+    if len(without):
+        yield Finding(
+            "no-caption", "error", "Images without a caption", len(without), len(samples), "samples",
+            "Training skips them: caption them, or leave them out.", _count_reasons(source, without), _singly(without))
+
+
+def _leaks(measured: Sequence[Measurements], duplicates: Duplicates) -> Iterator[Finding]:
+    source = measured[0]
+    for name, title, groups in (("leak-file", "Files that are also in {}", duplicates.by_file),
+                                ("leak-look", "Images that look like one in {}", duplicates.by_look)):
+        for number, other in enumerate(measured[1:], start=1):
+            start, end = duplicates.starts[number], duplicates.starts[number + 1]
+            shared = leaked(duplicates, groups, number)
+            if groups is duplicates.by_look:
+                shared = np.setdiff1d(shared, leaked(duplicates, duplicates.by_file, number))
+            if not len(shared):
+                continue
+            twins = {int(group): row for row, group in reversed(list(enumerate(groups[start:end].tolist())))}
+            pairs = [(row, twins[int(groups[row])]) for row in shared.tolist()]
+            same = sum(bool(captions_of(source, row) & captions_of(other, twin)) for row, twin in pairs)
+            yield Finding(
+                name, "error", title.format(Path(other.source.spec).name), len(shared), len(source.samples), "samples",
+                "Results on it are too good for a model that has trained on them: leave them out of training.",
+                (("with the same caption", same), ("with another caption", len(shared) - same)),
+                tuple(((0, row), (number, twin)) for row, twin in _spread(pairs)))
+
+
+def leaked(duplicates: Duplicates, groups: np.ndarray, number: int) -> np.ndarray:
+    """Return the rows of the first source whose image is in source `number` too, by `by_file` or `by_look`."""
+    own = groups[: duplicates.starts[1]]
+    others = groups[duplicates.starts[number] : duplicates.starts[number + 1]]
+    return np.flatnonzero((own >= 0) & np.isin(own, others))
+
+
+def captions_of(source: Measurements, row: int) -> set[int]:
+    """Return the hashes of a sample's captions, equal for those that differ in case and white space alone."""
+    first, last = np.searchsorted(source.captions["sample"], [row, row + 1])
+    return set(source.captions["exact"][first:last].tolist())
+
+
+def _pixels(source: Measurements) -> Iterator[Finding]:
+    rows = np.flatnonzero(source.samples["blank"] & source.samples["decoded"])
+    if len(rows):
+        yield Finding(
+            "blank", "warning", "Images of a single colour", len(rows), len(source.samples), "samples",
+            "There is nothing to see in them; often they stand for an image that could not be loaded: leave them out.",
+            examples=_singly(rows))
+    rows = np.flatnonzero(source.samples["dark"])
+    if len(rows):
+        yield Finding(
+            "dark", "error", "Images with more than 8 bits that come out nearly black", len(rows), len(source.samples),
+            "samples", "Their values use a small part of the range: put '?stretch=4095' behind the source for 12 bits, "
+            "or '?stretch=1' to stretch each image on its own.", examples=_singly(rows))
+
+
+def _duplicates(source: Measurements, duplicates: Duplicates) -> Iterator[Finding]:
+    own = slice(0, int(duplicates.starts[1]))
+    files, looks = duplicates.by_file[own], duplicates.by_look[own]
+    extra, examples = _repeated(files)
+    if extra:
+        yield Finding(
+            "same-file", "warning", "Duplicates of the same file", extra, len(source.samples), "samples",
+            "Each is drawn more often than others, and in one batch they count as each other's negatives: keep one, "
+            "with the captions of all.", examples=examples)
+    # one of each file, so that what is counted above is not counted again
+    distinct = np.flatnonzero(files == np.arange(len(files)))
+    extra, examples = _repeated(looks[distinct], distinct)
+    if extra:
+        yield Finding(
+            "same-look", "warning", "Images that look like another", extra, len(source.samples), "samples",
+            "Copies in another size, format or quality, or variants of one drawing: keep one where they are copies.",
+            examples=examples)
+
+
+def _sizes(source: Measurements, limits: Limits) -> Iterator[Finding]:
+    samples = source.samples
+    width, height = samples["width"], samples["height"]
+    rows = np.flatnonzero(samples["decoded"] & ((height < limits.image_size[0]) | (width < limits.image_size[1])))
+    if len(rows):
+        needed = f"{limits.image_size[1]} x {limits.image_size[0]}"
+        yield Finding(
+            "small", "warning" if len(rows) > 0.1 * len(samples) else "note",
+            f"Images smaller than the input of {limits.model}, {needed}", len(rows), len(samples), "samples",
+            "They are enlarged, which adds cost and no detail: take larger originals, or a model with a smaller input.",
+            examples=_singly(rows[np.argsort(width[rows] * height[rows], kind="stable")], first=True))
+
+
+def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
+    captions = source.captions
+    if limits.context_length is not None:
+        cut = np.flatnonzero(captions["tokens"] > limits.context_length)
+        if len(cut):
+            yield Finding(
+                "cut", "warning" if len(cut) > 0.1 * len(captions) else "note",
+                f"Captions longer than the {limits.context_length} tokens that {limits.model} reads",
+                len(cut), len(captions), "captions",
+                "What they say last is never seen: begin with what matters, shorten them, or split them into several.",
+                examples=_singly(np.unique(captions["sample"][cut])))
+    order = np.lexsort((captions["sample"], captions["exact"]))
+    exact, owners = captions["exact"][order], captions["sample"][order]
+    again = (exact[1:] == exact[:-1]) & (owners[1:] == owners[:-1])  # the same words twice for one image
+    distinct = captions[order[np.concatenate([[True], ~again])] if len(order) else order]
+    extra, groups = _repeated(distinct["exact"], distinct["sample"])
+    if len(distinct) > 1 and extra == len(distinct) - 1:
+        yield Finding(
+            "one-caption", "error", "Every image has the same caption", len(captions), len(captions), "captions",
+            "There is nothing to tell images apart by, so the contrastive loss is 0: take captions that differ.",
+            examples=groups)
+    elif extra:
+        yield Finding(
+            "same-caption", "note", "Captions that several images share", extra, len(captions), "captions",
+            "Such images are not each other's negatives; if they show different things, the captions say too little.",
+            examples=groups)
+
+
+def _repeated(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[int, tuple[tuple[Place, ...], ...]]:
+    """Return how many values repeat an earlier one, without those below 0, and the rows of the largest groups."""
+    rows = np.arange(len(values)) if rows is None else rows
+    known = values >= 0
+    values, rows = values[known], rows[known]
+    order = np.argsort(values, kind="stable")
+    _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
+    largest = np.argsort(-counts, kind="stable")[:EXAMPLES]
+    groups = (rows[order[first[i] : first[i] + min(counts[i], GROUP)]] for i in largest if counts[i] > 1)
+    return len(values) - len(counts), tuple(tuple((0, row) for row in group.tolist()) for group in groups)
+
+
+def _singly(rows: np.ndarray, *, first: bool = False) -> tuple[tuple[Place, ...], ...]:
+    """Return some rows as groups of one: the first ones, or some from all over."""
+    chosen = rows[:EXAMPLES].tolist() if first else _spread(rows.tolist())
+    return tuple(((0, row),) for row in chosen)
+
+
+def _spread(items: list[T]) -> list[T]:
+    """Return `EXAMPLES` of the items, evenly spread over them."""
+    if len(items) <= EXAMPLES:
+        return items
+    return [items[i * len(items) // EXAMPLES] for i in range(EXAMPLES)]
+
+
+def _count_reasons(source: Measurements, rows: np.ndarray) -> tuple[tuple[str, int], ...]:
+    counts = np.bincount(source.samples["reason"][rows], minlength=len(source.reasons))
+    common = np.argsort(-counts, kind="stable")[:100]
+    return tuple((source.reasons[i], int(counts[i])) for i in common if counts[i])

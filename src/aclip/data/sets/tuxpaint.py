@@ -1,0 +1,142 @@
+"""The set `tuxpaint`: 934 stamps of the drawing program Tux Paint, each with a sentence in English.
+
+A stamp is one thing cut out of its background, so its alpha channel says which pixels are the thing: ground truth for
+what a model should look at. The images are stored as RGBA with straight alpha, padded to a square by transparent pixels
+and never rescaled (19 to 2,348 pixels a side, half of them below 200); decoded as an image, they are composited on
+white. Stamps that come as a vector drawing alone are rendered at 256 pixels; 16 of those state no size that the
+renderer understands and are left out.
+
+The package does not say which stamps are photos. A stamp has the label `photo` by a rule of ours: there is no vector
+drawing of it, it lies neither below `symbols` nor in a folder `cartoon`, and its opaque pixels, 1,000 or more, have
+at least half as many distinct colours. By that rule 259 stamps are photos. Seen by eye, fewer than ten of these are
+drawings, and about a hundred photos are missed: small, smooth or stored with few colours, and the coins, which lie
+below `symbols`. The others have the label `drawing`.
+
+There is one split, `all`: the set is for evaluation.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from aclip.data.sets.base import DataSet, Entries, Entry, Files, Licences
+from aclip.data.sets.drawings import png_size, render
+from aclip.data.sets.packages import Package, read_debian
+from aclip.data.sources.base import RawSample, Source
+from aclip.errors import BadSampleError
+
+DRAWING_PIXELS = 256
+PHOTO_PIXELS = 1000
+PHOTO_COLOURS = 0.5
+
+PACKAGE = Package(
+    "tuxpaint-stamps-default", "2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+    160_880_444, client="apt")
+
+_LICENCE = "GPL-2.0-or-later"
+_STAMPS = PurePosixPath("usr/share/tuxpaint/stamps")
+_COPYRIGHT = "usr/share/doc/tuxpaint-stamps-default/copyright"
+_EMBEDDED = re.compile(r"<image\b[^>]*?(/>|>.*?</image>)", re.DOTALL)
+
+
+class Stamp(NamedTuple):
+    """A stamp: its place below the folder of all stamps, and its PNG or else its SVG file."""
+
+    path: PurePosixPath
+    png: bytes | None
+    svg: bytes | None
+
+    def image(self) -> Image.Image:
+        """Return its RGBA image.
+
+        Raises:
+            BadSampleError: its vector drawing cannot be rendered.
+        """
+        data = self.png
+        if data is None:
+            assert self.svg is not None
+            document = _EMBEDDED.sub("", self.svg.decode("utf-8", errors="replace"))  # one drawing has bitmaps in it
+            data = render(document, width=DRAWING_PIXELS)
+            if png_size(data)[1] > DRAWING_PIXELS:
+                data = render(document, height=DRAWING_PIXELS)
+        try:
+            return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadSampleError(f"damaged PNG: {error}") from None
+
+
+class Stamps(Entries):
+    """Stamps as square PNGs, with the label that their pixels decide."""
+
+    def __init__(self, spec: str, entries: Iterable[Entry]) -> None:
+        """Keep `entries`, whose images are `Stamp`."""
+        super().__init__(spec, entries, _square_png)
+
+    def read(self, index: int) -> RawSample:
+        """Return a stamp.
+
+        Raises:
+            BadSampleError: its vector drawing cannot be rendered.
+        """
+        stamp: Stamp = self._entries[index].image
+        drawn = stamp.svg is not None or stamp.path.parts[0] == "symbols" or "cartoon" in stamp.path.parts
+        label = "drawing" if drawn or not _is_colourful(stamp.image()) else "photo"
+        return replace(super().read(index), label=label)
+
+
+def _is_colourful(image: Image.Image) -> bool:
+    """Return whether an RGBA image has as many colours as a photo: see `PHOTO_PIXELS` and `PHOTO_COLOURS`."""
+    pixels = np.asarray(image).reshape(-1, 4)
+    opaque = pixels[pixels[:, 3] == 255]
+    colours = len(np.unique(opaque.view(np.uint32)))  # the four channels as one number
+    return len(opaque) >= PHOTO_PIXELS and colours >= PHOTO_COLOURS * len(opaque)
+
+
+def _square_png(stamp: Stamp) -> bytes:
+    """Return a PNG of the stamp, centred in the smallest square, which is transparent around it."""
+    image = stamp.image()
+    side = max(image.size)
+    square = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    png = io.BytesIO()
+    square.save(png, "PNG")
+    return png.getvalue()
+
+
+def open_tuxpaint(files: Files) -> dict[str, Source]:
+    """Return the source of the split `all`."""
+    return {"all": Stamps("tuxpaint:all", read_stamps(files[PACKAGE.name]))}
+
+
+def read_stamps(path: Path) -> Iterator[Entry]:
+    """Yield the stamps of a package that have a sentence."""
+    files = read_debian(path, lambda name: name.endswith((".png", ".svg", ".txt")) and "/stamps/" in name)
+    for file, text in files.items():
+        stem = file.removesuffix(".txt")
+        png, svg = files.get(f"{stem}.png"), files.get(f"{stem}.svg")
+        if stem != file and (png or svg):
+            place = PurePosixPath(stem).relative_to(_STAMPS)
+            # English first, then a line for each translation.
+            lines = [line for line in text.decode("utf-8-sig", errors="replace").splitlines() if line.strip()]
+            yield Entry(str(place).replace("/", "--").replace(".", "_"), Stamp(place, png, svg), tuple(lines[:1]))
+
+
+def licences(files: Files) -> Licences:
+    """Return the licence of all stamps, and the package's copyright file."""
+    info = {"name": "Tux Paint stamps", "author": {"name": "Bill Kendrick and others"}, "license": {"spdx": _LICENCE}}
+    copyright_file = read_debian(files[PACKAGE.name], lambda name: name == _COPYRIGHT)[_COPYRIGHT]
+    return [("stamps", PACKAGE.name, info)], {"copyright": copyright_file}
+
+
+TUXPAINT = DataSet(
+    "tuxpaint",
+    "934 stamps with sentences and object masks (alpha), 259 of them photos; 161 MB to download, with apt",
+    _LICENCE,
+    (PACKAGE,), open_tuxpaint, licences, drawn=True,
+)

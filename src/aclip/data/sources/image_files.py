@@ -1,0 +1,312 @@
+"""From what a list writes for an image to the file on this machine.
+
+Lists travel: their paths have another machine's folders, Windows separators, missing or other endings, `file://`
+addresses, or are mere ids. Some cells of a list are tried in every way; the ways that find files (`_Way`) are
+then applied to every cell, so that finding one costs no more than looking whether a file is there.
+"""
+
+import base64
+import binascii
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from aclip.data.decode import IMAGE_EXTENSIONS
+from aclip.data.sources.base import printable
+from aclip.errors import BadSampleError
+
+_LOOKED_INTO = 200  # folders beside a list in which its images are sought
+_ENTRIES = 1_000_000  # files of one folder that are listed
+_DRIVE = re.compile(r"^[A-Za-z]:[\\/]|^[\\/]{2}")
+_LOCAL_FILES = re.compile(r".*[?&]d=(.+)")  # Label Studio: /data/local-files/?d=FOLDER/FILE
+_UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # Label Studio puts it before the names of uploaded files
+_ADDRESS = re.compile(r"^(?!file:)[A-Za-z][\w+.-]+://")
+_BASE64 = re.compile(r"(?:data:image/[\w.+-]+;base64,)?([A-Za-z0-9+/_=\s-]{60,})")
+_MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
+
+
+class _Way(NamedTuple):
+    """One way from a cell to a file: `root` / `prefix` + the cell's parts after `drop` + `ending`.
+
+    Attributes:
+        root: the folder; "" for paths that are absolute.
+        drop: leading parts of the cell's path that are left out; -1 takes the cell exactly as it is written.
+        ending: put behind the name; in place of its own with `swap`.
+        swap: see `ending`.
+        prefix, digits: before a number, and its width with leading zeros.
+        form: Unicode normalisation of the file names, or "".
+        decoded: whether %XX are decoded.
+        uploaded: whether Label Studio's prefix is left out.
+    """
+
+    root: str
+    drop: int = -1
+    ending: str = ""
+    swap: bool = False
+    prefix: str = ""
+    digits: int = 0
+    form: str = ""
+    decoded: bool = False
+    uploaded: bool = False
+
+    def path(self, cell: str) -> str:
+        """Return where the image of a cell would lie."""
+        if self.drop < 0:
+            return os.path.join(self.root, cell)
+        *folders, name = _parts(cell)[self.drop :] or [""]
+        name = unquote(name) if self.decoded else name
+        name = _UPLOADED.sub("", name) if self.uploaded else name
+        name = unicodedata.normalize(self.form, name) if self.form else name  # type: ignore[arg-type]
+        stem = name.rpartition(".")[0] or name if self.swap else name
+        return os.path.join(self.root or os.sep, *folders, self.prefix + stem.zfill(self.digits) + self.ending)
+
+
+class ImageFiles:
+    """Finds the images of a list.
+
+    Attributes:
+        folder: that paths are relative to: that of the option `images`, else the list's own.
+        notes: sentences about how cells are read, where that is not exactly as written.
+    """
+
+    def __init__(self, folder: Path, chosen: Path | None = None, hints: Sequence[str] = ()) -> None:
+        """Look below `chosen` if it is given, else in `folder` and the folders around it, those named `hints` first."""
+        self.folder = folder if chosen is None else chosen
+        self.notes: list[str] = []
+        self._around = chosen is None
+        self._hints = hints
+        self._ways = [_Way(str(self.folder))]
+        self._by_name: dict[str, str] | None = None
+        self._listings: dict[str, dict[str, str]] = {}
+
+    def find(self, cell: str) -> Path | None:
+        """Return the file of a cell, or None if there is none."""
+        try:
+            for way in self._ways:
+                path = way.path(cell)
+                if os.path.isfile(path):
+                    return Path(path)
+        except ValueError:  # a null byte
+            return None
+        if self._by_name is not None:
+            name = _parts(cell)[-1]
+            found = self._by_name.get(name) or self._by_name.get(name.rpartition(".")[0])
+            return None if found is None else Path(found)
+        return None
+
+    def learn(self, cells: Sequence[str]) -> bool:
+        """Find out how cells are written, from some of them.
+
+        Returns:
+            Whether files were found by a search of all folders, so that every cell should be replaced by its file now.
+        """
+        used: Counter[_Way] = Counter()
+        lost: list[str] = []
+        as_written = any(_is_file(self._ways[0].path(cell)) for cell in cells)
+        for cell in cells:
+            way = next((way for way in self._ways if _is_file(way.path(cell))), None)
+            if way is None and len(lost) < 20:
+                way = next(self._possible(cell, elsewhere=not as_written), None)
+            if way is None:
+                lost.append(cell)
+                continue
+            if way not in self._ways:
+                self._ways.append(way)
+            used[way] += 1
+        # A file of the same name beside another list is not this list's: a way must find a good part of the images.
+        self._ways = [way for way, count in used.most_common() if 10 * count >= len(cells)] or self._ways[:1]
+        self.notes = [note for way in self._ways if (note := self._note(way))]
+        if not used and lost:
+            self._by_name = self._all_names()
+            if not any(self.find(cell) for cell in lost):
+                self._by_name = None
+            else:
+                self.notes = [f"images found by name below {self.folder}"]
+        self._listings.clear()
+        return self._by_name is not None
+
+    def forget(self) -> None:
+        """Drop what a search of all folders found, and take cells as paths from now on."""
+        self._by_name = None
+
+    def elsewhere(self, cell: str) -> Path | None:
+        """Return a folder around the list's that has the image of a cell, where `images` names one that has not."""
+        other = ImageFiles(self.folder.parent)
+        way = next(other._possible(cell), None)
+        return Path(way.root) if way is not None and way.root else None
+
+    def _possible(self, cell: str, elsewhere: bool = True) -> Iterator[_Way]:
+        """Yield the ways that find a cell's file, the plainest first; in other folders only if `elsewhere`."""
+        parts = _parts(cell)
+        if not parts:
+            return
+        if _is_file("/".join(parts)) and (cell.startswith("file:") or os.path.isabs(cell)):
+            yield _Way("", 0)
+        roots = list(self._roots()) if elsewhere else [str(self.folder)]
+        drops = range(len(parts)) if elsewhere else range(1)
+        for drop in drops:
+            for root in roots:
+                *folders, name = parts[drop:]
+                names = self._names(os.path.join(root, *folders))
+                if names:
+                    yield from self._same_name(root, drop, name, names)
+        for drop in drops:
+            for root in roots:
+                *folders, name = parts[drop:]
+                names = self._names(os.path.join(root, *folders))
+                if names:
+                    yield from self._like_name(root, drop, name, names)
+
+    def _same_name(self, root: str, drop: int, name: str, names: dict[str, str]) -> Iterator[_Way]:
+        if name in names.values():
+            yield _Way(root, drop)
+        if unquote(name) != name and unquote(name) in names.values():
+            yield _Way(root, drop, decoded=True)
+        for form in ("NFC", "NFD"):
+            if unicodedata.normalize(form, name) != name and unicodedata.normalize(form, name) in names.values():  # type: ignore[arg-type]
+                yield _Way(root, drop, form=form)
+
+    def _like_name(self, root: str, drop: int, name: str, names: dict[str, str]) -> Iterator[_Way]:
+        """Yield ways to a file whose name has another ending, zeros and a prefix before a number, or lost a prefix."""
+        if name in names:
+            yield _Way(root, drop, ending=names[name][len(name) :])
+        stem, _, ending = name.rpartition(".")
+        if ending.lower() in IMAGE_EXTENSIONS and stem in names:
+            yield _Way(root, drop, ending=names[stem][len(stem) :], swap=True)
+        if _UPLOADED.sub("", name) in names.values():
+            yield _Way(root, drop, uploaded=True)
+        if name.isdecimal():
+            number = re.compile(rf"(.*?[^\d])?(0*{int(name)})")
+            for other, file in names.items():
+                if match := number.fullmatch(other):
+                    yield _Way(root, drop, ending=file[len(other) :], prefix=match[1] or "", digits=len(match[2]))
+                    return
+
+    def _roots(self) -> Iterator[str]:
+        """Yield folders in which images are sought."""
+        yield str(self.folder)
+        yield from _folders_in(self.folder, self._hints)
+        if self._around:
+            above = Path(os.path.normpath(self.folder.absolute().parent))
+            yield str(above)
+            yield from _folders_in(above, self._hints)
+
+    def _names(self, folder: str) -> dict[str, str]:
+        """Return the images of a folder, stem -> name."""
+        if folder not in self._listings:
+            names: dict[str, str] = {}
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in islice(entries, _ENTRIES):
+                        stem, _, ending = entry.name.rpartition(".")
+                        if ending.lower() in IMAGE_EXTENSIONS:
+                            names[stem if stem not in names else entry.name] = entry.name
+            except (OSError, ValueError):
+                pass
+            self._listings[folder] = names
+        return self._listings[folder]
+
+    def _all_names(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for parent, _, names in os.walk(self.folder):
+            for name in names:
+                stem, _, ending = name.rpartition(".")
+                if ending.lower() in IMAGE_EXTENSIONS:
+                    found.setdefault(name, os.path.join(parent, name))
+                    found.setdefault(stem, os.path.join(parent, name))
+            if len(found) > 2 * _ENTRIES:
+                break
+        return found
+
+    def _note(self, way: _Way) -> str:
+        said = []
+        if way.root and way.root != str(self.folder):
+            said.append(f"found in {way.root}")
+        if way.drop > 0:
+            said.append(f"the first {way.drop} parts of their paths left out")
+        if way.ending:
+            said.append(f"'{way.ending}' {'in place of their endings' if way.swap else 'added to their names'}")
+        if way.prefix or way.digits:
+            said.append(f"numbers written as {way.prefix}{'0' * way.digits}")
+        return "images " + ", ".join(said) if said else ""
+
+
+def _parts(cell: str) -> list[str]:
+    """Return the parts of a path or `file:` address in either system's notation; an absolute one starts with ""."""
+    if cell.startswith("file:"):
+        cell = unquote(re.sub(r"^file:(//(localhost)?)?", "", cell))
+        cell = cell[1:] if _DRIVE.match(cell[1:]) and cell.startswith("/") else cell
+    elif match := _LOCAL_FILES.fullmatch(cell):
+        cell = unquote(match[1])
+    if _DRIVE.match(cell):
+        cell = cell[2:].lstrip("\\/")
+    return cell.replace("\\", "/").split("/")
+
+
+def _folders_in(folder: Path, hints: Sequence[str]) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.path for entry in islice(entries, _ENTRIES) if entry.is_dir()]
+    except OSError:
+        return []
+    first = (*hints, "images", "image", "img", "imgs")
+    names = {path: os.path.basename(path).lower() for path in found}
+    return sorted(found, key=lambda path: (first.index(names[path]) if names[path] in first else len(first), path))[
+        :_LOOKED_INTO]
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return os.path.isfile(path)
+    except ValueError:
+        return False
+
+
+def is_address(cell: str) -> bool:
+    """Return whether a cell is the address of something that does not lie here."""
+    return _ADDRESS.match(cell) is not None
+
+
+def embedded_image(cell: str) -> bytes | None:
+    """Return the bytes of an image written in base64, with or without `data:`, or None if the cell is none."""
+    match = _BASE64.fullmatch(cell)
+    if match is None:
+        return None
+    try:
+        data = base64.b64decode(match[1].replace("-", "+").replace("_", "/") + "==")
+    except (binascii.Error, ValueError):
+        return None
+    return data if data.startswith(_MAGIC) else None
+
+
+def looks_embedded(value: object) -> bool:
+    """Return whether a value starts as an image in base64 does."""
+    if not isinstance(value, str) or len(value) < 60:
+        return False
+    head = value[:100].rpartition(",")[2] if value.startswith("data:image/") else value[:60]
+    head = head[: len(head) // 4 * 4]
+    return embedded_image(head.ljust(60, "A")) is not None
+
+
+def read_image(path: Path) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        BadSampleError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadSampleError(f"cannot read the image file: {reason}: {full_path(path)}") from error
+
+
+def full_path(path: Path) -> str:
+    """Return where a file was looked for, so that it can be printed."""
+    return printable(str(path.absolute()))

@@ -1,0 +1,389 @@
+"""Lists of pairs: tables, JSON and Parquet with a row a pair, the image by its path, its id or in base64."""
+
+import logging
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
+from aclip.data.sources.columns import DOWNLOAD, MAX_STORED, OPTIONS, Columns, Row, row_of, settle_columns, texts
+from aclip.data.sources.image_files import ImageFiles, embedded_image, full_path, is_address, looks_embedded, read_image
+from aclip.data.sources.records import JsonLines, ListFile, Table, choose_split, open_list
+from aclip.data.spec import Spec
+from aclip.errors import BadSampleError, ConfigError, DataError
+
+_log = logging.getLogger(__name__)
+
+_CHECKED = 5_000  # images of a list that are looked for when it is opened, evenly over a longer one
+_LEARNT = 100  # images by which it is found out how a list writes their paths
+_BETWEEN = "\0"  # strings of one row; no caption needs it, and no path can hold it
+_PLACE = "\x1a"  # before the place in the list's own file where the image lies
+_SPLIT_COLUMNS = ("split", "set", "partition", "subset", "fold")
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "restval"})
+
+
+class ListSource(Source):
+    """Pairs listed in a file, kept packed in memory: some 40 bytes a row beside the text itself.
+
+    Rows of one image, wherever they stand, are one sample with all of their captions: as samples of their own
+    they would be each other's negatives in training, and right answers that count as wrong in retrieval.
+
+    Attributes:
+        spec: what the user called it.
+        rows: how many the file has, repeated images and rows that cannot be used included.
+    """
+
+    def __init__(
+        self, spec: str, rows: Iterable[Row], files: ImageFiles, *, file: ListFile | None = None, columns: Columns | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Keep `rows`.
+
+        Args:
+            spec: what the user called it.
+            rows: of the list.
+            files: finds their images.
+            file: where images lie that are written in base64, in the field that `columns` says.
+            columns: those that are read.
+            notes: for the summary.
+
+        Raises:
+            DataError: no rows, or no images: all of them are URLs, or not one of some is there.
+        """
+        self.spec = spec
+        self._files, self._file, self._columns, self._notes = files, file, columns, list(notes)
+        self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
+        self._problems: dict[int, str] = {}
+        self._numbers: np.ndarray | None = None  # of each sample's first row, where images repeat
+        keys, long = array("q"), 0
+        base = os.path.abspath(files.folder)
+        for number, row in enumerate(rows):
+            image = _storable(row.image)
+            self._images.append(image)
+            self._captions.append(_join(row.captions))
+            self._tags.append(_join(row.tags))
+            self._labels.append(_storable(row.label))
+            long += any(len(text) == MAX_STORED for text in row.captions)
+            if row.problem or not image:
+                self._problems[number] = row.problem or "missing image path"
+            keys.append(hash(_identity(number, image, row.problem, base)))
+        self.rows = len(keys)
+        if not self.rows:
+            raise DataError(f"{spec} holds no rows")
+        if long:
+            self._notes.append(f"{long:,} captions longer than {MAX_STORED:,} characters are cut")
+        self._merge(np.frombuffer(keys, dtype=np.int64), base)
+        self._missing = self._find_images()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        """Return the number of the image's first row, counted from 1, and its path."""
+        number = index if self._numbers is None else int(self._numbers[index])
+        image = self._images[index]
+        short = "" if image.startswith(_PLACE) else image[:40] if looks_embedded(image) else image
+        return printable(f"row {number + 1}: {short}" if short else f"row {number + 1}")
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a row, of all rows of its image.
+
+        Raises:
+            BadSampleError: a row that cannot be used.
+        """
+        if index in self._problems:
+            raise BadSampleError(self._problems[index])
+        return tuple(self._captions[index].split(_BETWEEN))
+
+    def path(self, index: int) -> Path | None:
+        """Return the image's file, or None if it is not there or lies in the list itself."""
+        image = self._images[index]
+        return None if index in self._problems or not image or image.startswith(_PLACE) else self._files.find(image)
+
+    def read(self, index: int) -> RawSample:
+        """Read a row's image.
+
+        Raises:
+            BadSampleError: a row that cannot be used, or an image that cannot be read.
+        """
+        captions = self.captions(index)
+        tags = tuple(tag for tag in self._tags[index].split(_BETWEEN) if tag)
+        return RawSample(self.name(index), self._image(self._images[index]), captions, tags, self._labels[index] or None)
+
+    @property
+    def summary(self) -> Summary:
+        """Images listed, captioned and missing, and how the list is read."""
+        unusable = len(self._problems)
+        missing, example, looked = self._missing
+        left_out = {"rows that cannot be read": unusable}
+        notes = [*self._notes, *self._files.notes]
+        if looked == len(self) - unusable or not missing:
+            left_out[f"file missing: {example}" if example else "file missing"] = missing
+        else:
+            notes.append(f"{missing:,} of {looked:,} images that were looked for are missing: {example}")
+            missing = 0
+        used = len(self) - unusable - missing
+        blank = sum(not self._captions[index].strip("\0 ") for index in self._suspects())
+        return Summary(self.spec, len(self), used - min(blank, used), min(blank, used), left_out, tuple(notes))
+
+    def digest(self) -> str:
+        """Return a hash of all rows."""
+        return digest_of(self._images, self._captions, self._tags, self._labels, sorted(self._problems))
+
+    def _suspects(self) -> list[int]:
+        """Return the samples whose captions are so short that they may be blank, without those of bad rows."""
+        short = np.flatnonzero(self._captions.sizes() < 16).tolist()
+        return [index for index in short if index not in self._problems]
+
+    def _image(self, image: str) -> bytes:
+        if image.startswith(_PLACE):
+            return self._cut_out(image)
+        if is_address(image):
+            raise BadSampleError("the image is a URL, not a file: download it first")
+        path = self._files.find(image)
+        if path is not None:
+            return read_image(path)
+        data = embedded_image(image)
+        if data is not None:
+            return data
+        return read_image(self._files.folder / image)
+
+    def _cut_out(self, image: str) -> bytes:
+        """Return the image that lies in base64 at a place of the list's file."""
+        assert self._file is not None
+        assert self._columns is not None
+        offset, _, size = image[1:].partition(":")
+        try:
+            with self._file.path.open("rb") as file:
+                file.seek(int(offset))
+                fields = self._file.parse(file.read(int(size)))
+        except (OSError, ValueError, StopIteration) as error:
+            raise BadSampleError(f"cannot read the list: {error}") from error
+        data = None if isinstance(fields, str) else embedded_image(str(fields.get(self._columns.image, "")).strip())
+        if data is None:
+            raise BadSampleError("the image is not base64")
+        return data
+
+    def _merge(self, keys: np.ndarray, base: str) -> None:
+        """Make one sample of the rows of each image, at the place of the first, whose tags and label it has.
+
+        Args:
+            keys: (rows,) hashes of `_identity`: what tells ten million rows apart without an object for each.
+            base: as for `_identity`.
+        """
+        ordered = np.sort(keys)
+        if np.all(ordered[1:] != ordered[:-1]):
+            return
+        _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+        first = first[place]
+        relabelled, of_equal_hash = 0, dict[str, int]()
+        for row in np.flatnonzero(first != np.arange(self.rows)).tolist():
+            one, other = (_identity(number, self._images[number], self._problems.get(number, ""), base)
+                          for number in (row, int(first[row])))
+            if one != other:
+                first[row] = of_equal_hash.setdefault(one, row)
+            relabelled += self._labels[row] != self._labels[first[row]]
+        numbers = np.flatnonzero(first == np.arange(self.rows))
+        sizes = np.bincount(first, minlength=self.rows)[numbers]
+        self._captions = PackedStrings(self._together(np.argsort(first, kind="stable"), sizes))
+        self._images, self._tags, self._labels = (
+            PackedStrings(strings[number] for number in numbers.data)
+            for strings in (self._images, self._tags, self._labels))
+        self._problems = {int(np.searchsorted(numbers, row)): why for row, why in self._problems.items()}
+        self._numbers = numbers
+        self._notes.append(f"{self.rows - len(numbers):,} of {self.rows:,} rows have the image of an earlier one: each image "
+                           f"has all its captions{f', and {relabelled} of them another label: the first row decides' if relabelled else ''}")
+
+    def _together(self, order: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
+        """Yield the captions of `sizes` rows at a time, taken in this order, each caption once."""
+        rows = iter(order.data)
+        for size in sizes.data:
+            captions = [self._captions[row] for row in islice(rows, size)]
+            if size > 1:
+                every = dict.fromkeys(chain.from_iterable(one.split(_BETWEEN) for one in captions))
+                captions = [_BETWEEN.join([one for one in every if one.strip()] or [""])]
+            yield captions[0]
+
+    def _find_images(self) -> tuple[int, str, int]:
+        """Find out where the images lie, and count those of some rows that are not there.
+
+        Returns:
+            How many are missing, the first of them, and how many were looked for.
+
+        Raises:
+            DataError: as for `__init__`.
+        """
+        cells = [(index, cell) for index in _spread(len(self), _CHECKED) if index not in self._problems
+                 and (cell := self._images[index]) and not cell.startswith(_PLACE)]
+        local = [cell for _, cell in cells if not is_address(cell) and not looks_embedded(cell)]
+        if self._files.learn([local[at] for at in _spread(len(local), _LEARNT)]):
+            found = (self._files.find(cell) or Path(cell) for cell in map(self._images.__getitem__, range(len(self))))
+            self._images = PackedStrings(map(str, found))
+            self._files.forget()
+            local = [self._images[index] for index, _ in cells]
+        missing = [cell for cell in local if self._files.find(cell) is None]
+        if local and len(missing) == len(local) and not any(looks_embedded(cell) for _, cell in cells):
+            where = full_path(self._files.folder / missing[0][:1000])[:1200]
+            raise DataError(f"{self.spec}: none of {len(local):,} of its images is there, looked for {where} first: "
+                            f"{self._where_else(missing[0])}")
+        if cells and not local and is_address(cells[0][1]):
+            raise DataError(f"{self.spec}: its images are URLs, such as {cells[0][1][:200]}: {DOWNLOAD}")
+        return len(missing), printable(missing[0][:200]) if missing else "", len(cells)
+
+    def _where_else(self, image: str) -> str:
+        """Return what to do about a list whose images are not there, `image` being the first."""
+        path = self.spec.partition("?")[0]
+        folder = self._files.elsewhere(image)
+        if folder is not None:
+            return f"it lies in {folder}, say '{path}?images={folder}'"
+        return f"say where they lie with '{path}?images=FOLDER'"
+
+
+def open_list_source(path: Path, spec: Spec) -> ListSource:
+    """Open a table, JSON lines or a JSON document.
+
+    Raises:
+        DataError: no list, no rows, or no images (`ListSource`).
+        ConfigError: a column that does not exist or cannot be guessed; an option that lists do not take.
+    """
+    spec.allow(*OPTIONS, "images", "split", "encoding")
+    split = spec.get("split")
+    file = open_list(path, spec.get("encoding"), split)
+    files = ImageFiles(path.parent, spec.folder("images"), file.hints)
+    named = spec.with_path(path)
+    stored = _image_store(file)
+    if stored is not None:
+        return _open_stored(named, *stored)
+    if file.given is not None:
+        if spec.options.keys() & set(OPTIONS):
+            raise ConfigError(f"{path} is {file.about}, whose fields are known: it takes no 'image' and 'caption'")
+        columns = Columns(file.given[0], file.given[1:2], *file.given[2:])
+    else:
+        columns = settle_columns(named, file.header, file.sample)
+    notes = [f"{file.about}, {columns}", *file.notes]
+    rows = _rows(file, columns, *_split_column(path, file, split, notes))
+    return ListSource(str(path), rows, files, file=file, columns=columns, notes=notes)
+
+
+def _rows(file: ListFile, columns: Columns, split_column: str | None, wanted: frozenset[str]) -> Iterator[Row]:
+    embedded = any(looks_embedded(_text(one.get(columns.image))) for one in file.sample)
+    for fields, offset, size, image in file.rows():
+        if isinstance(fields, str):
+            yield Row(image, problem=fields)
+            continue
+        if split_column is not None and str(fields.get(split_column)).strip() not in wanted:
+            continue
+        yield _row(fields, columns, offset, size, embedded)
+
+
+def _row(fields: Mapping[str, Any], columns: Columns, offset: int, size: int, embedded: bool) -> Row:
+    if embedded and offset >= 0 and looks_embedded(_text(fields.get(columns.image))):
+        return row_of({**fields, columns.image: ""}, columns)._replace(image=f"{_PLACE}{offset}:{size}")
+    row = row_of(fields, columns)
+    name, mark, number = row.image.rpartition("#")  # Flickr8k.token.txt: 123.jpg#0
+    return row._replace(image=name) if mark and number.isdecimal() and not os.path.exists(row.image) else row
+
+
+def _text(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _split_column(path: Path, file: ListFile, split: str | None, notes: list[str]) -> tuple[str | None, frozenset[str]]:
+    """Return the column that names the split of each row, and the splits that are asked for.
+
+    Raises:
+        ConfigError: a split that does not exist, or one where there are none.
+    """
+    if file.given is not None or "split" in file.about:
+        return None, frozenset()
+    column = next((name for name in file.header if name.strip().lower() in _SPLIT_COLUMNS), None)
+    if column is None and split is None:
+        return None, frozenset()
+    sizes: dict[str, int] = {}
+    if column is not None and isinstance(file, Table | JsonLines):
+        for fields, *_ in file.rows():
+            if not isinstance(fields, str):
+                value = str(fields.get(column)).strip()
+                sizes[value] = sizes.get(value, 0) + 1
+    if split is None:
+        if len(sizes) > 1 and all(name.lower() in _SPLITS for name in sizes):
+            there = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())
+            notes.append(f"all of its splits are read, {there}: '?split={next(iter(sizes))}' takes one")
+        return None, frozenset()
+    if not sizes:
+        raise ConfigError(f"{path} has no splits: it has no column named 'split'")
+    return column, frozenset(choose_split(path.name, sizes, split))
+
+
+def _image_store(file: ListFile) -> tuple[ListFile, ListFile] | None:
+    """Return a table of ids and images in base64, and the JSON lines of captions that name those ids, or None.
+
+    The layout of Chinese-CLIP: `train_imgs.tsv` beside `train_texts.jsonl`, whose objects have `image_ids`.
+    """
+    folder, name = file.path.parent, file.path.name
+    if isinstance(file, JsonLines) and "image_ids" in file.header:
+        stem = name.partition("_texts")[0]
+        other = next((path for path in (folder / f"{stem}_imgs.tsv", folder / f"{stem}.tsv") if path.is_file()), None)
+        return None if other is None else (open_list(other), file)
+    if isinstance(file, Table) and len(file.header) == 2 and file.sample:
+        if any(looks_embedded(str(value).strip()) for value in file.sample[0].values()):
+            other = folder / f"{name.rpartition('_imgs')[0]}_texts.jsonl"
+            if other.is_file():
+                return file, open_list(other)
+            if file.header == ["1", "2"]:
+                raise DataError(f"{file.path} holds images in base64 and no captions: they belong into {other.name} beside it")
+    return None
+
+
+def _open_stored(spec: Spec, images: ListFile, captions: ListFile) -> ListSource:
+    said: dict[str, list[str]] = {}
+    for fields, *_ in captions.rows():
+        if not isinstance(fields, str) and isinstance(ids := fields.get("image_ids"), list):
+            for one in ids:
+                said.setdefault(str(one), []).extend(texts(fields.get("text")))
+    key = next(name for name in images.header if not looks_embedded(str(images.sample[0][name]).strip()))
+    columns = Columns(next(name for name in images.header if name != key), ())
+
+    def rows() -> Iterator[Row]:
+        for fields, offset, size, _ in images.rows():
+            if isinstance(fields, str):
+                yield Row("", problem=fields)
+                continue
+            row = _row(fields, columns, offset, size, embedded=True)
+            yield row._replace(captions=tuple(said.get(str(fields[key]).strip(), ())))
+
+    notes = (f"images in base64 from {images.path.name}, captions from {captions.path.name}",)
+    return ListSource(spec.path, rows(), ImageFiles(images.path.parent), file=images, columns=columns, notes=notes)
+
+
+def _spread(count: int, most: int) -> Sequence[int]:
+    """Return at most `most` numbers below `count`, evenly over them."""
+    return range(0, count, -(-count // most) or 1)
+
+
+def _identity(number: int, image: str, problem: str, base: str) -> str:
+    """Return what the rows of one image share: its path; a row that cannot be used shares it with none."""
+    if problem or not image or image.startswith(_PLACE):
+        return f"{_BETWEEN}{number}"
+    path = image.replace("\\", "/")
+    path = path if path.startswith("/") else f"{base}/{path}"
+    return path if "/../" in path else os.path.normpath(path)  # what is above a link to a folder is elsewhere
+
+
+def _join(strings: Iterable[str]) -> str:
+    """Pack several strings into one."""
+    return _BETWEEN.join(_storable(string.replace(_BETWEEN, " ")) for string in strings)
+
+
+def _storable(string: str) -> str:
+    """Return the string with halves of surrogate pairs replaced, which JSON can hold and UTF-8 cannot."""
+    try:
+        string.encode("utf-8", errors="surrogateescape")
+    except UnicodeEncodeError:
+        return string.encode("utf-8", errors="replace").decode("utf-8")
+    return string

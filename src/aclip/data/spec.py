@@ -1,0 +1,228 @@
+"""What a user writes to name data: `PATH?option=value&option=value[first:last]=weight`.
+
+The path may be a file, a folder, a pattern (`shards/{0000..0099}.tar`, `lists/*.csv`), an address (`s3://...`) or a set
+(`emoji:train`). **A path that exists exactly as written is that path**, whatever syntax its name looks like, and so is
+the value of an option; where a name would still be taken for syntax, `%26` writes `&`, `%3F` writes `?` and `%3D` `=`.
+"""
+
+import glob
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import overload
+from urllib.parse import unquote
+
+from aclip.errors import ConfigError, DataError, unknown_name
+
+OPTIONS = ("image", "caption", "tags", "label", "images", "split", "encoding", "templates", "captions", "labels",
+           "root", "stretch")  # fmt: skip
+"""Every option that some source takes."""
+
+_QUERY = re.compile(r"\?(?=\w+=)")
+_SLICE = re.compile(r"(.+)\[(-?\d*):(-?\d*)\]", re.DOTALL)
+_WEIGHT = re.compile(r"(.+)=([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf)", re.DOTALL)
+_UNFINISHED_QUERY = re.compile(r".*[?&]\w+", re.DOTALL)
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_QUOTING = "in a value, write %26 for an & that another name and = follow"
+_MOST_FILES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed specification.
+
+    Attributes:
+        text: as the user wrote it.
+        path: file, folder, pattern, address or set; `~` expanded.
+        options: name -> value, as written.
+        part: (first, last) of the samples that are taken, last exclusive or None for the end; None takes all.
+        weight: of the source in a mixture, or None.
+    """
+
+    text: str
+    path: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    part: tuple[int, int | None] | None = None
+    weight: float | None = None
+
+    def allow(self, *known: str) -> None:
+        """Check that no other options are given.
+
+        Raises:
+            ConfigError: an option that this kind of source does not take.
+        """
+        for name in self.options:
+            if name not in known:
+                raise ConfigError(f"'{self.text}': {unknown_name('option', name, known)}")
+
+    @overload
+    def get(self, name: str) -> str | None: ...
+    @overload
+    def get(self, name: str, default: str) -> str: ...
+    def get(self, name: str, default: str | None = None) -> str | None:
+        """Return an option's value with its %XX decoded."""
+        value = self.options.get(name)
+        return default if value is None else unquote(value)
+
+    def folder(self, name: str) -> Path | None:
+        """Return the folder that an option names, or None without the option.
+
+        Raises:
+            ConfigError: there is no such folder.
+        """
+        if name not in self.options:
+            return None
+        folder = Path(as_named(self.options[name], os.path.isdir)).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"'{self.text}': the folder '{folder}' of '{name}=' does not exist")
+        return folder
+
+    def with_path(self, path: str | Path) -> "Spec":
+        """Return the same options for another path, without part and weight."""
+        query = "&".join(f"{name}={value}" for name, value in self.options.items())
+        text = f"{path}?{query}" if query else str(path)
+        return replace(self, text=text, path=str(path), part=None, weight=None)
+
+
+def as_named(value: str, exists: Callable[[str], bool]) -> str:
+    """Return the value of an option as written if that `exists`, else with its %XX decoded."""
+    return value if exists(value) or "%" not in value else unquote(value)
+
+
+def parse_spec(text: str) -> Spec:
+    """Parse a specification; nothing is opened, only the existence of paths is looked at.
+
+    >>> parse_spec("a.csv?image=file&caption=Q&A[:10]=2").options
+    {'image': 'file', 'caption': 'Q&A'}
+
+    Raises:
+        ConfigError: an unknown or empty option, a negative slice, or a weight that is not positive.
+    """
+    path = os.path.expanduser(text)
+    weight: float | None = None
+    part: tuple[int, int | None] | None = None
+    if os.path.exists(path):
+        return Spec(text, path)
+    if (match := _WEIGHT.fullmatch(path)) and not _is_value(path, match[1]):
+        weight, path = float(match[2]), match[1]
+        if not 0.0 < weight < math.inf:
+            raise ConfigError(f"the weight of '{path}' must be a positive number, not {match[2]}")
+    while not os.path.exists(path) and (match := _SLICE.fullmatch(path)):
+        path, part = match[1], _within(_part(match), part)
+    if os.path.exists(path):
+        return Spec(text, path, part=part, weight=weight)
+    path, options = _split_query(text, path)
+    if options and not os.path.exists(path) and (match := _SLICE.fullmatch(path)):
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        raise ConfigError(f"'{text}': a part comes after the options, as in '{match[1]}?{query}{path[len(match[1]):]}'")
+    return Spec(text, path, options, part, weight)
+
+
+def _is_value(text: str, head: str) -> bool:
+    """Return whether the number at the end of `text`, behind `head` and "=", belongs to an option's value."""
+    if _UNFINISHED_QUERY.fullmatch(head):
+        return True
+    value = re.split(r"[?&]\w+=", text)[-1]
+    return value != text and os.path.exists(os.path.expanduser(value))
+
+
+def _part(match: re.Match[str]) -> tuple[int, int | None]:
+    whole, first, last = match.groups()
+    if "-" in first + last:
+        raise ConfigError(f"'{match[0]}': a part takes no negative numbers, it is counted from the first sample: "
+                          f"'{whole}[:1000]' is the first thousand, '{whole}[1000:]' the rest")
+    return int(first or 0), int(last) if last else None
+
+
+def _within(whole: tuple[int, int | None], part: tuple[int, int | None] | None) -> tuple[int, int | None]:
+    """Return a part of a part, both counted from the start of the source."""
+    if part is None:
+        return whole
+    first, last = whole[0] + part[0], None if part[1] is None else whole[0] + part[1]
+    ends = [end for end in (whole[1], last) if end is not None]
+    return first, min(ends, default=None)
+
+
+def _split_query(text: str, path: str) -> tuple[str, dict[str, str]]:
+    """Return the path and its options: the first `?name=` whose front exists starts them, else the first of all."""
+    starts = [match.start() for match in _QUERY.finditer(path) if match.start()]
+    if not starts:
+        return path, {}
+    start = next((one for one in starts if os.path.exists(path[:one])), starts[0])
+    fields = re.split(r"(?:^|&)(\w+)=", path[start + 1 :])[1:]
+    options = dict(zip(fields[::2], fields[1::2], strict=True))
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise ConfigError(f"'{text}': {unknown_name('option', name, OPTIONS)} ({_QUOTING})")
+        if not value:
+            raise ConfigError(f"'{text}': the option '{name}' is empty")
+    return path[:start], options
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """Return the name and the specification of `NAME=SPEC`; None and all of it where it has no name.
+
+    >>> split_name("val=pairs.csv"), split_name("pairs.csv")
+    (('val', 'pairs.csv'), (None, 'pairs.csv'))
+    """
+    match = _NAMED.fullmatch(text)
+    if match is None or os.path.exists(os.path.expanduser(text)):
+        return None, text
+    whole = parse_spec(text)
+    if os.path.exists(whole.path) or ("=" in whole.path and expand_paths(whole.path, missing_ok=True)):
+        return None, text
+    return match[1], match[2]
+
+
+def expand_paths(pattern: str, missing_ok: bool = False) -> list[Path]:
+    """Return the files that a path, glob or brace pattern names, sorted within each pattern.
+
+    `{0000..0012}` counts with leading zeros, `{train,val}` lists.
+
+    Raises:
+        DataError: a file of a brace pattern or path that does not exist, or a glob that matches nothing.
+    """
+    if os.path.exists(pattern):
+        return [Path(pattern)]
+    paths: list[Path] = []
+    missing: list[str] = []
+    for one in expand_braces(pattern):
+        found = [one] if os.path.isfile(one) else sorted(glob.glob(one, recursive=True))
+        paths.extend(Path(path) for path in found)
+        if not found:
+            missing.append(one)
+    if missing and not missing_ok:
+        raise DataError(f"no such file: {missing[0]} ({len(missing)} missing, {len(paths)} found for {pattern})")
+    return paths
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Yield what a pattern with braces stands for; a pattern without is itself.
+
+    Raises:
+        ConfigError: a count of more than a million.
+    """
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    counted = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    choices: Sequence[str]
+    if counted:
+        first, last = counted[1], counted[2]
+        if int(last) - int(first) > _MOST_FILES:
+            raise ConfigError(f"'{pattern}' counts more than {_MOST_FILES:,} files: mend the braces")
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        choices = match[1].split(",")
+    for choice in choices:
+        yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
+def is_pattern(path: str) -> bool:
+    """Return whether a path that does not exist may be a pattern of files."""
+    return "{" in path or glob.has_magic(path)

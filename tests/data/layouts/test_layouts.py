@@ -1,0 +1,53 @@
+"""Every layout of `layouts.py` gives its samples, captions and classes, and says how it was read."""
+
+from pathlib import Path
+
+import pytest
+from layouts import LAYOUTS, Asked
+
+from aclip.data import open_source
+from aclip.data.decode import decode_image
+from aclip.errors import AclipError, BadSampleError
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout(tmp_path: Path, name: str) -> None:
+    expected = LAYOUTS[name](tmp_path)
+    spec = f"{tmp_path}/{expected.spec}"
+    if isinstance(expected, Asked):
+        with pytest.raises(AclipError) as caught:
+            open_source(spec)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert len(message) < 1500
+        assert all(text in message for text in expected.says), message
+        return
+    source = open_source(spec)
+    summary = source.summary
+    assert [source.captions(index) for index in range(len(source))] == [
+        (one,) if isinstance(one, str) else one for one in expected.captions]
+    labels = []
+    for index in range(len(source)):
+        if index in expected.bad:
+            with pytest.raises(BadSampleError):
+                source.read(index)
+            continue
+        raw = source.read(index)
+        assert raw.name == source.name(index)
+        assert raw.captions == source.captions(index)
+        assert decode_image(raw.image).size == raw_size(raw.image)
+        labels.append(raw.label)
+        if index == 0 and expected.tags is not None:
+            assert raw.tags == expected.tags
+    if expected.labels is not None:
+        assert labels == expected.labels
+    assert len({source.name(index) for index in range(len(source))}) == len(source)
+    assert summary.found == summary.captioned + summary.uncaptioned + sum(summary.left_out.values())
+    assert all(text in str(summary) for text in expected.says), str(summary)
+    assert str(summary).isprintable()
+    advice = " ".join(source.advice())
+    assert all(text in advice for text in expected.advice), advice
+
+
+def raw_size(data: bytes) -> tuple[int, int]:
+    return decode_image(data).size
