@@ -40,11 +40,7 @@ def fast_precision(device: "torch.device") -> Precision:
     """Return bf16 where the hardware multiplies in it, fp16 on older GPUs, which only emulate bf16, else fp32.
 
     bf16: NVIDIA GPUs of compute capability 8.0 and above (not T4, V100, RTX 20), AMD GPUs, CPUs with AMX or
-<<<<<<< HEAD
-    AVX512-BF16. On one core of an EPYC with AVX512-BF16 a step of `clip` on `vit-micro` takes 1.8 times as long in fp32.
-=======
     AVX512-BF16: on one core of such an EPYC a step of `clip` on `vit-micro` takes 1.8 times as long in fp32.
->>>>>>> data
     """
     import torch
 

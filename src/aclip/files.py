@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Atomic file writes, and portable file names."""
-=======
 """Files: atomic writes, portable names, and where caches and data sets live."""
->>>>>>> data
 
 import logging
 import os
@@ -19,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def as_file_name(name: str) -> str:
-    """Return `name` with "_" in place of characters that are not portable in file names.
+    """Return a name with "_" for what does not belong in a file name.
 
     >>> as_file_name("val[0:60], karpathy")
     'val_0_60_karpathy'
@@ -27,33 +23,19 @@ def as_file_name(name: str) -> str:
     return re.sub(r"[^\w-]+", "_", name)
 
 
-<<<<<<< HEAD
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file atomically: after a crash it has either its old or its new content.
-
-    Args:
-        path: created or replaced, with its parent folders.
-        data: the content; text is written as UTF-8.
-=======
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name whole or not at all, also after a crash.
 
     Args:
         path: replaced when the block ends without an exception; its folder is created.
->>>>>>> data
 
     Raises:
-        OSError: the disk is full or the folder is not writable; an existing file stays as it was.
+        OSError: the disk is full or the folder cannot be written; what was there before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-    # The process id separates processes that write the same file.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-=======
     # Random, because process ids repeat between containers that share a folder.
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
->>>>>>> data
     try:
         with part.open("wb") as file:
             yield file
