@@ -185,7 +185,7 @@ def _run_members(base: Any = None) -> list[tuple[str, Any, Any]]:
     simple = {"recipe": str, "image_size": str | None, "resolution_schedule": tuple[str, ...], "output": str | None}
     first = {"recipe": "a-clip", "model": "vit-tiny", "data": (), "output": None}
     members: list[tuple[str, Any, Any]] = []
-    for field in fields(RunConfig):  # type: ignore[arg-type]
+    for field in fields(RunConfig):
         default = first.get(field.name, None if field.default is MISSING else field.default)
         if base is not None:
             default = {"recipe": base.recipe.name, "image_size": _sides(base.image_size), "resolution_schedule": tuple(
@@ -215,9 +215,9 @@ def _parse(
     empty = inspect.Parameter.empty
     options = make_dataclass("Options", [
         (name, _option(hint, default), *(() if default is empty else (default,)))
-        for name, hint, default in sorted(members, key=lambda member: member[2] is not empty)])  # type: ignore[misc]
+        for name, hint, default in sorted(members, key=lambda member: member[2] is not empty)])
     options.__doc__ = f"Options.\n\n    Attributes:\n{arguments.lstrip(chr(10))}"
-    parsed = tyro.cli(options, args=list(given), prog=program, description=description)
+    parsed: Any = tyro.cli(options, args=list(given), prog=program, description=description)
     return {field.name: getattr(parsed, field.name) for field in fields(options)}
 
 
@@ -300,7 +300,7 @@ def _call(
             continue
         hint = _option(hints[name], parameter.default)
         if name in positional:
-            hint = tyro.conf.Positional[hint]
+            hint = typing.Annotated[hint, tyro.conf.Positional]
         parameters.append(parameter.replace(annotation=hint))
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -390,7 +390,7 @@ class Comparison:
 
     def _evaluators(self, name: str) -> tuple[str, ...]:
         """Return those that follow training; a recipe without text has the probes alone."""
-        default = ("linear_probe", "knn") if self.asked["probe"] else ()
+        default: tuple[str, ...] = ("linear_probe", "knn") if self.asked["probe"] else ()
         default = default or (("retrieval",) if self.asked["evaluate_on"] else ())
         has_text = self.contenders[name].plan.uses_text
         return tuple(e for e in self.asked["evaluators"] or default if has_text or evaluation.is_probe(e))

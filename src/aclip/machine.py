@@ -60,12 +60,13 @@ def doctor(*, device: str = "auto") -> list[Finding]:
     """
     where = devices.choose_device(device)
     console = Console(highlight=False)
-    colours = {"ok": "green", "note": "yellow", "error": "red"}
-    found: list[Finding] = []
-    for title, examine in (
+    parts: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
         ("versions", versions), ("devices", hardware), ("optional packages", optional_packages), ("paths", paths),
         ("several processes", backends), ("self-test", lambda: self_test(where)),
-    ):
+    )
+    colours = {"ok": "green", "note": "yellow", "error": "red"}
+    found: list[Finding] = []
+    for title, examine in parts:
         console.print(f"[bold]{title}")
         for finding in examine():
             advice = f"  [dim]{escape(finding.advice)}" if finding.advice else ""

@@ -59,7 +59,7 @@ class RunFolder:
             ConfigError: the folder is no run, or one of an incompatible version.
         """
         values = self.read_json("config.json")
-        known = RunConfig.__dataclass_fields__  # type: ignore[attr-defined]
+        known = RunConfig.__dataclass_fields__
         return from_dict(RunConfig, {name: value for name, value in values.items() if name in known},
                          where=f"{self.path}/config.json")
 

@@ -612,7 +612,7 @@ class BadSamples:
 
 def _newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Return the newest undamaged checkpoint, and the damaged ones after it with what is wrong."""
-    damaged = []
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(checkpoint.list_checkpoints(folder)):
         try:
             return checkpoint.open_checkpoint(path).path, damaged

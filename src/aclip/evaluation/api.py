@@ -89,8 +89,8 @@ def evaluate(
     from rich.console import Console
 
     from aclip.data import suitable_workers
-    from aclip.engine.launch import joined
-    from aclip.engine.run_config import choose_device
+    from aclip.devices import choose_device
+    from aclip.dist import joined
     from aclip.errors import ConfigError
     from aclip.evaluation import sharding
     from aclip.evaluation.features import MaskedEncoder, check_masking
@@ -120,8 +120,7 @@ def evaluate(
         try:
             return evaluate_sets(
                 loaded, sets, instances, folder, console, device=chosen, workers=suitable_workers(chosen, workers),
-                weights=weights, step=getattr(loaded, "step", None) or 0,
-                samples_seen=getattr(loaded, "samples_seen", None) or 0, training=training, masked=masked)
+                weights=weights, step=loaded.step or 0, samples_seen=loaded.samples_seen or 0, training=training, masked=masked)
         finally:
             if folder is not None and sharding.rank() == 0 and (folder.path / "evaluations.jsonl").exists():
                 report = write_report(folder.path)

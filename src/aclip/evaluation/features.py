@@ -22,7 +22,7 @@ from aclip.errors import CheckpointError, ConfigError, DataError, unknown_name
 from aclip.evaluation import sharding
 from aclip.masking import AttentiveMasking, MaskingContext, MaskingStrategy, UniformMasking, crop_scores
 from aclip.models import LoadedModel, encode_image, visual_of
-from aclip.models.vision import vit_of
+from aclip.models import vit_of
 from aclip.structs import ImageEncoding
 
 Space = Literal["joint", "trunk"]

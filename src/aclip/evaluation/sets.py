@@ -74,9 +74,7 @@ def build_evaluators(
         prompts["classes"] = find_classes(classes)
     built: list[Evaluator] = []
     for name in names:
-        if name not in EVALUATORS:
-            raise ConfigError(unknown_name("evaluator", name, EVALUATORS))
-        entry = EVALUATORS[name]
+        entry = find_evaluator(name)
         if isinstance(entry, type):
             options = {"protocol": protocol} if issubclass(entry, Retrieval) else (
                 prompts if issubclass(entry, ZeroShot | Calibration) else {})
@@ -95,6 +93,23 @@ def build_evaluators(
     if protocol != "distinct" and not any(isinstance(evaluator, Retrieval) for evaluator in built):
         raise ConfigError("--protocol is for retrieval: add retrieval to --evaluators")
     return built
+
+
+def find_evaluator(name: str) -> type[Evaluator] | MeasureFunction:
+    """Return an entry of `EVALUATORS`.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in EVALUATORS:
+        raise ConfigError(unknown_name("evaluator", name, EVALUATORS))
+    return EVALUATORS[name]
+
+
+def is_probe(name: str) -> bool:
+    """Return whether an evaluator learns from labelled images."""
+    entry = find_evaluator(name)
+    return isinstance(entry, type) and issubclass(entry, Probe)
 
 
 def select_for_model(
@@ -219,14 +234,8 @@ def name_skipped(bad: Sequence[tuple[str, str]], most: int = 5) -> str:
 
 
 def _open(spec: str) -> tuple[str, data.Source]:
-    from aclip.data.fetch import resolve_spec
-
-    name, separator, rest = spec.partition("=")
-    # year=2020/part.parquet is a path of Hive's layout
-    is_path = Path(re.split(r"[/\[?]", spec)[0]).exists()
-    if not separator or not name.replace("-", "_").isidentifier() or is_path:
-        name, rest = set_name(spec), spec
-    return name, data.open_source(resolve_spec(rest))
+    name, rest = data.split_name(spec)
+    return name or set_name(rest), data.open_source(rest)
 
 
 @contextmanager

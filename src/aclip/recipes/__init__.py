@@ -60,7 +60,7 @@ def configure(
     """
     chosen = find_recipe(recipe or (base.recipe if base else "a-clip"))
     model = model or (base.model if base else "vit-tiny")
-    optimization = {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay),
+    optimization: dict[str, Any] = {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay),
                     ("grad_clip", grad_clip), ("layer_decay", layer_decay)) if value is not None}
     passes = chosen.passes
     if mask_ratio is not None:
