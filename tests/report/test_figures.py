@@ -51,6 +51,7 @@ def test_labels_have_the_decimals_of_their_step():
     assert [tick_label(t, 0.25, "") for t in (0.25, 1.0)] == ["0.25", "1.00"]
     assert tick_label(4e-4, 2e-4, "") == "4×10⁻⁴"  # noqa: RUF001
     assert tick_label(150_000.0, 50_000.0, "count") == "150k"
+    assert [tick_label(t, 2e-4, "") for t in (0.9992, 0.9994, 7.559)] == ["0.9992", "0.9994", "7.5590"]
 
 
 def test_thin_keeps_the_mean_and_the_last_point():

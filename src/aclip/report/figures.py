@@ -178,7 +178,7 @@ def tick_label(value: float, step: float, unit: str) -> str:
         return "0"
     if unit == "%":
         return percent(value, _decimals(100 * step))
-    if unit == "count" or abs(value) >= 1e4 or step < 1e-3:
+    if unit == "count" or abs(value) >= 1e4 or (step < 1e-3 and abs(value) <= 100 * step):
         return compact(value)
     return f"{value:.{_decimals(step)}f}"
 
