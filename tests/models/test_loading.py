@@ -283,6 +283,19 @@ def test_a_file_after_an_architecture_is_its_weights(tiny, weights):
         models.create_model(weights)
 
 
+def test_big_vision_weights_preprocess_as_the_same_weights_by_their_tag(tmp_path, monkeypatch):
+    file = tmp_path / "webli.npz"
+    file.write_bytes(b"not a zip archive")
+    with pytest.raises(CheckpointError, match=r"the weights .*webli\.npz cannot be loaded into this model"):
+        models.create_model(f"ViT-B-16-SigLIP:{file}")
+    monkeypatch.setattr(loading, "load_big_vision_weights", lambda model, path: model.logit_scale.data.fill_(3.0))
+    model = models.create_model(f"ViT-B-16-SigLIP:{file}")
+    assert model.logit_scale == 3.0
+    tagged, seen = open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli"), models.preprocess_config(model)
+    assert {key: seen[key] for key in ("mean", "std", "interpolation", "resize_mode")} == {
+        key: tagged[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+
+
 def test_weights_of_an_image_tower_start_a_model_with_fresh_text(tmp_path, caplog):
     image_only = shake(models.create_model("vit-tiny", with_text=False), seed=9)
     folder = write_model(tmp_path / "image-only", image_only, models.model_config("vit-tiny"))

@@ -73,7 +73,7 @@ def test_scores_equal_those_of_full_attention_maps(options):
 
 
 @pytest.mark.parametrize("options", UNSCORED.values(), ids=UNSCORED)
-def test_where_nobody_asks_there_are_no_scores(options):
+def test_towers_without_attention_scores_say_so(options):
     with pytest.raises(UnsupportedModelError, match=r"neither a class token nor attention pooling.* such as uniform"):
         models.encode_image(small_timm(**options), images(1, (12, 20)), return_scores=True)
 

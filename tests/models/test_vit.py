@@ -85,7 +85,7 @@ def test_scores_equal_those_of_full_attention_maps(options):
 
 
 @pytest.mark.parametrize("options", UNSCORED.values(), ids=UNSCORED)
-def test_a_class_token_that_is_not_read_is_not_asked(options):
+def test_a_class_token_that_is_not_pooled_gives_no_scores(options):
     """The features do not depend on what the last block makes of it, so nothing trains its query."""
     visual, pixels = small_vit(**options), images(2, (12, 20))
     expected = visual(pixels)
@@ -158,8 +158,8 @@ def test_any_shape_of_image_with_interpolated_positions(size, keep):
     visual = small_vit()
     grid = size[0] // 4, size[1] // 4
     own = visual.positional_embedding
-    picture = own[1:].view(3, 5, -1).permute(2, 0, 1)[None]
-    new = F.interpolate(picture, grid, mode="bicubic", antialias=True, align_corners=False)[0]
+    learned = own[1:].view(3, 5, -1).permute(2, 0, 1)[None]
+    new = F.interpolate(learned, grid, mode="bicubic", antialias=True, align_corners=False)[0]
     positions = torch.cat([own[:1], new.permute(1, 2, 0).reshape(grid[0] * grid[1], -1)])
     pixels = images(2, size)
     patches = grid[0] * grid[1]
@@ -241,7 +241,7 @@ def test_the_last_block_computes_only_what_is_pooled():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_nothing_is_read_back_to_the_host(masked):
+def test_nothing_synchronises_with_the_host(masked):
     visual = small_vit()
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without data: reading one raises
         pixels, keep = torch.empty(2, 3, 12, 20), torch.empty(2, 6, dtype=torch.int64)

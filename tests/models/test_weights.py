@@ -204,7 +204,7 @@ def _fresh(block: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A checkpoint in the release's layout, wrapped as its trainer wraps it, and the towers that it was made of."""
+    """A checkpoint in the release's layout, wrapped as its trainer wraps it, and the towers in it."""
     torch.manual_seed(0)
     visual = shake(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)).eval()
     text = shake(ReleasedText(64, 2, 24, 20))

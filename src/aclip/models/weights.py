@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aclip.errors import CheckpointError, UnsupportedModelError
-from aclip.models.vit import resample_positions, vit_of
+from aclip.models.vit import resample_positions, visual_of, vit_of
 
 # What training scripts save beside their tensors; constructing these has no side effects.
 _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
@@ -105,11 +105,10 @@ def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
             state[name] = state[name].reshape(own[name].shape)
     if "logit_bias" in own and "logit_scale" in state:  # a CLIP model to be trained as a SigLIP one
         state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
-    state.pop("text.transformer.embeddings.position_ids", None)
     for name in ("positional_embedding", "text.positional_embedding"):
         if name in state and name in own and state[name].shape[1:] == own[name].shape[1:]:
             resize_text_pos_embed(state, model)
-    vit: Any = vit_of(model.visual)  # type: ignore[arg-type]
+    vit = vit_of(visual_of(model))
     for name in ("visual.positional_embedding", "visual.trunk.pos_embed"):
         if name in state and name in own and state[name].shape != own[name].shape:
             rows, prefix = state[name].flatten(0, -2), own[name].shape[-2] - math.prod(vit.grid_size)
@@ -127,7 +126,7 @@ def _by(tensor: Tensor) -> str:
 # The checkpoint layout of the public A-CLIP release, which is SLIP's.
 
 _TIMM_SIZES = {(192, 12): "tiny", (768, 12): "base", (1024, 24): "large"}
-"""(width, layers) -> timm's word for it, all with heads of 64. The releases have base and large."""
+"""(width, layers) -> size in timm's names, all with heads of 64. The releases are base and large."""
 
 _TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale")
 
