@@ -46,7 +46,7 @@ examples:
 VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "evaluate": ("aclip.evaluation", "evaluate", ("model",)),
     "export": ("aclip.exporters", "export", ("model",)),
-    "report": ("aclip.report", "write_report", ("folder",)),
+    "report": ("aclip.report", "report", ("folder",)),
     "recipes": ("aclip.describe", "list_recipes", ()),
     "recipes show": ("aclip.describe", "show_recipe", ("recipe",)),
     "recipes cost": ("aclip.describe", "recipe_costs", ("recipes",)),

@@ -90,7 +90,7 @@ def to_record(examined: "Examination", shown: Groups) -> dict[str, Any]:
 
 
 def _spec(measured: Any) -> str:
-    return str(measured.source.name)
+    return str(measured.source.spec)
 
 
 def usable(examined: "Examination") -> int:
