@@ -236,7 +236,7 @@ def _encodings(
 ) -> dict[Encoding, Callable[[], object]]:
     """Return what encodes each kind of batch once; texts at full context, and cut where the tower allows it."""
     visual = models.visual_of(model.model)
-    grid = models.grid_of(visual)
+    grid = models.vit_of(visual).grid_size
     calls: dict[Encoding, Callable[[], object]] = {}
     for batch_size in batch_sizes:
         pixels = torch.rand(batch_size, 3, *model.image_size, device=device)

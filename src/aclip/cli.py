@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, make_dataclass
@@ -154,7 +155,7 @@ def _compare(given: list[str]) -> None:
 
     given, paths = take_paths(given, prefix="recipe.")
     own = [p for name, p in inspect.signature(compare).parameters.items() if name not in ("settings", "changes")]
-    hints = typing.get_type_hints(compare)
+    hints = _hints(compare)
     decided = {p.name for p in own} | {"recipe", "seed", "freeze", "lr"}
     members = [(p.name, hints[p.name], p.default) for p in own] + [
         member for member in _run_members() if member[0] not in decided]
@@ -292,7 +293,7 @@ def _call(
     """Call a function with arguments parsed from the command line; `extra` ones are passed as they are."""
     import tyro
 
-    hints = typing.get_type_hints(function, include_extras=True)
+    hints = _hints(function)
     signature = inspect.signature(function)
     parameters = []
     for name, parameter in signature.parameters.items():
@@ -311,6 +312,18 @@ def _call(
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     return tyro.cli(call, args=list(given), prog=program)
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of a function's arguments; of one that only type checkers can resolve, str."""
+    hints = {}
+    for name, annotation in function.__annotations__.items():
+        holder = types.SimpleNamespace(__annotations__={name: annotation})
+        try:
+            hints |= typing.get_type_hints(holder, function.__globals__, include_extras=True)
+        except NameError:
+            hints[name] = str
+    return hints
 
 
 def _option(hint: Any, default: Any) -> Any:
