@@ -25,7 +25,7 @@ class Layout:
 
     Attributes:
         spec: below the folder.
-        captions: of every sample in order; a text stands for itself alone.
+        captions: of every sample in order; a text stands for itself alone, None for those of a bad sample.
         labels: likewise, or None where they do not matter.
         bad: samples that cannot be read, by number.
         says: texts that the summary has.
@@ -33,7 +33,7 @@ class Layout:
     """
 
     spec: str
-    captions: list[str | Text]
+    captions: list[str | Text] | list[str | Text | None]
     labels: list[str | None] | None = None
     bad: tuple[int, ...] = ()
     says: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = (
     "caption", "captions", "title", "text", "caption_text", "comment", "raw", "label", "description", "alt_text", "alt",
     "sentence", "sentences", "prompt", "caption_reference_description", "short_caption", "long_caption", "productdisplayname",
-    "product_name", "product_title", "report", "findings", "impression", "txt", "conversations", "name", "category", "class",
+    "product_name", "product_title", "report", "findings", "impression", "finding_labels", "annotations", "txt", "conversations", "name", "category", "class",
 )  # fmt: skip
 """Likewise for the caption; of `title` and `description` both are captions, as in YFCC."""
 
@@ -115,7 +115,7 @@ def texts(value: Any) -> tuple[str, ...]:
 
 
 _LISTS = ('["', "['")
-_TEXTS = ("caption", "raw", "text", "value", "content", "sentence", "title")
+_TEXTS = ("caption", "raw", "text", "value", "content", "sentence", "title", "label")
 
 
 def _listed(value: str) -> tuple[str, ...]:
@@ -149,7 +149,7 @@ def split_tags(values: Iterable[str]) -> tuple[str, ...]:
 def image_cell(value: Any) -> str:
     """Return what names an image: a path, an address or an id; "" for none."""
     if isinstance(value, str):
-        return value.strip()
+        return (_listed(value)[0] if value[:2] in _LISTS else value).strip()
     if isinstance(value, Mapping):
         return next((image_cell(value[name]) for name in _PATHS if value.get(name)), "")
     if isinstance(value, list | tuple):
@@ -236,6 +236,8 @@ def _guess(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]
     caption = _first([name for name in CAPTION_COLUMNS if name not in ("raw", "name")], rest) or _first(("raw",), rest) \
         or _prose_column(rest, sample) or _first(("name",), rest)
     label = _first(LABEL_COLUMNS, rest)
+    if caption is None and len(rest) == 1 and len(header) == 2 and header == ["1", "2"]:
+        caption = label = rest[0]  # names and numbers of classes
     for what, found, known in (("image", image, IMAGE_COLUMNS), ("caption", caption, CAPTION_COLUMNS)):
         if found is None:
             raise ConfigError(

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from aclip.data.captions import caption_lines, decode_text, guess_encoding
 from aclip.data.decode import HEIC_EXTENSIONS, IMAGE_EXTENSIONS, reads_heic
 from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
 from aclip.data.sources.columns import CAPTION_COLUMNS, label_of, split_tags, texts
 from aclip.data.sources.image_files import read_image
+from aclip.data.sources.records import flat
 from aclip.errors import BadSampleError, DataError
 
 CLASS_TEMPLATES = ("a photo of a {}.",)
@@ -268,13 +270,14 @@ def _from_json(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     return captions_in(fields)
 
 
-def captions_in(fields: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+def captions_in(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Return captions, tags and label of an object that describes one image."""
-    names = {name.lower(): name for name in reversed(fields)}
+    plain = flat(fields)
+    names = {name.lower().rpartition(".")[2]: name for name in reversed(plain)}
     ordered = ("captions", *(name for name in CAPTION_COLUMNS if name not in ("captions", "label", "category", "class")))
-    captions = next((said for name in ordered if name in names and (said := texts(fields[names[name]]))), ())
-    tags = fields.get(names.get("tags", ""), fields.get(names.get("keywords", "")))
-    return captions, split_tags(texts(tags)), label_of(fields.get(names.get("label", "")))
+    captions = next((said for name in ordered if name in names and (said := texts(plain[names[name]]))), ())
+    tags = plain.get(names.get("tags", ""), plain.get(names.get("keywords", "")))
+    return captions, split_tags(texts(tags)), label_of(plain.get(names.get("label", "")))
 
 
 def _are_classes(listing: Listing) -> bool:
@@ -290,7 +293,14 @@ def _parallel(listing: Listing) -> dict[str, str]:
     """Return path below the topmost folder -> caption file, where texts lie in a folder beside that of the images."""
     if len({file.partition("/")[0] for file in listing.texts.values() if "/" in file} - set(listing.top)) != 1:
         return {}
-    return {_below_top(file): file for file in (*listing.texts.values(), *listing.described.values()) if "/" in file}
+    files = [file for file in (*listing.texts.values(), *listing.described.values()) if "/" in file]
+    by_path = {_below_top(file): file for file in files}
+    if any(_below_top(image) in by_path for image in listing.images):
+        return by_path
+    by_name = {_stem(os.path.basename(file)): file for file in files}
+    if len(by_name) < len(files):
+        return {}
+    return {_below_top(image): by_name[stem] for image in listing.images if (stem := _stem(os.path.basename(image))) in by_name}
 
 
 def _below_top(path: str) -> str:

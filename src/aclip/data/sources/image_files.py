@@ -22,6 +22,7 @@ from aclip.data.sources.base import printable
 from aclip.errors import BadSampleError
 
 _LOOKED_INTO = 200  # folders beside a list in which its images are sought
+_OF_LISTS = ("annotations", "annotation", "captions", "labels", "meta", "metadata", "lists")  # folders beside images
 _ENTRIES = 1_000_000  # files of one folder that are listed
 _DRIVE = re.compile(r"^[A-Za-z]:[\\/]|^[\\/]{2}")
 _LOCAL_FILES = re.compile(r".*[?&]d=(.+)")  # Label Studio: /data/local-files/?d=FOLDER/FILE
@@ -96,8 +97,8 @@ class ImageFiles:
             return None
         if self._by_name is not None:
             name = _parts(cell)[-1]
-            found = self._by_name.get(name) or self._by_name.get(name.rpartition(".")[0])
-            return None if found is None else Path(found)
+            keys = (name, name.rpartition(".")[0], name.lstrip("0") if name.isdecimal() else name)
+            return next((Path(self._by_name[key]) for key in keys if key in self._by_name), None)
         return None
 
     def learn(self, cells: Sequence[str]) -> bool:
@@ -123,23 +124,19 @@ class ImageFiles:
         self._ways = [way for way, count in used.most_common() if 10 * count >= len(cells)] or self._ways[:1]
         self.notes = [note for way in self._ways if (note := self._note(way))]
         if not used and lost:
-            self._by_name = self._all_names()
+            self._by_name = self._all_names(self.folder)
+            if not self._by_name and self._around and self.folder.name.lower() in _OF_LISTS:
+                self._by_name = self._all_names(self.folder.parent)
             if not any(self.find(cell) for cell in lost):
                 self._by_name = None
             else:
-                self.notes = [f"images found by name below {self.folder}"]
+                self.notes = ["images found by name in folders below"]
         self._listings.clear()
         return self._by_name is not None
 
     def forget(self) -> None:
         """Drop what a search of all folders found, and take cells as paths from now on."""
         self._by_name = None
-
-    def elsewhere(self, cell: str) -> Path | None:
-        """Return a folder around the list's that has the image of a cell, where `images` names one that has not."""
-        other = ImageFiles(self.folder.parent)
-        way = next(other._possible(cell), None)
-        return Path(way.root) if way is not None and way.root else None
 
     def _possible(self, cell: str, elsewhere: bool = True) -> Iterator[_Way]:
         """Yield the ways that find a cell's file, the plainest first; in other folders only if `elsewhere`."""
@@ -212,14 +209,17 @@ class ImageFiles:
             self._listings[folder] = names
         return self._listings[folder]
 
-    def _all_names(self) -> dict[str, str]:
+    def _all_names(self, folder: Path) -> dict[str, str]:
+        """Return name, name without ending, and number -> the image, in all folders below."""
         found: dict[str, str] = {}
-        for parent, _, names in os.walk(self.folder):
+        for parent, _, names in os.walk(folder):
             for name in names:
                 stem, _, ending = name.rpartition(".")
                 if ending.lower() in IMAGE_EXTENSIONS:
                     found.setdefault(name, os.path.join(parent, name))
                     found.setdefault(stem, os.path.join(parent, name))
+                    if stem.isdecimal():
+                        found.setdefault(stem.lstrip("0"), os.path.join(parent, name))
             if len(found) > 2 * _ENTRIES:
                 break
         return found

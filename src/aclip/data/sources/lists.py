@@ -229,19 +229,11 @@ class ListSource(Source):
         missing = [cell for cell in local if self._files.find(cell) is None]
         if local and len(missing) == len(local) and not any(looks_embedded(cell) for _, cell in cells):
             where = full_path(self._files.folder / missing[0][:1000])[:1200]
-            raise DataError(f"{self.spec}: none of {len(local):,} of its images is there, looked for {where} first: "
-                            f"{self._where_else(missing[0])}")
+            raise DataError(f"{self.spec}: none of {len(local):,} of its images is there, looked for {where} first: say "
+                            f"where they lie with '{self.spec}?images=FOLDER'")
         if cells and not local and is_address(cells[0][1]):
             raise DataError(f"{self.spec}: its images are URLs, such as {cells[0][1][:200]}: {DOWNLOAD}")
         return len(missing), printable(missing[0][:200]) if missing else "", len(cells)
-
-    def _where_else(self, image: str) -> str:
-        """Return what to do about a list whose images are not there, `image` being the first."""
-        path = self.spec.partition("?")[0]
-        folder = self._files.elsewhere(image)
-        if folder is not None:
-            return f"it lies in {folder}, say '{path}?images={folder}'"
-        return f"say where they lie with '{path}?images=FOLDER'"
 
 
 def open_list_source(path: Path, spec: Spec) -> ListSource:
