@@ -174,3 +174,12 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (({"quality": 96}, "quality must be 1 to 95, not 96"), ({"workers": -1}, "workers must be 0")):
         with pytest.raises(ConfigError, match=said):
             data.pack(str(folder), output=str(output), **options)  # type: ignore[arg-type]
+
+
+def test_several_sources_are_packed_one_after_the_other(pair_folder: Path, tmp_path: Path) -> None:
+    parts = [f"{pair_folder}[:3]", f"{pair_folder}[5:7]"]
+    packed = open_source(str(data.pack(parts, output=str(tmp_path / "p"), workers=0)))
+    assert [packed.captions(index)[0] for index in range(5)] == [f"picture {number}" for number in (0, 1, 2, 5, 6)]
+    for wrong in ([], [f"{pair_folder}=2", f"{pair_folder}=1"]):
+        with pytest.raises(ConfigError, match="name what to pack, without weights"):
+            data.pack(wrong, output=str(tmp_path / "q"))

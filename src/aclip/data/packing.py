@@ -69,8 +69,10 @@ def pack(
     """
     from rich.console import Console
 
-    from aclip.data.sources import open_training
+    from aclip.data.sources import open_training, weights_of
 
+    if not source or any(weights_of(source)):
+        raise ConfigError("name what to pack, without weights: `aclip data pack SOURCE --output FOLDER`")
     for name, value, least, most in (("side", side, 1, 16384), ("quality", quality, 1, 95),
                                      ("shard_size", shard_size, 1, 10**7), ("workers", workers, 0, 1024)):
         if value is not None and not least <= value <= most:
