@@ -263,6 +263,8 @@ def _finished(folder: Path) -> tuple[dict[str, int], int]:
     sizes = {name: samples for name, samples in sizes.items() if (folder / name).is_file()}
     skipped = [line for line in _read_lines(folder / SKIPPED) if line.get("shard") in sizes]
     lines = [{"shard": name, "samples": samples} for name, samples in sizes.items()]
+    for part in folder.glob(".*.tar.*.part"):  # of a call that was killed
+        part.unlink()
     for path, kept in ((folder / SKIPPED, skipped), (folder / _JOURNAL, lines)):
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
     return sizes, len(skipped)
