@@ -10,7 +10,6 @@ from layouts import LAYOUTS, Asked, Layout, dump, encoded, image, images, layout
 
 from made_pictures import encode, picture
 
-
 __all__ = ["LAYOUTS"]
 
 
@@ -32,7 +31,8 @@ def fashion_products_with_unquoted_commas(root: Path) -> Layout:
 @layout
 def articles_whose_numbers_lost_a_zero(root: Path) -> Layout:
     images(root / "images", "010/0108775015.jpg", "011/0110065001.jpg")
-    table(root / "articles.csv", ("article_id", "prod_name", "detail_desc"), (108775015, "Strap top", "Jersey top with straps"),
+    table(root / "articles.csv", ("article_id", "prod_name", "detail_desc"), (108775015, "Strap top", "Jersey top "
+                                                                                                      "with straps"),
           (110065001, "OP T-shirt", "Microfibre T-shirt bra"))
     return Layout("articles.csv?image=article_id&caption=prod_name,detail_desc",
                   [("Strap top", "Jersey top with straps"), ("OP T-shirt", "Microfibre T-shirt bra")])
@@ -41,7 +41,8 @@ def articles_whose_numbers_lost_a_zero(root: Path) -> Layout:
 @layout
 def paintings_in_tabs_and_latin_letters(root: Path) -> Layout:
     images(root / "SemArt/Images", "1-a.jpg", "2-b.jpg")
-    text(root / "SemArt/semart_train.csv", "IMAGE_FILE\tDESCRIPTION\tAUTHOR\tTITLE\n1-a.jpg\tThe cathédrale at noon\tX\tÉglise\n"
+    text(root / "SemArt/semart_train.csv", "IMAGE_FILE\tDESCRIPTION\tAUTHOR\tTITLE\n1-a.jpg\tThe cathédrale at "
+                                           "noon\tX\tÉglise\n"
                                            "2-b.jpg\tA portrait, half \"length\"\tY\tPortrait\n", "cp1252")  # fmt: skip
     return Layout("SemArt/semart_train.csv?image=IMAGE_FILE&caption=DESCRIPTION",
                   ["The cathédrale at noon", 'A portrait, half "length"'])
@@ -49,7 +50,8 @@ def paintings_in_tabs_and_latin_letters(root: Path) -> Layout:
 
 @layout
 def museum_objects_with_addresses(root: Path) -> Asked:
-    table(root / "MetObjects.csv", ("Object Number", "Title", "Link Resource"), ("1", "Coin", "http://www.museum.org/art/1"))
+    table(root / "MetObjects.csv", ("Object Number", "Title", "Link Resource"), ("1", "Coin",
+                                                                                 "http://www.museum.org/art/1"))
     return Asked("MetObjects.csv", ("URLs", "img2dataset"))
 
 
@@ -57,14 +59,16 @@ def museum_objects_with_addresses(root: Path) -> Asked:
 def recipes_with_images_two_folders_down(root: Path) -> Layout:
     images(root / "Food Images/Food Images", "miso-chicken-1.jpg", "apple-pie.jpg")
     table(root / "recipes.csv", ("", "Title", "Ingredients", "Instructions", "Image_Name"),
-          (0, "Miso chicken", "['1 chicken', '2 apples']", "Roast it.", "miso-chicken-1"), (1, "Pie", "[]", "Bake.", "apple-pie"))
+          (0, "Miso chicken", "['1 chicken', '2 apples']", "Roast it.", "miso-chicken-1"), (1, "Pie", "[]", "Bake.",
+                                                                                            "apple-pie"))
     return Layout("recipes.csv", ["Miso chicken", "Pie"])
 
 
 @layout
 def products_with_lists_of_images(root: Path) -> Layout:
     images(root / "photos", "a.jpg", "b.jpg")
-    table(root / "items.csv", ("title", "images"), ("A lamp", "['photos/a.jpg', 'photos/b.jpg']"), ("A chair", "['photos/b.jpg']"))
+    table(root / "items.csv", ("title", "images"), ("A lamp", "['photos/a.jpg', 'photos/b.jpg']"), ("A chair",
+                                                                                                    "['photos/b.jpg']"))
     return Layout("items.csv", ["A lamp", "A chair"])
 
 
@@ -82,13 +86,15 @@ def a_spreadsheet_that_names_its_separator(root: Path) -> Layout:
 def flickr30k_annotations(root: Path) -> Layout:
     images(root / "flickr30k-images", "1.jpg", "2.jpg")
     table(root / "flickr_annotations_30k.csv", ("raw", "sentids", "split", "filename", "img_id"),
-          ('["Two men, talking.", "A \\"pair\\""]', "[0, 1]", "train", "1.jpg", 0), ('["A dog."]', "[2]", "test", "2.jpg", 1))
+          ('["Two men, talking.", "A \\"pair\\""]', "[0, 1]", "train", "1.jpg", 0), ('["A dog."]', "[2]", "test",
+                                                                                     "2.jpg", 1))
     return Layout("flickr_annotations_30k.csv", [("Two men, talking.", 'A "pair"'), "A dog."], says=("?split=train",))
 
 
 @layout
 def conceptual_captions(root: Path) -> Asked:
-    text(root / "Train_GCC-training.tsv", "a very typical bus station\thttp://example.com/1.jpg\nsierra looked stunning\t"
+    text(root / "Train_GCC-training.tsv", "a very typical bus station\thttp://example.com/1.jpg\nsierra looked "
+                                          "stunning\t"
                                           "http://example.com/2.jpg\n")  # fmt: skip
     return Asked("Train_GCC-training.tsv", ("URLs", "img2dataset"))
 
@@ -119,7 +125,8 @@ def coco_numbers_in_a_table(root: Path) -> Layout:
 def narratives_by_id(root: Path) -> Layout:
     images(root / "val2017", "000000137576.jpg")
     lines(root / "coco_val_localized_narratives.jsonl", {
-        "dataset_id": "mscoco_val2017", "image_id": "137576", "annotator_id": 93, "caption": "In this image there are cows.",
+        "dataset_id": "mscoco_val2017", "image_id": "137576", "annotator_id": 93, "caption": "In this image there are "
+                                                                                             "cows.",
         "timed_caption": [{"utterance": "In this", "start_time": 0.0}], "traces": [[{"x": 0.2, "y": 0.1}]]})
     return Layout("coco_val_localized_narratives.jsonl", ["In this image there are cows."])
 
@@ -127,7 +134,8 @@ def narratives_by_id(root: Path) -> Layout:
 @layout
 def news_with_dotted_paths(root: Path) -> Layout:
     images(root / "origin/bbc/images/0001", "1.jpg")
-    dump(root / "origin/data.json", [{"id": 1, "caption": "A minister.", "image_path": "./bbc/images/0001/1.jpg", "topic": "x"}])
+    dump(root / "origin/data.json", [{"id": 1, "caption": "A minister.", "image_path": "./bbc/images/0001/1.jpg",
+                                      "topic": "x"}])
     return Layout("origin/data.json", ["A minister."])
 
 
@@ -150,7 +158,8 @@ def conversations_about_images(root: Path) -> Layout:
 @layout
 def generated_images_by_name(root: Path) -> Layout:
     images(root / "part-000001", "0a.png", "0b.png")
-    dump(root / "part-000001/part-000001.json", {f"{name}.png": {"p": f"a castle {name}, 8k", "se": 3, "c": 7.0, "st": 50,
+    dump(root / "part-000001/part-000001.json", {f"{name}.png": {"p": f"a castle {name}, 8k", "se": 3, "c": 7.0,
+                                                                 "st": 50,
                                                                   "sa": "k_lms"} for name in ("0a", "0b")})
     return Layout("part-000001", ["a castle 0a, 8k", "a castle 0b, 8k"])
 
@@ -186,9 +195,12 @@ def radiology_with_names(root: Path) -> Layout:
 def skin_lesions_in_two_folders(root: Path) -> Layout:
     images(root / "part_1", "ISIC_1.jpg", "ISIC_3.jpg")
     images(root / "part_2", "ISIC_2.jpg", "ISIC_4.jpg")
-    table(root / "metadata.csv", ("lesion_id", "image_id", "dx", "age"), *((f"H{n}", f"ISIC_{n}", kind, 50) for n, kind in
-                                                                         enumerate(("bkl", "nv", "mel", "nv"), start=1)))
-    return Layout("metadata.csv?image=image_id&caption=dx&label=dx", ["bkl", "nv", "mel", "nv"], ["bkl", "nv", "mel", "nv"])
+    table(root / "metadata.csv", ("lesion_id", "image_id", "dx", "age"), *((f"H{n}", f"ISIC_{n}", kind, 50) for n,
+                                                                           kind in
+                                                                         enumerate(("bkl", "nv", "mel", "nv"),
+                                                                                   start=1)))
+    return Layout("metadata.csv?image=image_id&caption=dx&label=dx", ["bkl", "nv", "mel", "nv"], ["bkl", "nv", "mel",
+                                                                                                  "nv"])
 
 
 @layout
@@ -202,7 +214,8 @@ def chest_images_in_many_folders(root: Path) -> Layout:
 @layout
 def paths_that_begin_with_the_folder_of_the_list(root: Path) -> Layout:
     images(root / "CheXpert-small", "train/patient1/study1/view1.jpg")
-    table(root / "CheXpert-small/train.csv", ("Path", "Report"), ("CheXpert-small/train/patient1/study1/view1.jpg", "no finding"))
+    table(root / "CheXpert-small/train.csv", ("Path", "Report"), ("CheXpert-small/train/patient1/study1/view1.jpg",
+                                                                  "no finding"))
     return Layout("CheXpert-small/train.csv", ["no finding"])
 
 
@@ -233,7 +246,8 @@ def via_project(root: Path) -> Layout:
 def datumaro_items(root: Path) -> Layout:
     images(root / "images/default", "a.jpg", "b.jpg")
     dump(root / "annotations/default.json", {"info": {}, "categories": {}, "items": [
-        {"id": name, "annotations": [{"id": 0, "type": "caption", "caption": f"this is {name}"}], "image": {"path": f"{name}.jpg"}}
+        {"id": name, "annotations": [{"id": 0, "type": "caption", "caption": f"this is {name}"}],
+         "image": {"path": f"{name}.jpg"}}
         for name in "ab"]})
     return Layout("annotations/default.json", ["this is a", "this is b"])
 
@@ -241,8 +255,9 @@ def datumaro_items(root: Path) -> Layout:
 @layout
 def fiftyone_samples(root: Path) -> Layout:
     images(root / "data", "a.jpg", "b.jpg")
-    dump(root / "samples.json", {"samples": [{"_id": {"$oid": "6"}, "filepath": f"data/{name}.jpg", "tags": ["x"],
-                                              "caption": {"_cls": "Classification", "label": f"one {name}"}} for name in "ab"]})
+    dump(root / "samples.json", {"samples": [
+        {"_id": {"$oid": "6"}, "filepath": f"data/{name}.jpg", "tags": ["x"],
+         "caption": {"_cls": "Classification", "label": f"one {name}"}} for name in "ab"]})
     return Layout("samples.json", ["one a", "one b"])
 
 
@@ -256,7 +271,8 @@ def doccano_captions(root: Path) -> Layout:
 
 @layout
 def prodigy_captions(root: Path) -> Layout:
-    lines(root / "captions.jsonl", *({"image": f"data:image/png;base64,{encoded(n)}", "text": f"{n}.png", "_input_hash": n,
+    lines(root / "captions.jsonl", *({"image": f"data:image/png;base64,{encoded(n)}", "text": f"{n}.png",
+                                      "_input_hash": n,
                                      "caption": f"caption {n}", "answer": "accept"} for n in (1, 2)))
     return Layout("captions.jsonl", ["caption 1", "caption 2"])
 
@@ -264,7 +280,8 @@ def prodigy_captions(root: Path) -> Layout:
 @layout
 def lists_by_split_in_one_file(root: Path) -> Asked:
     images(root, "a.jpg", "b.jpg")
-    dump(root / "all.json", {"train": [{"image": "a.jpg", "caption": "a"}], "val": [{"image": "b.jpg", "caption": "b"}]})
+    dump(root / "all.json", {"train": [{"image": "a.jpg", "caption": "a"}], "val": [{"image": "b.jpg",
+                                                                                     "caption": "b"}]})
     return Asked("all.json", ("train (1), val (1)", "?split=train"))
 
 
@@ -279,7 +296,8 @@ def the_split_of_one_file(root: Path) -> Layout:
 
 @layout
 def img2dataset_parquet(root: Path) -> Layout:
-    names = {"key": ["0", "1"], "caption": ["a", "b"], "url": ["http://x/0", "http://x/1"], "status": ["success", "failed"],
+    names = {"key": ["0", "1"], "caption": ["a", "b"], "url": ["http://x/0", "http://x/1"], "status": ["success",
+                                                                                                       "failed"],
              "jpg": [png(0), None]}
     pq.write_table(pa.table(names), root / "00000.parquet")
     return Layout("00000.parquet", ["a", "b"], bad=(1,))
@@ -342,7 +360,8 @@ def _hub(root: Path) -> None:
 
 @layout
 def hub_classes(root: Path) -> Layout:
-    features = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    features = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"],
+                                                                             "_type": "ClassLabel"}}}}
     schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
                        metadata={"huggingface": json.dumps(features)})
     rows = [{"image": {"bytes": png(n), "path": None}, "label": n} for n in (1, 0)]
@@ -362,7 +381,8 @@ def hub_cache(root: Path) -> Layout:
 
 @layout
 def parquet_with_base64(root: Path) -> Layout:
-    pq.write_table(pa.table({"image": [base64.b64encode(png(n)).decode() for n in (1, 2)], "caption": ["a", "b"]}), root / "p.parquet")
+    pq.write_table(pa.table({"image": [base64.b64encode(png(n)).decode() for n in (1, 2)], "caption": ["a", "b"]}),
+                   root / "p.parquet")
     return Layout("p.parquet", ["a", "b"])
 
 
@@ -376,7 +396,8 @@ def frame_as_columns(root: Path) -> Layout:
 @layout
 def frame_as_split(root: Path) -> Layout:
     images(root, "a.jpg", "b.jpg")
-    dump(root / "frame.json", {"columns": ["image", "caption"], "index": [0, 1], "data": [["a.jpg", "a"], ["b.jpg", None]]})
+    dump(root / "frame.json", {"columns": ["image", "caption"], "index": [0, 1], "data": [["a.jpg", "a"], ["b.jpg",
+                                                                                                           None]]})
     return Layout("frame.json", ["a", ("",)], says=("1 without caption",))
 
 
@@ -397,7 +418,8 @@ def pairs_as_lists(root: Path) -> Layout:
 @layout
 def numbers_that_are_not_json(root: Path) -> Layout:
     images(root, "a.jpg", "b.jpg")
-    text(root / "p.json", '[{"image": "a.jpg", "caption": "a", "score": NaN}, {"image": "b.jpg", "caption": "b", "score": 1}]')
+    text(root / "p.json", '[{"image": "a.jpg", "caption": "a", "score": NaN}, {"image": "b.jpg", "caption": "b", '
+                          '"score": 1}]')
     return Layout("p.json", ["a", "b"])
 
 

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import pytest
 import published
+import pytest
 from layouts import LAYOUTS, Asked
 
 from aclip.data import open_source
 from aclip.data.decode import decode_image
 from aclip.errors import AclipError, BadSampleError
-
 
 assert published.LAYOUTS is LAYOUTS
 

@@ -161,7 +161,7 @@ class JsonDocument(ListFile):
             ConfigError: a split must be chosen, or does not exist.
         """
         super().__init__(path, "JSON", codec, notes)
-        self._split, self._kept = split, iter(())
+        self._kept: Iterator[Mapping[str, Any] | str] = iter(())
         self._large = path.stat().st_size >= LARGE and codec == "utf-8-sig" and _starts_with(path, b"[")
         if self._large:
             self._look()
@@ -179,12 +179,12 @@ class JsonDocument(ListFile):
         if not self._large:
             yield from map(Found, self._kept)
             return
-        import ijson
+        import ijson  # type: ignore[import-untyped]
 
         try:
             with open_binary(self.path) as file:
                 for one in ijson.items(file, "item", use_float=True):
-                    yield Found(flat(one) if isinstance(one, dict) else "not a JSON object")
+                    yield Found(_item(one))
         except (ijson.JSONError, UnicodeError) as error:
             raise DataError(f"{self.path} is not JSON: {error}") from error
 
@@ -257,7 +257,7 @@ def _parse_line(line: str) -> Mapping[str, Any] | str:
         one = json.loads(line.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
         return f"JSON that cannot be read: {error}"
-    return flat(one) if isinstance(one, dict) else "not a JSON object"
+    return _item(one) if isinstance(one, dict) else "not a JSON object"
 
 
 # Lines and rows of text
@@ -443,7 +443,7 @@ def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
     columns = _columnar(content)
     if columns is not None:
         return _Shape("JSON columns", columns)
-    lists = {name: value for name, value in content.items() if _objects(value)}
+    lists = {name: value for name, value in content.items() if _objects(value) and not names_image(name)}
     splits = [name for name in lists if _SPLIT_KEYS.fullmatch(name)]
     if splits and len(splits) == len(lists) and (len(lists) > 1 or split):
         names = choose_split(path.name, {name: len(lists[name]) for name in splits}, split)
@@ -459,13 +459,15 @@ def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
     inner = [value for value in content.values() if isinstance(value, dict | list) and value]
     if len(inner) == 1:
         return _shape_of(path, inner[0], split)
-    raise DataError(f"{path} is JSON, but neither a list of objects, nor captions by image, nor COCO captions ('images' and "
+    raise DataError(f"{path} is JSON, but neither a list of objects, nor captions by image, nor COCO captions "
+                    f"('images' and "
                     "'annotations')")
 
 
 def _item(one: Any) -> Mapping[str, Any] | str:
     if isinstance(one, dict):
-        return flat(one)
+        name = next(iter(one)) if len(one) == 1 else ""
+        return {"image": name, "caption": one[name]} if names_image(name) else flat(one)
     if isinstance(one, list) and len(one) >= 2:
         return {str(number): value for number, value in enumerate(one, start=1)}
     return "not a JSON object"
@@ -500,12 +502,11 @@ def _keyed(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
         if not any(names_image(name) or name.isdecimal() for name in islice(content, SAMPLED)) and len(content) < 3:
             return None
         return ({"image": name, "caption": value} for name, value in content.items())
-    if len(values) < len(content) or len(content) > 1 or any(names_image(name) for name in content):
-        if all(isinstance(value, dict) for value in values):
-            named = any(names_image(name) for name in islice(content, SAMPLED))
-            return ({**flat(value), ("image" if named or not _has_image(value) else "key"): name}
-                    for name, value in content.items() if isinstance(value, dict))
-    return None
+    named = any(names_image(name) for name in islice(content, SAMPLED))
+    if not all(isinstance(value, dict) for value in values) or (len(content) == 1 and not named):
+        return None
+    return ({**flat(value), ("image" if named or not _has_image(value) else "key"): name}
+            for name, value in content.items() if isinstance(value, dict))
 
 
 def _has_image(value: dict[str, Any]) -> bool:
@@ -533,20 +534,26 @@ def _coco(content: dict[str, Any], images: list[dict[str, Any]]) -> _Shape:
     classes: dict[str, dict[str, None]] = {}
     names = {str(one.get("id")): str(one.get("name")) for one in _objects(content.get("categories"))}
     for note in _objects(content["annotations"]):
-        image = str(note.get("image_id"))
+        image = _id(note.get("image_id"))
         if said := texts(note.get("caption")):
             captions.setdefault(image, []).extend(said)
         elif (name := names.get(str(note.get("category_id")))) is not None:
             classes.setdefault(image, {})[name] = None
     rows = []
     for one in images:
-        key = str(one.get("id"))
+        key = _id(one.get("id"))
         kinds = list(classes.get(key, ()))
         file = one.get("file_name") or one.get("filename") or one.get("path") or one.get("id")
         rows.append({"image": file, "caption": captions.get(key, []), "tags": kinds,
                      "label": kinds[0] if len(kinds) == 1 else ""})
     notes = () if captions else ("no captions among its annotations, only categories: they are read as tags",)
     return _Shape("COCO captions", iter(rows), ("image", "caption", "tags", "label"), notes)
+
+
+def _id(value: Any) -> str:
+    """Return an id as text, alike for 3, 3.0, "3" and "0003"."""
+    text = "".join(texts(value))
+    return str(int(text)) if text.isdecimal() else text
 
 
 def _karpathy(path: Path, images: list[dict[str, Any]], split: str | None) -> _Shape:
