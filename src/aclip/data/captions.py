@@ -277,6 +277,9 @@ class CaptionTokenizer:
         empty = tokenizer([""])
         self.context_length = int(empty.shape[1])
         self._padding = int(empty[0, -1])
+        # Where padding is the end token, a full row ends in it, too, and the token before it tells.
+        ends_in_padding = int(tokenizer(["a " * (2 * self.context_length)])[0, -1]) == self._padding
+        self._last = max(-2, -self.context_length) if ends_in_padding else -1
         self._tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str]) -> Int[Tensor, "B T"]:
@@ -289,4 +292,4 @@ class CaptionTokenizer:
 
     def count_truncated(self, tokens: Int[Tensor, "B T"]) -> int:
         """Return how many of the (B, T) rows fill the whole context: nearly all of those lost a tail."""
-        return int((tokens[:, -1] != self._padding).sum())
+        return int((tokens[:, self._last] != self._padding).sum())
