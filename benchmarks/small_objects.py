@@ -58,7 +58,7 @@ def stored(raw: RawSample, canvas: Image.Image) -> Sample:
     png = io.BytesIO()
     canvas.save(png, "PNG")
     facts = {"captions": raw.captions, "label": raw.label, "concept": raw.concept}
-    return Sample(raw.key.rpartition("/")[2], {"png": png.getvalue(), "json": json.dumps(facts).encode()})
+    return Sample(raw.name.rpartition("/")[2], {"png": png.getvalue(), "json": json.dumps(facts).encode()})
 
 
 def pictures(split: str, count: int, plain: bool) -> Iterator[tuple[RawSample, Image.Image, Image.Image]]:

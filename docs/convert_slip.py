@@ -1,7 +1,7 @@
 """Convert SLIP's metadata (YFCC15M, CC3M, CC12M) to JSON lines: `python docs/convert_slip.py cc3m.npy cc3m.jsonl`.
 
-SLIP keeps its lists as pickles, which can run any program when Python loads them, so aclip does not read them. This script
-reads them with lists, tuples, dictionaries, strings and numbers alone; a file that asks for anything else is refused.
+SLIP keeps its lists as pickles, which can run any program when Python loads them, so aclip does not read them. This
+script reads them with lists, tuples, dictionaries, strings and numbers alone, and refuses a file that asks for more.
 
 `yfcc15m.pkl` holds (number, title, description); number 123456 is `456.jpg` in `images/00/123.zip`. Unpack each archive
 into a folder of its name without ".zip", as this script's list expects. `cc3m.npy` and `cc12m.npy` hold objects with
@@ -103,10 +103,9 @@ def main() -> None:
     """Convert one file."""
     if len(sys.argv) != 3:
         raise SystemExit("python docs/convert_slip.py METADATA OUTPUT.jsonl")
-    count = 0
-    with Path(sys.argv[2]).open("w", encoding="utf-8") as output:
-        for count, record in enumerate(records(Path(sys.argv[1])), start=1):
-            output.write(json.dumps(record) + "\n")
+    lines = [json.dumps(record) + "\n" for record in records(Path(sys.argv[1]))]
+    Path(sys.argv[2]).write_text("".join(lines), encoding="utf-8")
+    count = len(lines)
     sys.stdout.write(f"{count:,} pairs\n")
 
 

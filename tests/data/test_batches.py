@@ -349,6 +349,17 @@ def test_text_is_cut_and_truncation_counted_before_the_cut(pair_folder: Path) ->
     assert (tuple(long.tokens.shape), long.truncated) == ((2, 8), 1)
 
 
+def test_cut_captions_are_counted_where_padding_is_the_end_token() -> None:
+    def pads_with_end(texts: list[str]) -> torch.Tensor:
+        rows = WordTokenizer()(texts)
+        return torch.where(rows == 0, 999, rows)
+
+    tokenizer = CaptionTokenizer(pads_with_end)
+    for words, cut in ((0, 0), (1, 0), (6, 0), (7, 1), (8, 1), (40, 1)):
+        assert tokenizer.count_truncated(tokenizer(["word " * words])) == cut
+        assert CaptionTokenizer(WordTokenizer()).count_truncated(WordTokenizer()(["word " * words])) == cut
+
+
 def test_no_global_generator_is_touched(pair_folder: Path) -> None:
     def states() -> tuple[object, ...]:
         numpy_state = np.random.get_state()  # noqa: NPY002 - the very thing that must not change

@@ -243,7 +243,8 @@ def test_rare_but_sound_kinds() -> None:
     from PIL import ImageCms
 
     original = picture(1, 64).resize((16, 16)).resize((64, 64))
-    lab = ImageCms.profileToProfile(original, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    lab = ImageCms.profileToProfile(original, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"),
+                                    outputMode="LAB")
     kinds = {
         "MPO": encode(original, "MPO", save_all=True, append_images=[original.rotate(90)], quality=95),
         "APNG": encode(original, "PNG", save_all=True, append_images=[original.rotate(90)]),

@@ -106,11 +106,12 @@ def test_an_interrupted_call_continues(source: Source, tmp_path: Path, monkeypat
     assert content(folder) == content(tmp_path / "alone")
 
 
-def test_lines_cut_off_by_a_crash_are_dropped(source: Source, tmp_path: Path) -> None:
+def test_what_a_crash_cut_off_is_dropped(source: Source, tmp_path: Path) -> None:
     whole = content_of_one_process(source, tmp_path / "packed")
     (tmp_path / "packed" / SIZES).unlink()
     (tmp_path / "packed/.finished.jsonl").write_text('{"shard": "000000.tar", "samples": 14}\n{"shard": "00')
     (tmp_path / "packed/skipped.jsonl").write_text(whole["skipped.jsonl"].decode() + '{"shard": "000001.tar", "key"')
+    (tmp_path / "packed/.000001.tar.0123456789ab.part").write_bytes(b"half")
     write_small(source, tmp_path / "packed")
     assert content(tmp_path / "packed") == whole
 
@@ -174,3 +175,12 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (({"quality": 96}, "quality must be 1 to 95, not 96"), ({"workers": -1}, "workers must be 0")):
         with pytest.raises(ConfigError, match=said):
             data.pack(str(folder), output=str(output), **options)  # type: ignore[arg-type]
+
+
+def test_several_sources_are_packed_one_after_the_other(pair_folder: Path, tmp_path: Path) -> None:
+    parts = [f"{pair_folder}[:3]", f"{pair_folder}[5:7]"]
+    packed = open_source(str(data.pack(parts, output=str(tmp_path / "p"), workers=0)))
+    assert [packed.captions(index)[0] for index in range(5)] == [f"picture {number}" for number in (0, 1, 2, 5, 6)]
+    for wrong in ([], [f"{pair_folder}=2", f"{pair_folder}=1"]):
+        with pytest.raises(ConfigError, match="name what to pack, without weights"):
+            data.pack(wrong, output=str(tmp_path / "q"))

@@ -44,7 +44,8 @@ def test_what_makes_no_sense_is_said(text: str, message: str) -> None:
         list(expand_braces(parse_spec(text).path))
 
 
-@pytest.mark.parametrize("name", ["year=2020", "a[1:2]", "what?image=x", "50%26", "{a,b}", "emoji:train", "a=b?split=c[:3]=2"])
+@pytest.mark.parametrize("name", ["year=2020", "a[1:2]", "what?image=x", "50%26", "{a,b}", "emoji:train",
+                                  "a=b?split=c[:3]=2"])
 def test_a_path_that_exists_is_that_path(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
@@ -71,7 +72,7 @@ def test_folders_of_options_win_over_weights(tmp_path: Path) -> None:
     assert (spec.weight, spec.folder("images")) == (None, tmp_path / "year=2024")
     assert parse_spec(f"a.csv?images={tmp_path}/a%20b").folder("images") == tmp_path / "a b"
     assert parse_spec(f"a.csv?images={tmp_path}/a b=4").weight == 4.0
-    with pytest.raises(ConfigError, match="the folder '.*gone' of 'images=' does not exist"):
+    with pytest.raises(ConfigError, match=r"the folder '.*gone' of 'images=' does not exist"):
         parse_spec(f"a.csv?images={tmp_path}/gone").folder("images")
 
 

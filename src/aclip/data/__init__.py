@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from aclip.data.decode import decode_image
     from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet, Target
     from aclip.data.examination.diagnosis import doctor
-    from aclip.data.examination.glance import advise, look
+    from aclip.data.examination.glance import look
     from aclip.data.frequencies import token_frequencies
     from aclip.data.order import BatchSampler, Request
     from aclip.data.packing import pack
@@ -25,7 +25,7 @@ _MODULES = {
     "captions": ("CaptionTokenizer", "caption_id", "clean_captions", "draw_caption"),
     "decode": ("decode_image",),
     "evaluation_set": ("EvaluationBatch", "EvaluationSet", "Target"),
-    "examination": ("advise", "doctor", "look"),
+    "examination": ("doctor", "look"),
     "frequencies": ("token_frequencies",),
     "order": ("BatchSampler", "Request"),
     "packing": ("pack",),
@@ -52,7 +52,6 @@ __all__ = [
     "Source",
     "Spec",
     "Target",
-    "advise",
     "build_loader",
     "caption_id",
     "clean_captions",

@@ -54,7 +54,9 @@ def decode_text(data: bytes, encoding: str | None = None, fallback: str | None =
         encoding: it is in; None reads UTF-8, and UTF-16 and UTF-32 by their marks.
         fallback: what it is in if it is none of these; None guesses.
     """
-    codec = encoding or _marked(data) or ("utf-8-sig" if _is_utf8(data) else fallback or guess_encoding(data) or "cp1252")
+    codec = encoding or _marked(data)
+    if codec is None:
+        codec = "utf-8-sig" if _is_utf8(data) else fallback or guess_encoding(data) or "cp1252"
     return data.decode(codec, errors=text_errors(codec))
 
 
@@ -72,9 +74,11 @@ def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
         try:
             return TextEncoding(codecs.lookup(chosen).name, f"read as {chosen}")
         except LookupError as error:
-            raise ConfigError(f"'encoding={chosen}' is unknown: write a name such as utf-8, gb18030 or shift_jis") from error
+            raise ConfigError(f"'encoding={chosen}' is unknown: write a name such as utf-8, gb18030 or "
+                              f"shift_jis") from error
     with open_binary(path) as file:
-        marked = _marked(file.read(_HEAD))
+        head = file.read(_HEAD)
+        marked = _marked(head) or _wide(head)
         if marked:
             return TextEncoding(marked)
         file.seek(0)
@@ -108,11 +112,13 @@ def _of_mixed_lines(path: Path, file: BinaryIO) -> TextEncoding:
         if len(broken) < _CHUNK:
             broken += line[:_CHUNK]
     if sound >= odd:
-        return TextEncoding("utf-8-sig", f"{odd} lines are not UTF-8, the first is line {first}: what is not in them is "
+        return TextEncoding("utf-8-sig", f"{odd} lines are not UTF-8, the first is line {first}: what is not in them "
+                                         f"is "
                                          "read as Windows-1252")
     codec = guess_encoding(bytes(broken))
     if codec is None:
-        raise DataError(f"{path} is not UTF-8 and no other encoding fits it: say which with '{path.name}?encoding=NAME'")
+        raise DataError(f"{path} is not UTF-8 and no other encoding fits it: say which with "
+                        f"'{path.name}?encoding=NAME'")
     said = "Windows-1252" if codec == "cp1252" else codec
     return TextEncoding(codec, f"read as {said}, as it is not UTF-8 ('?encoding=NAME' reads it as another)")
 
@@ -123,8 +129,8 @@ def guess_encoding(data: bytes) -> str | None:
     In Western European text (Windows-1252) letters beyond ASCII stand alone or in twos among ASCII ones; in Chinese,
     Japanese, Korean or Cyrillic they come in runs, which charset-normalizer tells apart.
     """
-    if data[:_HEAD].count(0) > len(data[:_HEAD]) // 4:
-        return "utf-16-le" if data[1:2] == b"\0" else "utf-16-be"
+    if wide := _wide(data[:_HEAD]):
+        return wide
     runs = _HIGH.findall(data)
     sound = [run for run in runs if _is_utf8(run)]
     if 2 * len(sound) >= len(runs) or _covered(runs) > 0.85:
@@ -160,6 +166,13 @@ def _marked(data: bytes) -> str | None:
         if data.startswith(mark):
             return codec
     return None
+
+
+def _wide(data: bytes) -> str | None:
+    """Return the codec of UTF-16 without a mark, in which every second byte of Western text is zero."""
+    if data.count(0) <= len(data) // 4:
+        return None
+    return "utf-16-le" if data[1::2].count(0) > data[::2].count(0) else "utf-16-be"
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -264,6 +277,9 @@ class CaptionTokenizer:
         empty = tokenizer([""])
         self.context_length = int(empty.shape[1])
         self._padding = int(empty[0, -1])
+        # Where padding is the end token, a full row ends in it, too, and the token before it tells.
+        ends_in_padding = int(tokenizer(["a " * (2 * self.context_length)])[0, -1]) == self._padding
+        self._last = max(-2, -self.context_length) if ends_in_padding else -1
         self._tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str]) -> Int[Tensor, "B T"]:
@@ -276,4 +292,4 @@ class CaptionTokenizer:
 
     def count_truncated(self, tokens: Int[Tensor, "B T"]) -> int:
         """Return how many of the (B, T) rows fill the whole context: nearly all of those lost a tail."""
-        return int((tokens[:, -1] != self._padding).sum())
+        return int((tokens[:, self._last] != self._padding).sum())

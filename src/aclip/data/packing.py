@@ -69,8 +69,10 @@ def pack(
     """
     from rich.console import Console
 
-    from aclip.data.sources import open_training
+    from aclip.data.sources import open_training, weights_of
 
+    if not source or any(weights_of(source)):
+        raise ConfigError("name what to pack, without weights: `aclip data pack SOURCE --output FOLDER`")
     for name, value, least, most in (("side", side, 1, 16384), ("quality", quality, 1, 95),
                                      ("shard_size", shard_size, 1, 10**7), ("workers", workers, 0, 1024)):
         if value is not None and not least <= value <= most:
@@ -261,6 +263,8 @@ def _finished(folder: Path) -> tuple[dict[str, int], int]:
     sizes = {name: samples for name, samples in sizes.items() if (folder / name).is_file()}
     skipped = [line for line in _read_lines(folder / SKIPPED) if line.get("shard") in sizes]
     lines = [{"shard": name, "samples": samples} for name, samples in sizes.items()]
+    for part in folder.glob(".*.tar.*.part"):  # of a call that was killed
+        part.unlink()
     for path, kept in ((folder / SKIPPED, skipped), (folder / _JOURNAL, lines)):
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
     return sizes, len(skipped)

@@ -25,7 +25,7 @@ class Layout:
 
     Attributes:
         spec: below the folder.
-        captions: of every sample in order; a text stands for itself alone.
+        captions: of every sample in order; a text stands for itself alone, None for those of a bad sample.
         labels: likewise, or None where they do not matter.
         bad: samples that cannot be read, by number.
         says: texts that the summary has.
@@ -33,7 +33,7 @@ class Layout:
     """
 
     spec: str
-    captions: list[str | Text]
+    captions: list[str | Text] | list[str | Text | None]
     labels: list[str | None] | None = None
     bad: tuple[int, ...] = ()
     says: tuple[str, ...] = ()
@@ -116,14 +116,16 @@ def folder_with_texts_read_whole(root: Path) -> Layout:
 @layout
 def class_folders(root: Path) -> Layout:
     images(root / "set", "tabby_cat/1.jpg", "dog/1.jpg")
-    return Layout("set", ["a photo of a dog.", "a photo of a tabby cat."], ["dog", "tabby_cat"], says=("folders are classes",))
+    return Layout("set", ["a photo of a dog.", "a photo of a tabby cat."], ["dog", "tabby_cat"], says=("folders are "
+                                                                                                       "classes",))
 
 
 @layout
 def class_folders_with_templates(root: Path) -> Layout:
     images(root / "set", "cat/1.jpg", "dog/1.jpg")
     return Layout("set?templates=a photo of a {}.|what is this? a {} & more = +", [
-        ("a photo of a cat.", "what is this? a cat & more = +"), ("a photo of a dog.", "what is this? a dog & more = +")])
+        ("a photo of a cat.", "what is this? a cat & more = +"), ("a photo of a dog.", "what is this? a dog & more = "
+                                                                                       "+")])
 
 
 @layout
@@ -170,7 +172,8 @@ def flickr8k_token_file(root: Path) -> Layout:
 @layout
 def flickr30k_results_csv(root: Path) -> Layout:
     images(root / "flickr30k_images", "1.jpg", "2.jpg")
-    text(root / "results.csv", "image_name| comment_number| comment\n1.jpg| 0| Two men .\n1.jpg| 1| A \"pair\" .\n2.jpg| 0| A dog .\n")
+    text(root / "results.csv", "image_name| comment_number| comment\n1.jpg| 0| Two men .\n1.jpg| 1| A \"pair\" "
+                               ".\n2.jpg| 0| A dog .\n")
     return Layout("results.csv", [("Two men .", 'A "pair" .'), "A dog ."])
 
 
@@ -232,7 +235,8 @@ def phone_photos(root: Path) -> Layout:
 def img2dataset_files(root: Path) -> Layout:
     for number in (0, 1):
         image(root / f"set/00000/00000000{number}.jpg", number)
-        dump(root / f"set/00000/00000000{number}.json", {"caption": f"picture {number}", "url": "http://x/y", "key": "1"})
+        dump(root / f"set/00000/00000000{number}.json", {"caption": f"picture {number}", "url": "http://x/y",
+                                                         "key": "1"})
     return Layout("set", ["picture 0", "picture 1"])
 
 
@@ -363,7 +367,8 @@ def plain_csv(root: Path) -> Layout:
 def csv_with_named_columns(root: Path) -> Layout:
     images(root / "C++ shots & more", "1.jpg")
     table(root / "pairs.csv", ("file", "Q&A text", "kind", "words"), ("1.jpg", "what? that", "x", "a, b"))
-    return Layout("pairs.csv?image=file&caption=Q&A text&label=kind&tags=words&images=" + str(root / "C++ shots & more"),
+    return Layout("pairs.csv?image=file&caption=Q&A text&label=kind&tags=words&images=" + str(root / "C++ shots & "
+                                                                                                     "more"),
                   ["what? that"], ["x"], tags=("a", "b"))
 
 
@@ -499,7 +504,8 @@ def one_tsv_with_images_in_base64(root: Path) -> Layout:
 
 @layout
 def csv_with_images_in_base64(root: Path) -> Layout:
-    table(root / "pairs.csv", ("caption", "image"), *((f"a, {n}", "data:image/png;base64," + encoded(n)) for n in (1, 2)))
+    table(root / "pairs.csv", ("caption", "image"), *((f"a, {n}", "data:image/png;base64," + encoded(n)) for n in (1,
+                                                                                                                   2)))
     return Layout("pairs.csv", ["a, 1", "a, 2"])
 
 
@@ -549,7 +555,8 @@ def captions_that_are_numbers(root: Path) -> Layout:
 @layout
 def labels_that_pandas_made_floats(root: Path) -> Layout:
     images(root, "1.jpg", "2.jpg", "3.jpg")
-    table(root / "pairs.csv", ("image", "caption", "label"), ("1.jpg", "a", "0.0"), ("2.jpg", "b", "1.0"), ("3.jpg", "c", ""))
+    table(root / "pairs.csv", ("image", "caption", "label"), ("1.jpg", "a", "0.0"), ("2.jpg", "b", "1.0"), ("3.jpg",
+                                                                                                            "c", ""))
     return Layout("pairs.csv", ["a", "b", "c"], ["0", "1", None])
 
 
@@ -616,7 +623,8 @@ def objects_by_id(root: Path) -> Layout:
 @layout
 def a_wrapped_list(root: Path) -> Layout:
     images(root, "a.jpg", "b.jpg")
-    dump(root / "d.json", {"version": 1, "data": [{"file": "a.jpg", "caption": "a"}, {"file": "b.jpg", "caption": "b"}]})
+    dump(root / "d.json", {"version": 1, "data": [{"file": "a.jpg", "caption": "a"}, {"file": "b.jpg",
+                                                                                      "caption": "b"}]})
     return Layout("d.json", ["a", "b"])
 
 
@@ -680,7 +688,8 @@ def a_column_of_splits_with_a_choice(root: Path) -> Layout:
 
 
 def _with_splits(root: Path) -> None:
-    table(root / "p.csv", ("image", "caption", "split"), ("1.jpg", "a", "train"), ("2.jpg", "b", "train"), ("3.jpg", "c", "test"))
+    rows = (("1.jpg", "a", "train"), ("2.jpg", "b", "train"), ("3.jpg", "c", "test"))
+    table(root / "p.csv", ("image", "caption", "split"), *rows)
 
 
 @layout
@@ -728,12 +737,98 @@ def images_that_are_addresses(root: Path) -> Asked:
 @layout
 def gzipped_json_lines(root: Path) -> Layout:
     images(root, "1.jpg", "2.jpg")
-    (root / "p.jsonl.gz").write_bytes(gzip.compress(b'{"image":"1.jpg","caption":"a"}\n{"image":"2.jpg","caption":"b"}\n'))
+    path = lines(root / "p.jsonl", {"image": "1.jpg", "caption": "a"}, {"image": "2.jpg", "caption": "b"})
+    (root / "p.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     return Layout("p.jsonl.gz", ["a", "b"])
 
 
 @layout
 def malformed_json(root: Path) -> Asked:
     images(root, "1.jpg")
-    text(root / "p.json", '[{"image":"1.jpg","caption":"a"},{"image":"1.jpg","caption":"b"}x,{"image":"1.jpg","caption":"c"}]')
+    text(root / "p.json",
+         '[{"image":"1.jpg","caption":"a"},{"image":"1.jpg","caption":"b"}x,{"image":"1.jpg","caption":"c"}]')
     return Asked("p.json", ("is not JSON",))
+
+
+@layout
+def splits_below_a_folder_of_images(root: Path) -> Asked:
+    images(root / "set", "images/train/1.jpg", "images/test/2.jpg")
+    return Asked("set", ("train (1)", "test (1)", "?split=train"))
+
+
+@layout
+def an_archive_unpacked_into_its_own_name(root: Path) -> Layout:
+    images(root / "set", "set/cat/1.jpg", "set/dog/2.jpg")
+    return Layout("set", ["a photo of a cat.", "a photo of a dog."], ["cat", "dog"])
+
+
+@layout
+def coco_with_ids_in_floats_and_with_zeros(root: Path) -> Layout:
+    images(root, "a.jpg", "b.jpg")
+    dump(root / "c.json", {"images": [{"id": 3, "file_name": "a.jpg"}, {"id": "0004", "file_name": "b.jpg"}],
+                           "annotations": [{"image_id": 3.0, "caption": "a"}, {"image_id": 4, "caption": "b"}]})
+    return Layout("c.json", ["a", "b"])
+
+
+@layout
+def list_of_a_bucket_that_was_copied(root: Path) -> Layout:
+    images(root / "copy", "x/0.jpg", "y/1.jpg")
+    lines(root / "p.jsonl", {"image": "s3://bucket/data/x/0.jpg", "text": "0"}, {"image": "s3://bucket/data/y/1.jpg",
+                                                                                 "text": "1"})
+    return Layout(f"p.jsonl?images={root / 'copy'}", ["0", "1"])
+
+
+@layout
+def list_of_a_network_share(root: Path) -> Layout:
+    images(root, "x/0.jpg", "x/1.jpg")
+    lines(root / "p.jsonl", *({"image": rf"\\server\share\x\{n}.jpg", "text": str(n)} for n in (0, 1)))
+    return Layout("p.jsonl", ["0", "1"])
+
+
+@layout
+def single_captions_by_file_name_in_a_list(root: Path) -> Layout:
+    images(root, "a.jpg", "b.jpg")
+    dump(root / "c.json", [{"a.jpg": "a cat"}, {"b.jpg": ["a dog"]}])
+    return Layout("c.json", ["a cat", "a dog"])
+
+
+@layout
+def lists_of_names_and_captions(root: Path) -> Layout:
+    images(root, "a.jpg", "b.jpg")
+    dump(root / "c.json", {"filenames": ["a.jpg", "b.jpg"], "captions": ["a cat", "a dog"]})
+    return Layout("c.json", ["a cat", "a dog"])
+
+
+@layout
+def captions_inside_two_objects(root: Path) -> Layout:
+    images(root, "a.jpg", "b.jpg")
+    dump(root / "c.json", {"dataset": {"images": {"a.jpg": [{"caption": "a cat"}], "b.jpg": [{"caption": "a dog"}]}}})
+    return Layout("c.json", ["a cat", "a dog"])
+
+
+@layout
+def a_table_in_utf_16_without_a_mark(root: Path) -> Layout:
+    return _in_encoding(root, "utf-16-le", ("a cafe by the sea", "two dogs"), says=())
+
+
+@layout
+def json_lines_in_gbk(root: Path) -> Layout:
+    images(root, "a.jpg", "b.jpg")
+    said = {"a.jpg": "一只猫坐在红色的沙发上", "b.jpg": "两个人在海边走路"}
+    rows = [json.dumps({"image": name, "caption": one}, ensure_ascii=False) + "\n" for name, one in said.items()]
+    text(root / "p.jsonl", "".join(rows), "gbk")
+    return Layout("p.jsonl", list(said.values()), says=("gb18030",))
+
+
+@layout
+def a_table_of_one_very_long_line(root: Path) -> Asked:
+    text(root / "p.tsv", "x" * 50_000 + "\t" + "y" * 50_000 + "\n")
+    return Asked("p.tsv")
+
+
+@layout
+def list_with_phone_photos(root: Path) -> Layout:
+    images(root, "a.jpg", "b.jpg")
+    (root / "b.jpg").rename(root / "b.HEIC")
+    table(root / "p.csv", ("photo file", "words"), ("a.jpg", "one small cat"), ("b.HEIC", "one small dog"))
+    return Layout("p.csv", ["one small cat", "one small dog"])

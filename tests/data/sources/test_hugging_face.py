@@ -44,7 +44,8 @@ def test_pictures_captions_and_the_names_of_classes(tmp_path: Path) -> None:
 def test_splits(tmp_path: Path) -> None:
     datasets.DatasetDict(train=made(4), test=made(2)).save_to_disk(tmp_path / "both")
     assert len(open_source(f"{tmp_path / 'both'}?split=train")) == 4
-    with pytest.raises(ConfigError, match=r"holds the splits test \(1\), train \(1\): say which, as in 'both\?split=train'"):
+    with pytest.raises(ConfigError, match=r"holds the splits test \(1\), train \(1\): say which, as in "
+                                          r"'both\?split=train'"):
         open_source(str(tmp_path / "both"))
     with pytest.raises(ConfigError, match="has no split 'trian': it holds"):
         open_source(f"{tmp_path / 'both'}?split=trian")
@@ -67,7 +68,7 @@ def test_damage_is_a_clear_error(tmp_path: Path) -> None:
     made().save_to_disk(tmp_path / "saved")
     source = open_source(str(tmp_path / "saved"))
     (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"torn")
-    with pytest.raises(BadSampleError, match="cannot read data-00000-of-00001.arrow"):
+    with pytest.raises(BadSampleError, match=r"cannot read data-00000-of-00001\.arrow"):
         source.read(0)
     (tmp_path / "saved" / "state.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a saved dataset"):

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from aclip.data.sources.base import WINDOW, window_order
 from aclip.data.sources import ColumnarSource, Source, columnar, open_source, records
+from aclip.data.sources.base import WINDOW, window_order
 from aclip.errors import AclipError, BadSampleError, ConfigError, DataError
 
 
@@ -139,13 +139,14 @@ def test_a_list_whose_images_are_elsewhere(folder: Path, kind: str) -> None:
     assert source.read(0).image == b"picture 1"
     assert f"found in {folder}/images" in str(open_source(spec).summary)
     write_list(Path(spec), [f"gone/{number}.jpg" for number in range(7, 26)])
-    with pytest.raises(DataError, match=f"none of 19 of its images is there, looked for {folder}/lists/gone/7.jpg first: say "
-                                        "where they lie with"):
+    where = f"looked for {folder}/lists/gone/7.jpg first: say where they lie"
+    with pytest.raises(DataError, match=f"none of 19 of its images is there, {where}"):
         open_source(spec)
     write_list(Path(spec), [*(f"{number}.jpg" for number in range(39)), "../images/0.jpg"])
     source = open_source(spec)
     assert len(source) == 40
-    assert "39 left out (file missing: 0.jpg)" in str(source.summary)  # one lies where the list says, so all others should
+    # one lies where the list says, so all others should
+    assert "39 left out (file missing: 0.jpg)" in str(source.summary)
 
 
 def test_what_to_do_about_pictures_that_are_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +202,8 @@ def test_other_json_is_an_error(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("broken", ["[{},{}x,{}]", "[{},{}", "[{},{}] x", "[{} {}]"])
-def test_malformed_lists_lose_no_rows_silently(folder: Path, large: bool, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_lists_lose_no_rows_silently(folder: Path, large: bool, broken: str,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "LARGE", 0 if large else 2**30)
     row = json.dumps({"image": "images/0.jpg", "caption": "a"})
     (folder / "x.json").write_text(broken.replace("{}", row))

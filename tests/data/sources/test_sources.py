@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aclip.data.sources import FolderSource, ShardSource, Source, ListSource, open_source
+from aclip.data.sources import FolderSource, ListSource, ShardSource, Source, open_source
 from aclip.data.sources.base import PackedStrings, Runs
 from aclip.errors import BadSampleError, ConfigError, DataError
 from made_pictures import encode, picture

@@ -118,7 +118,8 @@ def test_urls_in_place_of_paths_are_said(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"A letter, short.\n\nYours\n", b"%PDF-1.4\n%\xe2\xe3\n1 0 obj\n", b"PK\3\4" + b"\0\1\2\3\4\5" * 99])
+    "content", [b"", b"A letter, short.\n\nYours\n", b"%PDF-1.4\n%\xe2\xe3\n1 0 obj\n",
+                b"PK\3\4" + b"\0\1\2\3\4\5" * 99])
 def test_other_files_are_no_lists(folder: Path, content: bytes) -> None:
     (folder / "a.txt").write_bytes(content)
     with pytest.raises(AclipError, match=r"a\.txt(: no column| holds no rows| lists no images| is not UTF-8)"):

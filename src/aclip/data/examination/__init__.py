@@ -2,7 +2,7 @@
 
 from aclip.data.examination.diagnosis import Examination, Example, check_fix, doctor, examine, load_example, write_fix
 from aclip.data.examination.findings import Finding, Limits
-from aclip.data.examination.glance import Look, advise, look
+from aclip.data.examination.glance import Look, look
 from aclip.data.examination.measure import Measurements
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Limits",
     "Look",
     "Measurements",
-    "advise",
     "check_fix",
     "doctor",
     "examine",

@@ -49,7 +49,7 @@ class Examination:
 
 
 def doctor(
-    source: str | Sequence[str],
+    source: str,
     *,
     against: Sequence[str] = (),
     model: str = "vit-tiny",

@@ -143,7 +143,7 @@ def _pixels(source: Measurements) -> Iterator[Finding]:
     rows = np.flatnonzero(source.samples["dark"])
     if len(rows):
         yield Finding(
-            "dark", "error", "Images with more than 8 bits that come out nearly black", len(rows), len(source.samples),
+            "dark", "error", "16-bit grey images that come out nearly black", len(rows), len(source.samples),
             "samples", "Their values use a small part of the range: put '?stretch=4095' behind the source for 12 bits, "
             "or '?stretch=1' to stretch each image on its own.", examples=_singly(rows))
 

@@ -6,7 +6,7 @@ import warnings
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ SAMPLE = np.dtype([
 ])
 """What is kept of a sample: its index in the source; a hash of the file; see `ImageHashes`; file size; upright size in
 pixels; number of usable captions; why it cannot be used, an index into `Measurements.reasons` or `GOOD`; whether it has
-one colour; whether it has more than 8 bits a channel and comes out nearly black."""
+one colour; whether it is a 16-bit grey image that comes out nearly black."""
 
 CAPTION = np.dtype([("sample", np.int64), ("exact", np.uint64), ("tokens", np.int32)])
 """What is kept of a usable caption: its sample's row; `caption_id`; its length in tokens."""
@@ -37,7 +37,7 @@ PRINT_BYTES = 16 * 16 + 2 * 4 * 4
 
 _CHUNK = 64  # samples per request to a worker
 _DECODED_SIDE = 64  # a JPEG is decoded at the smallest scale that leaves both sides so many pixels
-_DARK = 32  # of 255: 12 bits in 16 reach 16
+_DARK = 2**13  # of 16 bits: below it, no pixel gets brighter than 31 of 255
 _SIDE = 16  # cells of the shrunk image
 _MARGIN = 2.0  # levels of 255 that a cell must be brighter by: in flat areas noise decides about less
 _BLANK = 8  # levels of 255
@@ -174,38 +174,15 @@ def look_at(data: bytes) -> tuple[int, int, bool, np.ndarray]:
     Raises:
         BadSampleError: it cannot be decoded.
     """
-    from aclip.data.decode import decode_image
+    from aclip.data.decode import decode_image, grey_peak
 
     image = decode_image(data, min_side=_DECODED_SIDE)
-    width, height = jpeg_size(data) if data.startswith(b"\xff\xd8") else image.size
-    dark = is_dark(data, image)
+    is_jpeg = data.startswith(b"\xff\xd8")
+    width, height = jpeg_size(data) if is_jpeg else image.size
+    peak = None if is_jpeg else grey_peak(data)
+    dark = peak is not None and 0 < peak < _DARK
     cells = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=1.0))
     return width, height, dark, cells
-
-
-def is_dark(data: bytes, image: Image.Image | None = None) -> bool:
-    """Return whether an image file has more than 8 bits a channel and its 8-bit `image` is nearly black.
-
-    As 12-bit values in a file of 16 bits are: their brightest is 16 of 255.
-    """
-    from aclip.data.decode import decode_image
-
-    if not _is_deep(data):
-        return False
-    extrema: Any = (decode_image(data) if image is None else image).getextrema()
-    return bool(max(high for _, high in extrema) <= _DARK)
-
-
-def _is_deep(data: bytes) -> bool:
-    """Return whether an image file has more than 8 bits a channel; only PNG and TIFF are looked into."""
-    if data.startswith(b"\x89PNG"):
-        return data[24:25] == b"\x10"  # bit depth, the ninth byte of the first chunk
-    if data.startswith((b"II*\0", b"MM\0*")):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=["TIFF"]) as header:
-                return header.mode.startswith("I")
-    return False
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from aclip.data.sources.base import RawSample, Source, Summary
 from aclip.data.sources.columnar import ColumnarSource, is_columnar, is_saved, open_columnar, open_saved
 from aclip.data.sources.columns import settle_columns
 from aclip.data.sources.combined import Joined, Mixture, Part, Stretched, open_mixture, weights_of
-from aclip.data.sources.folder import LIST_ENDINGS, SPLIT_NAMES, FolderSource, Listing, list_folder
+from aclip.data.sources.folder import LIST_ENDINGS, SPLIT_NAMES, FolderSource, Listing, beside, list_folder
 from aclip.data.sources.lists import ListSource, open_list_source
 from aclip.data.sources.records import choose_split, open_list
 from aclip.data.sources.remote import RemoteShardSource, expand_urls
@@ -61,8 +62,8 @@ def open_source(spec: str) -> Source:
 
     Raises:
         DataError: there is nothing of that name, or no reader for it; what is accepted.
-        ConfigError: columns of a list that do not exist or cannot be guessed, a split that must be chosen, an option that
-            this kind of source does not take.
+        ConfigError: columns of a list that do not exist or cannot be guessed, a split that must be chosen, an option
+            that this kind of source does not take.
     """
     parsed = parse_spec(spec)
     if parsed.weight is not None:
@@ -100,7 +101,7 @@ def _open_whole(spec: Spec) -> Source:
     if "://" in path and not os.path.exists(path):
         if not path.startswith("file://"):
             return _open_remote(spec)
-        path = path.removeprefix("file://")
+        path = unquote(path.removeprefix("file://"))
     if os.path.isdir(path):
         return _open_folder(Path(path), spec)
     if not os.path.isfile(path) and not is_pattern(path):
@@ -165,6 +166,9 @@ def _open_folder(folder: Path, spec: Spec) -> Source:
         return sources[0] if len(sources) == 1 else Joined(spec.path, sources)
     if lists := _lists_in(folder, below=True):
         return _open_listed(folder, lists, spec)
+    if len(listing.top) == 1 and all(image.count("/") > 1 for image in listing.images) and not beside(listing):
+        return _open_folder(folder / listing.top[0],
+                            spec.with_path(folder / listing.top[0]))  # set/set/..., images/train/...
     return _open_images(listing, spec)
 
 

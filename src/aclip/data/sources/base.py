@@ -39,11 +39,6 @@ class RawSample:
     label: str | None = None
     concept: str | None = None
 
-    @property
-    def key(self) -> str:
-        """The name, for callers that have not moved to `name` yet."""
-        return self.name
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -104,10 +99,6 @@ class Source:
     def name(self, index: int) -> str:
         """Return the unique, printable name of sample `index` without reading it."""
         raise NotImplementedError
-
-    def key(self, index: int) -> str:
-        """The name, for callers that have not moved to `name(index)` yet."""
-        return self.name(index)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of sample `index`; sources that can do so without reading the image override this.
@@ -184,7 +175,8 @@ _FILES_READ, _GREYS_READ, _CAPTIONS_READ = 15, 5, 200
 
 def _group_advice(source: Source) -> Iterator[str]:
     if source.groups and max(source.groups) > _LARGE_GROUP:
-        yield (f"{source.spec} has a row group of {max(source.groups):,} pairs, and each worker keeps {WINDOW} in memory: "
+        yield (f"{source.spec} has a row group of {max(source.groups):,} pairs, and each worker keeps {WINDOW} in "
+               f"memory: "
                f"{_PACK.format(source.spec)}")
     elif source.groups and len(source.groups) == 1 and len(source) > 1000:
         yield (f"{source.spec} has one row group, which every worker reads whole: {_PACK.format(source.spec)}")
@@ -214,7 +206,8 @@ def _grey_advice(source: Source) -> Iterator[str]:
         peaks += [] if peak is None else [peak]
     if peaks and 0 < max(peaks) < 2**15:
         white = 2 ** max(peaks).bit_length() - 1
-        yield (f"{source.spec} has 16-bit grey images whose brightest value is {max(peaks):,} of 65,535, so they are read "
+        yield (f"{source.spec} has 16-bit grey images whose brightest value is {max(peaks):,} of 65,535, so they are "
+               f"read "
                f"as nearly black: '?stretch={white}' makes {white:,} white, '?stretch=1' stretches each image")
 
 
@@ -234,7 +227,8 @@ def _caption_advice(source: Source) -> Iterator[str]:
     if said and len(source) > 1:
         yield f"{source.spec} has one caption for every image, {said.pop()[:80]!r}: nothing can be learnt from it"
     elif not said and numbers:
-        yield (f"no image of {source.spec} has a caption, as far as {len(numbers)} tell: it serves evaluation by classes, "
+        yield (f"no image of {source.spec} has a caption, as far as {len(numbers)} tell: it serves evaluation by "
+               f"classes, "
                "not training with text")
 
 
@@ -353,15 +347,3 @@ def _unpacked(text: Any, ends: Any) -> PackedStrings:
     strings = PackedStrings.__new__(PackedStrings)
     strings._text, strings._ends = memoryview(text).cast("B"), memoryview(ends).cast("B").cast("q")  # type: ignore
     return strings
-
-
-# Until every reader derives from Source and every caller reads `spec` and `name(index)`.
-class _HasGroups(type):
-    def __instancecheck__(cls, instance: object) -> bool:
-        return bool(getattr(instance, "groups", ()))
-
-
-class Grouped(metaclass=_HasGroups):
-    """A source with groups; `source.groups` says so itself."""
-
-    groups: tuple[int, ...]

@@ -1,7 +1,7 @@
 """Parquet and Arrow files, and what Hugging Face's `save_to_disk` and hub hold: columns on a disk, read by groups."""
 
 import json
-import logging
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,6 @@ from aclip.data.sources.lists import ListSource
 from aclip.data.sources.records import choose_split
 from aclip.data.spec import Spec
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError
-
-_log = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 4096
 _PATHS = ("string", "large_string", "string_view", "null")
@@ -137,7 +135,8 @@ class ColumnarSource(Source):
         label = label_of(fields.get(self._columns.label)) if self._columns.label else ""
         if label.isdecimal() and int(label) < len(self._labels):
             label = self._labels[int(label)]
-        return row._replace(label=label, captions=(label,) if self._columns.captions == (self._columns.label,) else row.captions)
+        return row._replace(label=label,
+                            captions=(label,) if self._columns.captions == (self._columns.label,) else row.captions)
 
     def _fields(self, index: int, with_image: bool) -> dict[str, Any]:
         place, row = self._runs.place(index)
@@ -185,7 +184,8 @@ def open_columnar(paths: Sequence[Path], spec: Spec, features: Mapping[str, Any]
         found = ImageFiles(paths[0].parent, images)
         return ListSource(spec.path, _rows(files, columns, images is None), found, notes=notes)
     if images is not None:
-        raise ConfigError(f"{spec.path}: column '{columns.image}' holds {kind}, not paths: 'images' is for lists of paths")
+        raise ConfigError(f"{spec.path}: column '{columns.image}' holds {kind}, not paths: 'images' is for lists of "
+                          f"paths")
     if is_text or _is_one_of(kind, "binary", "large_binary", "binary_view") or "bytes" in _inner(kind):
         return ColumnarSource(spec.path, files, columns, notes)
     raise DataError(f"{spec.path}: column '{columns.image}' holds {kind}, neither paths nor images")
@@ -327,11 +327,8 @@ def _is_one_of(kind: Any, *names: str) -> bool:
 
 def _distinct(paths: Sequence[Path]) -> list[str]:
     """Return the paths below the last folder that they share."""
-    parents = [path.absolute() for path in paths]
-    shared = 0
-    while len({path.parts[: shared + 1] for path in parents}) == 1 and shared < min(len(path.parts) for path in parents) - 1:
-        shared += 1
-    return ["/".join(path.parts[shared:]) for path in parents]
+    above = os.path.commonpath([path.absolute().parent for path in paths])
+    return [os.path.relpath(path.absolute(), above) for path in paths]
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -349,6 +346,8 @@ def _rows(files: Sequence[_File], columns: Columns, own_folders: bool) -> Iterat
             for batch in file.batches(columns.names()):
                 for fields in batch.to_pylist():
                     row = row_of(fields, columns)
-                    yield row._replace(image=str(file.path.parent.absolute() / row.image)) if elsewhere and row.image else row
+                    if elsewhere and row.image:
+                        row = row._replace(image=str(file.path.parent.absolute() / row.image))
+                    yield row
         except _errors() as error:
             raise DataError(f"{file.path} cannot be read: {error}") from error

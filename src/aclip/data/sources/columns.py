@@ -8,22 +8,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from aclip.data.decode import IMAGE_EXTENSIONS
-from aclip.data.sources.image_files import looks_embedded
+from aclip.data.sources.image_files import ENDINGS, looks_embedded
 from aclip.data.spec import Spec, as_named
 from aclip.errors import ConfigError, DataError, unknown_name
 
 IMAGE_COLUMNS = (
-    "filepath", "image", "image_path", "imagepath", "image_file", "image_filename", "image_file_name", "image_name", "img",
-    "img_path", "img_file", "img_name", "path", "paths", "file", "file_path", "filename", "file_name", "fname", "picture",
-    "photo", "images", "jpg", "png", "jpeg", "webp", "local_path", "relative_path", "image_id", "imageid", "img_id", "photo_id", "id",
+    "filepath", "image", "image_path", "imagepath", "image_file", "image_filename", "image_file_name", "image_name",
+    "img",
+    "img_path", "img_file", "img_name", "path", "paths", "file", "file_path", "filename", "file_name", "fname",
+    "picture",
+    "photo", "images", "image_paths", "filenames", "file_names", "files", "jpg", "png", "jpeg", "webp", "local_path",
+    "relative_path", "image_id", "imageid", "img_id", "photo_id", "id",
 )  # fmt: skip
 """Field names that are taken for the image, in this order, whatever their case; ids count only if they name files."""
 
 CAPTION_COLUMNS = (
     "caption", "captions", "title", "text", "caption_text", "comment", "raw", "label", "description", "alt_text", "alt",
-    "sentence", "sentences", "prompt", "caption_reference_description", "short_caption", "long_caption", "productdisplayname",
-    "product_name", "product_title", "report", "findings", "impression", "txt", "conversations", "name", "category", "class",
+    "sentence", "sentences", "prompt", "caption_reference_description", "short_caption", "long_caption",
+    "productdisplayname",
+    "product_name", "product_title", "report", "findings", "impression", "finding_labels", "annotations", "txt",
+    "conversations", "name", "category", "class",
 )  # fmt: skip
 """Likewise for the caption; of `title` and `description` both are captions, as in YFCC."""
 
@@ -42,7 +46,7 @@ MAX_STORED = 20_000
 DOWNLOAD = "download the images first, for example with img2dataset, whose shards are read as they are"
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
-_IMAGE_NAME = re.compile(rf"\w\.({'|'.join(sorted(IMAGE_EXTENSIONS))})(#\d+)?$", re.IGNORECASE)
+_IMAGE_NAME = re.compile(rf"\w\.({'|'.join(sorted(ENDINGS))})(#\d+)?$", re.IGNORECASE)
 _WHOLE_FLOAT = re.compile(r"(-?\d+)\.0+")
 _IDS = ("id", "image_id", "imageid", "img_id", "photo_id", "images")
 _PROSE = 1.5  # words of a typical caption where no column is named like one
@@ -115,7 +119,7 @@ def texts(value: Any) -> tuple[str, ...]:
 
 
 _LISTS = ('["', "['")
-_TEXTS = ("caption", "raw", "text", "value", "content", "sentence", "title")
+_TEXTS = ("caption", "raw", "text", "value", "content", "sentence", "title", "label")
 
 
 def _listed(value: str) -> tuple[str, ...]:
@@ -149,7 +153,7 @@ def split_tags(values: Iterable[str]) -> tuple[str, ...]:
 def image_cell(value: Any) -> str:
     """Return what names an image: a path, an address or an id; "" for none."""
     if isinstance(value, str):
-        return value.strip()
+        return (_listed(value)[0] if value[:2] in _LISTS else value).strip()
     if isinstance(value, Mapping):
         return next((image_cell(value[name]) for name in _PATHS if value.get(name)), "")
     if isinstance(value, list | tuple):
@@ -184,7 +188,7 @@ def chosen_columns(spec: Spec, header: Sequence[str]) -> Columns | None:
     def exact(name: str) -> str:
         chosen = as_named(name, header.__contains__)
         if chosen not in header:
-            raise ConfigError(f"{spec.path}: {unknown_name('column', chosen, header)}")
+            raise ConfigError(f"{spec.path}: {unknown_name('column', chosen, [name[:60] for name in header[:40]])}")
         return chosen
 
     def one(option: str) -> str | None:
@@ -233,13 +237,16 @@ def _guess(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]
     if image is None and urls:
         raise ConfigError(f"{spec.path}: column '{urls[0]}' has URLs, and none has paths of images: {DOWNLOAD}")
     rest = [name for name in header if name != image]
-    caption = _first([name for name in CAPTION_COLUMNS if name not in ("raw", "name")], rest) or _first(("raw",), rest) \
+    caption = _first([name for name in CAPTION_COLUMNS if name not in ("raw", "name")], rest) or _first(("raw",),
+                                                                                                        rest) \
         or _prose_column(rest, sample) or _first(("name",), rest)
     label = _first(LABEL_COLUMNS, rest)
+    if caption is None and len(rest) == 1 and len(header) == 2 and header == ["1", "2"]:
+        caption = label = rest[0]  # names and numbers of classes
     for what, found, known in (("image", image, IMAGE_COLUMNS), ("caption", caption, CAPTION_COLUMNS)):
         if found is None:
             raise ConfigError(
-                f"{spec.path}: no column looks like the {what}; there are: {', '.join(header) or 'none'}; name it "
+                f"{spec.path}: no column looks like the {what}; there are: {_short(header)}; name it "
                 f"'{'image' if what == 'image' else known[0]}', or say which with "
                 f"'{spec.path.rpartition('/')[2]}?image=COLUMN&caption=COLUMN'")
     if image is None or caption is None:
@@ -248,6 +255,12 @@ def _guess(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]
     if _normalised(caption) == "title" and (description := _first(("description",), rest)):
         captions.append(description)
     return Columns(image, tuple(captions), _first(TAG_COLUMNS, rest), label)
+
+
+def _short(header: Sequence[str]) -> str:
+    """Return names for a message: what is no header may be of any length."""
+    names = ", ".join(name if len(name) <= 60 else f"{name[:60]}..." for name in header[:40]) or "none"
+    return f"{names}, ..." if len(header) > 40 else names
 
 
 def _image_column(header: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> str | None:

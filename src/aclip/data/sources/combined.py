@@ -92,7 +92,8 @@ class Mixture(Joined):
     An epoch has as many places as all sources have samples together. Source i takes the share w_i / sum(w) of
     them, and walks through permutations of itself, from one epoch to the next: each permutation is gone through before
     the next begins. (Training leaves out the places that do not fill the last batch of an epoch, and what they hold
-    comes again with the next permutation.) With weights that are the sources' sizes, every sample has one place an epoch.
+    comes again with the next permutation.) With weights that are the sources' sizes, every sample has one place an
+    epoch.
 
     A sample that comes again has the next number of its pass, from which crops and captions are drawn, so that
     a small source with a large weight does not repeat its views.

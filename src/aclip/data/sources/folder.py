@@ -7,18 +7,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from aclip.data.captions import caption_lines, decode_text, guess_encoding
 from aclip.data.decode import HEIC_EXTENSIONS, IMAGE_EXTENSIONS, reads_heic
 from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
 from aclip.data.sources.columns import CAPTION_COLUMNS, label_of, split_tags, texts
 from aclip.data.sources.image_files import read_image
+from aclip.data.sources.records import flat
 from aclip.errors import BadSampleError, DataError
 
 CLASS_TEMPLATES = ("a photo of a {}.",)
 """Captions of class folders, unless others are given."""
 
-LIST_ENDINGS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token")
+LIST_ENDINGS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token", ".lst", ".list",
+                ".data",
+                ".gz")  # fmt: skip
 """Endings of files that may list the images of a folder."""
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "restval")
@@ -120,9 +124,9 @@ def _holds(folder: str, path: str) -> bool:
 class FolderSource(Source):
     """Images found in a folder and below, in the order of their paths.
 
-    `cats/tom.jpg` has the captions of `cats/tom.txt`, one a line, or of `cats/tom.json`, and the label "cats". Where an
-    image has neither, its captions are the `templates` with the name of its folder in place of `{}`: "a photo of a tabby
-    cat." for `tabby_cat/tom.jpg`.
+    `cats/tom.jpg` has the captions of `cats/tom.txt`, one a line, or of `cats/tom.json`, and the label "cats". Where
+    an image has neither, its captions are the `templates` with the name of its folder in place of `{}`: "a photo of a
+    tabby cat." for `tabby_cat/tom.jpg`.
 
     Attributes:
         spec: the folder.
@@ -130,7 +134,8 @@ class FolderSource(Source):
     """
 
     def __init__(
-        self, listing: Listing, templates: Sequence[str] = (), *, whole_texts: bool = False, encoding: str | None = None,
+        self, listing: Listing, templates: Sequence[str] = (), *, whole_texts: bool = False,
+        encoding: str | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         """Read a folder that was listed.
@@ -154,8 +159,8 @@ class FolderSource(Source):
         if not listing.images:
             raise DataError(f"no images in {listing.folder}: looked there and below for "
                             f"{', '.join(sorted(IMAGE_EXTENSIONS))}{_heic_advice(self._unread)}")
-        beside = _parallel(listing)
-        files = [listing.captions_of(image) or beside.get(_below_top(image), "") for image in listing.images]
+        elsewhere = beside(listing)
+        files = [listing.captions_of(image) or elsewhere.get(_below_top(image), "") for image in listing.images]
         self._images, self._texts = PackedStrings(listing.images), PackedStrings(files)
         self.templates = tuple(templates)
         self._with_text = sum(map(bool, files))
@@ -197,7 +202,8 @@ class FolderSource(Source):
             BadSampleError: a file that cannot be read.
         """
         captions, tags, label = self._described(index)
-        return RawSample(self.name(index), read_image(self.path(index)), captions, tags, label or self._parent(index) or None)
+        return RawSample(self.name(index), read_image(self.path(index)), captions, tags,
+                         label or self._parent(index) or None)
 
     @property
     def summary(self) -> Summary:
@@ -245,14 +251,16 @@ class FolderSource(Source):
             except UnicodeDecodeError:
                 odd, last = odd + data + b"\n", file
         if several and not self._whole:
-            self._notes.append(f"{several} of {min(len(some), _SAMPLED_TEXTS)} text files have several lines: each is a "
+            self._notes.append(f"{several} of {min(len(some), _SAMPLED_TEXTS)} text files have several lines: each is "
+                               f"a "
                                "caption of its own ('?captions=whole' makes a file one caption)")
         if not odd or odd.startswith((b"\xff\xfe", b"\xfe\xff")):
             return None
         codec = guess_encoding(bytes(odd))
         if codec == "utf-8-sig" or codec is None:
             return None
-        self._notes.append(f"{printable(last)} and others are read as {codec} where they are not UTF-8 ('?encoding=NAME' says "
+        self._notes.append(f"{printable(last)} and others are read as {codec} where they are not UTF-8 "
+                           f"('?encoding=NAME' says "
                            "otherwise)")
         return codec
 
@@ -268,29 +276,40 @@ def _from_json(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     return captions_in(fields)
 
 
-def captions_in(fields: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+def captions_in(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Return captions, tags and label of an object that describes one image."""
-    names = {name.lower(): name for name in reversed(fields)}
-    ordered = ("captions", *(name for name in CAPTION_COLUMNS if name not in ("captions", "label", "category", "class")))
-    captions = next((said for name in ordered if name in names and (said := texts(fields[names[name]]))), ())
-    tags = fields.get(names.get("tags", ""), fields.get(names.get("keywords", "")))
-    return captions, split_tags(texts(tags)), label_of(fields.get(names.get("label", "")))
+    plain = flat(fields)
+    names = {name.lower().rpartition(".")[2]: name for name in reversed(plain)}
+    ordered = ("captions", *(name for name in CAPTION_COLUMNS if name not in ("captions", "label", "category",
+                                                                              "class")))
+    captions = next((said for name in ordered if name in names and (said := texts(plain[names[name]]))), ())
+    tags = plain.get(names.get("tags", ""), plain.get(names.get("keywords", "")))
+    return captions, split_tags(texts(tags)), label_of(plain.get(names.get("label", "")))
 
 
 def _are_classes(listing: Listing) -> bool:
     parents = _parents(listing)
-    return all("/" in path for path in listing.images) and len(parents) > 1 and not all(map(_NUMBERED.fullmatch, parents))
+    named = [name for name in parents if not _NUMBERED.fullmatch(name) and name.lower() not in SPLIT_NAMES]
+    return all("/" in path for path in listing.images) and len(parents) > 1 and bool(named)
 
 
 def _parents(listing: Listing) -> set[str]:
     return {PurePosixPath(path).parent.name for path in listing.images}
 
 
-def _parallel(listing: Listing) -> dict[str, str]:
-    """Return path below the topmost folder -> caption file, where texts lie in a folder beside that of the images."""
+def beside(listing: Listing) -> dict[str, str]:
+    """Return an image's path below the topmost folder -> its caption file, where those lie in a folder beside it."""
     if len({file.partition("/")[0] for file in listing.texts.values() if "/" in file} - set(listing.top)) != 1:
         return {}
-    return {_below_top(file): file for file in (*listing.texts.values(), *listing.described.values()) if "/" in file}
+    files = [file for file in (*listing.texts.values(), *listing.described.values()) if "/" in file]
+    by_path = {_below_top(file): file for file in files}
+    if any(_below_top(image) in by_path for image in listing.images):
+        return by_path
+    by_name = {_stem(os.path.basename(file)): file for file in files}
+    if len(by_name) < len(files):
+        return {}
+    named = ((_below_top(image), _stem(os.path.basename(image))) for image in listing.images)
+    return {path: by_name[stem] for path, stem in named if stem in by_name}
 
 
 def _below_top(path: str) -> str:

@@ -17,16 +17,21 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from aclip.data.decode import IMAGE_EXTENSIONS
+from aclip.data.decode import HEIC_EXTENSIONS, IMAGE_EXTENSIONS
 from aclip.data.sources.base import printable
 from aclip.errors import BadSampleError
 
+ENDINGS = IMAGE_EXTENSIONS | HEIC_EXTENSIONS
+"""Endings, lower case and without the dot, by which names of images are known."""
+
 _LOOKED_INTO = 200  # folders beside a list in which its images are sought
+_OF_LISTS = ("annotations", "annotation", "captions", "labels", "meta", "metadata", "lists")  # folders beside images
 _ENTRIES = 1_000_000  # files of one folder that are listed
 _DRIVE = re.compile(r"^[A-Za-z]:[\\/]|^[\\/]{2}")
 _LOCAL_FILES = re.compile(r".*[?&]d=(.+)")  # Label Studio: /data/local-files/?d=FOLDER/FILE
 _UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # Label Studio puts it before the names of uploaded files
-_ADDRESS = re.compile(r"^(?!file:)[A-Za-z][\w+.-]+://")
+_ADDRESS = re.compile(r"^(https?|ftp)://", re.IGNORECASE)
+_BUCKET = re.compile(r"^[A-Za-z][\w+.-]+://")  # s3://bucket/..., whose files may have been copied here
 _BASE64 = re.compile(r"(?:data:image/[\w.+-]+;base64,)?([A-Za-z0-9+/_=\s-]{60,})")
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 
@@ -96,8 +101,8 @@ class ImageFiles:
             return None
         if self._by_name is not None:
             name = _parts(cell)[-1]
-            found = self._by_name.get(name) or self._by_name.get(name.rpartition(".")[0])
-            return None if found is None else Path(found)
+            keys = (name, name.rpartition(".")[0], name.lstrip("0") if name.isdecimal() else name)
+            return next((Path(self._by_name[key]) for key in keys if key in self._by_name), None)
         return None
 
     def learn(self, cells: Sequence[str]) -> bool:
@@ -120,26 +125,23 @@ class ImageFiles:
                 self._ways.append(way)
             used[way] += 1
         # A file of the same name beside another list is not this list's: a way must find a good part of the images.
-        self._ways = [way for way, count in used.most_common() if 10 * count >= len(cells)] or self._ways[:1]
+        self._ways = [way for way, count in used.most_common()
+                      if count * (10 if _holds(str(self.folder), way.root) else 2) >= len(cells)] or self._ways[:1]
         self.notes = [note for way in self._ways if (note := self._note(way))]
         if not used and lost:
-            self._by_name = self._all_names()
+            self._by_name = self._all_names(self.folder)
+            if not self._by_name and self._around and self.folder.name.lower() in _OF_LISTS:
+                self._by_name = self._all_names(self.folder.parent)
             if not any(self.find(cell) for cell in lost):
                 self._by_name = None
             else:
-                self.notes = [f"images found by name below {self.folder}"]
+                self.notes = ["images found by name in folders below"]
         self._listings.clear()
         return self._by_name is not None
 
     def forget(self) -> None:
         """Drop what a search of all folders found, and take cells as paths from now on."""
         self._by_name = None
-
-    def elsewhere(self, cell: str) -> Path | None:
-        """Return a folder around the list's that has the image of a cell, where `images` names one that has not."""
-        other = ImageFiles(self.folder.parent)
-        way = next(other._possible(cell), None)
-        return Path(way.root) if way is not None and way.root else None
 
     def _possible(self, cell: str, elsewhere: bool = True) -> Iterator[_Way]:
         """Yield the ways that find a cell's file, the plainest first; in other folders only if `elsewhere`."""
@@ -169,7 +171,8 @@ class ImageFiles:
         if unquote(name) != name and unquote(name) in names.values():
             yield _Way(root, drop, decoded=True)
         for form in ("NFC", "NFD"):
-            if unicodedata.normalize(form, name) != name and unicodedata.normalize(form, name) in names.values():  # type: ignore[arg-type]
+            if unicodedata.normalize(form, name) != name and unicodedata.normalize(form,
+                                                                                   name) in names.values():  # type: ignore[arg-type]
                 yield _Way(root, drop, form=form)
 
     def _like_name(self, root: str, drop: int, name: str, names: dict[str, str]) -> Iterator[_Way]:
@@ -177,7 +180,7 @@ class ImageFiles:
         if name in names:
             yield _Way(root, drop, ending=names[name][len(name) :])
         stem, _, ending = name.rpartition(".")
-        if ending.lower() in IMAGE_EXTENSIONS and stem in names:
+        if ending.lower() in ENDINGS and stem in names:
             yield _Way(root, drop, ending=names[stem][len(stem) :], swap=True)
         if _UPLOADED.sub("", name) in names.values():
             yield _Way(root, drop, uploaded=True)
@@ -205,21 +208,24 @@ class ImageFiles:
                 with os.scandir(folder) as entries:
                     for entry in islice(entries, _ENTRIES):
                         stem, _, ending = entry.name.rpartition(".")
-                        if ending.lower() in IMAGE_EXTENSIONS:
+                        if ending.lower() in ENDINGS:
                             names[stem if stem not in names else entry.name] = entry.name
             except (OSError, ValueError):
                 pass
             self._listings[folder] = names
         return self._listings[folder]
 
-    def _all_names(self) -> dict[str, str]:
+    def _all_names(self, folder: Path) -> dict[str, str]:
+        """Return name, name without ending, and number -> the image, in all folders below."""
         found: dict[str, str] = {}
-        for parent, _, names in os.walk(self.folder):
+        for parent, _, names in os.walk(folder):
             for name in names:
                 stem, _, ending = name.rpartition(".")
-                if ending.lower() in IMAGE_EXTENSIONS:
+                if ending.lower() in ENDINGS:
                     found.setdefault(name, os.path.join(parent, name))
                     found.setdefault(stem, os.path.join(parent, name))
+                    if stem.isdecimal():
+                        found.setdefault(stem.lstrip("0"), os.path.join(parent, name))
             if len(found) > 2 * _ENTRIES:
                 break
         return found
@@ -237,6 +243,10 @@ class ImageFiles:
         return "images " + ", ".join(said) if said else ""
 
 
+def _holds(folder: str, path: str) -> bool:
+    return path in ("", folder) or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
 def _parts(cell: str) -> list[str]:
     """Return the parts of a path or `file:` address in either system's notation; an absolute one starts with ""."""
     if cell.startswith("file:"):
@@ -244,6 +254,8 @@ def _parts(cell: str) -> list[str]:
         cell = cell[1:] if _DRIVE.match(cell[1:]) and cell.startswith("/") else cell
     elif match := _LOCAL_FILES.fullmatch(cell):
         cell = unquote(match[1])
+    elif match := _BUCKET.match(cell):
+        cell = cell[match.end() :]
     if _DRIVE.match(cell):
         cell = cell[2:].lstrip("\\/")
     return cell.replace("\\", "/").split("/")

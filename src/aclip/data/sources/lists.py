@@ -39,8 +39,8 @@ class ListSource(Source):
     """
 
     def __init__(
-        self, spec: str, rows: Iterable[Row], files: ImageFiles, *, file: ListFile | None = None, columns: Columns | None = None,
-        notes: Sequence[str] = (),
+        self, spec: str, rows: Iterable[Row], files: ImageFiles, *, file: ListFile | None = None,
+        columns: Columns | None = None, notes: Sequence[str] = (),
     ) -> None:
         """Keep `rows`.
 
@@ -113,7 +113,8 @@ class ListSource(Source):
         """
         captions = self.captions(index)
         tags = tuple(tag for tag in self._tags[index].split(_BETWEEN) if tag)
-        return RawSample(self.name(index), self._image(self._images[index]), captions, tags, self._labels[index] or None)
+        return RawSample(self.name(index), self._image(self._images[index]), captions, tags,
+                         self._labels[index] or None)
 
     @property
     def summary(self) -> Summary:
@@ -196,8 +197,9 @@ class ListSource(Source):
             for strings in (self._images, self._tags, self._labels))
         self._problems = {int(np.searchsorted(numbers, row)): why for row, why in self._problems.items()}
         self._numbers = numbers
-        self._notes.append(f"{self.rows - len(numbers):,} of {self.rows:,} rows have the image of an earlier one: each image "
-                           f"has all its captions{f', and {relabelled} of them another label: the first row decides' if relabelled else ''}")
+        other = f", and {relabelled} of them another label: the first row decides" if relabelled else ""
+        self._notes.append(f"{self.rows - len(numbers):,} of {self.rows:,} rows have the image of an earlier one: each "
+                           f"image has all its captions{other}")
 
     def _together(self, order: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
         """Yield the captions of `sizes` rows at a time, taken in this order, each caption once."""
@@ -230,18 +232,10 @@ class ListSource(Source):
         if local and len(missing) == len(local) and not any(looks_embedded(cell) for _, cell in cells):
             where = full_path(self._files.folder / missing[0][:1000])[:1200]
             raise DataError(f"{self.spec}: none of {len(local):,} of its images is there, looked for {where} first: "
-                            f"{self._where_else(missing[0])}")
+                            f"say where they lie with '{self.spec}?images=FOLDER'")
         if cells and not local and is_address(cells[0][1]):
             raise DataError(f"{self.spec}: its images are URLs, such as {cells[0][1][:200]}: {DOWNLOAD}")
         return len(missing), printable(missing[0][:200]) if missing else "", len(cells)
-
-    def _where_else(self, image: str) -> str:
-        """Return what to do about a list whose images are not there, `image` being the first."""
-        path = self.spec.partition("?")[0]
-        folder = self._files.elsewhere(image)
-        if folder is not None:
-            return f"it lies in {folder}, say '{path}?images={folder}'"
-        return f"say where they lie with '{path}?images=FOLDER'"
 
 
 def open_list_source(path: Path, spec: Spec) -> ListSource:
@@ -330,13 +324,15 @@ def _image_store(file: ListFile) -> tuple[ListFile, ListFile] | None:
         stem = name.partition("_texts")[0]
         other = next((path for path in (folder / f"{stem}_imgs.tsv", folder / f"{stem}.tsv") if path.is_file()), None)
         return None if other is None else (open_list(other), file)
-    if isinstance(file, Table) and len(file.header) == 2 and file.sample:
-        if any(looks_embedded(str(value).strip()) for value in file.sample[0].values()):
-            other = folder / f"{name.rpartition('_imgs')[0]}_texts.jsonl"
-            if other.is_file():
-                return file, open_list(other)
-            if file.header == ["1", "2"]:
-                raise DataError(f"{file.path} holds images in base64 and no captions: they belong into {other.name} beside it")
+    if not isinstance(file, Table) or len(file.header) != 2 or not file.sample:
+        return None
+    if not any(looks_embedded(value) for value in file.sample[0].values()):
+        return None
+    other = folder / f"{name.rpartition('_imgs')[0]}_texts.jsonl"
+    if other.is_file():
+        return file, open_list(other)
+    if file.header == ["1", "2"]:
+        raise DataError(f"{file.path} holds images in base64 and no captions: they belong into {other.name} beside it")
     return None
 
 

@@ -25,6 +25,7 @@ _DELIMITERS = (",", "\t", ";", "|")
 _WORDS = " "  # "delimiter" of lists of an image's name, white space, and the rest
 _SAMPLE_BYTES = 2**23
 _OPEN_LINES, _OPEN_TEXT = 500, 2**20  # lines and characters of one quoted field
+_SEPARATOR = re.compile(r'"?sep=."?,*')
 _SPLIT_KEYS = re.compile(r"train\w*|val\w*|test\w*|dev|restval", re.IGNORECASE)
 
 csv.field_size_limit(2**31 - 1)
@@ -93,7 +94,7 @@ class Table(ListFile):
             DataError: the file is no table.
         """
         super().__init__(path, "table", codec, notes)
-        lines = list(_head(_lines(path, codec)))
+        lines = list(_head(_table_lines(path, codec)))
         best = max((_merit(lines, delimiter) for delimiter in (*_DELIMITERS, _WORDS)), key=lambda merit: merit[:4])
         self.delimiter, rows = best[4], best[5]
         if not rows:
@@ -109,7 +110,7 @@ class Table(ListFile):
 
     def rows(self) -> Iterator[Found]:
         """Yield the rows; one that does not fit the header says so."""
-        lines = _lines(self.path, self.codec)
+        lines = _table_lines(self.path, self.codec)
         found = _split_rows(lines, self.delimiter, len(self.header), self._image_at)
         for fields, offset, size in islice(found, int(self._headed), None):
             image = "" if self._image_at is None or self._image_at >= len(fields) else fields[self._image_at]
@@ -160,7 +161,7 @@ class JsonDocument(ListFile):
             ConfigError: a split must be chosen, or does not exist.
         """
         super().__init__(path, "JSON", codec, notes)
-        self._split, self._kept = split, iter(())
+        self._kept: Iterator[Mapping[str, Any] | str] = iter(())
         self._large = path.stat().st_size >= LARGE and codec == "utf-8-sig" and _starts_with(path, b"[")
         if self._large:
             self._look()
@@ -178,12 +179,12 @@ class JsonDocument(ListFile):
         if not self._large:
             yield from map(Found, self._kept)
             return
-        import ijson
+        import ijson  # type: ignore[import-untyped]
 
         try:
             with open_binary(self.path) as file:
                 for one in ijson.items(file, "item", use_float=True):
-                    yield Found(_flat(one) if isinstance(one, dict) else "not a JSON object")
+                    yield Found(_item(one))
         except (ijson.JSONError, UnicodeError) as error:
             raise DataError(f"{self.path} is not JSON: {error}") from error
 
@@ -199,8 +200,9 @@ def open_list(path: Path, encoding: str | None = None, split: str | None = None)
         DataError: it is none, or damaged.
         ConfigError: an unknown encoding, or a split that must be chosen.
     """
-    if _starts_binary(path):
-        raise DataError(f"{path} lists no images: it is neither text nor Parquet nor Arrow")
+    if _starts_binary(path) or _starts_with(path, b"PK\3\4"):
+        packed = "unpack it first" if _starts_with(path, b"PK\3\4") else "it is neither text nor Parquet nor Arrow"
+        raise DataError(f"{path} lists no images: {packed}")
     codec, note = find_encoding(path, encoding)
     with open_binary(path) as opened:
         start = opened.read(4096).decode(codec, errors=text_errors(codec)).lstrip("\ufeff \t\r\n")
@@ -238,7 +240,9 @@ def _is_document(head: Sequence[str]) -> bool:
 def _is_record(value: dict[str, Any]) -> bool:
     """Return whether an object names an image and its caption, itself or in the one object in it."""
     nested = sum(isinstance(one, dict) for one in value.values())
-    return guessable(list(_flat(value) if nested == 1 else value))
+    if _objects(value.get("images")) or (all(isinstance(one, dict | list) for one in value.values()) and nested != 1):
+        return False
+    return guessable(list(flat(value) if nested == 1 else value))
 
 
 def _value_of(line: str) -> Any:
@@ -253,7 +257,7 @@ def _parse_line(line: str) -> Mapping[str, Any] | str:
         one = json.loads(line.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
         return f"JSON that cannot be read: {error}"
-    return _flat(one) if isinstance(one, dict) else "not a JSON object"
+    return _item(one) if isinstance(one, dict) else "not a JSON object"
 
 
 # Lines and rows of text
@@ -288,6 +292,13 @@ def _lines(path: Path, codec: str) -> Iterator[tuple[str, int, int]]:
         for line in file:
             yield line.decode(codec, errors=errors), offset if placed else -1, len(line)
             offset += len(line)
+
+
+def _table_lines(path: Path, codec: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the lines of a table without the first where that says `sep=;`, as spreadsheets write it."""
+    for number, line in enumerate(_lines(path, codec)):
+        if number or not _SEPARATOR.fullmatch(line[0].strip("\ufeff\r\n")):
+            yield line
 
 
 def _head(lines: Iterator[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
@@ -432,7 +443,7 @@ def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
     columns = _columnar(content)
     if columns is not None:
         return _Shape("JSON columns", columns)
-    lists = {name: value for name, value in content.items() if _objects(value)}
+    lists = {name: value for name, value in content.items() if _objects(value) and not names_image(name)}
     splits = [name for name in lists if _SPLIT_KEYS.fullmatch(name)]
     if splits and len(splits) == len(lists) and (len(lists) > 1 or split):
         names = choose_split(path.name, {name: len(lists[name]) for name in splits}, split)
@@ -441,35 +452,35 @@ def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
         name = max(lists, key=lambda one: len(lists[one]))
         return _Shape(f"JSON, list '{name}'", map(_item, lists[name]))
     if _is_record(content):
-        return _Shape("JSON object", iter([_flat(content)]))
+        return _Shape("JSON object", iter([flat(content)]))
     keyed = _keyed(content)
     if keyed is not None:
         return _Shape("JSON by image", keyed)
     inner = [value for value in content.values() if isinstance(value, dict | list) and value]
     if len(inner) == 1:
         return _shape_of(path, inner[0], split)
-    raise DataError(f"{path} is JSON, but neither a list of objects, nor captions by image, nor COCO captions ('images' and "
+    raise DataError(f"{path} is JSON, but neither a list of objects, nor captions by image, nor COCO captions "
+                    f"('images' and "
                     "'annotations')")
 
 
 def _item(one: Any) -> Mapping[str, Any] | str:
     if isinstance(one, dict):
-        return _flat(one)
+        name = next(iter(one)) if len(one) == 1 else ""
+        return {"image": name, "caption": one[name]} if names_image(name) else flat(one)
     if isinstance(one, list) and len(one) >= 2:
         return {str(number): value for number, value in enumerate(one, start=1)}
     return "not a JSON object"
 
 
-def _flat(one: dict[str, Any]) -> dict[str, Any]:
+def flat(one: Mapping[str, Any]) -> dict[str, Any]:
     """Return an object with the fields of objects in it beside its own, as `outer.inner`."""
     nested = [(name, value) for name, value in one.items() if isinstance(value, dict)]
-    if not nested:
-        return one
     fields = dict(one)
     for name, value in nested:
         if not any(key in value for key in ("bytes", "path")):
             fields.pop(name)
-            fields |= {f"{name}.{inner}": item for inner, item in _flat(value).items()}
+            fields |= {f"{name}.{inner}": item for inner, item in flat(value).items()}
     if isinstance(one.get("data"), dict) and isinstance(one.get("annotations"), list):
         fields |= _label_studio(one["annotations"])
     return fields
@@ -491,16 +502,15 @@ def _keyed(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
         if not any(names_image(name) or name.isdecimal() for name in islice(content, SAMPLED)) and len(content) < 3:
             return None
         return ({"image": name, "caption": value} for name, value in content.items())
-    if len(values) < len(content) or len(content) > 1 or any(names_image(name) for name in content):
-        if all(isinstance(value, dict) for value in values):
-            named = any(names_image(name) for name in islice(content, SAMPLED))
-            return ({**_flat(value), ("image" if named or not _has_image(value) else "key"): name}
-                    for name, value in content.items() if isinstance(value, dict))
-    return None
+    named = any(names_image(name) for name in islice(content, SAMPLED))
+    if not all(isinstance(value, dict) for value in values) or (len(content) == 1 and not named):
+        return None
+    return ({**flat(value), ("image" if named or not _has_image(value) else "key"): name}
+            for name, value in content.items() if isinstance(value, dict))
 
 
 def _has_image(value: dict[str, Any]) -> bool:
-    return any(names_image(one) for one in _flat(value).values())
+    return any(names_image(one) for one in flat(value).values())
 
 
 def _columnar(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
@@ -524,20 +534,26 @@ def _coco(content: dict[str, Any], images: list[dict[str, Any]]) -> _Shape:
     classes: dict[str, dict[str, None]] = {}
     names = {str(one.get("id")): str(one.get("name")) for one in _objects(content.get("categories"))}
     for note in _objects(content["annotations"]):
-        image = str(note.get("image_id"))
+        image = _id(note.get("image_id"))
         if said := texts(note.get("caption")):
             captions.setdefault(image, []).extend(said)
         elif (name := names.get(str(note.get("category_id")))) is not None:
             classes.setdefault(image, {})[name] = None
     rows = []
     for one in images:
-        key = str(one.get("id"))
+        key = _id(one.get("id"))
         kinds = list(classes.get(key, ()))
         file = one.get("file_name") or one.get("filename") or one.get("path") or one.get("id")
         rows.append({"image": file, "caption": captions.get(key, []), "tags": kinds,
                      "label": kinds[0] if len(kinds) == 1 else ""})
     notes = () if captions else ("no captions among its annotations, only categories: they are read as tags",)
     return _Shape("COCO captions", iter(rows), ("image", "caption", "tags", "label"), notes)
+
+
+def _id(value: Any) -> str:
+    """Return an id as text, alike for 3, 3.0, "3" and "0003"."""
+    text = "".join(texts(value))
+    return str(int(text)) if text.isdecimal() else text
 
 
 def _karpathy(path: Path, images: list[dict[str, Any]], split: str | None) -> _Shape:

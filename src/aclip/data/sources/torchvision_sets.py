@@ -142,7 +142,8 @@ def open_torchvision(spec: Spec) -> TorchvisionSource:
     spec.allow("root", "split", "labels")
     if "root" not in spec.options:
         raise ConfigError(f"'{spec.text}': say where it lies, as in '{spec.path}?root=FOLDER&split=test'")
-    return TorchvisionSource(spec.path, Path(spec.get("root", "")).expanduser(), spec.get("split"), spec.get("labels", "name"))
+    return TorchvisionSource(spec.path, Path(spec.get("root", "")).expanduser(), spec.get("split"), spec.get("labels",
+                                                                                                             "name"))
 
 
 def _open(known: _Set, root: Path, split: str, name: str) -> Any:
