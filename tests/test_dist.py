@@ -135,7 +135,7 @@ def test_processes_that_start_anew_find_no_keys_of_those_that_are_gone(monkeypat
 def test_slurm_tasks_without_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="srun started 4 tasks .*: start one torchrun a machine"), dist.joined("cpu"):
+    with pytest.raises(ConfigError, match="start one torchrun a machine"), dist.joined("cpu"):
         pass
     monkeypatch.delenv("SLURM_STEP_ID")  # an allocation without a step
     with dist.joined("cpu") as device:

@@ -89,8 +89,9 @@ def bench_step(
     for speed in speeds:
         speed["hours"] = pairs * epochs / speed["pairs_per_second"] / 3600 if pairs else None
     best = max(speeds, key=lambda one: float(one["pairs_per_second"]), default=None)
-    result: dict[str, Any] = {"recipe": recipe, "model": model, "precision": config.precision, "versions": versions(where),
-              "speeds": speeds, "best_batch_size": best["batch_size"] if best else None}
+    result: dict[str, Any] = {
+        "recipe": recipe, "model": model, "precision": config.precision, "versions": versions(where), "speeds": speeds,
+        "best_batch_size": best["batch_size"] if best else None}
     if json:
         sys.stdout.write(dumps(result, indent=2) + "\n")
         return result

@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ and captions, over open_clip.
   export           hand a model to open_clip, transformers, ONNX Runtime or torch.export
   report           write the report of a run or comparison again
   recipes          list the methods; recipes show NAME: what one does; recipes cost: what a step of each costs
-  data             look SOURCE, fetch SET, pack SOURCE, doctor SOURCE
+  data             look SOURCE, list, fetch SET, pack SOURCE, doctor SOURCE
   bench            step: how long training takes on this machine; model: how fast a trained model is
   doctor           what is installed here, and what is missing for what
 
@@ -51,14 +52,18 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "recipes": ("aclip.describe", "list_recipes", ()),
     "recipes show": ("aclip.describe", "show_recipe", ("recipe",)),
     "recipes cost": ("aclip.describe", "recipe_costs", ("recipes",)),
-    "data look": ("aclip.data", "look", ("source",)),
+    "data look": ("aclip.examination", "look", ("source",)),
+    "data list": ("aclip.data", "list_sets", ()),
     "data fetch": ("aclip.data", "fetch", ("name",)),
     "data pack": ("aclip.data", "pack", ("source",)),
-    "data doctor": ("aclip.data", "doctor", ("source",)),
+    "data doctor": ("aclip.examination", "doctor", ("source",)),
     "bench step": ("aclip.bench", "bench_step", ()),
     "bench model": ("aclip.bench", "bench_model", ("model",)),
     "doctor": ("aclip.machine", "doctor", ()),
 }
+
+
+RANK_0_REPORTS_FIRST = 5.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AclipError as error:
         if debug:
             raise
+        rank = os.environ.get("RANK", "0")
+        if rank != "0" and not error.reported:  # under torchrun, which ends the others when rank 0 has reported it
+            time.sleep(RANK_0_REPORTS_FIRST)
         sys.stderr.write(f"aclip: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt as interrupt:

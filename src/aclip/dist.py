@@ -60,7 +60,9 @@ def joined(device: str) -> Iterator[str]:
         if rank() == 0:
             raise
         time.sleep(RANK_0_REPORTS_FIRST)
-        raise type(error)(f"rank {rank()}: {error}") from error
+        own = type(error)(f"rank {rank()}: {error}")
+        own.reported = True
+        raise own from error
     finally:
         torch_dist.destroy_process_group()
 

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 class AclipError(Exception):
     """Base of all errors that a user can cause; line breaks in the message become spaces."""
 
+    reported = False
+    """Whether other ranks have had their time to report it first."""
+
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(line.strip() for line in message.strip().splitlines()))
 

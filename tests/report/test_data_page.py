@@ -9,7 +9,7 @@ from html_page import EVIL, Page
 from PIL import Image
 
 from aclip.data import open_source
-from aclip.data.examination import Limits, examine
+from aclip.examination import Limits, examine
 from aclip.report import write_data_page, write_look_page
 from made_pictures import encode, picture
 

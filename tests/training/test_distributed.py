@@ -13,11 +13,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from aclip import dist
+from aclip.method import Method
+from aclip.recipes import RECIPES
 from aclip.training import distributed
 from aclip.training.accumulation import accumulate
 from aclip.training.optim import total_norm
-from aclip.method import Method
-from aclip.recipes import RECIPES
 from over_ranks import a_batch, build, in_double, run_ranks
 
 ROWS = 8
@@ -47,8 +47,9 @@ def step(name: str, way: str, precision: str) -> dict[str, Tensor]:
     batch = a_batch(method, ROWS).rows(slice(dist.rank() * share, (dist.rank() + 1) * share))
     with in_double(method) if precision == "fp64" else nullcontext():
         parallel, _, parts = way.partition(" in ")
-        wrapped = distributed.wrap(method, torch.device("cpu"), parallel="fsdp" if parallel.startswith("fsdp") else "ddp",
-                            recompute=way.endswith("recomputed"), in_parts=bool(parts))
+        wrapped = distributed.wrap(
+            method, torch.device("cpu"), parallel="fsdp" if parallel.startswith("fsdp") else "ddp",
+            recompute=way.endswith("recomputed"), in_parts=bool(parts))
         if parts:
             output = accumulate(method, batch, -(-batch.size // int(parts)), masked=True, resolution=1.0,
                                 autocast=nullcontext, scale=lambda loss: loss)

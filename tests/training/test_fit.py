@@ -67,8 +67,9 @@ def test_chance_is_that_of_the_captions_of_the_step(micro_batch: int | None) -> 
     batch = replace(a_batch(trainer.method, 8), caption_ids=torch.tensor([5, 5, 5, 5, 5, 5, 1, 2]))
     record = trainer.record(trainer.train_step(batch), 0.1, None)
     assert record["chance_loss"] == pytest.approx((6 * math.log(3) + 2 * math.log(8)) / 8)
-    assert record["loss"] == pytest.approx(sum(
-        objective.weight * record["parts"][name] for name, objective in trainer.config.recipe.objectives.items()), rel=1e-5)
+    weights = {name: objective.weight for name, objective in trainer.config.recipe.objectives.items()}
+    assert record["loss"] == pytest.approx(sum(weight * record["parts"][name] for name, weight in weights.items()),
+                                           rel=1e-5)
 
 
 def test_a_frozen_scale_stays_where_it_came_from() -> None:
@@ -136,7 +137,7 @@ def test_a_loss_that_stays_non_finite_stops_the_run_with_its_last_finite_weights
     stored = checkpoint.open_newest(run / "checkpoints").tensors()
     whole = train(tmp_path / "short", build(total_steps=4)).state_dict()[0]
     assert all(t.isfinite().all() for t in stored.values() if t.is_floating_point())
-    assert stored["method/model.logit_scale"].isfinite() and set(stored) == set(whole)
+    assert set(stored) == set(whole)
     trainer = train(run, build(max_skipped=2))  # with other batches, or a lower rate, it goes on
     assert trainer.step == 12
 
@@ -192,7 +193,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
 
     for path in list_checkpoints(run / "checkpoints"):
         (path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is undamaged: .*step-00000012"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is undamaged: .*step-00000012"):
         build().resume(RunFolder(run))
 
 

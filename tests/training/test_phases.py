@@ -3,9 +3,9 @@
 import io
 
 import pytest
-from synthetic_training import build
 from rich.console import Console
 from rich.table import Table
+from synthetic_training import build
 
 from aclip.errors import ConfigError
 from aclip.trainer import Trainer, _print_header

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from aclip.training.schedule import Timetable, momentum_cosine, warmup_cosine
 from aclip.config import Optimization, RunConfig
 from aclip.errors import ConfigError
 from aclip.recipes import RECIPES
+from aclip.training.schedule import Timetable, momentum_cosine, warmup_cosine
 from golden_numbers import Golden
 
 STEPS = 1000

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic_training import ROWS, build, numbers, train
 from safetensors import safe_open
+from synthetic_training import ROWS, build, numbers, train
 from torch import nn
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from aclip import dist
-from aclip import checkpoint
+from aclip import checkpoint, dist
 from aclip.checkpoint import list_checkpoints, open_checkpoint, open_newest
 from aclip.training.distributed import whole
 from aclip.training.guard import Guard

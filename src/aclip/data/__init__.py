@@ -1,4 +1,4 @@
-"""From files to batches: sources, decoding, captions, views, order, loader; and the verbs of `aclip data`."""
+"""From files to batches: sources, decoding, captions, views, order, loader."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
     from aclip.data.decode import decode_image
     from aclip.data.evaluation_set import EvaluationBatch, EvaluationSet, Target
-    from aclip.data.examination.diagnosis import doctor
-    from aclip.data.examination.glance import look
     from aclip.data.frequencies import token_frequencies
     from aclip.data.order import BatchSampler, Request
     from aclip.data.packing import pack
@@ -25,7 +23,6 @@ _MODULES = {
     "captions": ("CaptionTokenizer", "caption_id", "clean_captions", "draw_caption"),
     "decode": ("decode_image",),
     "evaluation_set": ("EvaluationBatch", "EvaluationSet", "Target"),
-    "examination": ("doctor", "look"),
     "frequencies": ("token_frequencies",),
     "order": ("BatchSampler", "Request"),
     "packing": ("pack",),
@@ -56,12 +53,10 @@ __all__ = [
     "caption_id",
     "clean_captions",
     "decode_image",
-    "doctor",
     "draw_caption",
     "epoch_order",
     "fetch",
     "list_sets",
-    "look",
     "open_source",
     "open_training",
     "pack",

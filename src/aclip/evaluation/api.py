@@ -120,7 +120,8 @@ def evaluate(
         try:
             return evaluate_sets(
                 loaded, sets, instances, folder, console, device=chosen, workers=suitable_workers(chosen, workers),
-                weights=weights, step=loaded.step or 0, samples_seen=loaded.samples_seen or 0, training=training, masked=masked)
+                weights=weights, step=loaded.step or 0, samples_seen=loaded.samples_seen or 0, training=training,
+                masked=masked)
         finally:
             if folder is not None and sharding.rank() == 0 and (folder.path / "evaluations.jsonl").exists():
                 report = write_report(folder.path)

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -21,8 +21,7 @@ from aclip.data import EvaluationSet
 from aclip.errors import CheckpointError, ConfigError, DataError, unknown_name
 from aclip.evaluation import sharding
 from aclip.masking import AttentiveMasking, MaskingContext, MaskingStrategy, UniformMasking, crop_scores
-from aclip.models import LoadedModel, encode_image, visual_of
-from aclip.models import vit_of
+from aclip.models import LoadedModel, encode_image, visual_of, vit_of
 from aclip.structs import ImageEncoding
 
 Space = Literal["joint", "trunk"]

@@ -10,16 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from aclip.models.text import can_cut, cut_after_eot, encode_hidden_text, encode_text, logit_scale_of, text_tower_of
-from aclip.models.vit import (
+from aclip.models.vision import (
     NO_ATTENTION_SCORES,
     attention_pool_of,
     encode_image,
-    parse_image_size,
     patch_embedding_of,
     resize_images,
     visual_of,
     vit_of,
 )
+from aclip.models.vit import parse_image_size
 
 if TYPE_CHECKING:
     from aclip.models.loaded import LoadedModel, load

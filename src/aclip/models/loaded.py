@@ -28,7 +28,8 @@ from aclip.models.loading import (
     tokenizer_of,
 )
 from aclip.models.text import can_cut, cut_after_eot, encode_text
-from aclip.models.vit import encode_image, grid_of, pair, visual_of, vit_of
+from aclip.models.vision import encode_image, visual_of, vit_of
+from aclip.models.vit import grid_of, pair
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from aclip.models import hugging_face
 from aclip.models.hugging_face import read_json
 from aclip.models.shapes import build_modules, patch_size_of
 from aclip.models.tokenizer import CachingTokenizer
-from aclip.models.vit import grid_of, pair, resize_images, visual_of, vit_of
+from aclip.models.vision import resize_images, visual_of, vit_of
+from aclip.models.vit import grid_of, pair
 from aclip.models.weights import from_released, is_released, load_weights, read_weights, released_config
 
 logger = logging.getLogger(__name__)

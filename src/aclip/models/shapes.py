@@ -12,7 +12,8 @@ from torch import nn
 from aclip.errors import ConfigError, UnsupportedModelError
 from aclip.models.blocks import blocks_of
 from aclip.models.text import can_cut, text_tower_of
-from aclip.models.vit import SUPPORTED, attention_pool_of, grid_of, pair, resize_images, visual_of, vit_of
+from aclip.models.vision import SUPPORTED, attention_pool_of, resize_images, visual_of, vit_of
+from aclip.models.vit import grid_of, pair
 from aclip.structs import TowerShape
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aclip.errors import CheckpointError, UnsupportedModelError
-from aclip.models.vit import resample_positions, visual_of, vit_of
+from aclip.models.vision import visual_of, vit_of
+from aclip.models.vit import resample_positions
 
 # What training scripts save beside their tensors; constructing these has no side effects.
 _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),

@@ -72,8 +72,8 @@ def configure(
     if base is not None:
         return replace(base, recipe=chosen, model=model, output=output or base.output, **settings)
     if not settings.get("data"):
-        raise ConfigError("data is missing: name a source of image-text pairs, or get one with `aclip data fetch emoji` "
-                          "and use emoji:train")
+        raise ConfigError("data is missing: name a source of image-text pairs, or get one with `aclip data fetch "
+                          "emoji` and use emoji:train")
     folder = output or f"runs/{chosen.name}-{model.replace('/', '-')}".replace(":", "-")
     return RunConfig(recipe=chosen, model=model, output=folder, **settings)
 

@@ -3,8 +3,8 @@
     aclip train --recipe a-clip --model ViT-B-16 --data pairs.csv
 
 Costs are arithmetic at ViT-B/16, relative to CLIP. Published (YFCC15M, ViT-B/16, 25 epochs), ImageNet zero-shot: CLIP
-37.6; random-1x50 35.0, random-2x50 38.0, attentive-1x50 39.5, attentive-2x50 41.3, A-CLIP 43.9; attentive-lowest 28.5 at
-second hand. `random-*` draw single patches, as FLIP does, and `attentive-*` blocks of 2 x 2, as the paper does; to
+37.6; random-1x50 35.0, random-2x50 38.0, attentive-1x50 39.5, attentive-2x50 41.3, A-CLIP 43.9; attentive-lowest 28.5
+(second hand). `random-*` draw single patches, as FLIP does, and `attentive-*` blocks of 2 x 2, as the paper does; to
 change the choice alone, set `recipe.passes.masked.masking_options.block_size=2`.
 """
 

@@ -3,7 +3,8 @@
     aclip train --recipe flip --model ViT-B-16 --data pairs.csv
 
 Costs are arithmetic at ViT-B/16, relative to CLIP (`aclip recipes cost`); published numbers are from the A-CLIP paper's
-comparison (YFCC15M, ViT-B/16, 25 epochs): ImageNet zero-shot, then Flickr30K and COCO R@1 image-to-text / text-to-image.
+comparison (YFCC15M, ViT-B/16, 25 epochs): ImageNet zero-shot, then R@1 image-to-text / text-to-image on Flickr30K and
+COCO.
 """
 
 from dataclasses import replace

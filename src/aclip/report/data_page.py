@@ -12,7 +12,7 @@ from PIL import Image
 from aclip.report.page import count, percent, write_page, write_text
 
 if TYPE_CHECKING:
-    from aclip.data.examination import Examination, Example
+    from aclip.examination import Examination, Example
 
 _SIDES = (32, 64, 128, 224, 336, 512, 768, 1024, 2048)
 _RATIOS = {1 / 4: "taller than 4:1", 1 / 2: "4:1 to 2:1", 0.8: "2:1 to 5:4", 1.25: "about square",
@@ -32,7 +32,7 @@ def write_data_page(examined: "Examination", folder: Path) -> Path:
     Returns:
         The page.
     """
-    from aclip.data.examination import load_example
+    from aclip.examination import load_example
 
     shown = [[[load_example(examined, place) for place in group] for group in finding.examples]
              for finding in examined.findings]

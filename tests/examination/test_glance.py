@@ -10,7 +10,7 @@ from PIL import Image
 
 from aclip import data
 from aclip.data import RawSample, Source
-from aclip.data.examination.glance import _evenly
+from aclip.examination.glance import _evenly
 from aclip.errors import ConfigError
 from made_pictures import encode, picture
 

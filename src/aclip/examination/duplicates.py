@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aclip.data.examination.measure import Measurements
+from aclip.examination.measure import Measurements
 
 RADIUS = 10
 """Bits of 128 by which the hashes of two copies may differ."""

@@ -1,9 +1,9 @@
 """A source looked at before training: `doctor` reads all of it, `look` a few samples."""
 
-from aclip.data.examination.diagnosis import Examination, Example, check_fix, doctor, examine, load_example, write_fix
-from aclip.data.examination.findings import Finding, Limits
-from aclip.data.examination.glance import Look, look
-from aclip.data.examination.measure import Measurements
+from aclip.examination.diagnosis import Examination, Example, check_fix, doctor, examine, load_example, write_fix
+from aclip.examination.findings import Finding, Limits
+from aclip.examination.glance import Look, look
+from aclip.examination.measure import Measurements
 
 __all__ = [
     "Examination",

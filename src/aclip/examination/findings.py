@@ -7,8 +7,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from aclip.data.examination.duplicates import Duplicates
-from aclip.data.examination.measure import GOOD, Measurements
+from aclip.examination.duplicates import Duplicates
+from aclip.examination.measure import GOOD, Measurements
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from aclip.data.examination.duplicates import Duplicates, find_duplicates
-from aclip.data.examination.findings import Finding, Limits, Place, captions_of, find_all, leaked
-from aclip.data.examination.measure import GOOD, Measurements, measure
+from aclip.examination.duplicates import Duplicates, find_duplicates
+from aclip.examination.findings import Finding, Limits, Place, captions_of, find_all, leaked
+from aclip.examination.measure import GOOD, Measurements, measure
 from aclip.data.progress import progress
 from aclip.data.sources.base import Source
 from aclip.errors import BadSampleError, ConfigError

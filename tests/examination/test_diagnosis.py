@@ -11,11 +11,11 @@ from PIL import Image
 
 from aclip import data
 from aclip.data import CaptionTokenizer, RawSample, Source, decode_image, open_source
-from aclip.data.examination import Examination, Finding, Limits, check_fix, diagnosis, examine, load_example, write_fix
-from aclip.data.examination.diagnosis import left_out
-from aclip.data.examination.duplicates import find_duplicates, look_alikes
-from aclip.data.examination.findings import find_all
-from aclip.data.examination.measure import hash_images, jpeg_size, look_at, measure
+from aclip.examination import Examination, Finding, Limits, check_fix, diagnosis, examine, load_example, write_fix
+from aclip.examination.diagnosis import left_out
+from aclip.examination.duplicates import find_duplicates, look_alikes
+from aclip.examination.findings import find_all
+from aclip.examination.measure import hash_images, jpeg_size, look_at, measure
 from aclip.errors import BadSampleError, ConfigError
 from bad_samples import SKIPPED, make_mixed_folder
 from made_pictures import WordTokenizer, encode
