@@ -267,11 +267,12 @@ def test_an_image_tower_alone_refuses_text(
     ({"classes": "names.txt", "evaluators": ("zero_shot",)}, "there is no file 'names.txt' with class names"),
     ({"templates": ("a photo",), "evaluators": ("zero_shot",)}, "'a photo' has no {} where the class name goes"),
     ({"templates": "my {}"}, "add --evaluators zero_shot"),
+    ({"data": ()}, "--data names no set"),
     ({"workers": -1}, "--workers is a number of processes, 0 or more, not -1"),
 ])
 def test_senseless_options_are_refused_before_anything_is_loaded(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        evaluate("no-such-model", data="x.csv", **options)
+        evaluate("no-such-model", **{"data": "x.csv"} | options)
 
 
 def test_training_images_without_labels_are_named(run: Path, held_out: Path, labelled: Path) -> None:

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from aclip.models import LoadedModel
     from aclip.run_folder import RunFolder
 
+    ModelLike = str | Path | LoadedModel
+    Words = str | tuple[str, ...]
+else:  # what the command line parses
+    ModelLike, Words = str, tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -35,13 +40,13 @@ class Result:
 
 
 def evaluate(
-    model: str | Path | LoadedModel,
+    model: ModelLike,
     *,
-    data: tuple[str, ...] | str,
-    evaluators: tuple[str, ...] | str | None = None,
+    data: Words,
+    evaluators: Words | None = None,
     train: str | None = None,
     protocol: str = "distinct",
-    templates: tuple[str, ...] | str | None = None,
+    templates: Words | None = None,
     classes: str | None = None,
     keep: tuple[float, ...] = (),
     keep_by: tuple[str, ...] = ("attentive", "uniform"),
@@ -101,6 +106,8 @@ def evaluate(
     with joined(device) as device_name, sharding.sharded():
         if workers is not None and workers < 0:
             raise ConfigError(f"--workers is a number of processes, 0 or more, not {workers}")
+        if not data:
+            raise ConfigError("--data names no set to measure on")
         check_masking(keep, keep_by, block_size)
         names = (evaluators,) if isinstance(evaluators, str) else evaluators
         instances = build_evaluators(names, with_training=train is not None, protocol=protocol, templates=templates,
