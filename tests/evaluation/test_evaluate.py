@@ -97,7 +97,7 @@ def test_probes_are_fitted_journalled_and_reported(
         assert record["counts"] == {"pictures": 24, "classes": 4, "training_pictures": 48, "skipped": 0,
                                     "outside_classes": 0}
         assert record["chance"] == {"top1": 0.25, "mean_per_class": 0.25}
-        assert record["metrics"]["top1"] > 0.25  # colours can be told by any tower, trained or not
+        assert record["metrics"]["top1"] > 0.25  # any tower distinguishes colours, trained or not
     assert [(r.set, r.evaluator, r.metric, r.value) for r in results] == [
         ("held", record["evaluator"], metric, value) for record in found for metric, value in record["metrics"].items()]
     assert 1e-6 <= found[0]["settings"]["l2"] <= 1e6
@@ -149,7 +149,7 @@ def mean_cosine(images: Any, texts: Any) -> dict[str, float]:
 
 
 class Spread(Evaluator):
-    name, space = "spread", "trunk"
+    space = "trunk"
 
     def measure(self, images: Any, texts: Any) -> dict[str, float]:
         return {"deviation": images.features.std(dim=0).mean()}

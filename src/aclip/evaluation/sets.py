@@ -72,6 +72,8 @@ def build_evaluators(
             options = {"protocol": protocol} if issubclass(entry, Retrieval) else (
                 prompts if issubclass(entry, ZeroShot | Calibration) else {})
             built.append(entry(**options))
+            if not hasattr(built[-1], "name"):
+                built[-1].name = name
         else:
             built.append(FunctionEvaluator(name, entry))
     probes = [evaluator.name for evaluator in built if isinstance(evaluator, Probe)]
