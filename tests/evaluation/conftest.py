@@ -24,7 +24,7 @@ class Preprocess:
 class TableModel(nn.Module):
     """Pixel [0, 0, 0] holds the row of the image table; texts look themselves up.
 
-    The trunk gives the rows as they are, so that what normalises them can be told.
+    The trunk gives the rows as they are, so that normalisation is visible.
     """
 
     def __init__(self, images, texts=()):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from aclip.data import RawSample
-from aclip.errors import BadSampleError, DataError
+from aclip.errors import BadSampleError
 
 COLOURS = ("red", "green", "blue")
 
@@ -33,7 +33,7 @@ class Squares:
         if index in self.bad:
             raise BadSampleError("torn")
         if -1 in self.bad and index == self.count - 1:
-            raise DataError("the disk is gone")
+            raise OSError("the disk is gone")
         noise = np.random.default_rng(index).integers(0, 130, (4, 4, 3))
         noise[..., index % 3] += 90
         buffer = io.BytesIO()

@@ -30,7 +30,7 @@ def test_imagenet_folders_are_found_by_their_identifiers():
     assert classes.indices(["Goldfish", "great_white_shark"]) == [1, 2]
 
 
-def test_classes_without_pictures_are_left_out_of_a_subset(table_model, image_set, cpu):
+def test_classes_without_images_are_left_out_of_a_subset(table_model, image_set, cpu):
     prompts = {"tench": torch.tensor([1.0, 0.0]), "goldfish": torch.tensor([0.0, 1.0])}
     images = image_set(["x", "y"], ["n01443537", "n01440764"])
     evaluator = ZeroShot(classes=find_classes("imagenet-subset"), templates=("{}",))
@@ -38,7 +38,7 @@ def test_classes_without_pictures_are_left_out_of_a_subset(table_model, image_se
     assert (result.counts["classes"], result.metrics["top1"]) == (2, 1.0)
 
 
-def test_classes_of_one_name_are_told_apart_by_their_order_alone(table_model, image_set, cpu):
+def test_classes_of_one_name_are_distinguished_by_their_order_alone(table_model, image_set, cpu):
     """As the two "missile" of ImageNet: no model could rank them, and neither counts against the other twice."""
     prompts = {"missile": torch.tensor([1.0, 0.0]), "cat": torch.tensor([0.0, 1.0])}
     classes = ClassList(("missile", "cat", "missile"), labels=("n1", "n2", "n3"))

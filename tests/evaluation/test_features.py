@@ -47,7 +47,7 @@ def test_mode_is_restored_when_the_set_fails(model, cpu):
             raise OSError("gone")
 
     model.train()
-    with pytest.raises(OSError, match="gone"):
+    with pytest.raises(DataError, match="cannot evaluate: gone"):
         encode_image_set(model, Failing(), cpu)
     assert model.training
 

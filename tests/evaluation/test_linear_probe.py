@@ -162,7 +162,7 @@ def test_split_keeps_the_shares_of_classes(labels, most, seed):
     assert torch.equal(held, again[1])
 
 
-def test_split_depends_on_the_seed_and_needs_five_pictures():
+def test_split_depends_on_the_seed_and_needs_five_images():
     targets = torch.arange(100) % 3
     assert not torch.equal(split(targets, 100, 0)[1], split(targets, 100, 1)[1])
     with pytest.raises(DataError, match="4 are too few"):

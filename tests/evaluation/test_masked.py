@@ -45,7 +45,7 @@ def test_the_most_attended_patches_are_kept(model, pixels):
 
 
 @pytest.mark.parametrize("way", KEEP_BY)
-def test_a_pictures_patches_do_not_depend_on_its_batch(model, pixels, way):
+def test_an_images_patches_do_not_depend_on_its_batch(model, pixels, way):
     masked = MaskedEncoder(model, 0.25, way, block_size=2)
     with torch.no_grad():
         whole = masked.keep_indices(pixels)
@@ -54,12 +54,12 @@ def test_a_pictures_patches_do_not_depend_on_its_batch(model, pixels, way):
     assert whole.shape[1] == masked.num_keep == masked.num_patches // 4
 
 
-def test_pictures_differ_in_what_chance_keeps(model, pixels):
+def test_images_differ_in_what_chance_keeps(model, pixels):
     keep = MaskedEncoder(model, 0.5, "uniform").keep_indices(pixels)
     assert len({tuple(row) for row in keep.tolist()}) == len(pixels)
 
 
-def test_half_size_scores_are_those_of_the_small_picture_enlarged(model, pixels):
+def test_half_size_scores_are_those_of_the_small_image_enlarged(model, pixels):
     small = F.interpolate(pixels, scale_factor=0.5, mode="bilinear", antialias=True, align_corners=False)
     with torch.no_grad():
         scores = model.attention_scores(small)

@@ -92,7 +92,7 @@ def test_labels_that_differ_in_case_alone_are_two_classes(probe, task, cpu):
     assert result.metrics == expected
 
 
-def test_pictures_of_other_classes_and_without_label_are_left_out_and_counted(probe, task, cpu, caplog):
+def test_images_of_other_classes_and_without_label_are_left_out_and_counted(probe, task, cpu, caplog):
     model, training, held = task()
     fitted = probe.fit(training)
     held.labels[0], held.labels[1], held.labels[2] = None, "elephant", "mouse"

@@ -19,10 +19,10 @@ def emoji(table_model, image_set):
     generator = torch.Generator().manual_seed(3)
     names = [f"thing {i}" for i in range(12)]
     texts = {name: torch.randn(8, generator=generator) for name in names}
-    of_picture = [i % 12 for i in range(40)]
+    of_image = [i % 12 for i in range(40)]
     noise = 1.2 * torch.randn(40, 8, generator=generator)
-    images = torch.stack([texts[names[i]] for i in of_picture]) + noise
-    captions = [names[i] if n < 12 else f" Thing  {i}" for n, i in enumerate(of_picture)]
+    images = torch.stack([texts[names[i]] for i in of_image]) + noise
+    captions = [names[i] if n < 12 else f" Thing  {i}" for n, i in enumerate(of_image)]
     return table_model(images, texts), image_set(captions, skipped=[("bad", "empty file")])
 
 
@@ -70,7 +70,7 @@ def test_perfect_and_collapsed_models(table_model, image_set, cpu):
     assert {metrics[f"{d}_r{k}"] for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)} == {0.0}
 
 
-def test_any_picture_of_a_caption_is_right_for_it(table_model, image_set, cpu):
+def test_any_image_of_a_caption_is_right_for_it(table_model, image_set, cpu):
     texts = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
     images = torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.0, 1.0]])  # the second "a" looks like "b"
     result = Retrieval().run(table_model(images, texts), image_set(["a", "a", "b"]), cpu)
@@ -123,7 +123,7 @@ def test_several_captions_equal_the_literal_protocol(five_captions, protocol, ea
     assert all(example.rank >= 1 for example in result.examples)
 
 
-def test_captions_that_several_pictures_share_are_counted(table_model, image_set, cpu):
+def test_captions_that_several_images_share_are_counted(table_model, image_set, cpu):
     texts = {"a dog": torch.eye(3)[0], " A  dog": torch.eye(3)[0], "a cat": torch.eye(3)[1], "a boat": torch.eye(3)[2]}
     features = torch.eye(3)[[0, 0, 1]]
     images = image_set(["a dog", " A  dog", "a cat"], others=[["a dog"], [], ["a boat"]])

@@ -85,7 +85,7 @@ def test_every_process_finds_what_one_finds(
 def test_an_error_is_common(results: list[dict[str, object]]) -> None:
     nothing = "nothing to evaluate: the set has no usable image (21 skipped)"
     assert {found["error"] for found in results} == {nothing}
-    assert {found["error of one"] for found in results} == {"the disk is gone"}
+    assert {found["error of one"] for found in results} == {"cannot evaluate: the disk is gone"}
 
 
 def test_a_share_of_a_set_is_whole_batches_in_order() -> None:

@@ -70,7 +70,7 @@ def test_captions_are_the_classes_where_labels_are_missing(table_model, image_se
     (["a", "b", "a"], ["a", "b", "a"], None, False),
     (["a", "b", "a"], None, ("a", "b"), False),
 ])
-def test_captions_that_are_nearly_as_many_as_pictures_are_no_classes(
+def test_captions_that_are_nearly_as_many_as_images_are_no_classes(
     captions, labels, classes, warns, table_model, image_set, cpu, caplog
 ):
     texts = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
@@ -80,7 +80,7 @@ def test_captions_that_are_nearly_as_many_as_pictures_are_no_classes(
     assert ("zero_shot takes their captions as classes, 2 for 3 images" in caplog.text) == warns
 
 
-def test_pictures_of_other_classes_are_left_out_and_counted(task, cpu, caplog):
+def test_images_of_other_classes_are_left_out_and_counted(task, cpu, caplog):
     model, images, classes = task
     with caplog.at_level(logging.WARNING, logger="aclip"):
         result = ZeroShot(classes=tuple(classes[:2]), templates=TEMPLATES).run(model, images, cpu)
@@ -89,7 +89,7 @@ def test_pictures_of_other_classes_are_left_out_and_counted(task, cpu, caplog):
     assert f"{30 - of_two} of 30 images" in caplog.text
 
 
-def test_a_given_class_without_pictures_does_not_count_in_the_mean(table_model, image_set, cpu):
+def test_a_given_class_without_images_does_not_count_in_the_mean(table_model, image_set, cpu):
     texts = {"a": torch.tensor([1.0, 0.0]), "never": torch.tensor([0.0, 1.0])}
     evaluator = ZeroShot(classes=("never", "a"), templates=("{}",))
     result = evaluator.run(table_model(torch.eye(2)[:1], texts), image_set(["a"]), cpu)

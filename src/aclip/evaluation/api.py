@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from aclip.models import LoadedModel
     from aclip.run_folder import RunFolder
 
+    ModelLike = str | Path | LoadedModel
+    Words = str | tuple[str, ...]
+else:  # what the command line parses
+    ModelLike, Words = str, tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -35,13 +40,13 @@ class Result:
 
 
 def evaluate(
-    model: str | LoadedModel,
+    model: ModelLike,
     *,
-    data: tuple[str, ...] | str,
-    evaluators: tuple[str, ...] | str | None = None,
+    data: Words,
+    evaluators: Words | None = None,
     train: str | None = None,
     protocol: str = "distinct",
-    templates: tuple[str, ...] | str | None = None,
+    templates: Words | None = None,
     classes: str | None = None,
     keep: tuple[float, ...] = (),
     keep_by: tuple[str, ...] = ("attentive", "uniform"),
@@ -72,7 +77,7 @@ def evaluate(
         block_size: side of the blocks that keep keeps or removes, in patches.
         weights: of a run: the trained model, or its image tower's moving average (ema).
         output: folder for numbers and report of a model that is no run.
-        device: auto, cpu, cuda, cuda:1, mps.
+        device: auto, cpu, cuda, cuda:1, mps; auto leaves a loaded model where it is.
         workers: processes that read images; default: what suits the cores and the device.
 
     Returns:
@@ -98,20 +103,23 @@ def evaluate(
     from aclip.models import load
     from aclip.report import write_report
 
-    if workers is not None and workers < 0:
-        raise ConfigError(f"--workers is a number of processes, 0 or more, not {workers}")
-    check_masking(keep, keep_by, block_size)
-    names = (evaluators,) if isinstance(evaluators, str) else evaluators
-    instances = build_evaluators(names, with_training=train is not None, protocol=protocol, templates=templates,
-                                 classes=classes)
     with joined(device) as device_name, sharding.sharded():
+        if workers is not None and workers < 0:
+            raise ConfigError(f"--workers is a number of processes, 0 or more, not {workers}")
+        if not data:
+            raise ConfigError("--data names no set to measure on")
+        check_masking(keep, keep_by, block_size)
+        names = (evaluators,) if isinstance(evaluators, str) else evaluators
+        instances = build_evaluators(names, with_training=train is not None, protocol=protocol, templates=templates,
+                                     classes=classes)
         console = Console(highlight=False, quiet=sharding.rank() > 0)
         with sharding.raise_on_all_ranks():
-            chosen = choose_device(device_name)
-            folder = _open_journal(model, output)
-            loaded = load(model, weights=weights) if isinstance(model, str) else model
-            instances = select_for_model(instances, loaded, str(model) if isinstance(model, str) else "the model",
-                                         by_default=names is None)
+            folder = _open_journal(str(model) if isinstance(model, str | Path) else None, output)
+            if isinstance(model, str | Path):
+                loaded, chosen = load(model, weights=weights), choose_device(device_name)
+            else:
+                loaded, chosen = model, model.device if device_name == "auto" else choose_device(device_name)
+            instances = select_for_model(instances, loaded, by_default=names is None)
             loaded = loaded.to(chosen)
             sets = open_sets((data,) if isinstance(data, str) else data)
             training = open_sets([train])[0] if train is not None else None
@@ -128,7 +136,7 @@ def evaluate(
                 console.print(f"added to {folder.path}/evaluations.jsonl and to {report}", markup=False, soft_wrap=True)
 
 
-def _open_journal(model: str | LoadedModel, output: str | None) -> RunFolder | None:
+def _open_journal(model: str | None, output: str | None) -> RunFolder | None:
     """Return where the numbers go, if anywhere.
 
     Raises:
@@ -138,8 +146,8 @@ def _open_journal(model: str | LoadedModel, output: str | None) -> RunFolder | N
     from aclip.evaluation import sharding
     from aclip.run_folder import RunFolder
 
-    path = Path(model) if isinstance(model, str) else None
-    if path and (path / "config.json").is_file() and any((path / part).is_dir() for part in ("final", "checkpoints")):
+    path = Path(model or "")
+    if model and (path / "config.json").is_file() and any((path / part).is_dir() for part in ("final", "checkpoints")):
         if output is not None:
             raise ConfigError(f"{path} is a run, and its numbers go into its own folder: leave --output out")
         return RunFolder(path)
@@ -150,7 +158,7 @@ def _open_journal(model: str | LoadedModel, output: str | None) -> RunFolder | N
         raise ConfigError(f"--output {folder.path} is the folder of a run: choose another")
     program = Path(sys.argv[0]).name
     command = shlex.join(["aclip" if program == "__main__.py" else program, *sys.argv[1:]])
-    name = str(path) if path else "a loaded model"
+    name = model or "a loaded model"
     if (folder.path / "config.json").exists():
         before = folder.read_json("config.json")
         if not isinstance(before, dict) or before.get("recipe") != {"name": name}:

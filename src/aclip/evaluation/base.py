@@ -76,7 +76,7 @@ class Evaluator(ABC):
     """Measures one ability of a model; subclasses implement `measure`.
 
     Attributes:
-        name: in `EVALUATORS` and in records.
+        name: in records; the key in `EVALUATORS` if not defined.
         space: of the image features that it reads; "joint" needs a model with text.
         needs_captions: whether images without a caption are skipped even if they have a label.
     """

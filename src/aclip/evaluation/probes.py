@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from aclip.errors import ConfigError, DataError
 from aclip.evaluation.base import Evaluation, Evaluator
 from aclip.evaluation.features import ImageFeatures, TextEncoder
-from aclip.evaluation.ranking import class_ranks, recall
-from aclip.evaluation.zero_shot import ClassFinder, accuracies, confusions, distinct_labels, select_known
+from aclip.evaluation.ranking import accuracies, class_ranks, confusions, recall
+from aclip.evaluation.zero_shot import ClassFinder, distinct_labels, select_known
 from aclip.rng import generator
 
 CHUNK_ELEMENTS = 2**26

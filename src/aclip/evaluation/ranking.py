@@ -8,7 +8,10 @@ sharding each rank takes every n-th band of rows, and the counts are summed.
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -75,72 +78,58 @@ def rank_both_ways(
     a, b = queries.to(wide), items.to(wide)
     pairs = _right_pairs(query_groups, item_groups)
     best = _best_of_pairs(a, b, pairs, chunk_elements)
-    counts = _Counts.empty(len(a), len(b), a.device, wide)
+    right_queries = torch.bincount(pairs[1], minlength=len(b))
+    rank_a, nearest = (torch.zeros(len(a), device=a.device, dtype=torch.int64) for _ in range(2))
+    rank_b, best_wrong = torch.zeros_like(right_queries), torch.zeros_like(best[0])
     columns = min(len(b), _TILE_ITEMS, chunk_elements)
     rows = max(1, chunk_elements // columns)
     for number, start in enumerate(range(0, len(a), rows)):
         if number % sharding.world_size() == sharding.rank():
+            some = slice(start, start + rows)
             band = pairs[:, torch.searchsorted(pairs[0], start) : torch.searchsorted(pairs[0], start + rows)]
-            _count_band(a, b, band, best, slice(start, start + rows), columns, counts)
-    right_queries = torch.bincount(pairs[1], minlength=len(b))
-    rank_a, rank_b = (1 + sharding.sum_over_ranks(counted) for counted in (counts.rows, counts.columns))
-    margins = best[0] - sharding.sum_over_ranks(counts.best_wrong)
-    return Ranks(rank_a.cpu(), torch.where(right_queries > 0, rank_b, 0).cpu(), margins.cpu().double(),
-                 sharding.sum_over_ranks(counts.nearest).cpu())
+            band = torch.stack([band[0] - start, band[1]])
+            rank_a[some], in_columns, best_wrong[some], nearest[some] = _rank_band(
+                a[some], b, band, best[0][some] - TIE, best[1] - TIE, columns)
+            rank_b += in_columns
+    rank_a, rank_b, best_wrong, nearest = map(sharding.sum_over_ranks, (rank_a, rank_b, best_wrong, nearest))
+    return Ranks((1 + rank_a).cpu(), torch.where(right_queries > 0, 1 + rank_b, 0).cpu(),
+                 (best[0] - best_wrong).cpu().double(), nearest.cpu())
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """Accumulators over tiles; zero where another rank counts.
+def _rank_band(
+    own: Float[Tensor, "q D"], b: Float[Tensor, "I D"], band: Int[Tensor, "2 P"], limits_a: Float[Tensor, " q"],
+    limits_b: Float[Tensor, " I"], columns: int,
+) -> tuple[Int[Tensor, " q"], Int[Tensor, " I"], Float[Tensor, " q"], Int[Tensor, " q"]]:
+    """Count one band of rows of the matrix, tile by tile.
 
-    Attributes:
-        rows, columns: (Q,) and (I,) int64 wrong entries not at least `TIE` below the best right one.
-        best_wrong: (Q,) highest similarity of a wrong item. nearest: (Q,) int64 item with the highest of all.
+    Args:
+        own: rows of the band. band: its right pairs (row within the band, column).
+        limits_a, limits_b: wrong entries not below them are counted.
+        columns: of a tile.
+
+    Returns:
+        Wrong entries that count in each row and in each column; highest similarity of a wrong item in each row; item
+        with the highest similarity of all.
     """
-
-    rows: Int[Tensor, " Q"]
-    columns: Int[Tensor, " I"]
-    best_wrong: Float[Tensor, " Q"]
-    nearest: Int[Tensor, " Q"]
-
-    @classmethod
-    def empty(cls, queries: int, items: int, device: torch.device, wide: torch.dtype) -> "_Counts":
-        rows, columns, nearest = (torch.zeros(n, device=device, dtype=torch.int64) for n in (queries, items, queries))
-        return cls(rows, columns, torch.zeros(queries, device=device, dtype=wide), nearest)
-
-
-def _count_band(
-    a: Float[Tensor, "Q D"],
-    b: Float[Tensor, "I D"],
-    band: Int[Tensor, "2 P"],
-    best: tuple[Float[Tensor, " Q"], Float[Tensor, " I"]],
-    rows: slice,
-    columns: int,
-    counts: _Counts,
-) -> None:
-    """Count a band of rows of the matrix, tile by tile; `band` holds its right pairs."""
-    own = a[rows]
-    top = torch.full((len(own),), -math.inf, device=a.device, dtype=a.dtype)
-    nearest = torch.zeros(len(own), device=a.device, dtype=torch.int64)
+    in_rows, nearest = (torch.zeros(len(own), device=b.device, dtype=torch.int64) for _ in range(2))
+    in_columns = torch.zeros(len(b), device=b.device, dtype=torch.int64)
+    top = torch.full((len(own),), -math.inf, device=b.device, dtype=b.dtype)
     best_wrong = top.clone()
-    limits_a, limits_b = best[0][rows] - TIE, best[1] - TIE
     band = band[:, band[1].argsort()]
     for start in range(0, len(b), columns):
         tile = own @ b[start : start + columns].T
         high, at = tile.max(dim=1)
         nearest = torch.where(high > top, at + start, nearest)
         top = torch.maximum(top, high)
-        # right entries leave the count as -inf
-        ends = torch.searchsorted(band[1].contiguous(), torch.tensor([start, start + columns], device=a.device))
+        ends = torch.searchsorted(band[1].contiguous(), torch.tensor([start, start + columns], device=b.device))
         i, j = band[:, ends[0] : ends[1]]
-        tile[i - (rows.start or 0), j - start] = -math.inf
+        tile[i, j - start] = -math.inf  # right entries do not count
         best_wrong = torch.maximum(best_wrong, tile.amax(dim=1))
         # int32 sums are five times as fast as the default's
         limits = limits_b[None, start : start + columns]
-        counts.rows[rows] += tile.shape[1] - (tile < limits_a[:, None]).sum(dim=1, dtype=torch.int32)
-        counts.columns[start : start + columns] += len(tile) - (tile < limits).sum(dim=0, dtype=torch.int32)
-    counts.best_wrong[rows] = best_wrong
-    counts.nearest[rows] = nearest
+        in_rows += tile.shape[1] - (tile < limits_a[:, None]).sum(dim=1, dtype=torch.int32)
+        in_columns[start : start + columns] += len(tile) - (tile < limits).sum(dim=0, dtype=torch.int32)
+    return in_rows, in_columns, best_wrong, nearest
 
 
 def _right_pairs(query_groups: Int[Tensor, " Q"], item_groups: Int[Tensor, " I"]) -> Int[Tensor, "2 P"]:
@@ -207,3 +196,31 @@ def chance_recall(right: int, items: int, k: int) -> float:
     return (orders - math.comb(items - right, k)) / orders
 
 
+def accuracies(
+    rank: Int[Tensor, " B"], targets: Int[Tensor, " B"], classes: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return metrics and chance of a classifier: `top1`, `top5` of more than five classes, `mean_per_class`."""
+    cutoffs = (1, 5) if classes > 5 else (1,)
+    metrics = {f"top{k}": recall(rank, k) for k in cutoffs} | {"mean_per_class": mean_per_class(rank, targets)}
+    chance = {f"top{k}": chance_recall(1, classes, k) for k in cutoffs}
+    return metrics, chance | {"mean_per_class": chance["top1"]}
+
+
+def confusions(
+    classes: Sequence[str], targets: Int[Tensor, " B"], rank: Int[Tensor, " B"], nearest: Int[Tensor, " B"]
+) -> dict[str, Any]:
+    """Return what a classifier confuses, as plain JSON values.
+
+    Args:
+        classes: M names. targets: (B,) int64, the right classes. rank: (B,) of these, from 1.
+        nearest: (B,) int64, predicted classes.
+
+    Returns:
+        `classes`; `pictures` and `right`, a count for each; `confusions`, [class, prediction, images] of the wrong
+        predictions, the most frequent first.
+    """
+    pairs = Counter(zip(targets.tolist(), nearest.tolist(), strict=True))
+    wrong = sorted(((count, i, j) for (i, j), count in pairs.items() if i != j), key=lambda one: (-one[0], *one[1:]))
+    return {"classes": list(classes), "pictures": torch.bincount(targets, minlength=len(classes)).tolist(),
+            "right": torch.bincount(targets[rank == 1], minlength=len(classes)).tolist(),
+            "confusions": [[i, j, count] for count, i, j in wrong]}

@@ -3,8 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,15 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aclip import data
-from aclip.errors import (
-    AclipError,
-    BadSampleError,
-    ConfigError,
-    DataError,
-    OutOfMemoryError,
-    UnsupportedModelError,
-    unknown_name,
-)
+from aclip.errors import AclipError, BadSampleError, ConfigError, DataError, UnsupportedModelError, unknown_name
 from aclip.evaluation import sharding
 from aclip.evaluation.api import Result
 from aclip.evaluation.base import Evaluation, Evaluator, FunctionEvaluator, MeasureFunction
@@ -79,6 +70,8 @@ def build_evaluators(
             options = {"protocol": protocol} if issubclass(entry, Retrieval) else (
                 prompts if issubclass(entry, ZeroShot | Calibration) else {})
             built.append(entry(**options))
+            if not hasattr(built[-1], "name"):
+                built[-1].name = name
         else:
             built.append(FunctionEvaluator(name, entry))
     probes = [evaluator.name for evaluator in built if isinstance(evaluator, Probe)]
@@ -112,9 +105,7 @@ def is_probe(name: str) -> bool:
     return isinstance(entry, type) and issubclass(entry, Probe)
 
 
-def select_for_model(
-    evaluators: list[Evaluator], model: LoadedModel, name: str, *, by_default: bool
-) -> list[Evaluator]:
+def select_for_model(evaluators: list[Evaluator], model: LoadedModel, *, by_default: bool) -> list[Evaluator]:
     """Return the evaluators that a model can do: without text only probes, of those chosen by default.
 
     Raises:
@@ -125,8 +116,9 @@ def select_for_model(
     joint = [evaluator.name for evaluator in evaluators if evaluator.space == "joint"]
     left = [evaluator for evaluator in evaluators if evaluator.space != "joint"]
     if (joint and not by_default) or not left:
-        raise UnsupportedModelError(f"{name} has an image tower only, which {' and '.join(joint)} cannot compare with "
-                                    "text: give labelled images with --train, and --evaluators linear_probe knn")
+        raise UnsupportedModelError(
+            f"{getattr(model, 'name', 'this model')} has an image tower only, which {' and '.join(joint)} cannot "
+            "compare with text: give labelled images with --train, and --evaluators linear_probe knn")
     return left
 
 
@@ -161,13 +153,12 @@ def check_sets(sets: Sequence[HeldOut]) -> None:
         DataError: a set without any usable caption.
     """
     for held in sets:
-        count = len(held.source)
-        positions = sorted({i * (count - 1) // max(1, CAPTIONS_CHECKED - 1) for i in range(CAPTIONS_CHECKED)})
-        reasons = [reason for i in positions[: max(1, count)] if (reason := _caption_problem(held.source, i))]
-        if count == 0 or len(reasons) == len(positions):
-            raise DataError(f"held-out set '{held.name}' has no usable caption among the {len(reasons)} samples looked "
-                            f"at ({reasons[0] if reasons else 'it is empty'}): give a set with captions, or leave "
-                            "--validation out")
+        looked_at = range(0, len(held.source), -(-len(held.source) // CAPTIONS_CHECKED) or 1)
+        problems = [problem for i in looked_at if (problem := _caption_problem(held.source, i)) is not None]
+        if len(problems) == len(looked_at):
+            raise DataError(f"held-out set '{held.name}' has no usable caption among the {len(looked_at)} samples "
+                            f"looked at ({problems[0] if problems else 'it is empty'}): give a set with captions, or "
+                            "leave --validation out")
 
 
 def evaluate_sets(
@@ -178,7 +169,7 @@ def evaluate_sets(
     """Run evaluators on sets, print their metrics, and journal them if there is a run folder.
 
     A set that fails does not keep the others from being evaluated; its error is raised at the end. Inside
-    `sharding.sharded` all ranks share the work and return the same, and rank 0 journals.
+    `sharding.sharded` all ranks share the work and return the same, and rank 0 journals; otherwise one rank calls this.
 
     Args:
         model: on `device`; not changed.
@@ -202,14 +193,14 @@ def evaluate_sets(
     tokenizer = data.CaptionTokenizer(model.tokenizer) if model.has_text else None  # bounds the time of long captions
     texts = TextEncoder(model, device, tokenizer=tokenizer)
     if training is not None:
-        with _as_aclip_errors(device):
+        with sharding.as_aclip_errors():
             evaluators = _fit_probes(evaluators, encode(model, training, "trunk", "label"), console)
     named: data.Target = "caption" if any(evaluator.needs_captions for evaluator in evaluators) else "either"
     results: list[Result] = []
     failed: dict[str, AclipError] = {}
     for held in sets:
         try:
-            with _as_aclip_errors(device):
+            with sharding.as_aclip_errors():
                 for encoder in (model, *masked):
                     encoded: dict[Space, ImageFeatures] = {}
                     for evaluator in evaluators:
@@ -236,18 +227,6 @@ def name_skipped(bad: Sequence[tuple[str, str]], most: int = 5) -> str:
 def _open(spec: str) -> tuple[str, data.Source]:
     name, rest = data.split_name(spec)
     return name or set_name(rest), data.open_source(rest)
-
-
-@contextmanager
-def _as_aclip_errors(device: torch.device) -> Iterator[None]:
-    """Make a full disk or memory an `AclipError`, which the training loop reports and survives."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot evaluate: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"evaluation of {BATCH_SIZE} images at a time does not fit into the memory of {device}"
-                               ) from error
 
 
 def _caption_problem(source: data.Source, index: int) -> str | None:
@@ -291,25 +270,31 @@ def _journal(
     folder: RunFolder | None, set_name: str, evaluator: Evaluator, found: Evaluation, masking: dict[str, Any] | None,
     *, training_set: str | None, **about: Any,
 ) -> list[Result]:
-    """Write a result to the run folder; one on masked images to `robustness.jsonl`, apart from all others."""
+    """Write a result to the run folder, those on masked images apart from others; return it as rows."""
     name = f"{set_name}, {evaluator.variant}" if evaluator.variant else set_name
-    if folder is not None and sharding.rank() == 0:
-        record = found.to_record(set_name=name, training_set=training_set if isinstance(evaluator, Probe) else None,
-                                 **about)
-        if masking is not None:
-            folder.append("robustness", record | masking)
-        else:
-            folder.append("evaluations", record)
-            file = as_file_name(name)
-            if found.examples:  # an evaluator without any must not erase those of another
-                write_atomically(folder.path / "examples" / f"{file}.json", json.dumps(
-                    [asdict(example) for example in found.examples], ensure_ascii=False, indent=1))
-            if found.details:
-                details = {key: record[key] for key in ("set", "evaluator", "weights", "step")} | dict(found.details)
-                write_atomically(folder.path / "details" / f"{file}-{found.evaluator}.json",
-                                 json.dumps(details, ensure_ascii=False))
+    learned_from = training_set if isinstance(evaluator, Probe) else None
+    record = found.to_record(set_name=name, training_set=learned_from, **about)
+    with sharding.raise_on_all_ranks():
+        if folder is not None and sharding.rank() == 0:
+            _write(folder, record, found, masking)
     part = {} if masking is None else {"keep": masking["keep"], "kept_by": masking["kept_by"]}
     return [Result(name, found.evaluator, metric, value, **part) for metric, value in found.metrics.items()]
+
+
+def _write(folder: RunFolder, record: dict[str, Any], found: Evaluation, masking: dict[str, Any] | None) -> None:
+    if masking is not None:
+        folder.append("robustness", record | masking)
+        return
+    folder.append("evaluations", record)
+    file = as_file_name(record["set"])
+    if found.examples:  # an evaluator without any must not erase those of another
+        examples = [asdict(example) for example in found.examples]
+        write_atomically(folder.path / "examples" / f"{file}.json",
+                         json.dumps(examples, ensure_ascii=False, indent=1))
+    if found.details:
+        details = {key: record[key] for key in ("set", "evaluator", "weights", "step")} | dict(found.details)
+        write_atomically(folder.path / "details" / f"{file}-{found.evaluator}.json",
+                         json.dumps(details, ensure_ascii=False))
 
 
 def _sentence(set_name: str, evaluator: Evaluator, found: Evaluation, masking: dict[str, Any] | None) -> str:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from aclip import dist
-from aclip.errors import AclipError
+from aclip.errors import AclipError, DataError, OutOfMemoryError
 
 _sharded: ContextVar[bool] = ContextVar("sharded", default=False)
 
@@ -62,14 +63,27 @@ def sum_over_ranks(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
 
 
 @contextmanager
-def raise_on_all_ranks() -> Iterator[None]:
-    """Raise an `AclipError` of one rank on every rank, which would otherwise wait for it in a collective."""
-    problem: AclipError | None = None
+def as_aclip_errors() -> Iterator[None]:
+    """Make errors of files and exhausted device memory an `AclipError`, which a training loop survives."""
     try:
         yield
+    except OSError as error:
+        raise DataError(f"cannot evaluate: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"the evaluation does not fit into the device's memory: {error}") from error
+
+
+@contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise an error of one rank on every rank, which would otherwise wait for it in a collective.
+
+    The code inside must not use any collective.
+    """
+    problem: AclipError | None = None
+    try:
+        with as_aclip_errors():
+            yield
     except AclipError as error:
-        if world_size() == 1:
-            raise
         problem = error
     for found in collect(problem):
         if found is not None:

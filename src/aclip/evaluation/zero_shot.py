@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from aclip.errors import ConfigError, MissingDependencyError, UnsupportedModelError, unknown_name
 from aclip.evaluation.base import Evaluation, Evaluator
 from aclip.evaluation.features import ImageFeatures, TextEncoder
-from aclip.evaluation.ranking import CHUNK_ELEMENTS, chance_recall, mean_per_class, rank_both_ways, recall
+from aclip.evaluation.ranking import CHUNK_ELEMENTS, accuracies, confusions, rank_both_ways
 from aclip.evaluation.retrieval import distinct
 
 DEFAULT_TEMPLATES = ("{}", "a picture of {}", "a photo of a {}", "an image of {}", "a drawing of {}")
@@ -88,8 +88,10 @@ class ClassList:
         if largest >= len(self.names):
             raise ConfigError(f"the set's labels are numbers up to {largest}, and the {len(self.names)} {self.title} "
                               f"classes count from 0 to {len(self.names) - 1}: if labels count from 1, {_TABBED}")
-        logger.info("labels are taken as numbers of the %d %s classes, from 0: label %s is '%s'", len(self.names),
-                    self.title, kinds[0], self.names[int(kinds[0])])
+        lowest = min(kinds, key=int)
+        logger.log(logging.INFO if int(lowest) == 0 else logging.WARNING,
+                   "labels are taken as numbers of the %d %s classes, from 0: label %s is '%s'", len(self.names),
+                   self.title, lowest, self.names[int(lowest)])
         return [int(label) for label in labels]
 
 
@@ -348,36 +350,6 @@ class Calibration(NamedClasses):
             "reliability": _reliability(confidence, correct, self.bins), "logit_scale": scale})
 
 
-def accuracies(
-    rank: Int[Tensor, " B"], targets: Int[Tensor, " B"], classes: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return metrics and chance of a classifier: `top1`, `top5` of more than five classes, `mean_per_class`."""
-    cutoffs = (1, 5) if classes > 5 else (1,)
-    metrics = {f"top{k}": recall(rank, k) for k in cutoffs} | {"mean_per_class": mean_per_class(rank, targets)}
-    chance = {f"top{k}": chance_recall(1, classes, k) for k in cutoffs}
-    return metrics, chance | {"mean_per_class": chance["top1"]}
-
-
-def confusions(
-    classes: Sequence[str], targets: Int[Tensor, " B"], rank: Int[Tensor, " B"], nearest: Int[Tensor, " B"]
-) -> dict[str, Any]:
-    """Return what a classifier confuses, as plain JSON values.
-
-    Args:
-        classes: M names. targets: (B,) int64, the right classes. rank: (B,) of these, from 1.
-        nearest: (B,) int64, predicted classes.
-
-    Returns:
-        `classes`; `pictures` and `right`, a count for each; `confusions`, [class, prediction, images] of the wrong
-        predictions, the most frequent first.
-    """
-    pairs = Counter(zip(targets.tolist(), nearest.tolist(), strict=True))
-    wrong = sorted(((count, i, j) for (i, j), count in pairs.items() if i != j), key=lambda one: (-one[0], *one[1:]))
-    return {"classes": list(classes), "pictures": torch.bincount(targets, minlength=len(classes)).tolist(),
-            "right": torch.bincount(targets[rank == 1], minlength=len(classes)).tolist(),
-            "confusions": [[i, j, count] for count, i, j in wrong]}
-
-
 def class_embeddings(texts: TextEncoder, classes: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "M D"]:
     """Embed classes by their names; the text encoder caches the result.
 
@@ -386,19 +358,19 @@ def class_embeddings(texts: TextEncoder, classes: Sequence[str], templates: Sequ
     Returns:
         (M, D) float32, L2-normalised, in the order of `classes`; classes of equal names have equal rows.
     """
-    return texts.cached((tuple(classes), tuple(templates)), lambda: _embed(texts, classes, templates))
-
-
-def _embed(texts: TextEncoder, classes: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "M D"]:
     names = list(dict.fromkeys(classes))
-    embeddings = []
     at_once = max(1, _PROMPTS_AT_ONCE // len(templates))
-    for start in range(0, len(names), at_once):
-        some = names[start : start + at_once]
-        features = texts.encode([template.replace("{}", name) for name in some for template in templates])
-        embeddings.append(F.normalize(features.view(len(some), len(templates), -1).mean(dim=1), dim=-1))
-    row = {name: i for i, name in enumerate(names)}
-    return torch.cat(embeddings)[[row[name] for name in classes]]
+
+    def embed() -> Float[Tensor, "M D"]:
+        embeddings = []
+        for start in range(0, len(names), at_once):
+            some = names[start : start + at_once]
+            features = texts.encode([template.replace("{}", name) for name in some for template in templates])
+            embeddings.append(F.normalize(features.view(len(some), len(templates), -1).mean(dim=1), dim=-1))
+        row = {name: i for i, name in enumerate(names)}
+        return torch.cat(embeddings)[[row[name] for name in classes]]
+
+    return texts.cached((tuple(classes), tuple(templates)), embed)
 
 
 def _later_namesakes(classes: Sequence[str]) -> Int[Tensor, " M"]:
