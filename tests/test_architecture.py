@@ -13,7 +13,7 @@ ROOT = Path(aclip.__file__).parent
 
 # Lowest first. A part imports from lower levels alone, never from its own or a higher one.
 LEVELS = (
-    {"errors"},
+    {"errors", "logs", "version"},
     {"devices", "files", "rng", "tokens"},
     {"config", "dist", "structs"},
     {"checkpoint", "run_folder"},

@@ -11,6 +11,8 @@ Everything public is imported on first use, so that `import aclip` costs nothing
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from aclip.version import VERSION
+
 if TYPE_CHECKING:
     from aclip.comparison import compare
     from aclip.config import EmaMomentum, ObjectiveConfig, Optimization, Pass, Recipe, RunConfig, TextPass
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from aclip.recipes import RECIPES, configure
     from aclip.trainer import Run, train
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     **dict.fromkeys(("train", "Run"), "aclip.trainer"),

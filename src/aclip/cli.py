@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (with the checkpoin
 import functools
 import importlib
 import inspect
-import logging
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aclip.errors import AclipError, ConfigError, unknown_name
+from aclip.logs import show_log
 
 HELP = """\
 usage: aclip VERB ...
@@ -324,7 +324,7 @@ def _call(
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the types of a function's arguments; of one that only type checkers can resolve, str."""
-    hints = {}
+    hints: dict[str, Any] = {}
     for name, annotation in function.__annotations__.items():
         holder = types.SimpleNamespace(__annotations__={name: annotation})
         try:
@@ -347,22 +347,6 @@ def _option(hint: Any, default: Any) -> Any:
     if default in (None, ()):
         return typing.Annotated[hint, tyro.conf.arg(help_behavior_hint="", metavar=metavar)]
     return typing.Annotated[hint, tyro.conf.arg(metavar=metavar)] if metavar else hint
-
-
-class _ToStandardError(logging.Handler):
-    """Writes to what sys.stderr is at that moment, so that a progress bar can make room."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
-
-
-def show_log(debug: bool) -> None:
-    handler = _ToStandardError()
-    handler.setFormatter(logging.Formatter("aclip: %(message)s"))
-    logger = logging.getLogger("aclip")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    logger.propagate = False
 
 
 if "torch" not in sys.modules:  # idle OpenMP threads spin otherwise, which halves the speed on a shared machine

@@ -38,6 +38,7 @@ from aclip.bench import summary, time_in_turns
 from aclip.config import CHANGEABLE, Recipe, RunConfig, from_dict, override, to_dict
 from aclip.devices import choose_device, usable_cores
 from aclip.errors import AclipError, BadSampleError, ConfigError, TrainingError
+from aclip.logs import show_log
 from aclip.plan import Plan, resolve, trains_only_masked
 from aclip.recipes import configure, find_recipe
 from aclip.report import summary_table, write_comparison
@@ -569,8 +570,6 @@ def _stages(config: RunConfig, plan: Plan, num_pairs: int) -> tuple[Stage, ...]:
 
 def _in_process(log: str, parent: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """Run `target` with its output in a log, and stop when the parent is gone."""
-    from aclip.cli import show_log
-
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-import aclip
 from aclip import devices, exporters, models
 from aclip.errors import AclipError
 from aclip.files import cache_root, data_root
 from aclip.training.memory import in_units
+from aclip.version import VERSION
 
 FEATURES = {
     "demo": "fetching and drawing the emoji set", "heic": "HEIC photos", "huggingface": "data that save_to_disk wrote",
@@ -100,7 +100,7 @@ def _version(name: str) -> str | None:
 
 def versions() -> Iterator[Finding]:
     """Yield the required packages and their versions."""
-    yield Finding("attentive-clip", aclip.__version__)
+    yield Finding("attentive-clip", VERSION)
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in _requirements()[""]:
         installed = _version(name)

@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import aclip
 from aclip import checkpoint, data, dist, evaluation, exporters, models, plan
 from aclip.config import CHANGEABLE, RunConfig, to_dict
 from aclip.describe import dataflow_table, parameter_table, plain_text
@@ -48,6 +47,7 @@ from aclip.training.progress import TensorBoard, TrainingProgress
 from aclip.training.saver import Saver
 from aclip.training.schedule import Timetable, momentum_cosine, warmup_cosine
 from aclip.training.stop import Interrupted, StopRequest
+from aclip.version import VERSION
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_BATCH_SIZE = 256
@@ -696,7 +696,7 @@ def versions(device: torch.device) -> dict[str, str]:
     from importlib.metadata import version
 
     return {
-        "attentive-clip": aclip.__version__, "torch": torch.__version__, "open_clip": version("open_clip_torch"),
+        "attentive-clip": VERSION, "torch": torch.__version__, "open_clip": version("open_clip_torch"),
         "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda"
         else f"{device.type}, {torch.get_num_threads()} threads",

@@ -10,8 +10,8 @@ from PIL import Image
 
 from aclip import data
 from aclip.data import RawSample, Source
-from aclip.examination.glance import _evenly
 from aclip.errors import ConfigError
+from aclip.examination.glance import _evenly
 from made_pictures import encode, picture
 
 

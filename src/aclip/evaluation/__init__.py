@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from aclip.evaluation.api import Result, evaluate
+from aclip.evaluation.api import evaluate
+from aclip.evaluation.result import Result
 
 if TYPE_CHECKING:
     from aclip.evaluation.base import Evaluation, Evaluator

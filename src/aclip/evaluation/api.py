@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from aclip.evaluation.result import Result
 
 if TYPE_CHECKING:
     from aclip.models import LoadedModel
@@ -16,27 +17,6 @@ if TYPE_CHECKING:
     Words = str | tuple[str, ...]
 else:  # what the command line parses
     ModelLike, Words = str, tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One metric of one evaluator on one set.
-
-    Attributes:
-        set: its name, with the retrieval protocol if that is not the default.
-        evaluator: its name in `EVALUATORS`.
-        metric: name, such as "image_to_text_r1".
-        value: recalls and accuracies are fractions in [0, 1].
-        keep: fraction of patches kept, of an evaluation on masked images; else None.
-        kept_by: how these were chosen.
-    """
-
-    set: str
-    evaluator: str
-    metric: str
-    value: float
-    keep: float | None = None
-    kept_by: str | None = None
 
 
 def evaluate(

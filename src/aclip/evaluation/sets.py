@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aclip import data
 from aclip.errors import AclipError, BadSampleError, ConfigError, DataError, UnsupportedModelError, unknown_name
 from aclip.evaluation import sharding
-from aclip.evaluation.api import Result
 from aclip.evaluation.base import Evaluation, Evaluator, FunctionEvaluator, MeasureFunction
 from aclip.evaluation.features import MAX_THUMBNAILS, ImageFeatures, MaskedEncoder, Space, TextEncoder, encode_image_set
 from aclip.evaluation.probes import LinearProbe, NearestNeighbours, Probe
+from aclip.evaluation.result import Result
 from aclip.evaluation.retrieval import Retrieval
 from aclip.evaluation.zero_shot import Calibration, ZeroShot, find_classes, find_templates
 from aclip.files import as_file_name, write_atomically

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from aclip.examination.duplicates import Duplicates, find_duplicates
-from aclip.examination.findings import Finding, Limits, Place, captions_of, find_all, leaked
-from aclip.examination.measure import GOOD, Measurements, measure
 from aclip.data.progress import progress
 from aclip.data.sources.base import Source
 from aclip.errors import BadSampleError, ConfigError
+from aclip.examination.duplicates import Duplicates, find_duplicates
+from aclip.examination.findings import Finding, Limits, Place, captions_of, find_all, leaked
+from aclip.examination.measure import GOOD, Measurements, measure
 from aclip.files import write_atomically
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ class Examination:
     duplicates: Duplicates
     limits: Limits
     findings: tuple[Finding, ...]
+
+    def load_examples(self) -> "list[list[list[Example]]]":
+        """Read the examples of every finding again, in groups of samples that belong together."""
+        return [[[load_example(self, place) for place in group] for group in finding.examples]
+                for finding in self.findings]
 
 
 def doctor(

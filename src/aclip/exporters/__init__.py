@@ -3,13 +3,11 @@
 One format a module. An exporter writes, and reads back with the library that the format is for; `write_checked`
 compares what came back with the model and keeps the folder only if the features agree.
 
-Everything but `export` is imported on first use, so that the command line starts without torch.
+Everything is imported on first use, so that the command line starts without torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-from aclip.exporters.command import export
 
 if TYPE_CHECKING:
     from aclip.exporters import open_clip
@@ -22,7 +20,7 @@ EXPORTERS: "dict[str, Exporter]"
 __all__ = ["EXPORTERS", "Exporter", "Readback", "export", "open_clip", "synthetic_examples",
            "write_checked"]
 
-_HOMES = {"Exporter": "base", "Readback": "base", "synthetic_examples": "check",
+_HOMES = {"export": "command", "Exporter": "base", "Readback": "base", "synthetic_examples": "check",
           "write_checked": "check"}
 
 

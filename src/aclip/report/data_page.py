@@ -32,10 +32,7 @@ def write_data_page(examined: "Examination", folder: Path) -> Path:
     Returns:
         The page.
     """
-    from aclip.examination import load_example
-
-    shown = [[[load_example(examined, place) for place in group] for group in finding.examples]
-             for finding in examined.findings]
+    shown = examined.load_examples()
     write_text(folder / "data.json", json.dumps(to_record(examined, shown), indent=2, ensure_ascii=False) + "\n")
     name, *against = (_spec(one) for one in examined.measured)
     return write_page(
