@@ -218,9 +218,12 @@ def _split_phase(value: Any) -> Any:
     return {"share": share, "resolution": resolution}
 
 
-def _split_sides(value: Any) -> Any:
-    """Parse "192x256", height before width."""
-    return value.split("x") if isinstance(value, str) and "x" in value else value
+def parse_image_size(value: Any) -> Any:
+    """Return the sides in "192x256", height before width; a single side, "224", and anything else as it is."""
+    return tuple(value.split("x")) if isinstance(value, str) and "x" in value else value
+
+
+ImageSize = Annotated[Count | tuple[Count, Count] | None, BeforeValidator(parse_image_size)]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -283,7 +286,7 @@ class RunConfig:
     data: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
     output: str
     validation: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
-    image_size: Annotated[Count | tuple[Count, Count] | None, BeforeValidator(_split_sides)] = None
+    image_size: ImageSize = None
     epochs: Positive = 25.0
     samples: Count | None = None
     batch_size: Annotated[int, Field(ge=2)] | None = None

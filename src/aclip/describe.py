@@ -4,10 +4,11 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from aclip.config import override
+from aclip.config import ImageSize, override
 from aclip.errors import ConfigError
 from aclip.recipes import RECIPES, find_recipe
 
@@ -89,7 +90,10 @@ def recipe_costs(
 def _shape(model: str, image_size: int | str | None, text_tokens: float) -> "TowerShape":
     from aclip import models
 
-    size = models.parse_image_size(image_size) if isinstance(image_size, str) else image_size
+    try:
+        size = TypeAdapter(ImageSize).validate_python(image_size)
+    except ValidationError:
+        raise ConfigError(f"image_size is a side in pixels, or HEIGHTxWIDTH, not '{image_size}'") from None
     shape = models.shape_of(models.model_config(model, image_size=size))
     if not 1 <= text_tokens <= shape.context_length:
         raise ConfigError(f"text_tokens is between 1 and {shape.context_length} for {model}, not {text_tokens:g}")

@@ -6,8 +6,7 @@ import os
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -34,6 +33,7 @@ from aclip.structs import Batch, StepOutput
 from aclip.training.accumulation import accumulate
 from aclip.training.distributed import wrap
 from aclip.training.guard import ChanceLevel, Guard
+from aclip.training.journal import BadSamples, Clock, report_incident
 from aclip.training.memory import explain_oom, write_peak_memory
 from aclip.training.optim import (
     build_optimizer,
@@ -460,8 +460,9 @@ def fit(
             stopping = stop_flag.any_raised(stop.requested)
 
             for incident in trainer.guard.incidents(wait=log or save_due or stopping):
-                _report(folder, incident, "step %d was skipped: its loss (%s) or gradient norm (%s) is not finite",
-                        step, incident["loss"], incident["grad_norm"])
+                report_incident(
+                    folder, incident, "step %d was skipped: its loss (%s) or gradient norm (%s) is not finite",
+                    incident["step"], incident["loss"], incident["grad_norm"])
             failing = trainer.guard.skipped_in_a_row > config.max_skipped
             record = None
             if log and not trainer.guard.latest_skipped:
@@ -503,7 +504,7 @@ def _evaluate(
     except Interrupted:
         _leave(trainer, folder, saver, together=dist.world_size() == 1)
     except (AclipError, OSError) as error:
-        _report(folder, {"step": trainer.step, "kind": "evaluation_failed", "reason": str(error)},
+        report_incident(folder, {"step": trainer.step, "kind": "evaluation_failed", "reason": str(error)},
                 "the evaluation after step %d failed: %s", trainer.step, error)
     trainer.evaluation_due = False
 
@@ -532,82 +533,9 @@ def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: Saver)
 
 def _report_failures(saver: Saver, folder: RunFolder) -> None:
     for step, reason in saver.failures():
-        _report(folder, {"step": step, "kind": "save_failed", "reason": reason},
+        report_incident(folder, {"step": step, "kind": "save_failed", "reason": reason},
                 "the checkpoint of step %d could not be written (%s): training goes on and tries again at the next",
                 step, reason)
-
-
-def _report(folder: RunFolder, incident: dict[str, Any], message: str, *values: object) -> None:
-    """Journal and log an incident, on rank 0."""
-    if dist.rank() == 0:
-        folder.append("incidents", incident)
-        _log.warning(message, *values)
-
-
-class Clock:
-    """Where the time since the last record went."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self._started = time.perf_counter()
-        self._waited = 0.0
-
-    def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches, and count the time spent waiting for them."""
-        with closing(iter(batches)) as iterator:  # type: ignore[type-var]
-            while True:
-                begun = time.perf_counter()
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-                self._waited += time.perf_counter() - begun
-                yield batch
-
-    def paused(self) -> "_Pause":
-        """Do not count the time within this context."""
-        return _Pause(self)
-
-    def restart(self) -> dict[str, float]:
-        """Return samples per second and the fraction of time spent waiting for data; start anew."""
-        elapsed = max(time.perf_counter() - self._started, 1e-9)
-        rates = {"samples_per_second": self.samples / elapsed, "data_wait": self._waited / elapsed}
-        self.samples, self._started, self._waited = 0, time.perf_counter(), 0.0
-        return rates
-
-
-class _Pause:
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._begun = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._clock._started += time.perf_counter() - self._begun
-
-
-class BadSamples:
-    """Journals bad samples by name, each once, whichever rank met them."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-        self._known = {record["key"] for record in folder.records("skipped")}
-        self._met: list[dict[str, Any]] = []
-
-    def add(self, batch: Batch, step: int) -> None:
-        """Take the bad samples met while the batch of optimizer step `step` was filled."""
-        self._met += [{"step": step, "key": key, "reason": reason} for key, reason in batch.skipped]
-
-    def journal(self) -> dict[str, int]:
-        """Journal what was met since the last call; return how many were met so far. All ranks call it."""
-        for record in (record for of_rank in dist.collect(self._met) for record in of_rank):
-            if record["key"] not in self._known:
-                self._known.add(record["key"])
-                if dist.rank() == 0:
-                    self._folder.append("skipped", record)
-        self._met = []
-        return {"skipped_samples": len(self._known)}
 
 
 def _newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
