@@ -75,7 +75,7 @@ class Method(nn.Module):
             bias.requires_grad_(bias.requires_grad and any(adopted))
         pool = models.attention_pool_of(models.visual_of(model))
         if pool is not None and not any(o.needs_pooled for o in self.objectives.values()):
-            pool.requires_grad_(False)  # without a gradient it has no place in DDP, nor in a checkpoint's optimizer
+            pool.requires_grad_(False)  # DDP and the optimizer expect gradients of all trained parameters
         counts = any(text.reduction is not None and text.reduction.needs_frequencies for text in plan.texts.values())
         self.register_buffer("frequencies", torch.zeros(shape.vocab_size) if counts else None)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
@@ -95,10 +95,10 @@ class Method(nn.Module):
     def encode_batch(
         self, batch: Batch, masked: bool = True, resolution: float = 1.0, seen: EncodedBatch | None = None
     ) -> EncodedBatch:
-        """Steps 1 and 2: what the towers make of a batch.
+        """Steps 1 and 2: encode a batch.
 
-        Nothing depends on the other samples of the batch, so that it may be run in parts, and again: with `seen`, the
-        result for these samples with the same weights, its masks and its passes without gradient are taken over.
+        No sample depends on the others, so a batch can be encoded in parts, and again: given `seen`, the earlier result
+        for these samples with the same weights, masks and passes without gradient are reused.
         """
         # 1. text
         texts = {name: self.encode_text(text, batch, masked) for name, text in self.plan.texts.items()}
@@ -116,7 +116,7 @@ class Method(nn.Module):
         return StepOutput(loss, {name: part.detach() for name, part in losses.items()}, encoded.passes)
 
     def encode_text(self, text: TextPlan, batch: Batch, masked: bool = True) -> EncodedText:
-        """Step 1: run the text encoder over the captions, or what a text pass leaves of them."""
+        """Step 1: run the text encoder over the captions, or over the part of them that the text pass keeps."""
         tokens = batch.tokens
         if text.reduction is not None and masked:
             tokens = text.reduction(tokens, TextReductionContext(seeds=batch.seeds, frequencies=self.frequencies))
@@ -136,10 +136,10 @@ class Method(nn.Module):
         plan = self.plan_at(resolution)
         passes: dict[str, Encoded] = {}
         run = [p for p in plan.passes.values() if plan.runs(p, masked)]
-        if seen is not None:  # no gradient reaches them: they are what they were
+        if seen is not None:  # no gradient reaches them
             passes |= {p.name: seen.passes[p.name] for p in run if not p.trains}
         todo = [p for p in run if p.name not in passes]
-        # what was drawn per sample in the loader is applied here, in batch, on the device
+        # parameters were drawn per sample in the loader; they are applied here, in batch, on the device
         needed = {view for p in todo for view in p.spec.views}
         images = {name: augment.apply(batch.views[name], self.mean, self.std) for name in batch.views if name in needed}
         for p in todo:
@@ -155,7 +155,7 @@ class Method(nn.Module):
         return {p.name: passes[p.name] for p in run}
 
     def ema(self) -> Ema:
-        """Step 4: return what averages the image encoder and the heads that have an EMA copy.
+        """Step 4: return the EMA of the image encoder and of the heads that have an averaged copy.
 
         The caller calls its `update(momentum)` once after each optimizer step.
         """
@@ -214,9 +214,9 @@ class Method(nn.Module):
                 visual, pixels, keep, mask_token=self.mask_token if p.spec.fill else None,
                 return_scores=p.gives_scores, return_patches=p.gives_patches,
             )
-        if online and not p.trains:  # some versions of torch would hand on weights that were cast without gradient
+        if online and not p.trains:  # some versions of torch would reuse weights that were cast without gradient
             torch.clear_autocast_cache()
-        width = 0 if p.scores_only else None  # of what nobody reads
+        width = 0 if p.scores_only else None  # features that nobody reads
         by_view = (len(views), -1)
         return Encoded(
             features=F.normalize(out.features[:, :width].float(), dim=-1).unflatten(0, by_view),
@@ -239,7 +239,7 @@ class Method(nn.Module):
 
 
 def resized(pixels: Float[Tensor, "B 3 h w"], size: tuple[int, int]) -> Float[Tensor, "B 3 p q"]:
-    """Return the images at `size`; the loader already delivers all but views shared between sizes."""
+    """Return the images at `size`; only views shared by passes of several sizes are resized here."""
     if pixels.shape[-2:] == size:
         return pixels
     return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)

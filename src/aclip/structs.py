@@ -74,12 +74,12 @@ class Batch(_OnDevice):
     Attributes:
         views: view name -> `ViewBatch`.
         tokens: (B, T) int64 token ids, cut after the batch's longest caption where the tower allows it.
-        caption_ids: (B,) int64; equal ids mean the same caption (tags aside), so that two pictures of one
-            concept are not each other's negatives.
+        caption_ids: (B,) int64; equal ids mean the same caption (tags aside), so that two images of one concept
+            are not each other's negatives.
         seeds: (B,) int64, the per-sample, per-epoch seed of everything drawn on the device.
         keys: the samples' names, for reports.
-        skipped: (name, reason) of bad samples met while this batch was filled; others took their places.
-        truncated: captions that fill the whole context, so that a tail of nearly all of them was cut.
+        skipped: (name, reason) of bad samples met while this batch was filled; each was replaced by another.
+        truncated: number of captions cut at the context length.
     """
 
     views: Mapping[str, ViewBatch]
@@ -96,7 +96,7 @@ class Batch(_OnDevice):
         return int(self.tokens.shape[0])
 
     def rows(self, rows: slice) -> "Batch":
-        """Return some of the samples, with tokens as long as the whole batch's; what was skipped stays behind."""
+        """Return some of the samples, with tokens as long as the whole batch's and without `skipped`."""
         return Batch({name: view.rows(rows) for name, view in self.views.items()}, self.tokens[rows],
                      self.caption_ids[rows], self.seeds[rows], self.keys[rows])
 
@@ -126,8 +126,8 @@ class Encoded:
     """One pass of a recipe: V views of the batch through one encoder.
 
     Attributes:
-        features: (V, B, D) projected and L2-normalised; of width 0 where nothing but the scores is read.
-        cls: (V, B, C) the pooled token after the final norm, which the self-supervised heads read; likewise.
+        features: (V, B, D) projected and L2-normalised; of width 0 if only the scores are read.
+        cls: (V, B, C) the pooled token after the final norm, which the self-supervised heads read; of width 0 then, too.
         scores: (V, B, N) or None; only a pass that a later pass reads scores from has them.
         keep_indices: (V, B, K) int64 ascending, or None where nothing was removed.
         num_tokens: tokens per view that went through the blocks, prefix included.
@@ -152,11 +152,10 @@ class EncodedText:
     """One text pass of a recipe.
 
     Attributes:
-        tokens: (B, T) int64, the captions' own tokens, whatever was hidden from the encoder.
-        features: (B, D) projected and L2-normalised; None for a pass that hides tokens, and for one whose readers
-            want the tokens alone.
-        hidden: (B, T) bool, which tokens have to be predicted; None for a pass that hides none.
-        states: (B, T, C) every token after the final norm, of a pass that hides tokens, else None.
+        tokens: (B, T) int64, the captions' own tokens, before any are hidden from the encoder.
+        features: (B, D) projected and L2-normalised; None if tokens are hidden, or if only the tokens are read.
+        hidden: (B, T) bool, which tokens are to be predicted; None if none are hidden.
+        states: (B, T, C) every token after the final norm if tokens are hidden, else None.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -167,7 +166,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Everything that the towers made of a batch.
+    """A batch, encoded.
 
     Attributes:
         texts: text pass name -> `EncodedText`.
@@ -180,14 +179,14 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What objectives may read: everything that was computed before them in this step.
+    """What objectives read: everything computed before them in this step.
 
     Attributes:
         passes: pass name -> `Encoded`, in declared order.
         texts: text pass name -> `EncodedText`.
         caption_ids: (B,) int64.
         logit_scale: scalar multiplier, already exponentiated, or None without text.
-        logit_bias: the model's own, which it adds to logits, or None if it has none.
+        logit_bias: the bias that the model adds to logits, or None.
     """
 
     passes: Mapping[str, Encoded]
@@ -204,7 +203,7 @@ class StepOutput:
     Attributes:
         loss: the weighted sum to differentiate.
         parts: objective name -> unweighted, detached loss.
-        passes: as in `StepContext`, for pictures and tests.
+        passes: as in `StepContext`, for snapshots and tests.
     """
 
     loss: Float[Tensor, ""]
@@ -214,7 +213,7 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class TowerShape:
-    """The sizes of a model that plans, heads and cost arithmetic need, read from its config.
+    """The sizes of a model that plans, heads and costs need.
 
     Attributes:
         image_size, patch_size: (height, width) in pixels.
@@ -224,7 +223,7 @@ class TowerShape:
         num_prefix_tokens: P, 1 for a CLS token, and registers.
         text_width, text_layers, text_mlp_width, context_length, vocab_size: of the text tower.
         text_cut: whether text may be cut after the longest EOT (causal and EOT-pooled).
-        scored: whether a token asks for the patches, so that its attention can rank them.
+        scored: whether the tower has attention scores: a class token or a pooling query that attends to the patches.
         pool_mlp_width: hidden width of the MLP behind the query that pools the patches (SigLIP's); 0 where none does.
     """
 
