@@ -16,7 +16,7 @@ from torch import nn
 from aclip import models, plan
 from aclip.errors import UnsupportedModelError
 from aclip.exporters import open_clip as exported
-from aclip.models.timm_vit import timm_outline
+from aclip.models import shapes
 from aclip.plan import image_macs
 from aclip.recipes import RECIPES
 from aclip.report import read_snapshot, take_snapshot
@@ -148,7 +148,7 @@ def test_shape_and_cost_are_those_of_the_tower(family: str) -> None:
 
 
 def test_outlines_hold_no_weights() -> None:
-    outline = timm_outline(models.model_config("family-token"))
+    outline = shapes.outline(models.model_config("family-token")).visual
     assert {p.device.type for p in outline.parameters()} == {"meta"}
 
 

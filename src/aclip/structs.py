@@ -127,7 +127,7 @@ class Encoded:
 
     Attributes:
         features: (V, B, D) projected and L2-normalised; of width 0 if only the scores are read.
-        cls: (V, B, C) the pooled token after the final norm, which the self-supervised heads read; of width 0 then, too.
+        cls: (V, B, C) the pooled token after the final norm, which self-supervised heads read; of width 0 then, too.
         scores: (V, B, N) or None; only a pass that a later pass reads scores from has them.
         keep_indices: (V, B, K) int64 ascending, or None where nothing was removed.
         num_tokens: tokens per view that went through the blocks, prefix included.
