@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -50,6 +51,11 @@ def fast_precision(device: "torch.device") -> Precision:
     if device.type == "cpu" and _CPU_INFO.exists():
         return "bf16" if any(name in _CPU_INFO.read_text() for name in ("amx_bf16", "avx512_bf16")) else "fp32"
     return "fp32"
+
+
+def cpp_compiler() -> str | None:
+    """Return the C++ compiler that torch.compile uses on CPUs, or None."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
 def usable_cores() -> int:

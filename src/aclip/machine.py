@@ -125,7 +125,7 @@ def hardware() -> Iterator[Finding]:
                       f"{devices.fast_precision(torch.device('cuda', number))}, CUDA {torch.version.cuda}")
     if torch.backends.mps.is_available():
         yield Finding("mps", "available")
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    compiler = devices.cpp_compiler()
     yield Finding("C++ compiler", compiler) if compiler else Finding(
         "C++ compiler", "none", "note", "--compile needs one on CPUs: apt install g++, or leave --compile out")
 

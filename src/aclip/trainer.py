@@ -20,7 +20,7 @@ from torch import Tensor
 from aclip import checkpoint, data, dist, evaluation, exporters, models, plan
 from aclip.config import CHANGEABLE, RunConfig, to_dict
 from aclip.describe import dataflow_table, parameter_table, plain_text
-from aclip.devices import choose_device, fast_precision
+from aclip.devices import choose_device, cpp_compiler, fast_precision
 from aclip.errors import AclipError, BadSampleError, CheckpointError, ConfigError, DataError, TrainingError
 from aclip.method import Method
 from aclip.objectives import OBJECTIVES
@@ -141,7 +141,12 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     """Train from the start or the newest checkpoint; on every rank. Rank 0 evaluates, writes and prints."""
     console = Console(highlight=False, quiet=dist.rank() > 0)
     folder = RunFolder(Path(config.output))
-    source = data.open_training(config.data)
+    try:
+        source = data.open_training(config.data)
+    except DataError as error:
+        if not resumed:
+            raise
+        raise DataError(f"the run cannot be resumed: {error}; if its data has moved, add --data") from error
     if len(set(dist.collect(source.digest()))) > 1:
         raise DataError("the ranks opened different data: check that all machines see the same files")
     config = resolve_defaults(config, len(source), device)
@@ -207,6 +212,8 @@ def resolve_defaults(config: RunConfig, num_pairs: int, device: torch.device) ->
 
 def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "Trainer":
     """Return the trainer of a run whose defaults are resolved, with a fresh model, at its first step."""
+    if config.compile and device.type == "cpu" and cpp_compiler() is None:
+        raise ConfigError("--compile on a CPU needs a C++ compiler: install one (apt install g++), or leave it out")
     torch.manual_seed(config.seed)
     shape = models.shape_of(models.model_config(config.model, image_size=config.image_size))
     resolved = plan.resolve(config.recipe, shape)
