@@ -149,6 +149,8 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
         raise DataError(f"the run cannot be resumed: {error}; if its data has moved, add --data") from error
     if len(set(dist.collect(source.digest()))) > 1:
         raise DataError("the ranks opened different data: check that all machines see the same files")
+    for advice in source.advice() if dist.rank() == 0 else ():
+        _log.warning("%s", advice)
     config = resolve_defaults(config, len(source), device)
     held_out = evaluation.open_sets(config.validation)
     evaluation.check_sets(held_out)
