@@ -68,7 +68,7 @@ class ListSource(Source):
             self._captions.append(_join(row.captions))
             self._tags.append(_join(row.tags))
             self._labels.append(_storable(row.label))
-            long += any(len(text) == MAX_STORED for text in row.captions)
+            long += MAX_STORED in map(len, row.captions)
             if row.problem or not image:
                 self._problems[number] = row.problem or "missing image path"
             keys.append(hash(_identity(number, image, row.problem, base)))
@@ -146,6 +146,9 @@ class ListSource(Source):
             return self._cut_out(image)
         if is_address(image):
             raise BadSampleError("the image is a URL, not a file: download it first")
+        data = self._files.read(image)
+        if data is not None:
+            return data
         path = self._files.find(image)
         if path is not None:
             return read_image(path)
@@ -371,13 +374,17 @@ def _identity(number: int, image: str, problem: str, base: str) -> str:
     return path if "/../" in path else os.path.normpath(path)  # what is above a link to a folder is elsewhere
 
 
-def _join(strings: Iterable[str]) -> str:
+def _join(strings: Sequence[str]) -> str:
     """Pack several strings into one."""
+    if len(strings) < 2:
+        return _storable(strings[0].replace(_BETWEEN, " ")) if strings else ""
     return _BETWEEN.join(_storable(string.replace(_BETWEEN, " ")) for string in strings)
 
 
 def _storable(string: str) -> str:
     """Return the string with halves of surrogate pairs replaced, which JSON can hold and UTF-8 cannot."""
+    if string.isascii():
+        return string
     try:
         string.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:

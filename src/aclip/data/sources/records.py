@@ -290,8 +290,9 @@ def _lines(path: Path, codec: str) -> Iterator[tuple[str, int, int]]:
         errors, offset = text_errors(codec), 0
         placed = isinstance(file, io.BufferedReader)
         for line in file:
-            yield line.decode(codec, errors=errors), offset if placed else -1, len(line)
+            yield line.decode(codec, errors), offset if placed else -1, len(line)
             offset += len(line)
+            codec = "utf-8" if codec == "utf-8-sig" else codec  # which looks for a mark in every line, slowly
 
 
 def _table_lines(path: Path, codec: str) -> Iterator[tuple[str, int, int]]:
