@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from aclip.data.fetched import resolve
 from aclip.data.sources.base import RawSample, Source, Summary
 from aclip.data.sources.columnar import ColumnarSource, is_columnar, is_saved, open_columnar, open_saved
 from aclip.data.sources.columns import settle_columns
@@ -82,8 +83,6 @@ def open_training(specs: str | Sequence[str]) -> Source:
 
 
 def _open(spec: Spec) -> Source:
-    from aclip.data.sets import resolve
-
     stretch = spec.get("stretch")
     plain = Spec(spec.text, spec.path, {name: value for name, value in spec.options.items() if name != "stretch"})
     folder = resolve(spec.path)
