@@ -76,10 +76,20 @@ def open_training(specs: str | Sequence[str]) -> Source:
     """Open what is trained on: `a.csv=2 b.tar=1` is a mixture by weight, one source is itself.
 
     Raises:
+        DataError: no image of a source has a caption.
         ConfigError: a weight that is not positive, or weights behind some sources only.
         AclipError: as `open_source`.
     """
-    return open_mixture(specs, lambda spec: _open(parse_spec(spec)))
+
+    def open_one(spec: str) -> Source:
+        source = _open(parse_spec(spec))
+        if source.summary.captioned == 0:
+            raise DataError(f"no image of {source.spec} has a caption, and training needs them: put a .txt beside "
+                            f"each, "
+                            f"name a list of captions, or caption folders with '{spec}?templates=a photo of a {{}}.'")
+        return source
+
+    return open_mixture(specs, open_one)
 
 
 def _open(spec: Spec) -> Source:

@@ -500,8 +500,6 @@ def _keyed(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
     """Return the records of `{"a.jpg": "caption"}`, `{"a.jpg": ["one", "two"]}` or `{"a.jpg": {"caption": ...}}`."""
     values = list(islice(content.values(), SAMPLED))
     if all(isinstance(value, str | list | int | float) for value in values):
-        if not any(names_image(name) or name.isdecimal() for name in islice(content, SAMPLED)) and len(content) < 3:
-            return None
         return ({"image": name, "caption": value} for name, value in content.items())
     named = any(names_image(name) for name in islice(content, SAMPLED))
     if not all(isinstance(value, dict) for value in values) or (len(content) == 1 and not named):
