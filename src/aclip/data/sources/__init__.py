@@ -200,11 +200,21 @@ def _has_captions(listing: Listing) -> bool:
 
 def _lists_in(folder: Path, below: bool = False) -> list[Path]:
     """Return the files of a folder, or of the folders right below it, that list images and captions."""
-    paths = sorted(folder.glob("*/*" if below else "*"))
-    found = [path for path in paths if path.suffix.lower() in LIST_ENDINGS and not path.name.startswith(".")
-             and "submission" not in path.name and path.is_file() and _lists_captions(path)]
+    parents = [entry.path for entry in _entries(folder) if entry.is_dir()] if below else [str(folder)]
+    paths = [Path(entry.path) for parent in parents for entry in _entries(parent)
+             if entry.name.lower().endswith(LIST_ENDINGS) and not entry.name.startswith(".")]
+    found = [path for path in sorted(paths)
+             if "submission" not in path.name and path.is_file() and _lists_captions(path)]
     about_captions = [path for path in found if "caption" in path.stem.lower()]
     return about_captions if len(about_captions) < len(found) and about_captions else found
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 def _lists_captions(path: Path) -> bool:

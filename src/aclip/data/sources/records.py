@@ -375,7 +375,7 @@ def _merit(
     lines: Sequence[tuple[str, int, int]], delimiter: str
 ) -> tuple[int, int, float, int, str, list[list[str]]]:
     """Return how well a delimiter fits: 2 for a header that tells image and caption, 1 for images without a header;
-    whether some column has images; the share of rows that fit; how many columns; the delimiter; the first rows."""
+    whether some column has images; the fraction of rows that fit; how many columns; the delimiter; the first rows."""
     rows = [fields for fields, *_ in islice(_split_rows(iter(lines), delimiter), SAMPLED)]
     if not rows or len(rows[0]) < 2:
         return 0, 0, 0.0, 0, delimiter, rows if delimiter == "," else []
