@@ -8,6 +8,7 @@ decoding the same samples: enlarged noise of 512 x 384 (JPEG, quality 90), drawi
 """
 
 import argparse
+import functools
 import io
 import itertools
 import os
@@ -111,7 +112,7 @@ def examining(specs: dict[str, str]) -> dict[str, Callable[[], float]]:
         limits = Limits("vit-tiny", (64, 64), 77)
         return bare / seconds(lambda: examine(source, limits=limits, tokenizer=tokenizer, workers=0))
 
-    return {f"doctor / decoding, {name}": lambda spec=spec: ratio(spec) for name, spec in specs.items()}
+    return {f"doctor / decoding, {name}": functools.partial(ratio, spec) for name, spec in specs.items()}
 
 
 def main() -> None:
