@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from aclip.data.decode import IMAGE_EXTENSIONS
 from aclip.data.fetched import resolve
 from aclip.data.sources.base import RawSample, Source, Summary
 from aclip.data.sources.columnar import ColumnarSource, is_columnar, is_saved, open_columnar, open_saved
@@ -53,6 +54,7 @@ SOURCES = (
 """What `open_source` reads, for messages and help."""
 
 _log = logging.getLogger(__name__)
+_LIST_NAMES = ("metadata", "captions", "annotations")  # whatever their ending
 _SHARD_OPTIONS = ("image", "caption", "captions")
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 _SPLIT_OF_FILE = re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})\d*(?:[-_.].*)?", re.IGNORECASE)
@@ -202,9 +204,10 @@ def _lists_in(folder: Path, below: bool = False) -> list[Path]:
     """Return the files of a folder, or of the folders right below it, that list images and captions."""
     parents = [entry.path for entry in _entries(folder) if entry.is_dir()] if below else [str(folder)]
     paths = [Path(entry.path) for parent in parents for entry in _entries(parent)
-             if entry.name.lower().endswith(LIST_ENDINGS) and not entry.name.startswith(".")]
+             if entry.name.lower().endswith(LIST_ENDINGS) or entry.name.lower().startswith(_LIST_NAMES)]
     found = [path for path in sorted(paths)
-             if "submission" not in path.name and path.is_file() and _lists_captions(path)]
+             if not path.name.startswith(".") and "submission" not in path.name and path.is_file()
+             and path.suffix[1:].lower() not in IMAGE_EXTENSIONS and _lists_captions(path)]
     about_captions = [path for path in found if "caption" in path.stem.lower()]
     return about_captions if len(about_captions) < len(found) and about_captions else found
 
@@ -231,8 +234,10 @@ def _lists_captions(path: Path) -> bool:
 
 def _open_listed(folder: Path, lists: Sequence[Path], spec: Spec) -> Source:
     """Open the list that describes a folder, or those of the splits that are asked for."""
-    if len(lists) == 1:
-        return _open_files(lists, spec.with_path(lists[0]))
+    if len({path.with_suffix("") for path in lists}) == 1:  # one list, perhaps in two formats
+        if len(lists) > 1:
+            _log.info("%s: its captions are taken from %s, not from %s", folder, lists[0].name, lists[1].name)
+        return _open_files(lists[:1], spec.with_path(lists[0]))
     by_split = _by_split(folder, lists)
     if by_split is None or any(len(paths) > 1 for paths in by_split.values()):
         names = ", ".join(str(path.relative_to(folder)) for path in lists)

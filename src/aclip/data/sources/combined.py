@@ -15,7 +15,6 @@ from aclip.data.sources.base import RawSample, Runs, Source, Summary, digest_of
 from aclip.data.spec import parse_spec
 from aclip.errors import ConfigError, DataError
 
-
 _NOTES = 5  # of all sources together, in a summary
 
 
