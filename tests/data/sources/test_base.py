@@ -1,5 +1,8 @@
 """What every source offers beside its samples: digests, summaries, captions without images, advice."""
 
+import io
+import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 from aclip.data import open_source, open_training
 from aclip.data.sources import base
 from aclip.data.sources.base import Source
-from aclip.errors import ConfigError
+from aclip.errors import ConfigError, DataError
 from made_pictures import encode, picture
 
 
@@ -92,6 +95,29 @@ def test_weights_are_for_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a weight such as =2 is for sources that are mixed"):
         open_source(f"{spec}=2")
     assert len(open_training(f"{spec}=2")) == 6
+
+
+def test_training_without_captions_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/1.png").write_bytes(encode(picture(1)))
+    assert len(open_source(str(tmp_path / "images"))) == 1
+    with pytest.raises(DataError, match=r"no image of .*images has a caption, and training needs them: .*templates"):
+        open_training(str(tmp_path / "images"))
+
+
+def test_a_fetched_set_is_read_by_split(tmp_path: Path) -> None:
+    for split in ("train", "val_vendor"):
+        (tmp_path / "mine" / split).mkdir(parents=True)
+        with tarfile.open(tmp_path / "mine" / split / "000000.tar", "w") as archive:
+            for name, data in (("a.png", encode(picture(1))), ("a.txt", split.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    splits = {"train": {"samples": 1}, "val_vendor": {"samples": 1}}
+    (tmp_path / "mine/dataset.json").write_text(json.dumps({"splits": splits}))
+    assert open_source(f"{tmp_path}/mine?split=val_vendor").captions(0) == ("val_vendor",)
+    with pytest.raises(ConfigError, match=r"holds the splits train \(1\), val_vendor \(1\)"):
+        open_source(f"{tmp_path}/mine")
 
 
 def test_groups_that_are_large_or_single_are_advised_against(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from aclip.data.decode import IMAGE_EXTENSIONS
-from aclip.data.fetched import resolve
+from aclip.data.fetched import resolve, split_sizes
 from aclip.data.sources.base import RawSample, Source, Summary
 from aclip.data.sources.columnar import ColumnarSource, is_columnar, is_saved, open_columnar, open_saved
 from aclip.data.sources.columns import settle_columns
@@ -161,6 +161,10 @@ def _open_folder(folder: Path, spec: Spec) -> Source:
     """Open what a folder holds: a saved data set, shards, Parquet, or images with their captions."""
     if is_saved(folder):
         return open_saved(folder, spec)
+    if sizes := split_sizes(folder):  # a set that was fetched
+        wanted = choose_split(str(folder), sizes, spec.get("split"))
+        parts = [_open_folder(folder / name, _without_split(spec, folder / name)) for name in wanted]
+        return parts[0] if len(parts) == 1 else Joined(spec.path, parts)
     listing = list_folder(folder)
     if not listing.images and not listing.unread:
         paths, chosen = _data_files(folder, spec)
