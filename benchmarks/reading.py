@@ -1,15 +1,14 @@
 """What reading costs beside decoding: opening shards, rows of Hugging Face datasets, and `aclip data doctor`.
 
-    aclip data fetch emoji
-    aclip data fetch cifar10
+    pip install 'attentive-clip[huggingface]'
     python benchmarks/reading.py
 
-One process, rounds of all in turns; medians, and the lowest and the highest. The doctor is compared with reading
-and decoding the same samples: photographs of 512 x 384 (mosaics of 16 x 12 CIFAR-10 images, as JPEG of quality 90),
-the 128 px PNG of `emoji`, and CIFAR-10's own 32 px PNG.
+One process, rounds of all in turns; medians, and the lowest and highest. The doctor is compared with reading and
+decoding the same samples: enlarged noise of 512 x 384 (JPEG, quality 90), drawings of 128 px and noise of 32 px (PNG).
 """
 
 import argparse
+import functools
 import io
 import itertools
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,8 +31,6 @@ from aclip.data.examination import Limits, examine
 from aclip.data.tar_files import Sample, write_tar
 from aclip.models import tokenizer_of
 
-IMAGES = 600
-
 
 def seconds(run: Callable[[], object]) -> float:
     """Return how long `run` takes."""
@@ -42,32 +39,49 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def write_small_pairs(path: Path, pairs: int) -> None:
-    """Write a shard of so many tiny pairs: what counts is the number of its headers."""
+def noise(number: int, side: int) -> Image.Image:
+    """Return noise, a square of `side` pixels."""
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def photo(number: int) -> tuple[str, bytes]:
+    """Return a JPEG with as much detail as a photograph."""
+    content = io.BytesIO()
+    noise(number, 60).resize((512, 384), Image.Resampling.BICUBIC).save(content, "JPEG", quality=90)
+    return "jpg", content.getvalue()
+
+
+def drawing(number: int) -> tuple[str, bytes]:
+    """Return a PNG of flat shapes."""
+    chance, content = np.random.default_rng(number), io.BytesIO()
+    image = Image.new("RGB", (128, 128), "white")
+    for _ in range(12):
+        corners = sorted(chance.integers(0, 128, 2).tolist()), sorted(chance.integers(0, 128, 2).tolist())
+        ImageDraw.Draw(image).ellipse(list(zip(*corners, strict=True)), fill=tuple(chance.integers(0, 256, 3).tolist()))
+    image.save(content, "PNG")
+    return "png", content.getvalue()
+
+
+def thumbnail(number: int) -> tuple[str, bytes]:
+    """Return a PNG of 32 px."""
+    content = io.BytesIO()
+    noise(number, 32).save(content, "PNG")
+    return "png", content.getvalue()
+
+
+def write_shard(path: Path, pairs: int, image: Callable[[int], tuple[str, bytes]]) -> str:
+    """Write a shard of so many pairs, and return its name."""
     with path.open("wb") as file:
-        write_tar(file, (Sample(f"{n:06}", {"jpg": bytes(2000), "txt": b"a caption"}) for n in range(pairs)))
+        samples = ((number, *image(number)) for number in range(pairs))
+        write_tar(file, (Sample(f"{number:06}", {ending: content, "txt": f"image {number} of many".encode()})
+                         for number, ending, content in samples))  # fmt: skip
+    return str(path)
 
 
-def write_mosaics(path: Path) -> None:
-    """Write a shard of photographs made of CIFAR-10 images."""
-    source = data.open_source("cifar10:train[:5000]")
-    chance = np.random.default_rng(0)
-    photos = np.stack([np.asarray(data.decode_image(source.read(i).image)) for i in range(len(source))])
-
-    def mosaic(number: int) -> Sample:
-        tiles = photos[chance.integers(len(photos), size=(12, 16))]
-        content = io.BytesIO()
-        Image.fromarray(tiles.transpose(0, 2, 1, 3, 4).reshape(384, 512, 3)).save(content, "JPEG", quality=90)
-        return Sample(f"{number:06}", {"jpg": content.getvalue(), "txt": f"a mosaic, number {number}".encode()})
-
-    with path.open("wb") as file:
-        write_tar(file, map(mosaic, range(IMAGES)))
-
-
-def opening(folder: Path) -> dict[str, Callable[[], float]]:
+def opening(folder: Path, pairs: int) -> dict[str, Callable[[], float]]:
     """Return the times of opening a shard with and without its index, and of a row of a saved dataset."""
     shard, saved = folder / "small.tar", folder / "saved"
-    write_small_pairs(shard, 10_000)
+    write_shard(shard, pairs, lambda _: ("jpg", bytes(2000)))  # what counts is the number of headers
 
     def without_index() -> float:
         shutil.rmtree(os.environ["ACLIP_CACHE"], ignore_errors=True)
@@ -76,18 +90,16 @@ def opening(folder: Path) -> dict[str, Callable[[], float]]:
     import datasets
 
     datasets.disable_progress_bars()
-    rows = data.open_source("emoji:val_both")
-    content = [rows.read(i) for i in range(len(rows))]
-    datasets.Dataset.from_dict(
-        {"image": [{"bytes": one.image, "path": None} for one in content], "text": [one.captions[0] for one in content]}
-    ).cast_column("image", datasets.Image()).save_to_disk(saved)
+    images = [{"bytes": thumbnail(number)[1], "path": None} for number in range(300)]
+    datasets.Dataset.from_dict({"image": images, "text": [f"image {number}" for number in range(300)]}).cast_column(
+        "image", datasets.Image()).save_to_disk(saved)  # fmt: skip
     source = data.open_source(str(saved))
     return {
-        "opening a shard of 10,000 pairs, s": without_index,
-        "the same with its index kept, s": lambda: seconds(lambda: data.open_source(str(shard))),
+        f"opening a shard of {pairs:,} pairs, s": without_index,
+        "the same with its index cached, s": lambda: seconds(lambda: data.open_source(str(shard))),
         "a row of a saved dataset, ms": lambda: 1e3 * seconds(
             lambda: [source.read(i) for i in range(len(source))]) / len(source),
-    }
+    }  # fmt: skip
 
 
 def examining(specs: dict[str, str]) -> dict[str, Callable[[], float]]:
@@ -98,24 +110,26 @@ def examining(specs: dict[str, str]) -> dict[str, Callable[[], float]]:
         source = data.open_source(spec)
         bare = seconds(lambda: [data.decode_image(source.read(i).image) for i in range(len(source))])
         limits = Limits("vit-tiny", (64, 64), 77)
-        return bare / seconds(lambda: examine(source, limits=limits, tokenizer=tokenizer))
+        return bare / seconds(lambda: examine(source, limits=limits, tokenizer=tokenizer, workers=0))
 
-    return {f"doctor / decoding, {name}": lambda spec=spec: ratio(spec) for name, spec in specs.items()}
+    return {f"doctor / decoding, {name}": functools.partial(ratio, spec) for name, spec in specs.items()}
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=600, help="of each kind that the doctor examines")
+    parser.add_argument("--pairs", type=int, default=10_000, help="of the shard that is opened")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         os.environ["ACLIP_CACHE"] = f"{folder}/cache"
-        write_mosaics(Path(folder, "mosaics.tar"))
-        runs = opening(Path(folder)) | examining({
-            "512 x 384 JPEG": f"{folder}/mosaics.tar",
-            "128 px PNG": f"emoji:train[:{IMAGES}]",
-            "32 px PNG": f"cifar10:train[:{IMAGES}]",
+        runs = opening(folder, args.pairs) | examining({
+            "512 x 384 JPEG": write_shard(folder / "photos.tar", args.images, photo),
+            "128 px PNG": write_shard(folder / "drawings.tar", args.images, drawing),
+            "32 px PNG": write_shard(folder / "thumbnails.tar", args.images, thumbnail),
         })  # fmt: skip
         measured: dict[str, list[float]] = {name: [] for name in runs}
         for _, (name, run) in track(list(itertools.product(range(args.rounds), runs.items())), "measuring"):

@@ -28,6 +28,7 @@ from aclip.data import (
 )
 from aclip.data.batches import MAX_REPLACEMENTS, collate
 from aclip.data.sources.base import WINDOW, RawSample, Source
+from aclip.data.sources.combined import Mixture
 from aclip.data.tar_files import Sample, write_tar
 from aclip.data.views import VIEWS, Crop
 from aclip.errors import BadSampleError, ConfigError, DataError
@@ -238,6 +239,24 @@ def test_replacements_come_from_the_window_of_the_bad_sample(bad: Callable[[int]
         for place, key in enumerate(keys):
             near = windows[place // 80] | (windows[6] if place >= 560 else set())  # the last window has half a window
             assert int(key) in near
+
+
+def test_replacements_in_a_mixture_come_from_the_window_of_their_own_source() -> None:
+    sources = [Groups((10,) * 60, lambda index: index % 50 == 7), Groups((10,) * 30, lambda index: index % 50 == 9)]
+    mixture = Mixture("mixture", sources, [1, 2])
+    data = PairDataset(mixture, WholePicture(), CaptionTokenizer(WordTokenizer()), sizes={"a": (4, 4)}, seed=0)
+    replaced = 0
+    for epoch in range(2):
+        for source in sources:
+            source.read_groups.clear()
+        for sample, one_pass in zip(*(column.tolist() for column in mixture.order(0, epoch)), strict=True):
+            item = data[Request(one_pass, sample)]
+            replaced += bool(item.skipped)
+            assert (sample < 600) == any(item.key == mixture.name(near) for some in mixture.window(0, one_pass, sample)
+                                         for near in some if near < 600)  # fmt: skip
+        assert downloads(sources[0]) <= 66
+        assert downloads(sources[1]) <= 66 + 6  # twice through thirty groups
+    assert replaced > 20
 
 
 def test_a_window_that_is_all_bad_is_replaced_from_elsewhere() -> None:

@@ -237,9 +237,9 @@ def caption_id(text: str) -> int:
 def draw_caption(
     captions: Sequence[str], tags: Sequence[str], *, seed: int, epoch: int, sample: int
 ) -> DrawnCaption:
-    """Draw what a picture is paired with in this epoch.
+    """Draw what an image is paired with in this epoch.
 
-    One of the captions, uniformly. If the picture has tags, half of the time it is followed by one to
+    One of the captions, uniformly. If the image has tags, half of the time it is followed by one to
     `MAX_TAGS` of them in random order: "red heart, love, emotion".
 
     Args:

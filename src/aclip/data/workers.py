@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import logging
 import math
 import mmap
@@ -154,7 +155,8 @@ def _start(
                 generator=torch.Generator(),  # or torch draws the workers' base seed from the global one
             ))  # fmt: skip
         except OSError as error:  # the semaphores of queues lie in shared memory, too
-            raise DataError(f"workers cannot be started ({error.strerror}): {_SMALL_SHM}") from error
+            remedy = _SMALL_SHM if error.errno == errno.ENOSPC else "lower '--workers'"
+            raise DataError(f"workers cannot be started ({error.strerror}): {remedy}") from error
     if workers:
         _watch_workers()
     return answers

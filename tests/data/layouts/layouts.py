@@ -832,3 +832,48 @@ def list_with_phone_photos(root: Path) -> Layout:
     (root / "b.jpg").rename(root / "b.HEIC")
     table(root / "p.csv", ("photo file", "words"), ("a.jpg", "one small cat"), ("b.HEIC", "one small dog"))
     return Layout("p.csv", ["one small cat", "one small dog"])
+
+
+@layout
+def masks_beside_images(root: Path) -> Layout:
+    images(root / "set", "cat/1.jpg", "cat/1_mask.png", "dog/2.jpg", "dog/2.depth.png", "dog/face_mask.jpg")
+    return Layout("set", ["a photo of a cat.", "a photo of a dog.", "a photo of a dog."],
+                  says=("5 images", "2 left out (masks"))
+
+
+@layout
+def boxes_beside_images(root: Path) -> Layout:
+    images(root / "set", "cat/1.jpg", "dog/2.jpg")
+    text(root / "set/cat/1.txt", "0 0.51 0.4 0.1 0.25\n1 0.2 0.2 0.1 1e-05\n")
+    text(root / "set/dog/2.txt", "16 0.5 0.5 0.1 0.1\n")
+    return Layout("set", ["a photo of a cat.", "a photo of a dog."], says=("2 .txt files beside images hold boxes",))
+
+
+@layout
+def outlines_beside_images(root: Path) -> Layout:
+    images(root / "set", "cat/1.jpg", "dog/2.jpg")
+    for name in ("cat/1", "dog/2"):
+        dump(root / f"set/{name}.json", {"version": "5.0", "shapes": [{"label": "cat", "points": [[0, 1]]}],
+                                         "imageData": "x"})
+    return Layout("set", ["a photo of a cat.", "a photo of a dog."], says=("2 .json files beside images hold no "
+                                                                           "captions",))
+
+
+@layout
+def a_list_over_folders_of_splits(root: Path) -> Layout:
+    images(root / "set", "train/1.jpg", "test/2.jpg")
+    table(root / "set/metadata.csv", ("file_name", "text"), ("train/1.jpg", "one"), ("test/2.jpg", "two"))
+    return Layout("set?split=test", ["two"])
+
+
+@layout
+def a_list_over_folders_of_splits_without_a_choice(root: Path) -> Layout:
+    a_list_over_folders_of_splits(root)
+    return Layout("set", ["one", "two"], says=("all of its splits are read, train (1), test (1)", "?split=train"))
+
+
+@layout
+def captions_by_stem(root: Path) -> Layout:
+    images(root / "img", "sunset.jpg", "harbour.jpg")
+    dump(root / "captions.json", {"sunset": "the sun sets", "harbour": "boats"})
+    return Layout("captions.json", ["the sun sets", "boats"])

@@ -446,3 +446,36 @@ def many_parquet_files_of_one_name(root: Path) -> Layout:
         folder.mkdir(parents=True)
         pq.write_table(pa.table({"image": [png(number)], "text": [str(number)]}), folder / "0.parquet")
     return Layout("set", [str(number) for number in range(40)])
+
+
+@layout
+def one_list_in_two_formats_and_padded_images(root: Path) -> Layout:
+    images(root / "set", "images/1.png", "images/2.png", "padded_images/p_1.png", "padded_images/p_2.png")
+    rows = [{"caption": f"a drawing, {n}", "image": f"images/{n}.png",
+             "padded": f"padded_images/p_{n}.png"} for n in (1, 2)]
+    lines(root / "set/metadata1000.jsonl", *rows)
+    table(root / "set/metadata1000.csv", ("caption", "image", "padded"), *(tuple(row.values()) for row in rows))
+    return Layout("set", ["a drawing, 1", "a drawing, 2"])
+
+
+@layout
+def a_list_with_a_mistyped_ending(root: Path) -> Layout:
+    images(root / "set", "img1.png", "img2.png")
+    lines(root / "set/metadata.json1", {"file_name": "img1.png", "text": "one"}, {"file_name": "img2.png",
+                                                                                  "text": "two"})
+    return Layout("set", ["one", "two"])
+
+
+@layout
+def a_table_aligned_with_spaces(root: Path) -> Layout:
+    images(root, "1.png", "2.png")
+    text(root / "train.csv", "    file_path ,    title\n    1.png ,    a red ball\n    2.png ,    \"a ball, blue\"\n")
+    return Layout("train.csv", ["a red ball", "a ball, blue"])
+
+
+@layout
+def pairs_in_folders_named_label(root: Path) -> Layout:
+    images(root / "data/images", "1_shepherd.jpg", "2_shepherd.jpg")
+    text(root / "data/label/1_shepherd.txt", "a german shepherd")
+    text(root / "data/label/2_shepherd.txt", "another one")
+    return Layout("data", ["a german shepherd", "another one"])

@@ -11,7 +11,8 @@ import pytest
 from synthetic_packages import Shelf, tree
 
 from aclip.data import sets
-from aclip.data.sets import SETS, DataSet, fetch, list_sets, resolve
+from aclip.data.fetched import resolve
+from aclip.data.sets import SETS, DataSet, fetch, list_sets
 from aclip.data.sets.base import Entries, Entry, shuffle_key, unit_hash
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError
 from made_pictures import encode, picture

@@ -356,10 +356,12 @@ def test_each_rank_begins_with_another_part(many: list[Path], monkeypatch: pytes
         # what lies beside the image, before or behind it, with and without captions
         ({"0.depth.png": "D", "0.jpg": "A", "0.mask.png": "M", "0.txt": "one"}, [("0", "A", "one")],
          "2 left out (beside the image of their sample: .depth.png, .mask.png)"),
-        ({"0.jpg": "A", "0.seg.png": "S", "1.jpg": "B", "1.seg.png": "S"}, [("0", "A", None), ("1", "B", None)], ".seg.png"),
+        ({"0.jpg": "A", "0.seg.png": "S", "1.jpg": "B", "1.seg.png": "S"}, [("0", "A", None), ("1", "B", None)],
+         ".seg.png"),
         ({"0.rgb.png": "A", "0.depth.png": "D", "0.txt": "one"}, [("0", "A", "one")], "images from .rgb.png"),
         # several images that could be meant
-        ({"0.left.jpg": "L", "0.right.jpg": "R", "0.txt": "one"}, [("0", "L", "one")], "choose with '?image=right.jpg'"),
+        ({"0.left.jpg": "L", "0.right.jpg": "R", "0.txt": "one"}, [("0", "L", "one")],
+         "choose with '?image=right.jpg'"),
         # img2dataset: JSON has the caption, too, and keeps line breaks
         ({"000000000.jpg": "A", "000000000.txt": "one\nstill one", "000000000.json": '{"caption": "one\\nstill one", '
           '"url": "http://x/y.jpg", "key": "000000000", "width": 9}'}, [("000000000", "A", "one\nstill one")], ""),
@@ -405,6 +407,8 @@ def test_endings_and_fields_can_be_chosen(tmp_path: Path) -> None:
     assert read(image="right.jpg", caption="short.txt") == (b"R", ("short",))
     assert read(image=".right.jpg", caption="long.txt", captions="whole") == (b"R", ("long\nmore",))
     assert read(caption="blip") == (b"L", ("a dog",))
+    with pytest.raises(DataError, match=r"no image that is chosen, only \.left\.jpg, \.right\.jpg"):
+        read(image="middle.jpg")
     assert read() == (b"L", ("alt text",))  # not the index that was cached for another choice
 
 

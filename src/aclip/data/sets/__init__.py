@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from aclip.data.fetched import DESCRIPTION, split_sizes
 from aclip.data.packing import SIZES, write_shards
 from aclip.data.sets.base import DataSet, write_licences
 from aclip.data.sets.cifar10 import CIFAR10
@@ -16,12 +17,10 @@ from aclip.data.sets.tuxpaint import TUXPAINT
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError, unknown_name
 from aclip.files import data_root, write_atomically
 
-__all__ = ["SETS", "DataSet", "Package", "fetch", "list_sets", "resolve"]
+__all__ = ["SETS", "DataSet", "Package", "fetch", "list_sets"]
 
 SETS: dict[str, DataSet] = {one.name: one for one in (EMOJI, CIFAR10, ICONS, TUXPAINT)}
 """Every set by its name; add your own."""
-
-_FINISHED = "dataset.json"  # written last
 
 
 def fetch(name: str, *, folder: str | None = None, workers: int | None = None) -> Path:
@@ -80,36 +79,9 @@ def list_sets(*, folder: str | None = None) -> dict[str, dict[str, int]]:
     return here
 
 
-def resolve(path: str) -> str | None:
-    """Return the folder of shards that `NAME:SPLIT` stands for, or None if the path does not begin with a set's name.
-
-    Args:
-        path: a source specification without options, slice and weight.
-
-    Raises:
-        DataError: the set has not been fetched, or has no such split.
-    """
-    name, colon, split = path.partition(":")
-    if name not in SETS or (not colon and Path(path).exists()):
-        return None
-    folder = data_root() / name
-    splits = split_sizes(folder)
-    if not splits:
-        raise DataError(f"the data set '{name}' is not in {folder.parent}: fetch it with `aclip data fetch {name}`")
-    if split not in splits:
-        choices = ", ".join(f"{name}:{one}" for one in splits)
-        raise DataError(f"'{path}' names no split of the data set '{name}': there are {choices}")
-    return str(folder / split)
-
-
-def split_sizes(folder: Path) -> dict[str, int]:
-    """Return the number of samples in each split of a finished set; empty for any other folder."""
-    return {split: int(facts["samples"]) for split, facts in _read(folder).get("splits", {}).items()}
-
-
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / _FINISHED).read_bytes())
+        content = json.loads((folder / DESCRIPTION).read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -144,4 +116,4 @@ def _build(dataset: DataSet, target: Path, packages: Path, workers: int | None) 
     for split, source in sources.items():
         packed = write_shards(source, target / split, shard_size=dataset.shard_size, workers=workers, keep_names=True)
         facts["splits"][split] = {"samples": packed.samples}
-    write_atomically(target / _FINISHED, json.dumps(facts, indent=1) + "\n")
+    write_atomically(target / DESCRIPTION, json.dumps(facts, indent=1) + "\n")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from aclip.data.decode import IMAGE_EXTENSIONS
+from aclip.data.fetched import resolve, split_sizes
 from aclip.data.sources.base import RawSample, Source, Summary
 from aclip.data.sources.columnar import ColumnarSource, is_columnar, is_saved, open_columnar, open_saved
 from aclip.data.sources.columns import settle_columns
@@ -52,6 +54,7 @@ SOURCES = (
 """What `open_source` reads, for messages and help."""
 
 _log = logging.getLogger(__name__)
+_LIST_NAMES = ("metadata", "captions", "annotations")  # whatever their ending
 _SHARD_OPTIONS = ("image", "caption", "captions")
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 _SPLIT_OF_FILE = re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})\d*(?:[-_.].*)?", re.IGNORECASE)
@@ -75,15 +78,23 @@ def open_training(specs: str | Sequence[str]) -> Source:
     """Open what is trained on: `a.csv=2 b.tar=1` is a mixture by weight, one source is itself.
 
     Raises:
+        DataError: no image of a source has a caption.
         ConfigError: a weight that is not positive, or weights behind some sources only.
         AclipError: as `open_source`.
     """
-    return open_mixture(specs, lambda spec: _open(parse_spec(spec)))
+
+    def open_one(spec: str) -> Source:
+        source = _open(parse_spec(spec))
+        if source.summary.captioned == 0:
+            raise DataError(f"no image of {source.spec} has a caption, and training needs them: put a .txt beside "
+                            f"each, "
+                            f"name a list of captions, or caption folders with '{spec}?templates=a photo of a {{}}.'")
+        return source
+
+    return open_mixture(specs, open_one)
 
 
 def _open(spec: Spec) -> Source:
-    from aclip.data.sets import resolve
-
     stretch = spec.get("stretch")
     plain = Spec(spec.text, spec.path, {name: value for name, value in spec.options.items() if name != "stretch"})
     folder = resolve(spec.path)
@@ -150,6 +161,10 @@ def _open_folder(folder: Path, spec: Spec) -> Source:
     """Open what a folder holds: a saved data set, shards, Parquet, or images with their captions."""
     if is_saved(folder):
         return open_saved(folder, spec)
+    if sizes := split_sizes(folder):  # a set that was fetched
+        wanted = choose_split(str(folder), sizes, spec.get("split"))
+        parts = [_open_folder(folder / name, _without_split(spec, folder / name)) for name in wanted]
+        return parts[0] if len(parts) == 1 else Joined(spec.path, parts)
     listing = list_folder(folder)
     if not listing.images and not listing.unread:
         paths, chosen = _data_files(folder, spec)
@@ -191,11 +206,22 @@ def _has_captions(listing: Listing) -> bool:
 
 def _lists_in(folder: Path, below: bool = False) -> list[Path]:
     """Return the files of a folder, or of the folders right below it, that list images and captions."""
-    paths = sorted(folder.glob("*/*" if below else "*"))
-    found = [path for path in paths if path.suffix.lower() in LIST_ENDINGS and not path.name.startswith(".")
-             and "submission" not in path.name and path.is_file() and _lists_captions(path)]
+    parents = [entry.path for entry in _entries(folder) if entry.is_dir()] if below else [str(folder)]
+    paths = [Path(entry.path) for parent in parents for entry in _entries(parent)
+             if entry.name.lower().endswith(LIST_ENDINGS) or entry.name.lower().startswith(_LIST_NAMES)]
+    found = [path for path in sorted(paths)
+             if not path.name.startswith(".") and "submission" not in path.name and path.is_file()
+             and path.suffix[1:].lower() not in IMAGE_EXTENSIONS and _lists_captions(path)]
     about_captions = [path for path in found if "caption" in path.stem.lower()]
     return about_captions if len(about_captions) < len(found) and about_captions else found
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 def _lists_captions(path: Path) -> bool:
@@ -212,8 +238,10 @@ def _lists_captions(path: Path) -> bool:
 
 def _open_listed(folder: Path, lists: Sequence[Path], spec: Spec) -> Source:
     """Open the list that describes a folder, or those of the splits that are asked for."""
-    if len(lists) == 1:
-        return _open_files(lists, spec.with_path(lists[0]))
+    if len({path.with_suffix("") for path in lists}) == 1:  # one list, perhaps in two formats
+        if len(lists) > 1:
+            _log.info("%s: its captions are taken from %s, not from %s", folder, lists[0].name, lists[1].name)
+        return _open_files(lists[:1], spec.with_path(lists[0]))
     by_split = _by_split(folder, lists)
     if by_split is None or any(len(paths) > 1 for paths in by_split.values()):
         names = ", ".join(str(path.relative_to(folder)) for path in lists)

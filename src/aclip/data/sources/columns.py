@@ -166,7 +166,9 @@ _PATHS = ("path", "file_name", "filename", "url", "src", "id")
 
 def row_of(fields: Mapping[str, Any], columns: Columns) -> Row:
     """Return the row of an object whose values may be strings, lists of strings, numbers or nothing."""
-    captions = tuple(text for name in columns.captions for text in texts(fields.get(name)))
+    captions = texts(fields.get(columns.captions[0])) if columns.captions else ()
+    for name in columns.captions[1:]:
+        captions += texts(fields.get(name))
     if len(captions) > 1:
         captions = tuple(text for text in captions if text.strip())
     tags = () if columns.tags is None else split_tags(texts(fields.get(columns.tags)))
@@ -266,17 +268,17 @@ def _short(header: Sequence[str]) -> str:
 def _image_column(header: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the field of images: by name if its values can be files, else the one whose values read like files."""
     cells = {name: [image_cell(row.get(name)) for row in sample] for name in header}
-    share = {name: sum(names_image(cell) or looks_embedded(cell) for cell in cells[name]) for name in header}
-    by_content = max(share, key=lambda name: share[name], default=None)
+    named = {name: sum(names_image(cell) or looks_embedded(cell) for cell in cells[name]) for name in header}
+    by_content = max(named, key=lambda name: named[name], default=None)
     for known in IMAGE_COLUMNS:
         name = _first((known,), header)
         if name is None:
             continue
         addresses = sample and all(map(_URL.match, cells[name]))
-        if addresses or (known in _IDS and by_content is not None and share[by_content] > share[name]):
+        if addresses or (known in _IDS and by_content is not None and named[by_content] > named[name]):
             continue
         return name
-    return by_content if by_content is not None and 2 * share[by_content] > len(sample) > 0 else None
+    return by_content if by_content is not None and 2 * named[by_content] > len(sample) > 0 else None
 
 
 def _prose_column(header: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> str | None:

@@ -15,6 +15,8 @@ from aclip.data.sources.base import RawSample, Runs, Source, Summary, digest_of
 from aclip.data.spec import parse_spec
 from aclip.errors import ConfigError, DataError
 
+_NOTES = 5  # of all sources together, in a summary
+
 
 class Joined(Source):
     """The samples of several sources, numbered through: what `lists/{a,b}.csv` names.
@@ -74,8 +76,9 @@ class Joined(Source):
         for one in all_of:
             for reason, count in one.left_out.items():
                 left_out[reason] = left_out.get(reason, 0) + count
+        notes = tuple(dict.fromkeys(note for one in all_of for note in one.notes))
         return Summary(self.spec, sum(one.found for one in all_of), sum(one.captioned for one in all_of),
-                       sum(one.uncaptioned for one in all_of), left_out)
+                       sum(one.uncaptioned for one in all_of), left_out, notes[:_NOTES])
 
     def digest(self) -> str:
         """Return a hash of all digests."""
@@ -89,7 +92,7 @@ class Joined(Source):
 class Mixture(Joined):
     """Sources that share the places of an epoch in proportion to their weights.
 
-    An epoch has as many places as all sources have samples together. Source i takes the share w_i / sum(w) of
+    An epoch has as many places as all sources have samples together. Source i takes the fraction w_i / sum(w) of
     them, and walks through permutations of itself, from one epoch to the next: each permutation is gone through before
     the next begins. (Training leaves out the places that do not fill the last batch of an epoch, and what they hold
     comes again with the next permutation.) With weights that are the sources' sizes, every sample has one place an

@@ -29,7 +29,9 @@ SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test",
 
 _TEXT_ENDINGS = (".txt", ".caption", ".captions")
 _NUMBERED = re.compile(r"\d{4,}")  # folders that a downloader fills in turn are no classes
-_SAMPLED_TEXTS = 200
+_MAP = re.compile(r"(.+?)[._-](?:masks?|depth|seg|segmentation|matte|normals?|edges?|canny|pose)", re.IGNORECASE)
+_BOXES = re.compile(rb"(?:\s*\d+(?:[ \t]+-?[\d.]+(?:e-?\d+)?){4,}[ \t\r]*(?:\n|$))+\s*")  # YOLO: class and coordinates
+_SAMPLED_TEXTS, _JUDGED = 200, 20
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Listing:
         described: path without ending -> the `.json` file.
         unread: ending -> images of kinds that cannot be read here.
         links: linked folders left out because they are read where they lie.
+        maps: masks, depth maps and the like beside the images that they belong to, left out.
+        notes: sentences on files that were taken for no captions.
     """
 
     folder: Path
@@ -51,6 +55,8 @@ class Listing:
     described: dict[str, str] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
     links: int = 0
+    maps: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def top(self) -> list[str]:
@@ -86,8 +92,32 @@ def list_folder(folder: Path) -> Listing:
                 found.texts.setdefault(_stem(below + name), below + name)
             elif ending == ".json":
                 found.described.setdefault(_stem(below + name), below + name)
-    found.images.sort()
+    stems = {_stem(path) for path in found.images}
+    maps = {path for path in found.images if (match := _MAP.fullmatch(_stem(path))) and match[1] in stems}
+    found.images, found.maps = sorted(set(found.images) - maps), len(maps)
+    _drop_annotations(found)
     return found
+
+
+def _drop_annotations(found: Listing) -> None:
+    """Forget files beside images that hold boxes and outlines rather than captions, judged by some of them."""
+    stems = {_stem(path) for path in found.images} | set(found.images)
+    for files, kind in ((found.texts, "boxes"), (found.described, "no captions")):
+        beside_images = [file for stem, file in files.items() if stem in stems]
+        some = beside_images[:: -(-len(beside_images) // _JUDGED) or 1]
+        if some and not any(_has_caption(found.folder / file) for file in some):
+            found.notes.append(f"{len(beside_images):,} {os.path.splitext(some[0])[1]} files beside images hold {kind}")
+            files.clear()
+
+
+def _has_caption(path: Path) -> bool:
+    try:
+        data = path.read_bytes()
+        if path.suffix.lower() == ".json":
+            return bool(_from_json(data)[0])
+    except (OSError, BadSampleError):
+        return True  # said when it is read
+    return not _BOXES.fullmatch(data)
 
 
 def _walk(folder: Path, found: Listing) -> Iterator[tuple[str, list[str]]]:
@@ -154,8 +184,8 @@ class FolderSource(Source):
             DataError: no images.
         """
         self.spec = str(listing.folder)
-        self._folder, self._whole, self._notes = listing.folder, whole_texts, list(notes)
-        self._unread = dict(listing.unread)
+        self._folder, self._whole, self._notes = listing.folder, whole_texts, [*notes, *listing.notes]
+        self._unread, self._maps = dict(listing.unread), listing.maps
         if not listing.images:
             raise DataError(f"no images in {listing.folder}: looked there and below for "
                             f"{', '.join(sorted(IMAGE_EXTENSIONS))}{_heic_advice(self._unread)}")
@@ -211,7 +241,8 @@ class FolderSource(Source):
         captioned = len(self) if self.templates else self._with_text
         left_out = {f"{ending} files: pip install 'attentive-clip[heic]' reads them": count
                     for ending, count in self._unread.items()}
-        found = len(self) + sum(self._unread.values())
+        left_out["masks, depth maps and the like"] = self._maps
+        found = len(self) + sum(left_out.values())
         return Summary(self.spec, found, captioned, len(self) - captioned, left_out, tuple(self._notes))
 
     def digest(self) -> str:

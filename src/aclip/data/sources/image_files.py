@@ -90,6 +90,14 @@ class ImageFiles:
         self._by_name: dict[str, str] | None = None
         self._listings: dict[str, dict[str, str]] = {}
 
+    def read(self, cell: str) -> bytes | None:
+        """Return the bytes of a cell's file, or None if it is not where most are."""
+        try:
+            with open(self._ways[0].path(cell), "rb") as file:
+                return file.read()
+        except (OSError, ValueError):
+            return None
+
     def find(self, cell: str) -> Path | None:
         """Return the file of a cell, or None if there is none."""
         try:
@@ -171,8 +179,8 @@ class ImageFiles:
         if unquote(name) != name and unquote(name) in names.values():
             yield _Way(root, drop, decoded=True)
         for form in ("NFC", "NFD"):
-            if unicodedata.normalize(form, name) != name and unicodedata.normalize(form,
-                                                                                   name) in names.values():  # type: ignore[arg-type]
+            other = unicodedata.normalize(form, name)
+            if other != name and other in names.values():
                 yield _Way(root, drop, form=form)
 
     def _like_name(self, root: str, drop: int, name: str, names: dict[str, str]) -> Iterator[_Way]:

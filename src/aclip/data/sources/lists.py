@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 
 from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
-from aclip.data.sources.columns import DOWNLOAD, MAX_STORED, OPTIONS, Columns, Row, row_of, settle_columns, texts
+from aclip.data.sources.columns import (
+    DOWNLOAD,
+    MAX_STORED,
+    OPTIONS,
+    Columns,
+    Row,
+    image_cell,
+    row_of,
+    settle_columns,
+    texts,
+)
 from aclip.data.sources.image_files import ImageFiles, embedded_image, full_path, is_address, looks_embedded, read_image
 from aclip.data.sources.records import JsonLines, ListFile, Table, choose_split, open_list
 from aclip.data.spec import Spec
@@ -68,7 +78,7 @@ class ListSource(Source):
             self._captions.append(_join(row.captions))
             self._tags.append(_join(row.tags))
             self._labels.append(_storable(row.label))
-            long += any(len(text) == MAX_STORED for text in row.captions)
+            long += MAX_STORED in map(len, row.captions)
             if row.problem or not image:
                 self._problems[number] = row.problem or "missing image path"
             keys.append(hash(_identity(number, image, row.problem, base)))
@@ -146,6 +156,9 @@ class ListSource(Source):
             return self._cut_out(image)
         if is_address(image):
             raise BadSampleError("the image is a URL, not a file: download it first")
+        data = self._files.read(image)
+        if data is not None:
+            return data
         path = self._files.find(image)
         if path is not None:
             return read_image(path)
@@ -260,7 +273,7 @@ def open_list_source(path: Path, spec: Spec) -> ListSource:
     else:
         columns = settle_columns(named, file.header, file.sample)
     notes = [f"{file.about}, {columns}", *file.notes]
-    rows = _rows(file, columns, *_split_column(path, file, split, notes))
+    rows = _rows(file, columns, *_split_column(path, file, columns.image, split, notes))
     return ListSource(str(path), rows, files, file=file, columns=columns, notes=notes)
 
 
@@ -270,7 +283,7 @@ def _rows(file: ListFile, columns: Columns, split_column: str | None, wanted: fr
         if isinstance(fields, str):
             yield Row(image, problem=fields)
             continue
-        if split_column is not None and str(fields.get(split_column)).strip() not in wanted:
+        if wanted and _split_of(fields, split_column, columns.image) not in wanted:
             continue
         yield _row(fields, columns, offset, size, embedded)
 
@@ -287,7 +300,17 @@ def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _split_column(path: Path, file: ListFile, split: str | None, notes: list[str]) -> tuple[str | None, frozenset[str]]:
+def _split_of(fields: Mapping[str, Any], column: str | None, image: str) -> str:
+    """Return the split of a row: what a column says, else the folder of its image that is called like a split."""
+    if column is not None:
+        return str(fields.get(column)).strip()
+    folders = image_cell(fields.get(image)).replace("\\", "/").split("/")[:-1]
+    return next((name for name in folders if name.lower() in _SPLITS), "")
+
+
+def _split_column(
+    path: Path, file: ListFile, image: str, split: str | None, notes: list[str]
+) -> tuple[str | None, frozenset[str]]:
     """Return the column that names the split of each row, and the splits that are asked for.
 
     Raises:
@@ -296,13 +319,12 @@ def _split_column(path: Path, file: ListFile, split: str | None, notes: list[str
     if file.given is not None or "split" in file.about:
         return None, frozenset()
     column = next((name for name in file.header if name.strip().lower() in _SPLIT_COLUMNS), None)
-    if column is None and split is None:
+    if column is None and split is None and not any(_split_of(fields, None, image) for fields in file.sample):
         return None, frozenset()
     sizes: dict[str, int] = {}
-    if column is not None and isinstance(file, Table | JsonLines):
+    if isinstance(file, Table | JsonLines):
         for fields, *_ in file.rows():
-            if not isinstance(fields, str):
-                value = str(fields.get(column)).strip()
+            if not isinstance(fields, str) and (value := _split_of(fields, column, image)):
                 sizes[value] = sizes.get(value, 0) + 1
     if split is None:
         if len(sizes) > 1 and all(name.lower() in _SPLITS for name in sizes):
@@ -310,7 +332,7 @@ def _split_column(path: Path, file: ListFile, split: str | None, notes: list[str
             notes.append(f"all of its splits are read, {there}: '?split={next(iter(sizes))}' takes one")
         return None, frozenset()
     if not sizes:
-        raise ConfigError(f"{path} has no splits: it has no column named 'split'")
+        raise ConfigError(f"{path} has no splits: no column 'split', and no folders such as 'train' in its paths")
     return column, frozenset(choose_split(path.name, sizes, split))
 
 
@@ -371,13 +393,17 @@ def _identity(number: int, image: str, problem: str, base: str) -> str:
     return path if "/../" in path else os.path.normpath(path)  # what is above a link to a folder is elsewhere
 
 
-def _join(strings: Iterable[str]) -> str:
+def _join(strings: Sequence[str]) -> str:
     """Pack several strings into one."""
+    if len(strings) < 2:
+        return _storable(strings[0].replace(_BETWEEN, " ")) if strings else ""
     return _BETWEEN.join(_storable(string.replace(_BETWEEN, " ")) for string in strings)
 
 
 def _storable(string: str) -> str:
     """Return the string with halves of surrogate pairs replaced, which JSON can hold and UTF-8 cannot."""
+    if string.isascii():
+        return string
     try:
         string.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:

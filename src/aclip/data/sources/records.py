@@ -290,8 +290,9 @@ def _lines(path: Path, codec: str) -> Iterator[tuple[str, int, int]]:
         errors, offset = text_errors(codec), 0
         placed = isinstance(file, io.BufferedReader)
         for line in file:
-            yield line.decode(codec, errors=errors), offset if placed else -1, len(line)
+            yield line.decode(codec, errors), offset if placed else -1, len(line)
             offset += len(line)
+            codec = "utf-8" if codec == "utf-8-sig" else codec  # which looks for a mark in every line, slowly
 
 
 def _table_lines(path: Path, codec: str) -> Iterator[tuple[str, int, int]]:
@@ -374,7 +375,7 @@ def _merit(
     lines: Sequence[tuple[str, int, int]], delimiter: str
 ) -> tuple[int, int, float, int, str, list[list[str]]]:
     """Return how well a delimiter fits: 2 for a header that tells image and caption, 1 for images without a header;
-    whether some column has images; the share of rows that fit; how many columns; the delimiter; the first rows."""
+    whether some column has images; the fraction of rows that fit; how many columns; the delimiter; the first rows."""
     rows = [fields for fields, *_ in islice(_split_rows(iter(lines), delimiter), SAMPLED)]
     if not rows or len(rows[0]) < 2:
         return 0, 0, 0.0, 0, delimiter, rows if delimiter == "," else []
@@ -499,8 +500,6 @@ def _keyed(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
     """Return the records of `{"a.jpg": "caption"}`, `{"a.jpg": ["one", "two"]}` or `{"a.jpg": {"caption": ...}}`."""
     values = list(islice(content.values(), SAMPLED))
     if all(isinstance(value, str | list | int | float) for value in values):
-        if not any(names_image(name) or name.isdecimal() for name in islice(content, SAMPLED)) and len(content) < 3:
-            return None
         return ({"image": name, "caption": value} for name, value in content.items())
     named = any(names_image(name) for name in islice(content, SAMPLED))
     if not all(isinstance(value, dict) for value in values) or (len(content) == 1 and not named):

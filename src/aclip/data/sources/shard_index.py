@@ -132,7 +132,8 @@ def index_shard(
     address = address or str(path.absolute())
     index = cached_index(address, endings, version)
     if index is None:
-        index = _read_index(path, status.st_size, endings)
+        members, damage = _read_headers(path, status.st_size)
+        index = _as_samples(members, endings, damage)
         _save(cached_path("index", address, ".npz"), index, endings, version)
     return index
 
@@ -183,11 +184,6 @@ class _Member(NamedTuple):
     name: str
     offset: int
     size: int
-
-
-def _read_index(path: Path, size: int, endings: Endings) -> ShardIndex:
-    members, damage = _read_headers(path, size)
-    return _as_samples(members, endings, damage)
 
 
 def _read_headers(path: Path, size: int) -> tuple[list[_Member], str]:
@@ -247,16 +243,9 @@ def _as_samples(members: Sequence[_Member], endings: Endings, damage: str) -> Sh
     WebDataset's rule, a name ends at its first dot, wins unless another gives more pairs: that is the case where names
     have dots of their own, as in `22.00.jpg`, `22.00.txt`, `22.01.jpg`.
     """
-    best: tuple[tuple[int, int], _Groups, int] | None = None
-    for words in _NAMINGS:
-        groups, repeated = _grouped(members, words)
-        score = _score(groups, endings)
-        if best is None or score > best[0]:
-            best = score, groups, repeated
-        if not any(_name_has_dots(member.name) for member in members):
-            break
-    assert best is not None
-    _, groups, repeated = best
+    with_dots = any(member.name.rpartition("/")[2].count(".") > 1 for member in members)
+    namings = [_grouped(members, words) for words in (_NAMINGS if with_dots else _NAMINGS[:1])]
+    groups, repeated = max(namings, key=lambda naming: _score(naming[0], endings)) if with_dots else namings[0]
     rows, used, unused, rivals = [], Counter[str](), Counter[str](), Counter[str]()
     for group in groups.values():
         chosen, spare = _chosen(group, endings)
@@ -270,10 +259,6 @@ def _as_samples(members: Sequence[_Member], endings: Endings, damage: str) -> Sh
         PackedStrings(groups), np.array(rows, dtype=np.int64).reshape(-1, len(ROLES), 2), damage, repeated,
         dict(used.most_common(9)), dict(unused.most_common(9)), sorted(dict(rivals.most_common(9))),
     )  # fmt: skip
-
-
-def _name_has_dots(name: str) -> bool:
-    return name.rpartition("/")[2].count(".") > 1
 
 
 def _grouped(members: Sequence[_Member], words: int) -> tuple[_Groups, int]:

@@ -4,7 +4,7 @@ import functools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -124,11 +124,12 @@ class ShardSource(Source):
         self._names = PackedStrings(printable(f"{name}/{index.keys[number]}")
                                     for name, index in zip(names, indexes, strict=True)
                                     for number in range(len(index.keys)))  # fmt: skip
-        if not len(self._names):
-            raise DataError(f"no samples in {self.spec}: its {len(found)} tar files hold no image")
+        self._unused = sum((Counter(index.unused) for index in indexes), Counter())
+        if not any(index.used for index in indexes):
+            only = f" that is chosen, only {_dotted(self._unused)}" if self._unused else ""
+            raise DataError(f"no samples in {self.spec}: its {len(found)} tar files hold no image{only}")
         self._members = np.concatenate([index.members for index in indexes])  # (n, roles, (offset, size)) in bytes
         self._shards = np.repeat(np.arange(len(found), dtype=np.int32), [len(index.keys) for index in indexes])
-        self._unused = sum((Counter(index.unused) for index in indexes), Counter())
 
     def __len__(self) -> int:
         return len(self._names)
@@ -163,8 +164,9 @@ class ShardSource(Source):
         has = self._members[:, :, 0] != ABSENT
         images = int(has[:, _IMAGE].sum())
         captioned = int((has[:, _IMAGE] & (has[:, _TXT] | has[:, _JSON])).sum())
-        endings = ", ".join(f".{ending}" for ending in self._unused)
-        left_out = {f"beside the image of their sample: {endings}": self._unused.total()} if self._unused else {}
+        left_out = {}
+        if self._unused:
+            left_out[f"beside the image of their sample: {_dotted(self._unused)}"] = self._unused.total()
         return Summary(self.spec, images + self._unused.total(), captioned, images - captioned, left_out,
                        tuple(self._notes))
 
@@ -290,13 +292,17 @@ def _notes(indexes: Sequence[ShardIndex], endings: Endings) -> list[str]:
     used = sum((Counter(index.used) for index in indexes), Counter[str]())
     rivals = sorted({ending for index in indexes for ending in index.rivals} - ({endings.image} - {None}))
     notes = []
-    compound = [f".{ending}" for ending, _ in used.most_common() if "." in ending]
+    compound = [ending for ending, _ in used.most_common() if "." in ending]
     if compound and endings.image is None:
-        notes.append(f"images from {', '.join(compound)}")
+        notes.append(f"images from {_dotted(compound)}")
     if rivals:
-        notes.append(f"samples have several images, the others end in {', '.join(f'.{one}' for one in rivals)}: choose "
-                     f"with '?image={rivals[0]}'")
+        notes.append(f"samples have several images, the others end in {_dotted(rivals)}: choose with "
+                     f"'?image={rivals[0]}'")
     return notes
+
+
+def _dotted(endings: Iterable[str]) -> str:
+    return ", ".join(f".{ending}" for ending in endings)
 
 
 def check_lost(spec: str, lost: Sequence[DataError], shards: int) -> None:
