@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -43,7 +43,10 @@ __all__ = [
     "weights_of",
 ]
 
-SOURCES = (
+SOURCES: dict[str, Callable[[str], Source]] = {}
+"""Your own: `SOURCES["mine"] = MySource` opens `mine:REST` by `MySource(REST)`."""
+
+_ACCEPTED = (
     "WebDataset shards (a .tar file, 'shards/{0000..0012}.tar', a folder of them, or the same behind s3:// or http://)",
     "a list of images and captions (CSV, TSV, JSON, JSON lines, COCO or Karpathy captions)",
     "Parquet, Arrow or a folder that save_to_disk wrote",
@@ -97,6 +100,11 @@ def open_training(specs: str | Sequence[str]) -> Source:
 def _open(spec: Spec) -> Source:
     stretch = spec.get("stretch")
     plain = Spec(spec.text, spec.path, {name: value for name, value in spec.options.items() if name != "stretch"})
+    name, colon, rest = spec.path.partition(":")
+    if colon and name in SOURCES and not os.path.exists(spec.path):
+        source = SOURCES[name](rest)
+        source.spec = source.spec or spec.path
+        return source if spec.part is None else Part(source, *spec.part)
     folder = resolve(spec.path)
     source = _open_whole(plain if folder is None else plain.with_path(folder))
     _log.info("%s", source.summary)
@@ -116,7 +124,7 @@ def _open_whole(spec: Spec) -> Source:
     if os.path.isdir(path):
         return _open_folder(Path(path), spec)
     if not os.path.isfile(path) and not is_pattern(path):
-        raise DataError(f"'{path}' does not exist: give {'; '.join(SOURCES)}")
+        raise DataError(f"'{path}' does not exist: give {'; '.join(_ACCEPTED)}")
     paths = expand_paths(path)
     return _open_files(paths, spec.with_path(path))
 

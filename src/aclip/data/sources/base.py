@@ -81,7 +81,7 @@ class Source:
             shards) and a random order over all of them would be slow; empty where any order is as fast.
     """
 
-    spec: str
+    spec: str = ""
     groups: tuple[int, ...] = ()
 
     def __len__(self) -> int:

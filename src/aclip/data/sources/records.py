@@ -179,7 +179,7 @@ class JsonDocument(ListFile):
         if not self._large:
             yield from map(Found, self._kept)
             return
-        import ijson  # type: ignore[import-untyped]
+        import ijson
 
         try:
             with open_binary(self.path) as file:
