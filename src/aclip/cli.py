@@ -140,6 +140,8 @@ def _train(given: list[str]) -> None:
     given, steps = take_optional(given, "--overfit-one-batch", "100")
     folder = resume or _value_of(given, "--output")
     base = None
+    if resume and not (Path(resume) / "config.json").exists():
+        raise ConfigError(f"{resume} holds no run to resume: it has no config.json")
     if resume is not None and folder and (Path(folder) / "config.json").exists():
         from aclip.run_folder import RunFolder
 

@@ -76,6 +76,8 @@ def train(config: RunConfig | None = None, *, resume: bool | str = False, **sett
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint saved.
     """
     config, resumed = _prepare(config, resume, settings)
+    config = replace(config, data=tuple(map(data.absolute, config.data)),
+                     validation=tuple(map(data.absolute, config.validation)))
     with dist.joined(config.device) as device:
         config, resumed = dist.collect((config, resumed))[0]
         _train(config, resumed, choose_device(device))

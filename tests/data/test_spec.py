@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aclip.data.spec import Spec, expand_braces, expand_paths, parse_spec, split_name
+from aclip.data.spec import Spec, absolute, expand_braces, expand_paths, parse_spec, split_name
 from aclip.errors import ConfigError, DataError
 
 
@@ -94,3 +94,14 @@ def test_files_of_patterns(tmp_path: Path) -> None:
     assert [path.name for path in expand_paths(f"{tmp_path}/*.tar")] == ["00.tar", "01.tar", "02.tar"]
     with pytest.raises(DataError, match=r"no such file: .*03\.tar \(1 missing, 2 found"):
         expand_paths(f"{tmp_path}/{{01..03}}.tar")
+
+
+def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "pairs.csv").touch()
+    assert absolute("pairs.csv[:10]=2") == f"{tmp_path}/pairs.csv[:10]=2"
+    assert absolute("val=pairs.csv?images=images") == f"val={tmp_path}/pairs.csv?images={tmp_path}/images"
+    assert absolute("shards/{0..3}.tar") == f"{tmp_path}/shards/{{0..3}}.tar"
+    for text in ("emoji:train", "s3://bucket/{0..3}.tar", "/elsewhere/pairs.csv", "missing.csv"):
+        assert absolute(text) == text

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aclip.data.sets import SETS, fetch, list_sets
     from aclip.data.sources import SOURCES, open_source, open_training, weights_of
     from aclip.data.sources.base import RawSample, Source, epoch_order
-    from aclip.data.spec import Spec, parse_spec, split_name
+    from aclip.data.spec import Spec, absolute, parse_spec, split_name
     from aclip.data.workers import suitable_workers
 
 # Imported on first use: the command line's help needs none of torch, pillow and pyarrow.
@@ -29,7 +29,7 @@ _MODULES = {
     "sets": ("SETS", "fetch", "list_sets"),
     "sources": ("SOURCES", "open_source", "open_training", "weights_of"),
     "sources.base": ("RawSample", "Source", "epoch_order"),
-    "spec": ("Spec", "parse_spec", "split_name"),
+    "spec": ("Spec", "absolute", "parse_spec", "split_name"),
     "workers": ("suitable_workers",),
 }
 _PLACE = {name: module for module, names in _MODULES.items() for name in names}
@@ -49,6 +49,7 @@ __all__ = [
     "Source",
     "Spec",
     "Target",
+    "absolute",
     "build_loader",
     "caption_id",
     "clean_captions",

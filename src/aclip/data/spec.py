@@ -226,3 +226,16 @@ def expand_braces(pattern: str) -> Iterator[str]:
 def is_pattern(path: str) -> bool:
     """Return whether a path that does not exist may be a pattern of files."""
     return "{" in path or glob.has_magic(path)
+
+
+def absolute(text: str) -> str:
+    """Return `[NAME=]SPEC` with the relative paths in it made absolute; addresses and names of sets stay.
+
+    A run keeps its data this way, so that it can be resumed from another working folder.
+    """
+    name, rest = split_name(text)
+    spec = parse_spec(rest)
+    for before, path in (("", spec.path), ("images=", spec.get("images"))):
+        if path and "://" not in path and not os.path.isabs(path) and (os.path.exists(path) or is_pattern(path)):
+            rest = rest.replace(before + path, before + os.path.join(os.getcwd(), path), 1)
+    return rest if name is None else f"{name}={rest}"
