@@ -92,8 +92,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(compared: tuple[Path, lis
     runs = {run["name"]: run for run in read(folder / "comparison.json")["runs"]}
     assert list(runs) == ["flip-lr0.0005-s0", "flip-lr1e+30-s0", "flip-lr0.0005-s1"]
     assert [name for name, run in runs.items() if not run["finished"]] == ["flip-lr1e+30-s0"]
-    assert "the loss became NaN or inf" in runs["flip-lr1e+30-s0"]["error"]
-    assert "1 of the runs failed, the first is flip-lr1e+30-s0: the loss became NaN" in " ".join(said.split())
+    assert "NaN or inf" in runs["flip-lr1e+30-s0"]["error"]
+    assert "1 of the runs failed, the first is flip-lr1e+30-s0: " in " ".join(said.split())
     assert f"comparison: {folder / 'index.html'}" in said
     assert "3 of 3 runs are over" in said
 
@@ -205,7 +205,7 @@ def test_interrupted_and_killed_comparisons_go_on_where_they_were(images: Path, 
     second = [steps(run)[-1] for run in runs]
     assert max(second) < 200
 
-    process = start([word.replace("1600", "1600") for word in words])
+    process = start(words)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert [steps(run) for run in runs] == [list(range(1, 201))] * 2

@@ -12,6 +12,7 @@ The same call continues an interrupted comparison; finished runs are kept, and r
 
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import shlex
@@ -632,14 +633,13 @@ def _stages(config: RunConfig, plan: Plan, num_pairs: int) -> tuple[Stage, ...]:
 
 def _in_process(log: Path, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """Run `target` with its output in a log, and stop when the parent is gone."""
-    from aclip.cli import show_log
-
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     _lock(descriptor)  # a process that a killed comparison left behind may still be saving the same run
     os.ftruncate(descriptor, 0)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    show_log(debug=False)
+    logging.basicConfig(format="aclip: %(message)s")
+    logging.getLogger("aclip").setLevel(logging.INFO)
     threading.Thread(target=_stop_without_parent, daemon=True).start()
     try:
         target(*arguments)
