@@ -73,8 +73,8 @@ def test_own_evaluator_measures_and_journals(centre: Path, images: Path) -> None
 def test_own_objective_is_one_of_the_losses(images: Path, tmp_path: Path) -> None:
     run("own_objective", images, tmp_path / "run")
     record = last_metrics(tmp_path / "run")
-    assert 0.0 < record["losses"]["variance"] < 0.5  # at most its target
-    assert record["loss"] == pytest.approx(record["losses"]["contrastive"] + 0.1 * record["losses"]["variance"])
+    assert 0.0 < record["parts"]["variance"] < 0.5  # at most its target
+    assert record["loss"] == pytest.approx(record["parts"]["contrastive"] + 0.1 * record["parts"]["variance"])
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_extensions_train_in_a_thread_with_loader_workers(
     thread.join(timeout=300)
     assert not errors
     assert [record["step"] for record in runs[0].metrics] == [1, 2, 3, 4, 5, 6]
-    assert all(record["losses"]["size"] > 0 for record in runs[0].metrics)
+    assert all(record["parts"]["size"] > 0 for record in runs[0].metrics)
     assert runs[0].config.recipe.objectives["size"].options == {"factor": "0.5"}
 
 
