@@ -220,11 +220,7 @@ class Comparison:
 
     Attributes:
         asked: arguments of `compare`, as they are written to `comparison.json`.
-        folder: the comparison's.
-        contenders: the recipes by name, with the settings of every run.
-        baseline: what times and arithmetic are relative to.
-        budgets: recipe -> pairs that fit into its minutes.
-        timing: `timing.json`, once there is one.
+        budgets: recipe -> pairs that fit into its minutes. timing: `timing.json`, once there is one.
         errors: names of runs -> why they failed.
     """
 
@@ -328,11 +324,8 @@ class Comparison:
             if run.trained:
                 results = outcome(run.folder.path)
                 planned = {*run.in_training, *run.afterwards}  # what else was measured by hand is not part of it
-                for part in ("metrics", "chance"):
-                    by_set = {held: {e: values for e, values in by.items() if (held, e) in planned}
-                              for held, by in results[part].items()}
-                    results[part] = {held: by for held, by in by_set.items() if by}
-                record |= results
+                record |= results | {part: {held: {e: values for e, values in by.items() if (held, e) in planned}
+                                            for held, by in results[part].items()} for part in ("metrics", "chance")}
             found.append(record)
         return found
 

@@ -32,12 +32,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(script: str, *arguments: str | Path, done: int = 0) -> str:
-    """Run a script of docs/examples and return what it printed."""
+def run(script: str | Path, *arguments: str | Path) -> str:
+    """Run a script of docs/examples, or any other, and return what it printed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, EXAMPLES / f"{script}.py", *map(str, arguments)], env=environment,
+    process = subprocess.run([sys.executable, (EXAMPLES / script).with_suffix(".py"), *arguments], env=environment,
                              capture_output=True, text=True, timeout=300, check=False)
-    assert process.returncode == done, process.stdout + process.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
 
@@ -94,6 +94,39 @@ def test_own_source_is_read(tmp_path: Path) -> None:
     run("own_source", tmp_path / "run")
     assert last_metrics(tmp_path / "run")["samples_seen"] == 128
     assert json.loads((tmp_path / "run" / "config.json").read_text())["num_pairs"] == 64
+
+
+THREAD = """
+import sys, threading
+from dataclasses import replace
+import torch
+import aclip
+from aclip.masking import MaskingStrategy
+
+class FirstMasking(MaskingStrategy):
+    def scores(self, context):
+        return -torch.arange(context.num_patches).float().expand(context.batch_size, -1)
+
+flip = aclip.RECIPES["flip"]
+aclip.MASKING["first"] = FirstMasking
+aclip.RECIPES["first"] = replace(flip, passes={"masked": replace(flip.passes["masked"], masking="first")})
+
+def compare():
+    runs = aclip.compare(recipes=("first",), model="vit-micro", data=sys.argv[1], validation=sys.argv[1], epochs=1,
+                         output=sys.argv[2], seeds=(0,), precision="fp32", workers=0, timing_rounds=1)
+    print([(run["recipe"], run["complete"]) for run in runs])
+
+if __name__ == "__main__":
+    thread = threading.Thread(target=compare)
+    thread.start()
+    thread.join()
+"""
+
+
+@pytest.mark.slow
+def test_a_script_compares_its_own_masking_in_a_thread(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(THREAD)
+    assert "[('first', True)]" in run(tmp_path / "script.py", images, tmp_path / "mine")
 
 
 class CornerMasking(MaskingStrategy):
