@@ -224,7 +224,7 @@ def planned(images: Path, output: Path, *, recipes: tuple[str, ...] = ("clip",),
 def timed(comparison: Comparison, **step_seconds: float) -> Comparison:
     comparison.folder.path.mkdir(exist_ok=True)
     comparison.timing = {"step_seconds": step_seconds}
-    comparison._share_out_minutes()
+    comparison._set_budgets()
     comparison.write()
     return comparison
 

@@ -251,7 +251,7 @@ class Comparison:
             self.write()
             if self.timing is None:
                 self._time_steps()
-            self._share_out_minutes()
+            self._set_budgets()
             self._check_runs()
             self._train(self.first_runs())
             self._train(self.other_runs())
@@ -266,7 +266,7 @@ class Comparison:
         return self.records()
 
     def planned(self, name: str, lr: float, seed: int) -> PlannedRun:
-        """Return one run of a recipe."""
+        """Return the run of a recipe, learning rate and seed."""
         one = self.contenders[name]
         recipe = replace(one.config.recipe, optimization=replace(one.config.recipe.optimization, lr=lr))
         samples = self.budgets[name]["samples"] if self.asked["minutes"] else self.asked["samples"]
@@ -278,7 +278,7 @@ class Comparison:
         if not one.plan.uses_text:  # probes choose among its learning rates
             in_training, later, specs = [], [*later, *self.chooser], [*specs, *self.choose_on]
         return PlannedRun(config, len(self.source), frozenset((held, "retrieval") for held in in_training),
-                          frozenset(itertools.product(later, self._evaluators(one.plan.uses_text))), tuple(specs))
+                          frozenset(itertools.product(later, self._evaluators(one.plan.uses_text))), tuple(dict.fromkeys(specs)))
 
     def first_runs(self) -> list[PlannedRun]:
         """Return the runs of the first seed, at every learning rate."""
@@ -444,12 +444,12 @@ class Comparison:
             raise ConfigError(f"{name}: {error}") from error
 
     def _evaluators(self, uses_text: bool) -> list[str]:
-        """Return those that follow training; a recipe without text has the probes alone."""
+        """Return the evaluators of finished models; without text only probes."""
         default = ["linear_probe", "knn"] if self.asked["probe"] else ["retrieval"] if self.asked["evaluate_on"] else []
         return [e for e in self.asked["evaluators"] or default if uses_text or evaluation.is_probe(e)]
 
     def _check_runs(self) -> None:
-        """Refuse other runs in the place of ours."""
+        """Refuse folders that hold runs with other settings."""
         for name in filter(self._budgeted, self.contenders):
             for lr, seed in itertools.product(self.lrs(name), self.asked["seeds"]):
                 self.planned(name, lr, seed).check_same()
@@ -496,17 +496,17 @@ class Comparison:
         return found if same else None
 
     def _saved_budgets(self) -> dict[str, dict[str, Any]]:
-        """Return what an earlier call found to fit into the same minutes: a resumed comparison keeps it."""
+        """Return the budgets of an earlier call with the same minutes."""
         found = self._read("comparison.json")
         if not self.asked["minutes"] or not found or found["settings"]["minutes"] != self.asked["minutes"]:
             return {}
         return dict(found.get("budgets", {}))
 
-    def _share_out_minutes(self) -> None:
-        """Give every recipe the pairs that fit into its minutes, unless an earlier call has.
+    def _set_budgets(self) -> None:
+        """Compute the pairs that fit into the minutes, for recipes without a budget from an earlier call.
 
-        A recipe added later gets what it would have got then: its step time relative to the baseline's, which are timed
-        in turns, at the baseline's step time of that day.
+        A recipe added later gets what it would have got then: its step time relative to the baseline's, at the
+        baseline's first measured step time.
         """
         if not self.asked["minutes"]:
             return
@@ -522,7 +522,7 @@ class Comparison:
     # processes
 
     def _train(self, runs: Sequence[PlannedRun]) -> None:
-        """Bring runs to their end, a few at a time; those that fail do not keep the others from theirs."""
+        """Finish runs, a few at a time; a failed run does not stop the others."""
         waiting = [run for run in runs if not run.complete]
         working: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
         processes: list[Any] = []
@@ -553,7 +553,7 @@ class Comparison:
     def _start(self, name: str, target: Callable[..., None], *arguments: Any, slot: int = 0) -> Any:
         """Start a process whose output goes to a log; it shares threads and GPUs with others.
 
-        Ctrl-C reaches all processes of a terminal: they leave it to this one, which stops them.
+        It ignores Ctrl-C, which reaches all processes of a terminal: this one stops it.
         """
         gpus = _gpus(self.settings.get("device", "auto"))
         environment = {"OMP_NUM_THREADS": str(self.threads)}
@@ -576,7 +576,7 @@ class Comparison:
         return process
 
     def _left(self) -> str:
-        """Return how many runs are over, and the time of the steps that are left, at their measured time."""
+        """Return how many runs are over, and how long the remaining steps take at their measured time."""
         seconds = (self.timing or {}).get("step_seconds", {})
         others = len(self.asked["seeds"]) - 1
         number, over, left = 0, 0, 0.0
@@ -703,7 +703,7 @@ def _step(trainer: Trainer, stage: Stage, batches: Iterator[Any]) -> Callable[[]
 
 @contextmanager
 def _ended(processes: Sequence[Any]) -> Iterator[None]:
-    """Leave no process behind: at the end of this context, those that still run are stopped and waited for."""
+    """At the end of this context, stop the processes that still run, and wait for them."""
     try:
         yield
     finally:
@@ -714,7 +714,7 @@ def _ended(processes: Sequence[Any]) -> Iterator[None]:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Return nested objects as one, with dotted keys."""
+    """Return nested objects flattened, with dotted keys."""
     if not isinstance(value, dict):
         return {path: value}
     return {key: leaf for name, item in value.items()
