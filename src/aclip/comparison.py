@@ -278,7 +278,8 @@ class Comparison:
         if not one.plan.uses_text:  # probes choose among its learning rates
             in_training, later, specs = [], [*later, *self.chooser], [*specs, *self.choose_on]
         return PlannedRun(config, len(self.source), frozenset((held, "retrieval") for held in in_training),
-                          frozenset(itertools.product(later, self._evaluators(one.plan.uses_text))), tuple(dict.fromkeys(specs)))
+                          frozenset(itertools.product(later, self._evaluators(one.plan.uses_text))),
+                          tuple(dict.fromkeys(specs)))
 
     def first_runs(self) -> list[PlannedRun]:
         """Return the runs of the first seed, at every learning rate."""
