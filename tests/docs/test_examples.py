@@ -164,7 +164,8 @@ def test_extensions_train_in_a_thread_with_loader_workers(
     def train() -> None:
         try:
             runs.append(aclip.train(recipe=recipe, model="vit-micro", data=str(images), output=str(tmp_path / "run"),
-                                    epochs=2, batch_size=8, precision="fp32", workers=2, log_every=1))
+                                    epochs=2, batch_size=8, precision="fp32", device="cpu", workers=2,
+                                    log_every=1))
         except Exception as error:  # a thread loses what it raises
             errors.append(error)
 
