@@ -10,13 +10,13 @@ import torch
 
 import aclip
 from aclip.objectives import Objective
-from aclip.structs import StepContext
+from aclip.structs import StepContext, TowerShape
 
 
 class VarianceObjective(Objective):
     """Pushes the standard deviation of every feature over the batch above `target`."""
 
-    def __init__(self, reads, shape, target: float = 1.0) -> None:  # noqa: ANN001
+    def __init__(self, reads: dict[str, aclip.Pass], shape: TowerShape, target: float = 1.0) -> None:
         super().__init__(reads, shape)
         self.target = target
 

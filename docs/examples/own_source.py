@@ -18,13 +18,14 @@ class Squares(Source):
     """Squares of one colour, `count` of them."""
 
     def __init__(self, count: str) -> None:
-        self.count = int(count or 64)
+        self.count = int(count)
+        self.spec = f"squares:{count}"
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, index: int) -> RawSample:
-        """Return the encoded image and the captions of a sample."""
+        """Return the image file's bytes and the captions of a sample."""
         file = io.BytesIO()
         Image.new("RGB", (64, 64), COLOURS[index % len(COLOURS)]).save(file, "PNG")
         return RawSample(self.name(index), file.getvalue(), self.captions(index))

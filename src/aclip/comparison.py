@@ -12,9 +12,11 @@ The same call continues an interrupted comparison; finished runs are kept, and r
 
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -30,12 +32,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from aclip import data, dist, evaluation, models
 from aclip.bench import summary, time_in_turns
-from aclip.config import CHANGEABLE, Recipe, RunConfig, from_dict, override, to_dict
+from aclip.config import CHANGEABLE, Recipe, RunConfig, override, to_dict
 from aclip.devices import choose_device, usable_cores
 from aclip.errors import AclipError, BadSampleError, ConfigError, TrainingError
 from aclip.logs import show_log
@@ -113,8 +114,9 @@ def compare(
         TrainingError: some runs failed; the others are finished, and in the tables.
         Interrupted: on SIGINT or SIGTERM, after the runs in progress have saved themselves.
     """
-    asked = {"recipes": list(recipes), "epochs": epochs, "samples": samples, "minutes": minutes, "seeds": list(seeds),
-             "lr": list(lr) or None, "choose_on": choose_on, "evaluators": list(evaluators) or None, "probe": probe,
+    asked = {"recipes": _several(recipes), "epochs": epochs, "samples": samples, "minutes": minutes,
+             "seeds": list(seeds), "lr": list(lr) or None, "choose_on": choose_on,
+             "evaluators": _several(evaluators) or None, "probe": probe,
              "evaluate_on": _several(evaluate_on) or None, "jobs": jobs, "timing_rounds": timing_rounds}
     comparison = Comparison(asked, _several(data), _several(validation), Path(output), dict(changes or {}), settings)
     if dry_run:
@@ -157,17 +159,33 @@ class Contender:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: its configuration, its length, and (set name, evaluator) pairs measured in and after training."""
+    """One run: its configuration, (set name, evaluator) pairs measured in and after training, and the latter's sets."""
 
     config: RunConfig
-    total_steps: int
+    num_pairs: int
     in_training: frozenset[tuple[str, str]]
     afterwards: frozenset[tuple[str, str]]
+    later: tuple[str, ...]
 
     @property
     def folder(self) -> RunFolder:
         """The run's folder."""
         return RunFolder(Path(self.config.output))
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.path.name
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Its length."""
+        return Timetable.of(self.config, self.num_pairs).total_steps
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, as far as they are journalled."""
+        return int(self.folder.last("metrics").get("step", 0))
 
     def missing(self, wanted: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
         """Return what the finished model was not measured with yet."""
@@ -188,7 +206,9 @@ class PlannedRun:
         """Refuse another run in the folder of this one."""
         if not self.folder.exists():
             return
-        found, wanted = (_flat(to_dict(c)) for c in (self.folder.config(), self.config))
+        wanted = _flat(to_dict(self.config) | {"num_pairs": self.num_pairs})
+        found = _flat(to_dict(self.folder.config()) | {
+            "num_pairs": self.folder.read_json("config.json").get("num_pairs")})
         other = [f"{key} is {found.get(key)} there and {wanted.get(key)} here" for key in {**wanted, **found}
                  if key.split(".")[0] not in IRRELEVANT and found.get(key) != wanted.get(key)]
         if other:
@@ -197,29 +217,31 @@ class PlannedRun:
 
 
 class Comparison:
-    """What was asked for, resolved and checked before anything runs."""
+    """What was asked for, resolved and checked before anything runs.
+
+    Attributes:
+        asked: arguments of `compare`, as they are written to `comparison.json`.
+        budgets: recipe -> pairs that fit into its minutes. timing: `timing.json`, once there is one.
+        errors: names of runs -> why they failed.
+    """
 
     def __init__(
         self, asked: dict[str, Any], sources: list[str], validation: list[str], folder: Path, changes: dict[str, Any],
         settings: dict[str, Any],
     ) -> None:
         self.asked, self.sources, self.validation, self.folder = asked, sources, validation, RunFolder(folder)
-        self.changes, self.settings = changes, settings
+        self.changes, self.settings = changes, {k: v for k, v in settings.items() if v is not None}
         self.console = Console(highlight=False)
+        self.errors: dict[str, str] = {}
         self._check_options()
-        self.device = choose_device(settings.get("device") or "auto")
+        self.device = choose_device(self.settings.get("device", "auto"))
+        self.threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "0") or usable_cores()) // asked["jobs"])
         self.source = data.open_training(sources)
-        chooser = [asked["choose_on"]] if asked["choose_on"] else []
-        self.sets = [held.name for held in evaluation.open_sets(validation)]
-        self.chooser = [held.name for held in evaluation.open_sets(chooser)]
+        self.choose_on = [asked["choose_on"]] if asked["choose_on"] else []
         self.later = asked["evaluate_on"] or validation
-        self.later_sets = [held.name for held in evaluation.open_sets(self.later)]
-        if asked["probe"]:
-            evaluation.open_sets([asked["probe"]])
+        self._open_sets()
         self.contenders = {name: self._contender(name) for name in asked["recipes"]}
         self.baseline = self.contenders.get(BASELINE) or self._contender(BASELINE, plain=True)
-        self.threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "0") or usable_cores()) // asked["jobs"])
-        self.errors: dict[str, str] = {}
         self.timing = self._saved_timing()
         self.budgets = self._saved_budgets()
         self._check_runs()
@@ -230,14 +252,10 @@ class Comparison:
             self.write()
             if self.timing is None:
                 self._time_steps()
-            self._share_out_minutes()
+            self._set_budgets()
             self._check_runs()
-            first, *others = self.asked["seeds"]
-            with _Progress(self.console) as progress:
-                names = self.contenders
-                self._train([self.planned(n, lr, first) for n in names for lr in self.lrs(n)], progress, len(others))
-                self._train([self.planned(n, lr, seed) for seed in others for n in names
-                             if (lr := self.chosen_lr(n)) is not None], progress)
+            self._train(self.first_runs())
+            self._train(self.other_runs())
             self.write()
             page = write_comparison(self.folder.path)
             self.console.print(summary_table(self.folder.path))
@@ -249,74 +267,91 @@ class Comparison:
         return self.records()
 
     def planned(self, name: str, lr: float, seed: int) -> PlannedRun:
-        """Return one run of a recipe."""
-        config = self.contenders[name].config
-        recipe = replace(config.recipe, optimization=replace(config.recipe.optimization, lr=lr))
+        """Return the run of a recipe, learning rate and seed."""
+        one = self.contenders[name]
+        recipe = replace(one.config.recipe, optimization=replace(one.config.recipe.optimization, lr=lr))
         samples = self.budgets[name]["samples"] if self.asked["minutes"] else self.asked["samples"]
-        validation = [*self.validation, *([self.asked["choose_on"]] if self.asked["choose_on"] else [])]
-        config = replace(config, recipe=recipe, seed=seed, samples=samples, validation=tuple(validation),
-                         epochs=self.asked["epochs"] or config.epochs,
+        config = replace(one.config, recipe=recipe, seed=seed, samples=samples,
+                         validation=(*self.validation, *self.choose_on),
+                         epochs=self.asked["epochs"] or one.config.epochs,
                          output=str(self.folder.path / "runs" / f"{name}-lr{lr!r}-s{seed}"))
-        uses_text = self.contenders[name].plan.uses_text
-        sets = [*self.sets, *self.chooser] if uses_text else []
-        return PlannedRun(config, Timetable.of(config, len(self.source)).total_steps,
-                          frozenset((held, "retrieval") for held in sets),
-                          frozenset(itertools.product(self.later_sets, self._evaluators(name))))
+        in_training, later, specs = [*self.sets, *self.chooser], self.later_sets, self.later
+        if not one.plan.uses_text:  # probes choose among its learning rates
+            in_training, later, specs = [], [*later, *self.chooser], [*specs, *self.choose_on]
+        return PlannedRun(config, len(self.source), frozenset((held, "retrieval") for held in in_training),
+                          frozenset(itertools.product(later, self._evaluators(one.plan.uses_text))),
+                          tuple(dict.fromkeys(specs)))
+
+    def first_runs(self) -> list[PlannedRun]:
+        """Return the runs of the first seed, at every learning rate."""
+        return [self.planned(name, lr, self.asked["seeds"][0]) for name in self.contenders for lr in self.lrs(name)]
+
+    def other_runs(self) -> list[PlannedRun]:
+        """Return the runs of the other seeds, of recipes whose learning rate is chosen."""
+        return [self.planned(name, choice["lr"], seed) for seed in self.asked["seeds"][1:] for name in self.contenders
+                if (choice := self.choice(name)) is not None]
 
     def lrs(self, name: str) -> list[float]:
         """Return the learning rates that a recipe tries."""
         return self.asked["lr"] or [self.contenders[name].config.recipe.optimization.lr]
 
-    def chosen_lr(self, name: str) -> float | None:
-        """Return a recipe's best learning rate with the first seed; None before all were tried, or if none worked."""
-        found = self._choice(name)
-        return None if found is None else float(found["lr"])
+    def choice(self, name: str) -> dict[str, Any] | None:
+        """Return the learning rate of a recipe, and what chose it; None before all were tried, or if none worked."""
+        lrs = self.lrs(name)
+        if len(lrs) == 1:
+            return {"lr": lrs[0]}
+        runs = {lr: self.planned(name, lr, self.asked["seeds"][0]) for lr in lrs}
+        if not all(run.complete or run.name in self.errors for run in runs.values()):
+            return None
+        results = {lr: found for lr, run in runs.items() if run.trained
+                   and (found := primary(outcome(run.folder.path), self.chooser)) is not None}
+        if not results:
+            return None
+        best = max(results, key=lambda lr: results[lr][1])
+        (held, evaluator, metric), value = results[best]
+        return {"lr": best, "set": held, "evaluator": evaluator, "metric": metric, "value": value}
 
     def records(self) -> list[dict[str, Any]]:
         """Return a record of every run planned so far."""
-        if self.asked["minutes"] and not self.budgets.keys() >= self.contenders.keys():
+        if not self._budgeted():
             return []
-        first, *others = self.asked["seeds"]
-        runs = [(name, lr, first) for name in self.contenders for lr in self.lrs(name)]
-        runs += [(name, lr, seed) for seed in others for name in self.contenders
-                 if (lr := self.chosen_lr(name)) is not None]
+        choices = {name: self.choice(name) for name in self.contenders}
         found = []
-        for name, lr, seed in runs:
-            run = self.planned(name, lr, seed)
-            record = {"name": run.folder.path.name, "recipe": name, "lr": lr, "seed": seed,
-                      "counts": lr == self.chosen_lr(name), "error": self.errors.get(run.folder.path.name),
+        for run in [*self.first_runs(), *self.other_runs()]:
+            name, lr = run.config.recipe.name, run.config.recipe.optimization.lr
+            chosen = choices[name]
+            record = {"name": run.name, "recipe": name, "lr": lr, "seed": run.config.seed,
+                      "counts": chosen is not None and lr == chosen["lr"], "error": self.errors.get(run.name),
                       "total_steps": run.total_steps, "finished": run.trained, "complete": run.complete}
             if run.trained:
                 results = outcome(run.folder.path)
-                kept = {*run.in_training, *run.afterwards}  # what else was measured by hand is not part of it
-                for part in ("metrics", "chance"):
-                    by_set = {held: {e: values for e, values in by.items() if (held, e) in kept}
-                              for held, by in results[part].items() if held not in self.chooser}
-                    results[part] = {held: by for held, by in by_set.items() if by}
-                record |= results
+                planned = {*run.in_training, *run.afterwards}  # what else was measured by hand is not part of it
+                record |= results | {part: {held: {e: values for e, values in by.items() if (held, e) in planned}
+                                            for held, by in results[part].items()} for part in ("metrics", "chance")}
             found.append(record)
         return found
 
     def write(self) -> None:
         """Write everything known so far to `comparison.json`."""
-        one = self.baseline.config
+        one, program = self.baseline.config, Path(sys.argv[0]).name
+        choices = {name: self.choice(name) for name in self.contenders} if self._budgeted() else {}
         self.folder.write_json("comparison.json", {
-            "command": shlex.join(["aclip", *sys.argv[1:]]), "settings": self.asked, "baseline": BASELINE,
-            "model": one.model, "data": self.sources, "num_pairs": len(self.source),
-            "sets": list(dict.fromkeys([*self.sets, *self.later_sets])), "batch_size": one.batch_size,
-            "precision": one.precision, "device": str(self.device), "threads": self.threads,
-            "text_tokens": self.text_tokens, "recipes": {name: self._arithmetic(name) for name in self.contenders},
-            "budgets": self.budgets, "timing": self.timing,
-            "chosen_lr": {n: found for n in self.contenders if (found := self._choice(n)) is not None},
+            "command": shlex.join(["aclip" if program == "__main__.py" else program, *sys.argv[1:]]),
+            "settings": self.asked, "baseline": BASELINE, "model": one.model, "data": self.sources,
+            "num_pairs": len(self.source), "sets": list(dict.fromkeys([*self.sets, *self.later_sets])),
+            "batch_size": one.batch_size, "precision": one.precision, "device": str(self.device),
+            "threads": self.threads, "text_tokens": self.text_tokens,
+            "recipes": {name: self._arithmetic(name) for name in self.contenders}, "budgets": self.budgets,
+            "timing": self.timing, "chosen_lr": {name: found for name, found in choices.items() if found is not None},
             "runs": self.records()})
 
     def table(self) -> Table:
         """Return the runs and the arithmetic, as a dry run shows them."""
-        table = Table("recipe", "runs", "steps", "GMAC a pair", "of clip", "learning rates", box=None, pad_edge=False)
+        table = Table("recipe", "runs", "steps", "GMAC a pair", f"of {BASELINE}", "learning rates", box=None,
+                      pad_edge=False)
         for name in self.contenders:
             lrs, costs = self.lrs(name), self._arithmetic(name)
-            known = not self.asked["minutes"] or name in self.budgets
-            steps = f"{self.planned(name, lrs[0], 0).total_steps:,}" if known else "by time"
+            steps = f"{self.planned(name, lrs[0], 0).total_steps:,}" if self._budgeted(name) else "by time"
             table.add_row(f"[bold]{name}", str(len(lrs) + len(self.asked["seeds"]) - 1), steps,
                           f"{costs['macs'] / 1e9:.3g}", f"{costs['relative_cost']:.2f}", ", ".join(map(str, lrs)))
         return table
@@ -336,15 +371,18 @@ class Comparison:
         tokens = tokenizer(captions or [""])
         return fmean(models.cut_after_eot(batch).shape[1] for batch in tokens.split(config.batch_size or len(tokens)))
 
+    # checks
+
     def _check_options(self) -> None:
         asked = self.asked
         if dist.launched() or "RANK" in os.environ:
             raise ConfigError("aclip compare starts its own processes: run it without torchrun, with --jobs for more "
                               "runs at a time")
+        for one, several in (("recipe", "recipes"), ("seed", "seeds")):
+            if one in self.settings:
+                raise ConfigError(f"a comparison takes {several}, not {one}")
         if sum(asked[name] is not None for name in ("epochs", "samples", "minutes")) != 1:
             raise ConfigError("a comparison needs one budget for all recipes: --epochs, --samples or --minutes")
-        for name in asked["evaluators"] or ():
-            evaluation.find_evaluator(name)
         probes = {name for name in asked["evaluators"] or () if evaluation.is_probe(name)}
         if probes and not asked["probe"]:
             raise ConfigError(f"{' and '.join(sorted(probes))} need --probe, labelled images to learn from")
@@ -358,11 +396,28 @@ class Comparison:
         for option in ("jobs", "timing_rounds", "minutes"):
             if asked[option] is not None and not asked[option] > 0:
                 raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {asked[option]}")
-        before = self._read("comparison.json").get("settings", {})
-        for option in ("probe", "evaluate_on", "choose_on"):  # other images would be averaged into one column
+        before = self._read("comparison.json").get("settings", {}) if (self.folder.path / "runs").exists() else {}
+        for option in ("minutes", "probe", "evaluate_on", "choose_on"):  # what no run's own configuration holds
             if before.get(option) is not None and before[option] != asked[option]:
                 raise ConfigError(f"{self.folder.path} holds a comparison with another --{option.replace('_', '-')}: "
                                   "give the same to continue it, or choose another --output")
+
+    def _open_sets(self) -> None:
+        """Find the names of all sets; one name is one set."""
+        specs: dict[str, str] = {}
+
+        def names(of: list[str]) -> list[str]:
+            found = [held.name for held in evaluation.open_sets(of)]
+            for name, spec in zip(found, of, strict=True):
+                if specs.setdefault(name, spec) != spec:
+                    raise ConfigError(f"two sets are called '{name}', {specs[name]} and {spec}: name them apart, as in "
+                                      "NAME=SOURCE")
+            return found
+
+        self.sets, self.chooser, self.later_sets = names(self.validation), names(self.choose_on), names(self.later)
+        evaluation.check_sets(evaluation.open_sets([*self.validation, *self.choose_on]))
+        if self.asked["probe"]:
+            evaluation.open_sets([self.asked["probe"]])
 
     def _contender(self, name: str, *, plain: bool = False) -> Contender:
         """Return a recipe with the settings of every run, as far as they concern it.
@@ -371,61 +426,45 @@ class Comparison:
             name: of the recipe.
             plain: without changes to the recipe, which are not meant for a baseline that was not asked for.
         """
-        recipe: Recipe = find_recipe(name)
-        settings = {k: v for k, v in self.settings.items() if v is not None}
-        changes = {} if plain else self.changes
-        if all(p.masking == "none" for p in recipe.passes.values()):
+        recipe: Recipe = replace(find_recipe(name), name=name)
+        settings = dict(self.settings)
+        if not _masks(recipe) and (plain or any(map(_masks, map(find_recipe, self.asked["recipes"])))):
             settings.pop("mask_ratio", None)
         if trains_only_masked(recipe):
             settings.pop("unmasked_tuning", None)
             settings.pop("unmasked_lr", None)
         try:
             config = override(configure(**{**settings, "recipe": recipe, "data": tuple(self.sources),
-                                           "output": str(self.folder.path)}), changes)
+                                           "output": str(self.folder.path)}), {} if plain else self.changes)
             config = resolve_defaults(config, len(self.source), self.device)
             plan = resolve(config.recipe, models.shape_of(models.model_config(
                 config.model, image_size=config.image_size)))
+            if not (plan.uses_text or plain or len(self.asked["lr"] or "1") == 1 or self._evaluators(False)):
+                raise ConfigError("it has no text, so choosing among learning rates needs --probe, labelled images")
             return Contender(config, plan, _stages(config, plan, len(self.source)))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
 
-    def _evaluators(self, name: str) -> tuple[str, ...]:
-        """Return those that follow training; a recipe without text has the probes alone."""
-        default: tuple[str, ...] = ("linear_probe", "knn") if self.asked["probe"] else ()
-        default = default or (("retrieval",) if self.asked["evaluate_on"] else ())
-        has_text = self.contenders[name].plan.uses_text
-        return tuple(e for e in self.asked["evaluators"] or default if has_text or evaluation.is_probe(e))
+    def _evaluators(self, uses_text: bool) -> list[str]:
+        """Return the evaluators of finished models; without text only probes."""
+        default = ["linear_probe", "knn"] if self.asked["probe"] else ["retrieval"] if self.asked["evaluate_on"] else []
+        return [e for e in self.asked["evaluators"] or default if uses_text or evaluation.is_probe(e)]
 
     def _check_runs(self) -> None:
-        """Refuse other runs in the place of ours."""
-        for name in self.contenders:
-            if not self.asked["minutes"] or name in self.budgets:
-                for lr, seed in itertools.product(self.lrs(name), self.asked["seeds"]):
-                    self.planned(name, lr, seed).check_same()
+        """Refuse folders that hold runs with other settings."""
+        for name in filter(self._budgeted, self.contenders):
+            for lr, seed in itertools.product(self.lrs(name), self.asked["seeds"]):
+                self.planned(name, lr, seed).check_same()
+
+    def _budgeted(self, name: str | None = None) -> bool:
+        """Return whether the length of a recipe's runs, or of all, is known."""
+        return not self.asked["minutes"] or ({name} if name else self.contenders.keys()) <= self.budgets.keys()
 
     def _arithmetic(self, name: str) -> dict[str, Any]:
         one = self.contenders[name]
         macs = one.macs(self.text_tokens)
         return {"title": one.config.recipe.title, "paper": one.config.recipe.paper, "uses_text": one.plan.uses_text,
                 "macs": macs, "relative_cost": macs / self.baseline.macs(self.text_tokens)}
-
-    def _choice(self, name: str) -> dict[str, Any] | None:
-        """Return the learning rate of a recipe with what chose it, once all were tried with the first seed."""
-        lrs = self.lrs(name)
-        if len(lrs) == 1:
-            return {"lr": lrs[0]}
-        if self.asked["minutes"] and name not in self.budgets:
-            return None
-        runs = {lr: self.planned(name, lr, self.asked["seeds"][0]) for lr in lrs}
-        if not all(run.trained or run.folder.path.name in self.errors for run in runs.values()):
-            return None
-        results = {lr: found for lr, run in runs.items() if run.trained
-                   and (found := primary(outcome(run.folder.path), [*self.chooser, *self.later_sets])) is not None}
-        if not results:
-            return None
-        best = max(results, key=lambda lr: results[lr][1])
-        (held, evaluator, metric), value = results[best]
-        return {"lr": best, "set": held, "evaluator": evaluator, "metric": metric, "value": value}
 
     # timing and budgets
 
@@ -435,12 +474,15 @@ class Comparison:
     def _time_steps(self) -> None:
         """Time the steps of all recipes in turns, in one process."""
         self.console.print("timing the steps of all recipes in turns ...")
-        configs = {name: to_dict(config) for name, config in self._timed().items()}
-        process = self._start("timing", _time, (str(self.folder.path), configs, self.asked["timing_rounds"],
-                                                len(self.source)))
-        process.join()
+        process = self._start(
+            "timing", _time, self.folder, self._timed(), self.asked["timing_rounds"], len(self.source))
+        with StopRequest() as stop, _ended([process]):
+            while process.is_alive() and not stop.requested:
+                process.join(0.2)
+        if stop.requested:
+            raise Interrupted("stopped before any run; the same command starts the comparison again")
         if process.exitcode:
-            error = _last_line(self.folder.path / "logs" / "timing.log")
+            error = self._last_line("timing")
             if self.asked["minutes"]:
                 raise TrainingError(f"the steps could not be timed: {error}")
             self.console.print(f"the steps could not be timed ({error}): the table will have no times", markup=False)
@@ -456,17 +498,17 @@ class Comparison:
         return found if same else None
 
     def _saved_budgets(self) -> dict[str, dict[str, Any]]:
-        """Return what an earlier call found to fit into the same minutes: a resumed comparison keeps it."""
+        """Return the budgets of an earlier call with the same minutes."""
         found = self._read("comparison.json")
         if not self.asked["minutes"] or not found or found["settings"]["minutes"] != self.asked["minutes"]:
             return {}
         return dict(found.get("budgets", {}))
 
-    def _share_out_minutes(self) -> None:
-        """Give every recipe the pairs that fit into its minutes, unless an earlier call has.
+    def _set_budgets(self) -> None:
+        """Compute the pairs that fit into the minutes, for recipes without a budget from an earlier call.
 
-        A recipe added later gets what it would have got then: its step time relative to the baseline's, which are timed
-        in turns, at the baseline's step time of that day.
+        A recipe added later gets what it would have got then: its step time relative to the baseline's, at the
+        baseline's first measured step time.
         """
         if not self.asked["minutes"]:
             return
@@ -481,77 +523,93 @@ class Comparison:
 
     # processes
 
-    def _train(self, runs: Sequence[PlannedRun], progress: "_Progress", more_seeds: int = 0) -> None:
-        """Bring runs to their end, a few at a time; those that fail do not keep the others from theirs."""
-        seconds = (self.timing or {}).get("step_seconds", {})
-        progress.expect([(run, seconds.get(run.config.recipe.name, 1.0)) for run in runs], more_seeds)
+    def _train(self, runs: Sequence[PlannedRun]) -> None:
+        """Finish runs, a few at a time; a failed run does not stop the others."""
         waiting = [run for run in runs if not run.complete]
         working: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
-        stopped = False
-        with StopRequest() as stop:
-            while working or (waiting and not stop.requested):
-                while waiting and len(working) < self.asked["jobs"] and not stop.requested:
-                    slot = next(i for i in range(self.asked["jobs"]) if i not in working)
-                    run = waiting.pop(0)
-                    work = (to_dict(run.config), self._measurements(run))
-                    working[slot] = run, self._start(run.folder.path.name, _work, work, slot)
-                progress.show([run for run, _ in working.values()])
+        processes: list[Any] = []
+        with StopRequest() as stop, self.console.status("starting") as status, _ended(processes):
+            while (waiting or working) and not stop.requested:
+                for slot in range(self.asked["jobs"]):
+                    if waiting and slot not in working:
+                        run = waiting.pop(0)
+                        processes.append(self._start(run.name, _work, run, self.asked["probe"], slot=slot))
+                        working[slot] = run, processes[-1]
                 time.sleep(0.2)
-                if stop.requested and not stopped:
-                    stopped = True
-                    for _, process in working.values():
-                        process.terminate()
-                    self.console.print("stopping: runs in progress save a checkpoint after the current step")
+                status.update(", ".join(f"{run.name} {run.steps:,}/{run.total_steps:,}" for run, _ in working.values()))
                 for slot, (run, process) in list(working.items()):
-                    if process.is_alive():
-                        continue
-                    del working[slot]
-                    name = run.folder.path.name
-                    if process.exitcode and not stopped:
-                        line = _last_line(self.folder.path / "logs" / f"{name}.log").removeprefix("aclip: ")
-                        self.errors[name] = f"{line or 'no output'} (exit code {process.exitcode})"
-                    if not stopped:
+                    if not process.is_alive() and not stop.requested:
+                        del working[slot]
+                        if not run.complete:
+                            self.errors[run.name] = f"{self._last_line(run.name)} (exit code {process.exitcode})"
+                        error = self.errors.get(run.name)
                         self.write()
-                        progress.ended(run, self.errors.get(name))
-        if stopped:
+                        self.console.print(f"{run.name} " + (f"failed: {error}" if error else "is done")
+                                           + f"; {self._left()}", markup=False, soft_wrap=True)
+            if stop.requested:
+                self.console.print("stopping: runs in progress save a checkpoint after the current step")
+        if stop.requested:
+            self.write()
             raise Interrupted("stopped, the runs have saved themselves; the same command continues the comparison")
 
-    def _measurements(self, run: PlannedRun) -> list[dict[str, Any]]:
-        """Return calls of `aclip.evaluate` that follow a run."""
-        probe = self.asked["probe"]
-        calls = []
-        for wanted, specs in ((run.in_training, list(run.config.validation)), (run.afterwards, self.later)):
-            names = tuple(dict.fromkeys(evaluator for _, evaluator in sorted(wanted)))
-            if names:
-                train_on = probe if any(map(evaluation.is_probe, names)) else None
-                calls.append({"wanted": sorted(wanted), "total_steps": run.total_steps, "call": {
-                    "data": tuple(specs), "evaluators": names, "train": train_on, "device": run.config.device,
-                    "workers": run.config.workers}})
-        return calls
+    def _start(self, name: str, target: Callable[..., None], *arguments: Any, slot: int = 0) -> Any:
+        """Start a process whose output goes to a log; it shares threads and GPUs with others.
 
-    def _start(self, name: str, target: Callable[..., None], arguments: tuple[Any, ...], slot: int = 0) -> Any:
-        """Start a process whose output goes to a log; it shares threads and GPUs with others."""
-        gpus = _gpus(self.settings.get("device") or "auto")
-        surroundings = {"OMP_NUM_THREADS": str(self.threads)}
+        It ignores Ctrl-C, which reaches all processes of a terminal: this one stops it.
+        """
+        gpus = _gpus(self.settings.get("device", "auto"))
+        environment = {"OMP_NUM_THREADS": str(self.threads)}
         if gpus:
-            surroundings["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        log = self.folder.path / "logs" / f"{name}.log"
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        log = self._log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
-        before = {key: os.environ.get(key) for key in surroundings}
-        os.environ.update(surroundings)
+        before = {key: os.environ.get(key) for key in environment}
+        in_main = threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+        os.environ.update(environment)
         try:
-            process = multiprocessing.get_context("spawn").Process(
-                target=_in_process, args=(str(log), os.getpid(), target, arguments))
+            process = multiprocessing.get_context("spawn").Process(target=_in_process, args=(log, target, arguments))
             process.start()
         finally:
             for key, value in before.items():
                 os.environ.pop(key) if value is None else os.environ.update({key: value})
+            if in_main:
+                signal.signal(signal.SIGINT, handler)
         return process
+
+    def _left(self) -> str:
+        """Return how many runs are over, and how long the remaining steps take at their measured time."""
+        seconds = (self.timing or {}).get("step_seconds", {})
+        others = len(self.asked["seeds"]) - 1
+        number, over, left = 0, 0, 0.0
+        for name in self.contenders:
+            count = len(self.lrs(name)) + others
+            number += count
+            left += count * seconds.get(name, 0.0) * self.planned(name, self.lrs(name)[0], 0).total_steps
+        for run in [*self.first_runs(), *self.other_runs()]:
+            ended = run.complete or run.name in self.errors
+            over += ended
+            left -= seconds.get(run.config.recipe.name, 0.0) * (run.total_steps if ended else run.steps)
+        time_left = f", {timedelta(seconds=round(left / self.asked['jobs']))} of steps left" if left > 0 else ""
+        return f"{over} of {number} runs are over{time_left}"
+
+    def _log(self, name: str) -> Path:
+        return self.folder.path / "logs" / f"{name}.log"
+
+    def _last_line(self, name: str) -> str:
+        path = self._log(name)
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+        return last.removeprefix("aclip: ")
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder.path / name
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return found
+
+
+def _masks(recipe: Recipe) -> bool:
+    return any(p.masking != "none" for p in recipe.passes.values())
 
 
 def _stages(config: RunConfig, plan: Plan, num_pairs: int) -> tuple[Stage, ...]:
@@ -568,13 +626,16 @@ def _stages(config: RunConfig, plan: Plan, num_pairs: int) -> tuple[Stage, ...]:
 # what runs in processes of their own
 
 
-def _in_process(log: str, parent: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _in_process(log: Path, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """Run `target` with its output in a log, and stop when the parent is gone."""
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    _lock(descriptor)  # a process that a killed comparison left behind may still be saving the same run
+    os.ftruncate(descriptor, 0)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    show_log(debug=False)
-    threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    logging.basicConfig(format="aclip: %(message)s")
+    logging.getLogger("aclip").setLevel(logging.INFO)
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
     try:
         target(*arguments)
     except AclipError as error:
@@ -585,36 +646,33 @@ def _in_process(log: str, parent: int, target: Callable[..., None], arguments: t
         sys.exit(130)
 
 
-def _watch_parent(parent: int) -> None:
-    import signal
-
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _stop_without_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _work(config: dict[str, Any], measurements: Sequence[Mapping[str, Any]]) -> None:
+def _work(run: PlannedRun, probe: str | None) -> None:
     """Train a run to its end, and measure what is missing."""
-    settled = from_dict(RunConfig, config)
-    folder = RunFolder(Path(settled.output))
-    if not folder.final.is_dir():
-        train(settled, resume=True)
-    for one in measurements:
-        run = PlannedRun(settled, one["total_steps"], frozenset(), frozenset(map(tuple, one["wanted"])))
-        if run.missing(run.afterwards):
-            evaluation.evaluate(settled.output, **one["call"])
+    if not run.folder.final.is_dir():
+        train(run.config, resume=True)
+    for wanted, specs in ((run.in_training, run.config.validation), (run.afterwards, run.later)):
+        names = tuple(sorted({evaluator for _, evaluator in run.missing(wanted)}))
+        if names:
+            evaluation.evaluate(run.config.output, data=specs, evaluators=names, device=run.config.device,
+                                train=probe if any(map(evaluation.is_probe, names)) else None,
+                                workers=run.config.workers)
 
 
-def _time(folder: str, configs: Mapping[str, dict[str, Any]], rounds: int, num_pairs: int) -> None:
+def _time(folder: RunFolder, configs: Mapping[str, RunConfig], rounds: int, num_pairs: int) -> None:
     """Time optimizer steps of all configurations in turns, on batches that are read already; write `timing.json`."""
-    settled = {name: from_dict(RunConfig, config) for name, config in configs.items()}
-    source = data.open_training(next(iter(settled.values())).data)
-    device = choose_device(next(iter(settled.values())).device)
+    baseline = configs[BASELINE]
+    source, device = data.open_training(baseline.data), choose_device(baseline.device)
     steps: dict[str, Callable[[], object]] = {}
     stages: dict[str, tuple[Stage, ...]] = {}
-    for name, config in settled.items():
-        config = replace(config, samples=NOMINAL_STEPS * (config.batch_size or 1))
-        trainer = build_trainer(config, num_pairs, device)
+    for name, config in configs.items():
+        trainer = build_trainer(replace(config, samples=NOMINAL_STEPS * (config.batch_size or 1)), num_pairs, device)
         dataset = data.PairDataset(
             source, trainer.method.plan.pipeline, data.CaptionTokenizer(models.tokenizer_of(config.model)),
             sizes=trainer.method.plan.view_sizes, seed=config.seed)
@@ -626,9 +684,9 @@ def _time(folder: str, configs: Mapping[str, dict[str, Any]], rounds: int, num_p
     parts = {name: [{"share": s.share, "seconds": measured[s.label(name)]["median"]} for s in of_run]
              for name, of_run in stages.items()}
     average = {name: sum(part["share"] * part["seconds"] for part in of_run) for name, of_run in parts.items()}
-    RunFolder(Path(folder)).write_json("timing.json", {
-        "configs": dict(configs), "threads": torch.get_num_threads(), "device": str(device),
-        "batch_size": settled[BASELINE].batch_size, "warmup_rounds": WARMUP_ROUNDS, "rounds": rounds,
+    folder.write_json("timing.json", {
+        "configs": {name: to_dict(config) for name, config in configs.items()}, "threads": torch.get_num_threads(),
+        "device": str(device), "batch_size": baseline.batch_size, "warmup_rounds": WARMUP_ROUNDS, "rounds": rounds,
         "steps": measured, "stages": parts, "step_seconds": average,
         "relative": {name: value / average[BASELINE] for name, value in average.items()}})
 
@@ -645,71 +703,24 @@ def _step(trainer: Trainer, stage: Stage, batches: Iterator[Any]) -> Callable[[]
     return step
 
 
-class _Progress:
-    """Shows all runs of a comparison in one bar by expected seconds of steps; without a terminal, only their ends."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._bar = Progress(TextColumn("[bold]all runs"), BarColumn(bar_width=24), TextColumn("{task.fields[count]}"),
-                             TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False), console=console,
-                             disable=not console.is_terminal, speed_estimate_period=600)
-        self._task = self._bar.add_task("runs", count="", note="")
-        self._runs: dict[str, tuple[PlannedRun, float]] = {}
-        self._ended = 0
-        self._begun, self._at_start, self._looked = time.monotonic(), 0.0, 0.0
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def expect(self, runs: Sequence[tuple[PlannedRun, float]], more_seeds: int) -> None:
-        """Add runs with the seconds that one step of each takes, and as many again for each further seed."""
-        self._runs |= {run.folder.path.name: (run, seconds) for run, seconds in runs}
-        self._ended += sum(run.complete for run, _ in runs)
-        recipes = {run.config.recipe.name: run.total_steps * seconds for run, seconds in runs}
-        total = sum(run.total_steps * seconds for run, seconds in self._runs.values())
-        self._bar.update(self._task, total=total + more_seeds * sum(recipes.values()))
-        self._at_start = self._done()
-
-    def show(self, working: Sequence[PlannedRun]) -> None:
-        """Look how far the runs in progress are, at most once a second."""
-        if time.monotonic() - self._looked < 1.0:
-            return
-        self._looked = time.monotonic()
-        note = ", ".join(f"{run.folder.path.name} {_steps(run):,}/{run.total_steps:,}" for run in working)
-        self._bar.update(self._task, completed=self._done(), count=f"{self._ended}/{len(self._runs)}", note=note)
-
-    def ended(self, run: PlannedRun, error: str | None) -> None:
-        """Report the end of a run."""
-        self._ended += 1
-        rate = (self._done() - self._at_start) / max(time.monotonic() - self._begun, 1e-9)
-        left = sum(r.total_steps * seconds for r, seconds in self._runs.values()) - self._done()
-        note = f", {timedelta(seconds=round(left / rate))} left" if rate > 0 and left > 0 else ""
-        self.console.print(f"{self._ended} of {len(self._runs)} runs: {run.folder.path.name} "
-                           + (f"failed: {error}" if error else "is done") + note, markup=False, soft_wrap=True)
-
-    def _done(self) -> float:
-        return sum(_steps(run) * seconds for run, seconds in self._runs.values())
-
-
-def _steps(run: PlannedRun) -> int:
-    return int(run.folder.last("metrics").get("step", 0))
+@contextmanager
+def _ended(processes: Sequence[Any]) -> Iterator[None]:
+    """At the end of this context, stop the processes that still run, and wait for them."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Return nested objects as one, with dotted keys."""
+    """Return nested objects flattened, with dotted keys."""
     if not isinstance(value, dict):
         return {path: value}
     return {key: leaf for name, item in value.items()
             for key, leaf in _flat(item, f"{path}.{name}" if path else name).items()}
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _gpus(device: str) -> list[str]:
@@ -725,15 +736,20 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep a second comparison out of the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as file:
-            try:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # Windows
-                pass
-            except BlockingIOError as error:
-                raise ConfigError(f"another comparison is running in {folder}: wait for it, or stop it") from error
-            yield
-    except PermissionError as error:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
         raise ConfigError(f"cannot write the comparison's folder {folder}: {error.strerror}") from error
+    with file:
+        try:
+            _lock(file.fileno(), wait=False)
+        except BlockingIOError as error:
+            raise ConfigError(f"another comparison is running in {folder}: wait for it, or stop it") from error
+        yield
+
+
+def _lock(descriptor: int, *, wait: bool = True) -> None:
+    """Lock a file until it is closed, where the system can."""
+    with suppress(ImportError):  # Windows
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
