@@ -18,16 +18,17 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from aclip import models, plan
+from aclip.bench import synthetic_batch
 from aclip.config import Recipe
 from aclip.data import augment
-from aclip.engine.memory import peak_memory
-from aclip.engine.optim import build_optimizer, parameter_groups
-from aclip.engine.trial import made_batch, with_known_scores
-from aclip.engine.wrap import wrap
 from aclip.method import Method
 from aclip.models import text
+from aclip.models.loading import IMAGENET_MEAN, IMAGENET_STD
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, TowerShape
+from aclip.training.distributed import wrap
+from aclip.training.memory import peak_memory
+from aclip.training.optim import build_optimizer, parameter_groups
 
 WIDTHS = {f"ViT-B-16-of-width-{width}": width for width in (192, 384, 576)}
 """Models with ViT-B/16's tokens, depth, heads of 64 and ratio of text to image, and less width, which is 768 there."""
@@ -95,10 +96,8 @@ class Settings:
 
     def batches(self, resolved: plan.Plan, cut_text: bool) -> list[Batch]:
         """Return batches of the same captions for everybody."""
-        made = (made_batch(resolved, self.batch_size, text_tokens=self.text_tokens, cut_text=cut_text,
-                           augmented=False, seed=seed)
-                for seed in range(BATCHES))
-        return [batch.to(self.device) for batch in made]
+        return [synthetic_batch(resolved, self.batch_size, text_tokens=self.text_tokens, cut_text=cut_text,
+                                augmented=False, seed=seed).to(self.device) for seed in range(BATCHES)]
 
 
 class OpenClip:
@@ -119,7 +118,7 @@ class OpenClip:
             lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
         self.batches = settings.batches(self.plan, cut_text=False)
         self.mean, self.std = (torch.tensor(value, device=settings.device) for value in
-                               (models.sources.IMAGENET_MEAN, models.sources.IMAGENET_STD))
+                               (IMAGENET_MEAN, IMAGENET_STD))
 
     def propagate(self, batch: Batch) -> None:
         """Forward pass, loss and backward pass."""
@@ -162,7 +161,7 @@ class Ours:
             wrap(self.method, settings.device, compile_blocks=True)
         self.optimizer = build_optimizer(parameter_groups(self.method, 0.2), recipe.optimization)
         self.ema = self.method.ema()
-        self.batches = [with_known_scores(batch, self.plan) for batch in settings.batches(self.plan, cut_text)]
+        self.batches = settings.batches(self.plan, cut_text)
         self.packs = text.packs if cut_text else lambda tokens: False
 
     def propagate(self, batch: Batch) -> None:
@@ -216,7 +215,7 @@ class Ours:
                     encoded: EncodedBatch = self.method.encode_batch(batch)
                 with watch.measure("heads and losses"):
                     with self.settings.autocast():
-                        loss = self.method.judge(encoded, batch.caption_ids).loss
+                        loss = self.method.compute_loss(encoded, batch.caption_ids).loss
                     loss.backward()
                 for name in ("text", "online pass"):
                     ends = [(tensor, leaf.grad) for part, tensor, leaf in cuts

@@ -11,8 +11,9 @@ takes, weights and optimizer state included (Linux, or CUDA).
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from rich.progress import Progress
 
 from aclip.config import override
 from aclip.recipes import RECIPES
-from aclip.report.charts import nice_axis, tick_label
+from aclip.report.figures import nice_axis, tick_label
 from competitors import BATCHES, SIZES, WIDTHS, Ours, Settings, Stopwatch, peak_of, register_sizes
 from step import CLOCKS, markdown
 
@@ -49,8 +50,8 @@ class Point:
 
 def panels(settings: Settings) -> dict[str, list[Point]]:
     """Return the points of each panel."""
-    def point(method: str, x: float, one: Settings, *changes: str) -> Point:
-        return Point(method, x, lambda: Ours(one, override(RECIPES[method], list(changes)), cut_text=True))
+    def point(method: str, x: float, one: Settings, changes: Mapping[str, float] | None = None) -> Point:
+        return Point(method, x, lambda: Ours(one, override(RECIPES[method], changes or {}), cut_text=True))
 
     size = settings.batch_size
     found: dict[str, list[Point]] = {
@@ -63,9 +64,10 @@ def panels(settings: Settings) -> dict[str, list[Point]]:
                                for m in METHODS for name, n in WIDTHS.items()],
     }
     for kept in (25, 50, 75, 100):
+        ratio = {"passes.masked.mask_ratio": 1 - kept / 100}
         found["patches kept, %"] += [
-            point("a-clip-eff", kept, settings, f"passes.masked.mask_ratio={1 - kept / 100}"),
-            replace(point("flip", kept, settings, f"passes.masked.mask_ratio={1 - kept / 100}"), method="clip")]
+            point("a-clip-eff", kept, settings, ratio),
+            replace(point("flip", kept, settings, ratio), method="clip")]
     return found
 
 
@@ -84,9 +86,16 @@ def measure(points: list[Point], rounds: int, watch: Stopwatch, advance: Callabl
             advance()
     for one, competitor in zip(points, competitors, strict=True):
         one.seconds = statistics.median(one.times)
-        one.memory = peak_of(competitor, lambda c=competitor: (c.propagate(c.batches[0]), c.optimize(), c.average()))
+        one.memory = peak_of(competitor, partial(whole_step, competitor))
         lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in competitor.batches]).float()
         one.macs = competitor.settings.batch_size * competitor.plan.macs(float(lengths.mean()))
+
+
+def whole_step(competitor: Ours) -> None:
+    """Take one step."""
+    competitor.propagate(competitor.batches[0])
+    competitor.optimize()
+    competitor.average()
 
 
 def drawing(found: dict[str, list[Point]]) -> str:
