@@ -24,6 +24,7 @@ from torch.multiprocessing.spawn import spawn
 
 from aclip import dist, models, plan
 from aclip.bench import synthetic_batch
+from aclip.config import Parallel
 from aclip.method import Method
 from aclip.models.blocks import blocks_of, stacks_of
 from aclip.recipes import RECIPES
@@ -100,7 +101,7 @@ def largest(shapes: Any) -> int:
     return max(found) * 4
 
 
-def one_rank(rank: int, ranks: int, folder: str, cases: list[tuple[str, str]], batch: int) -> None:
+def one_rank(rank: int, ranks: int, folder: str, cases: list[tuple[str, Parallel]], batch: int) -> None:
     """Take each case's step, and leave what was counted."""
     torch.set_num_threads(1)
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{ranks}", rank=rank, world_size=ranks)
@@ -129,7 +130,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="processes (default: 2 4)")
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    cases = [(recipe, parallel) for recipe in asked.recipes for parallel in ("ddp", "fsdp")]
+    ways: tuple[Parallel, ...] = ("ddp", "fsdp")
+    cases = [(recipe, parallel) for recipe in asked.recipes for parallel in ways]
     table = Table("W", "recipe", "parallel", "operation", "formula, bytes", "counted, bytes", "ratio")
     for ranks in asked.ranks:
         with tempfile.TemporaryDirectory() as folder:

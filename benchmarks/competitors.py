@@ -25,7 +25,7 @@ from aclip.method import Method
 from aclip.models import text
 from aclip.models.loading import IMAGENET_MEAN, IMAGENET_STD
 from aclip.recipes import RECIPES
-from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, TowerShape
+from aclip.structs import Batch, EncodedBatch, TowerShape
 from aclip.training.distributed import wrap
 from aclip.training.memory import peak_memory
 from aclip.training.optim import build_optimizer, parameter_groups
@@ -187,30 +187,32 @@ class Ours:
         self.optimizer.zero_grad(set_to_none=True)
         cuts: list[tuple[str, Tensor, Tensor]] = []
 
-        def cut(name: str, tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or not tensor.requires_grad:
-                return tensor
-            leaf = tensor.detach().requires_grad_()
-            cuts.append((name, tensor, leaf))
-            return leaf
+        def cut(name: str, part: Any, *fields: str) -> Any:
+            """Return the part with leaves in place of its tensors that require a gradient."""
+            leaves = {}
+            for field_name in fields:
+                tensor = getattr(part, field_name)
+                if tensor is not None and tensor.requires_grad:
+                    leaves[field_name] = tensor.detach().requires_grad_()
+                    cuts.append((name, tensor, leaves[field_name]))
+            return replace(part, **leaves)
 
-        def encode_text(*arguments: Any) -> EncodedText:
+        def encode_text(*arguments: Any) -> Any:
             with watch.measure("text"), patch.object(text, "packs", self.packs):
                 out = Method.encode_text(self.method, *arguments)
-            return replace(out, features=cut("text", out.features), states=cut("text", out.states))
+            return cut("text", out, "features", "states")
 
-        def encode(p: plan.PassPlan, *arguments: Any) -> Encoded:
+        def encode(p: plan.PassPlan, *arguments: Any) -> Any:
             name = "EMA pass" if p.spec.encoder == "ema" else "online pass"
             with watch.measure(name):
                 out = Method.encode(self.method, p, *arguments)
-            return replace(out, features=cut(name, out.features), cls=cut(name, out.cls),
-                           patches=cut(name, out.patches))
+            return cut(name, out, "features", "cls", "patches")
 
-        self.method.encode_text, self.method.encode = encode_text, encode
         hooks = [hook for objective in self.method.objectives.values() for head in objective.children()
                  for hook in timing_hooks(watch, head)]
+        watched = patch.multiple(self.method, encode_text=encode_text, encode=encode)
         try:
-            with watch.measure("all"):
+            with watched, watch.measure("all"):
                 with self.settings.autocast():
                     encoded: EncodedBatch = self.method.encode_batch(batch)
                 with watch.measure("heads and losses"):
@@ -218,13 +220,12 @@ class Ours:
                         loss = self.method.compute_loss(encoded, batch.caption_ids).loss
                     loss.backward()
                 for name in ("text", "online pass"):
-                    ends = [(tensor, leaf.grad) for part, tensor, leaf in cuts
-                            if part == name and leaf.grad is not None]
-                    if ends:
+                    reached = [(tensor, leaf.grad) for part, tensor, leaf in cuts
+                               if part == name and leaf.grad is not None]
+                    if reached:
                         with watch.measure(name):
-                            torch.autograd.backward(*map(list, zip(*ends, strict=True)))
+                            torch.autograd.backward([tensor for tensor, _ in reached], [grad for _, grad in reached])
         finally:
-            del self.method.encode_text, self.method.encode
             for hook in hooks:
                 hook.remove()
 
@@ -268,7 +269,7 @@ def peak_of(competitor: OpenClip | Ours, take: Callable[[], object]) -> int:
     module = competitor.method if isinstance(competitor, Ours) else competitor.bare
     held = [*module.parameters(), *module.buffers(),
             *(t for state in competitor.optimizer.state.values() for t in state.values())]
-    return peak - before + sum(t.nbytes for t in held)
+    return peak - before + sum(int(t.nbytes) for t in held)
 
 
 def status(name: str) -> int:

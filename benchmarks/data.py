@@ -242,7 +242,7 @@ def floors(images: list[bytes]) -> dict[str, Callable[[], Batches]]:
                 crop(content, box)
             yield BATCH
 
-    return {name: lambda crop=crop: batches(crop) for name, crop in found.items()}
+    return {name: functools.partial(batches, crop) for name, crop in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------- measuring

@@ -106,9 +106,9 @@ def drawing(found: dict[str, list[Point]]) -> str:
         middle = clip[len(clip) // 2]
         scale = middle.seconds / middle.macs
         left = LEFT + column * (PANEL[0] + GAP)
-        for row, (unit, value) in enumerate({
-            "seconds": lambda p: p.seconds, "GiB": lambda p: p.memory / 2**30,
-        }.items()):
+        values: dict[str, Callable[[Point], float]] = {
+            "seconds": lambda p: p.seconds, "GiB": lambda p: p.memory / 2**30}
+        for row, (unit, value) in enumerate(values.items()):
             lines = [(METHODS[m], "", [(p.x, value(p)) for p in ordered(points, m)]) for m in METHODS]
             if unit == "seconds":
                 lines += [(METHODS[m], "4 4", [(p.x, p.macs * scale) for p in ordered(points, m)]) for m in METHODS]

@@ -10,6 +10,7 @@ the 128 px PNG of `emoji`, and CIFAR-10's own 32 px PNG.
 """
 
 import argparse
+import functools
 import io
 import itertools
 import os
@@ -100,7 +101,7 @@ def examining(specs: dict[str, str]) -> dict[str, Callable[[], float]]:
         limits = Limits("vit-tiny", (64, 64), 77)
         return bare / seconds(lambda: examine(source, limits=limits, tokenizer=tokenizer))
 
-    return {f"doctor / decoding, {name}": lambda spec=spec: ratio(spec) for name, spec in specs.items()}
+    return {f"doctor / decoding, {name}": functools.partial(ratio, spec) for name, spec in specs.items()}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
     python benchmarks/step.py          CPU: ViT-B/16's proportions at half of its width, bf16; 5 minutes on 2 idle cores
     python benchmarks/step.py --precision fp32 --text cut --batch-size 4 --rounds 4 --parts 0             2 minutes
     python benchmarks/step.py --size ViT-B-16 --batch-size 256 --device cuda --compile
+    python benchmarks/step.py --against OTHER/src --methods clip a-clip --models vit-micro vit-tiny   another checkout
 
 One process; the competitors take their steps in turns, A B C A B C ..., so that whatever else the machine does meets
 all of them; medians, and the first and third quartile. The competitor is open_clip's CLIP as its trainer runs it: its
@@ -22,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from rich.progress import Progress
 import aclip
 from aclip.config import override
 from aclip.recipes import RECIPES
+from checkouts import compare_checkouts
 from competitors import BATCHES, SIZES, OpenClip, Ours, Settings, Stopwatch, peak_of, register_sizes
 
 ASKED: dict[str, tuple[str, dict[str, float]]] = {
@@ -68,8 +71,9 @@ class Row:
         """Take one whole step."""
         one = self.competitor
         batch = one.batches[number % BATCHES]
-        for seconds, run in ((self.step, lambda: one.propagate(batch)), (self.optimizer, one.optimize),
-                             (self.ema, one.average)):
+        parts: list[tuple[list[float], Callable[[], None]]] = [
+            (self.step, partial(one.propagate, batch)), (self.optimizer, one.optimize), (self.ema, one.average)]
+        for seconds, run in parts:
             watch.wait()
             begun = watch.clock()
             run()
@@ -196,7 +200,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: seconds of all threads together, "
                         "for one thread on a machine that does other things")
+    parser.add_argument("--against", type=Path, metavar="SRC", help="compare with the package in this folder instead: "
+                        "`aclip bench step` of both checkouts on the CPU, in processes that take turns")
+    parser.add_argument("--models", nargs="+", default=["vit-micro", "vit-tiny"], help="for --against")
+    parser.add_argument("--turns", type=int, default=8, help="of --against")
     args = parser.parse_args()
+    if args.against:
+        compare_checkouts(
+            args.against, [ASKED[title][0] for title in args.methods], args.models, batch_size=args.batch_size,
+            rounds=args.rounds, turns=args.turns, precision=args.precision, clock=args.clock)
+        return
     if args.threads:
         torch.set_num_threads(args.threads)
     begun = time.perf_counter()
@@ -223,7 +236,7 @@ def main() -> None:
         rate = peak_rate(settings, rows[0].competitor.plan.shape, watch.clock)
         for row in rows:
             table = (list(row.step), list(row.optimizer), list(row.ema))
-            row.memory = peak_of(row.competitor, lambda row=row: row.take(watch, 0))
+            row.memory = peak_of(row.competitor, partial(row.take, watch, 0))
             row.step, row.optimizer, row.ema = table
             row.parts = parts_of(row, args.parts, watch.clock) if args.parts else {}
             progress.advance(task, args.parts)
