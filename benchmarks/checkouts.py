@@ -17,6 +17,7 @@ from rich.table import Table
 # Only the public command, so that older and newer versions of the package can be measured.
 CHILD = """
 import contextlib, io, json, sys, time
+import torch  # before `aclip.cli`, which sets OMP_WAIT_POLICY otherwise
 calls, clock = json.loads(sys.argv[1])
 if clock == "processor":
     time.perf_counter = time.process_time
@@ -80,7 +81,7 @@ def compare_checkouts(
     precision: str, clock: str,
 ) -> None:
     """Print the step times of this checkout relative to those of another one."""
-    names = [(model, recipe) for model in models for recipe in recipes]
+    names = [(model, recipe) for model in models for recipe in dict.fromkeys(recipes)]
     calls = [["--recipe", recipe, "--model", model, "--batch-sizes", str(batch_size), "--rounds", str(rounds),
               "--precision", precision, "--device", "cpu"] for model, recipe in names]
     contenders = (Contender("other", other), Contender("this", Path(__file__).parents[1] / "src"))

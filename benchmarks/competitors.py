@@ -33,7 +33,7 @@ from aclip.training.optim import build_optimizer, parameter_groups
 WIDTHS = {f"ViT-B-16-of-width-{width}": width for width in (192, 384, 576)}
 """Models with ViT-B/16's tokens, depth, heads of 64 and ratio of text to image, and less width, which is 768 there."""
 
-SIZES = {"half": "ViT-B-16-of-width-384", "ViT-B-16": "ViT-B-16"}
+SIZES = {"half": "ViT-B-16-of-width-384", "ViT-B-16": "ViT-B-16", "vit-micro": "vit-micro"}
 BATCHES = 4  # different ones, which all competitors read
 
 

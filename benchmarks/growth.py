@@ -27,6 +27,7 @@ from competitors import BATCHES, SIZES, WIDTHS, Ours, Settings, Stopwatch, peak_
 from step import CLOCKS, markdown
 
 METHODS = {"clip": "#0b6cb0", "a-clip-eff": "#d55e00"}
+PANELS = ("patches kept, %", "batch size", "image side, pixels", "width of the tower")
 PANEL, GAP, LEFT, TOP = (210, 150), 66, 60, 34
 
 
@@ -166,12 +167,15 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="as of step.py")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "images" / "growth.svg")
+    parser.add_argument("--size", choices=SIZES, default="half", help="of what is not varied")
+    parser.add_argument("--panels", nargs="+", choices=PANELS, default=PANELS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     register_sizes()
     device = torch.device(args.device)
-    found = panels(Settings(SIZES["half"], device, args.precision, False, args.batch_size, text_tokens=14.0))
+    settings = Settings(SIZES[args.size], device, args.precision, False, args.batch_size, text_tokens=14.0)
+    found = {title: points for title, points in panels(settings).items() if title in args.panels}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("steps", total=sum(map(len, found.values())) * (args.rounds + 1))
         for points in found.values():

@@ -39,16 +39,19 @@ def main() -> None:
     make.add_argument("--train", type=int, default=10000, help="photos to train on")
     for verb in (make, kept):
         verb.add_argument("--test", type=int, default=2000, help="photos to test on")
+        verb.add_argument("--photos", default="cifar10:{split}", help="source of 32 px photos; {split}: train or test")
         verb.add_argument("--plain", action="store_true", help="grey in place of clutter")
     add_options(kept)
     args = parser.parse_args()
     if args.verb == "kept":
-        measure(args, ((canvas, outline) for _, canvas, outline in compositions("test", args.test, args.plain)))
+        placed_photos = compositions(args.photos, "test", args.test, args.plain)
+        measure(args, ((canvas, outline) for _, canvas, outline in placed_photos))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", args.train), ("test", args.test)):
         with (args.folder / f"{split}.tar").open("wb") as file:
-            write_tar(file, (stored(raw, canvas) for raw, canvas, _ in compositions(split, count, args.plain)))
+            placed_photos = compositions(args.photos, split, count, args.plain)
+            write_tar(file, (stored(raw, canvas) for raw, canvas, _ in placed_photos))
 
 
 def stored(raw: RawSample, canvas: Image.Image) -> Sample:
@@ -59,9 +62,11 @@ def stored(raw: RawSample, canvas: Image.Image) -> Sample:
     return Sample(raw.name.rpartition("/")[2], {"png": png.getvalue(), "json": json.dumps(facts).encode()})
 
 
-def compositions(split: str, count: int, plain: bool) -> Iterator[tuple[RawSample, Image.Image, Image.Image]]:
+def compositions(
+    source_of: str, split: str, count: int, plain: bool
+) -> Iterator[tuple[RawSample, Image.Image, Image.Image]]:
     """Yield photos as the set has them, on their canvas, and where they lie on it, white on black."""
-    source = data.open_source(f"cifar10:{split}")
+    source = data.open_source(source_of.replace("{split}", split))
     raw = [source.read(number) for number in range(count)]
     photos = np.stack([np.asarray(data.decode_image(sample.image)) for sample in raw])
     for number in track(range(count), f"{split} images"):

@@ -18,6 +18,7 @@ Prints Markdown.
 """
 
 import argparse
+import math
 import platform
 import statistics
 import time
@@ -104,8 +105,8 @@ def peak_rate(settings: Settings, shape: Any, clock: Callable[[], float]) -> flo
     """Return the multiply-accumulates a second of the best of a few large matrix products."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     best = 0.0
-    for rows, inner, outer in ((197 * settings.batch_size, shape.width, shape.mlp_width), (2048, 2048, 2048),
-                               (4096, 1024, 4096)):
+    tokens = math.prod(shape.grid_size) * settings.batch_size
+    for rows, inner, outer in ((tokens, shape.width, shape.mlp_width), (2048, 2048, 2048), (4096, 1024, 4096)):
         a, b = (torch.randn(n, inner, device=settings.device, dtype=dtype) for n in (rows, outer))
         for _ in range(5):
             watch = Stopwatch(settings.device, clock)
@@ -248,12 +249,13 @@ def print_results(
 ) -> None:
     """Print both tables and what they depend on."""
     shape = rows[0].competitor.plan.shape
+    tokens = math.prod(shape.grid_size) + shape.num_prefix_tokens
     where = (torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda"
              else f"{torch.get_num_threads()} threads of {processor()}")
     lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in rows[0].competitor.batches]).float()
     longest = [int((batch.tokens.argmax(dim=1) + 1).max()) for batch in rows[0].competitor.batches]
     text = (
-        f"{settings.model} ({shape.width} and {shape.text_width} wide, {shape.layers} layers, 197 tokens), "
+        f"{settings.model} ({shape.width} and {shape.text_width} wide, {shape.layers} layers, {tokens} tokens), "
         f"{settings.precision}, batch {settings.batch_size}, {'compiled' if settings.compiled else 'eager'}, "
         f"on {where}; matrix products reach {2 * rate / 1e9:,.0f} GFLOP/s there. Captions of {lengths.mean():.1f} "
         f"tokens in the mean, the longest of each batch {', '.join(map(str, longest))}. Medians of {rounds} steps "
