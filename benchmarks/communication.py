@@ -19,27 +19,21 @@ import torch
 import torch.distributed as torch_dist
 from rich.console import Console
 from rich.table import Table
-from torch import multiprocessing, nn
+from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from aclip import dist, models, plan
-from aclip.engine.wrap import transformers_of, wrap
+from aclip.bench import synthetic_batch
+from aclip.config import Parallel
 from aclip.method import Method
+from aclip.models.blocks import blocks_of, stacks_of
 from aclip.recipes import RECIPES
-from aclip.structs import Batch, ViewBatch
+from aclip.structs import Batch
+from aclip.training.distributed import wrap
 
 MODEL = "vit-micro"
 KINDS = {"gloo:all_reduce": "all-reduce", "c10d::_allgather_base_": "all-gather",
          "c10d::_reduce_scatter_base_": "reduce-scatter"}
-
-
-def noise(method: Method, rows: int) -> Batch:
-    """Return a batch of noise without augmentation."""
-    boxes = torch.tensor([0.0, 0.0, 32.0, 32.0]).expand(rows, 4)
-    views = {name: ViewBatch(torch.randint(0, 256, (rows, 3, *size), dtype=torch.uint8), boxes,
-                             torch.zeros(rows, dtype=torch.bool)) for name, size in method.plan.view_sizes.items()}
-    tokens = torch.randint(1, 1000, (rows, 12))
-    tokens[:, -1] = method.plan.shape.vocab_size - 1
-    return Batch(views, tokens, torch.arange(rows), torch.arange(rows))
 
 
 def build(recipe: str) -> Method:
@@ -56,19 +50,19 @@ def formulas(method: Method, parallel: str, batch: int) -> Counter[str]:
     if parallel == "ddp":
         found["all-reduce"] += 4 * sum(p.numel() for p in trained)
     else:
-        blocks = [p for t in transformers_of(method) for b in t.resblocks for p in b.parameters()]
+        blocks = [p for stack in stacks_of(method) for block in blocks_of(stack) for p in block.parameters()]
         whole = sum(p.numel() for p in method.parameters() if p.ndim)
         again = sum(p.numel() for p in blocks if p.requires_grad)  # gathered again for the backward pass
         found["all-gather"] += 4 * (whole + again)
         found["reduce-scatter"] += 4 * sum(p.numel() for p in trained if p.ndim)
         found["all-reduce"] += 4 * sum(1 for p in trained if not p.ndim)
-    for objective in method.plan.recipe.objectives:
-        views = len(method.plan.passes[-1].spec.views)
-        if objective.name == "contrastive":
+    views = len(list(method.plan.passes.values())[-1].spec.views)
+    for name, objective in method.plan.recipe.objectives.items():
+        if name == "contrastive":
             features = views * 2 * 4 * batch * method.plan.shape.joint_dim
             found["all-gather"] += features + views * 8 * batch  # caption ids are int64
             found["reduce-scatter"] += features
-        if objective.name == "ntxent":
+        if name == "ntxent":
             features = 2 * 4 * batch * int(objective.options.get("out", 256))
             found["all-gather"] += features
             found["reduce-scatter"] += features
@@ -107,7 +101,7 @@ def largest(shapes: Any) -> int:
     return max(found) * 4
 
 
-def one_rank(rank: int, ranks: int, folder: str, cases: list[tuple[str, str]], batch: int) -> None:
+def one_rank(rank: int, ranks: int, folder: str, cases: list[tuple[str, Parallel]], batch: int) -> None:
     """Take each case's step, and leave what was counted."""
     torch.set_num_threads(1)
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{ranks}", rank=rank, world_size=ranks)
@@ -115,8 +109,8 @@ def one_rank(rank: int, ranks: int, folder: str, cases: list[tuple[str, str]], b
     for recipe, parallel in cases:
         method = build(recipe)
         expected = formulas(method, parallel, batch)
-        wrapped = wrap(method, torch.device("cpu"), parallel=parallel)  # type: ignore[arg-type]
-        local = noise(method, batch // dist.world_size())
+        wrapped = wrap(method, torch.device("cpu"), parallel=parallel)
+        local = synthetic_batch(method.plan, batch // dist.world_size())
 
         def step(wrapped: Any = wrapped, local: Batch = local) -> None:
             wrapped.step(local).loss.backward()
@@ -133,13 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=16, help="global (default: 16)")
     parser.add_argument("--recipes", nargs="+", default=["clip", "a-clip"], help="which (default: clip a-clip)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="processes (default: 2 4)")
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    cases = [(recipe, parallel) for recipe in asked.recipes for parallel in ("ddp", "fsdp")]
+    ways: tuple[Parallel, ...] = ("ddp", "fsdp")
+    cases = [(recipe, parallel) for recipe in asked.recipes for parallel in ways]
     table = Table("W", "recipe", "parallel", "operation", "formula, bytes", "counted, bytes", "ratio")
-    for ranks in (2, 4):
+    for ranks in asked.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(one_rank, (ranks, folder, cases, asked.batch_size), nprocs=ranks)
+            spawn(one_rank, (ranks, folder, cases, asked.batch_size), nprocs=ranks)
             found = torch.load(Path(folder) / f"{ranks}.pt", weights_only=False)
         for (recipe, parallel), (expected, seen) in found.items():
             for kind in sorted(expected | seen):

@@ -18,21 +18,22 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from aclip import models, plan
+from aclip.bench import synthetic_batch
 from aclip.config import Recipe
 from aclip.data import augment
-from aclip.engine.memory import peak_memory
-from aclip.engine.optim import build_optimizer, parameter_groups
-from aclip.engine.trial import made_batch, with_known_scores
-from aclip.engine.wrap import wrap
 from aclip.method import Method
 from aclip.models import text
+from aclip.models.loading import IMAGENET_MEAN, IMAGENET_STD
 from aclip.recipes import RECIPES
-from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, TowerShape
+from aclip.structs import Batch, EncodedBatch, TowerShape
+from aclip.training.distributed import wrap
+from aclip.training.memory import peak_memory
+from aclip.training.optim import build_optimizer, parameter_groups
 
 WIDTHS = {f"ViT-B-16-of-width-{width}": width for width in (192, 384, 576)}
 """Models with ViT-B/16's tokens, depth, heads of 64 and ratio of text to image, and less width, which is 768 there."""
 
-SIZES = {"half": "ViT-B-16-of-width-384", "ViT-B-16": "ViT-B-16"}
+SIZES = {"half": "ViT-B-16-of-width-384", "ViT-B-16": "ViT-B-16", "vit-micro": "vit-micro"}
 BATCHES = 4  # different ones, which all competitors read
 
 
@@ -95,10 +96,8 @@ class Settings:
 
     def batches(self, resolved: plan.Plan, cut_text: bool) -> list[Batch]:
         """Return batches of the same captions for everybody."""
-        made = (made_batch(resolved, self.batch_size, text_tokens=self.text_tokens, cut_text=cut_text,
-                           augmented=False, seed=seed)
-                for seed in range(BATCHES))
-        return [batch.to(self.device) for batch in made]
+        return [synthetic_batch(resolved, self.batch_size, text_tokens=self.text_tokens, cut_text=cut_text,
+                                augmented=False, seed=seed).to(self.device) for seed in range(BATCHES)]
 
 
 class OpenClip:
@@ -119,7 +118,7 @@ class OpenClip:
             lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
         self.batches = settings.batches(self.plan, cut_text=False)
         self.mean, self.std = (torch.tensor(value, device=settings.device) for value in
-                               (models.sources.IMAGENET_MEAN, models.sources.IMAGENET_STD))
+                               (IMAGENET_MEAN, IMAGENET_STD))
 
     def propagate(self, batch: Batch) -> None:
         """Forward pass, loss and backward pass."""
@@ -162,7 +161,7 @@ class Ours:
             wrap(self.method, settings.device, compile_blocks=True)
         self.optimizer = build_optimizer(parameter_groups(self.method, 0.2), recipe.optimization)
         self.ema = self.method.ema()
-        self.batches = [with_known_scores(batch, self.plan) for batch in settings.batches(self.plan, cut_text)]
+        self.batches = settings.batches(self.plan, cut_text)
         self.packs = text.packs if cut_text else lambda tokens: False
 
     def propagate(self, batch: Batch) -> None:
@@ -188,44 +187,45 @@ class Ours:
         self.optimizer.zero_grad(set_to_none=True)
         cuts: list[tuple[str, Tensor, Tensor]] = []
 
-        def cut(name: str, tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or not tensor.requires_grad:
-                return tensor
-            leaf = tensor.detach().requires_grad_()
-            cuts.append((name, tensor, leaf))
-            return leaf
+        def cut(name: str, part: Any, *fields: str) -> Any:
+            """Return the part with leaves in place of its tensors that require a gradient."""
+            leaves = {}
+            for field_name in fields:
+                tensor = getattr(part, field_name)
+                if tensor is not None and tensor.requires_grad:
+                    leaves[field_name] = tensor.detach().requires_grad_()
+                    cuts.append((name, tensor, leaves[field_name]))
+            return replace(part, **leaves)
 
-        def encode_text(*arguments: Any) -> EncodedText:
+        def encode_text(*arguments: Any) -> Any:
             with watch.measure("text"), patch.object(text, "packs", self.packs):
                 out = Method.encode_text(self.method, *arguments)
-            return replace(out, features=cut("text", out.features), states=cut("text", out.states))
+            return cut("text", out, "features", "states")
 
-        def encode(p: plan.PassPlan, *arguments: Any) -> Encoded:
+        def encode(p: plan.PassPlan, *arguments: Any) -> Any:
             name = "EMA pass" if p.spec.encoder == "ema" else "online pass"
             with watch.measure(name):
                 out = Method.encode(self.method, p, *arguments)
-            return replace(out, features=cut(name, out.features), cls=cut(name, out.cls),
-                           patches=cut(name, out.patches))
+            return cut(name, out, "features", "cls", "patches")
 
-        self.method.encode_text, self.method.encode = encode_text, encode
         hooks = [hook for objective in self.method.objectives.values() for head in objective.children()
                  for hook in timing_hooks(watch, head)]
+        watched = patch.multiple(self.method, encode_text=encode_text, encode=encode)
         try:
-            with watch.measure("all"):
+            with watched, watch.measure("all"):
                 with self.settings.autocast():
                     encoded: EncodedBatch = self.method.encode_batch(batch)
                 with watch.measure("heads and losses"):
                     with self.settings.autocast():
-                        loss = self.method.judge(encoded, batch.caption_ids).loss
+                        loss = self.method.compute_loss(encoded, batch.caption_ids).loss
                     loss.backward()
                 for name in ("text", "online pass"):
-                    ends = [(tensor, leaf.grad) for part, tensor, leaf in cuts
-                            if part == name and leaf.grad is not None]
-                    if ends:
+                    reached = [(tensor, leaf.grad) for part, tensor, leaf in cuts
+                               if part == name and leaf.grad is not None]
+                    if reached:
                         with watch.measure(name):
-                            torch.autograd.backward(*map(list, zip(*ends, strict=True)))
+                            torch.autograd.backward([tensor for tensor, _ in reached], [grad for _, grad in reached])
         finally:
-            del self.method.encode_text, self.method.encode
             for hook in hooks:
                 hook.remove()
 
@@ -269,7 +269,7 @@ def peak_of(competitor: OpenClip | Ours, take: Callable[[], object]) -> int:
     module = competitor.method if isinstance(competitor, Ours) else competitor.bare
     held = [*module.parameters(), *module.buffers(),
             *(t for state in competitor.optimizer.state.values() for t in state.values())]
-    return peak - before + sum(t.nbytes for t in held)
+    return peak - before + sum(int(t.nbytes) for t in held)
 
 
 def status(name: str) -> int:

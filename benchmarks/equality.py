@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "engine")]
+sys.path[:0] = [str(TESTS), str(TESTS / "training")]
 
 from training_runs import largest_errors, train_alone  # noqa: E402
 

@@ -3,17 +3,16 @@
     pip install clip-benchmark
     python benchmarks/evaluation_parity.py runs/demo --data emoji:val_both --labelled cifar10:train[:5000]
 
-With features of a real model on real pictures: zero-shot classification of labelled pictures, both given the same
-class names and prompts; retrieval with five captions a picture, made from `--data` by five templates and numbered, as a
-caption is of one picture alone; and linear probes, ours by either solver beside scikit-learn's LogisticRegression,
-whose strength is chosen on our validation split. Prints each figure and the largest difference.
+With features of a real model on real images: zero-shot classification of labelled images, both given the same
+class names and prompts; retrieval with five captions an image, made from `--data` by five templates and numbered, so
+that no two images share one; and linear probes, ours beside scikit-learn's LogisticRegression over a fixed list of
+penalties, chosen on our validation split. Prints each figure and the largest difference.
 
-clip-benchmark 1.6.2 calls float() on arrays of one element, which NumPy 2.4 no longer converts: here, and nowhere else,
-its float is replaced.
+clip-benchmark 1.6.2 calls float() on arrays of one element, which NumPy 2.4 no longer converts: its float is replaced.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,10 +23,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import aclip
-from aclip import data
-from aclip.data.fetch import resolve_spec
-from aclip.evaluation import LinearProbe, PictureFeatures, Retrieval, TextEncoder, ZeroShot, encode_pictures
-from aclip.evaluation.linear_probe import split
+from aclip import data, models
+from aclip.evaluation import ImageFeatures, LinearProbe, Retrieval, TextEncoder, ZeroShot, encode_image_set
+from aclip.evaluation.features import Space
+from aclip.evaluation.probes import split
 from aclip.evaluation.zero_shot import DEFAULT_TEMPLATES
 
 zeroshot_classification.float = lambda value: np.asarray(value).item()
@@ -36,9 +35,9 @@ CPU = torch.device("cpu")
 
 
 class Features:
-    """What clip-benchmark takes for a model: its pictures are features already."""
+    """What clip-benchmark takes for a model: its images are features already."""
 
-    def __init__(self, model: aclip.models.LoadedModel) -> None:
+    def __init__(self, model: models.LoadedModel) -> None:
         self.model = model
 
     def encode_image(self, features: Tensor) -> Tensor:
@@ -51,46 +50,47 @@ class Features:
 class Loader:
     """What clip-benchmark takes for a data loader."""
 
-    def __init__(self, features: Tensor, targets: object, classes: list[str]) -> None:
+    def __init__(self, features: Tensor, targets: Tensor | Sequence[object], classes: list[str]) -> None:
         self.features, self.targets, self.dataset = features, targets, SimpleNamespace(classes=classes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, object]]:
         for start in range(0, len(self.features), 500):
-            yield self.features[start : start + 500], self.targets[start : start + 500]  # type: ignore[index]
+            yield self.features[start : start + 500], self.targets[start : start + 500]
 
 
-def encode(model: aclip.models.LoadedModel, spec: str, space: str) -> PictureFeatures:
-    target = "label" if space == "trunk" or "cifar" in spec else "caption"
-    pictures = data.EvaluationSet(data.open_source(resolve_spec(spec)), model.preprocess, batch_size=256, target=target)
-    return encode_pictures(model, pictures, CPU, space=space)  # type: ignore[arg-type]
+def encode(model: models.LoadedModel, spec: str, target: data.Target, space: Space = "joint") -> ImageFeatures:
+    """Return the features of a source's images."""
+    images = data.EvaluationSet(data.open_source(spec), model.preprocess, batch_size=256, target=target)
+    return encode_image_set(model, images, CPU, space=space)
 
 
 def main() -> None:
+    """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a run's folder, or an open_clip name")
-    parser.add_argument("--data", default="emoji:val_both", help="pictures with captions")
-    parser.add_argument("--labelled", default="cifar10:train[:5000]", help="pictures with labels")
-    parser.add_argument("--held-out", default="cifar10:test[:2000]", help="labelled pictures to measure on")
+    parser.add_argument("--data", default="emoji:val_both", help="images with captions")
+    parser.add_argument("--labelled", default="cifar10:train[:5000]", help="images with labels")
+    parser.add_argument("--held-out", default="cifar10:test[:2000]", help="labelled images to measure on")
     args = parser.parse_args()
     model, console = aclip.load(args.model), Console(highlight=False, soft_wrap=True)
     texts = TextEncoder(model, CPU)
     pairs: list[tuple[str, float, float]] = []
 
-    pictures = encode(model, args.held_out, "joint")
-    classes = sorted({str(label) for label in pictures.labels})
-    ours = ZeroShot(classes=tuple(classes)).measure(texts, pictures).metrics
-    targets = torch.tensor([classes.index(str(label)) for label in pictures.labels])
+    images = encode(model, args.held_out, "label")
+    classes = sorted({str(label) for label in images.labels})
+    ours = ZeroShot(classes=tuple(classes)).measure(images, texts).metrics
+    targets = torch.tensor([classes.index(str(label)) for label in images.labels])
     theirs = zeroshot_classification.evaluate(
-        Features(model), Loader(pictures.features, targets, classes), model.tokenizer, classes,
+        Features(model), Loader(images.features, targets, classes), model.tokenizer, classes,
         [template.replace("{}", "{c}") for template in DEFAULT_TEMPLATES], "cpu", amp=False)
     pairs += [(f"zero-shot {name}", ours[name], theirs[other]) for name, other in
-              (("top1", "acc1"), ("top5", "acc5"), ("mean_per_class", "mean_per_class_recall"))]
+              (("top1", "acc1"), ("top5", "acc5"), ("mean_per_class", "mean_per_class_recall")) if name in ours]
 
-    shown = encode(model, args.data, "joint")
+    shown = encode(model, args.data, "caption")
     captions = tuple(tuple(t.replace("{}", caption).replace("{n}", str(i)) for t in FIVE)
                      for i, caption in enumerate(shown.captions))
-    many = PictureFeatures(shown.features, shown.captions, shown.labels, shown.keys, (), {}, captions)
-    ours = Retrieval(protocol="karpathy").measure(texts, many).metrics
+    many = ImageFeatures(shown.features, shown.captions, shown.labels, shown.keys, all_captions=captions)
+    ours = Retrieval(protocol="karpathy").measure(many, texts).metrics
     theirs = zeroshot_retrieval.evaluate(Features(model), Loader(shown.features, captions, []), model.tokenizer, "cpu",
                                          amp=False, recall_k_list=[1, 5, 10])
     pairs += [(f"retrieval {name}_r{k}", ours[f"{name}_r{k}"], theirs[f"{other}_retrieval_recall@{k}"])
@@ -98,17 +98,15 @@ def main() -> None:
     for name, own, their in pairs:
         console.print(f"{name:32} ours {own:.6f}  clip-benchmark {their:.6f}  difference {abs(own - their):.1e}")
     console.print(f"largest difference {max(abs(own - their) for _, own, their in pairs):.1e} over "
-                  f"{pictures.size:,} pictures of {len(classes)} classes and {shown.size:,} of five captions")
+                  f"{len(images):,} images of {len(classes)} classes and {len(shown):,} of five captions")
 
-    training, held = encode(model, args.labelled, "trunk"), encode(model, args.held_out, "trunk")
-    for solver in ("lbfgs", "sgd"):
-        probe = LinearProbe(solver=solver).learn(training)
-        result = probe.measure(texts, held)
-        console.print(f"linear probe, {solver}: {result.metrics['top1']:.4f}  {dict(result.settings)}")
+    training, held = encode(model, args.labelled, "label", "trunk"), encode(model, args.held_out, "label", "trunk")
+    result = LinearProbe().fit(training).measure(held, texts)
+    console.print(f"linear probe: {result.metrics['top1']:.4f}  {dict(result.settings)}")
     console.print(f"scikit-learn: {scikit_learn(training, held, classes):.4f}")
 
 
-def scikit_learn(training: PictureFeatures, held: PictureFeatures, classes: list[str]) -> float:
+def scikit_learn(training: ImageFeatures, held: ImageFeatures, classes: list[str]) -> float:
     """Return the accuracy of LogisticRegression on standardised features, C chosen on our validation split."""
     mean, deviation = training.features.mean(dim=0), training.features.std(dim=0, correction=0)
     x, z = (((part.features - mean) / deviation).numpy() for part in (training, held))

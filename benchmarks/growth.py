@@ -11,8 +11,9 @@ takes, weights and optimizer state included (Linux, or CUDA).
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,11 +22,12 @@ from rich.progress import Progress
 
 from aclip.config import override
 from aclip.recipes import RECIPES
-from aclip.report.charts import nice_axis, tick_label
+from aclip.report.figures import nice_axis, tick_label
 from competitors import BATCHES, SIZES, WIDTHS, Ours, Settings, Stopwatch, peak_of, register_sizes
 from step import CLOCKS, markdown
 
 METHODS = {"clip": "#0b6cb0", "a-clip-eff": "#d55e00"}
+PANELS = ("patches kept, %", "batch size", "image side, pixels", "width of the tower")
 PANEL, GAP, LEFT, TOP = (210, 150), 66, 60, 34
 
 
@@ -49,8 +51,8 @@ class Point:
 
 def panels(settings: Settings) -> dict[str, list[Point]]:
     """Return the points of each panel."""
-    def point(method: str, x: float, one: Settings, *changes: str) -> Point:
-        return Point(method, x, lambda: Ours(one, override(RECIPES[method], list(changes)), cut_text=True))
+    def point(method: str, x: float, one: Settings, changes: Mapping[str, float] | None = None) -> Point:
+        return Point(method, x, lambda: Ours(one, override(RECIPES[method], changes or {}), cut_text=True))
 
     size = settings.batch_size
     found: dict[str, list[Point]] = {
@@ -63,9 +65,10 @@ def panels(settings: Settings) -> dict[str, list[Point]]:
                                for m in METHODS for name, n in WIDTHS.items()],
     }
     for kept in (25, 50, 75, 100):
+        ratio = {"passes.masked.mask_ratio": 1 - kept / 100}
         found["patches kept, %"] += [
-            point("a-clip-eff", kept, settings, f"passes.masked.mask_ratio={1 - kept / 100}"),
-            replace(point("flip", kept, settings, f"passes.masked.mask_ratio={1 - kept / 100}"), method="clip")]
+            point("a-clip-eff", kept, settings, ratio),
+            replace(point("flip", kept, settings, ratio), method="clip")]
     return found
 
 
@@ -84,9 +87,16 @@ def measure(points: list[Point], rounds: int, watch: Stopwatch, advance: Callabl
             advance()
     for one, competitor in zip(points, competitors, strict=True):
         one.seconds = statistics.median(one.times)
-        one.memory = peak_of(competitor, lambda c=competitor: (c.propagate(c.batches[0]), c.optimize(), c.average()))
+        one.memory = peak_of(competitor, partial(whole_step, competitor))
         lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in competitor.batches]).float()
         one.macs = competitor.settings.batch_size * competitor.plan.macs(float(lengths.mean()))
+
+
+def whole_step(competitor: Ours) -> None:
+    """Take one step."""
+    competitor.propagate(competitor.batches[0])
+    competitor.optimize()
+    competitor.average()
 
 
 def drawing(found: dict[str, list[Point]]) -> str:
@@ -97,9 +107,9 @@ def drawing(found: dict[str, list[Point]]) -> str:
         middle = clip[len(clip) // 2]
         scale = middle.seconds / middle.macs
         left = LEFT + column * (PANEL[0] + GAP)
-        for row, (unit, value) in enumerate({
-            "seconds": lambda p: p.seconds, "GiB": lambda p: p.memory / 2**30,
-        }.items()):
+        values: dict[str, Callable[[Point], float]] = {
+            "seconds": lambda p: p.seconds, "GiB": lambda p: p.memory / 2**30}
+        for row, (unit, value) in enumerate(values.items()):
             lines = [(METHODS[m], "", [(p.x, value(p)) for p in ordered(points, m)]) for m in METHODS]
             if unit == "seconds":
                 lines += [(METHODS[m], "4 4", [(p.x, p.macs * scale) for p in ordered(points, m)]) for m in METHODS]
@@ -157,12 +167,15 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="as of step.py")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "images" / "growth.svg")
+    parser.add_argument("--size", choices=SIZES, default="half", help="of what is not varied")
+    parser.add_argument("--panels", nargs="+", choices=PANELS, default=PANELS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     register_sizes()
     device = torch.device(args.device)
-    found = panels(Settings(SIZES["half"], device, args.precision, False, args.batch_size, text_tokens=14.0))
+    settings = Settings(SIZES[args.size], device, args.precision, False, args.batch_size, text_tokens=14.0)
+    found = {title: points for title, points in panels(settings).items() if title in args.panels}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("steps", total=sum(map(len, found.values())) * (args.rounds + 1))
         for points in found.values():

@@ -3,7 +3,7 @@
     python benchmarks/parity_in.py [--seed 0] [MODEL ...]
 
 Random weights and seeded noise, fp32, on the CPU: `largest` is the greatest difference of any number in L2-normalised
-features of 4 pictures and 4 captions; `masked` is that between a half-masked picture and the same model of the other
+features of 4 images and 4 captions; `masked` is that between a half-masked image and the same model of the other
 library with the removed patches taken out of its sequence by hooks. Texts are tokens of the bundled tokenizer, or
 random ids where the model's own needs the network. Prints a Markdown table.
 """
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aclip import models
-from aclip.models.vision import vit_of
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-B-16-SigLIP", "vit_medium_patch16_gap_256",
           "MobileCLIP2-L-14")
@@ -55,7 +54,7 @@ def largest(ours: Tensor, theirs: Tensor) -> float:
 
 def masked_by_hooks(visual: nn.Module, pixels: Tensor, keep: Tensor) -> Tensor:
     """Return the features of the tower's own forward, whose first block is handed the kept patches alone."""
-    vit = vit_of(visual)
+    vit = models.vit_of(visual)
     place = torch.cat([torch.arange(vit.num_prefix_tokens).expand(len(keep), -1), keep + vit.num_prefix_tokens], dim=1)
 
     def pick(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -75,7 +74,7 @@ def against_open_clip(name: str, seed: int) -> list[str]:
     """Return a row: image, masked image and text features against open_clip's (and timm's) own forward."""
     torch.manual_seed(seed)
     model: Any = shaken(models.create_model(name), seed)
-    vit = vit_of(model.visual)
+    vit = models.vit_of(model.visual)
     pixels = torch.randn(4, 3, *(side * patch for side, patch in zip(vit.grid_size, vit.patch_size, strict=True)))
     patches = vit.grid_size[0] * vit.grid_size[1]
     keep = torch.rand(4, patches).argsort(dim=1)[:, : patches // 2].sort(dim=1).values

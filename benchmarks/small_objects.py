@@ -3,12 +3,12 @@
     aclip data fetch cifar10
     python benchmarks/small_objects.py make FOLDER             20 s: FOLDER/train.tar, FOLDER/test.tar
     aclip compare --data FOLDER/train.tar --validation test=FOLDER/test.tar ...
-    python benchmarks/small_objects.py kept RUN                what its masks keep of the test pictures
+    python benchmarks/small_objects.py kept RUN                what its masks keep of the test images
 
 Each photo of `cifar10` (32 px) lies at a random place on a canvas of 64 px whose other three quarters are tiles of
 8 px cut from other photos, or plain grey (`--plain`). Captions, class and concept are the photo's own. A quarter of
-the picture is what the caption speaks of, and where it lies is known: `kept` prints what `kept_on_object.py` prints of
-cut-out pictures.
+the image is what the caption speaks of, and where it lies is known: `kept` prints what `kept_on_object.py` prints of
+cut-out images.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from PIL import Image
 from rich.progress import track
 
 from aclip import data, rng
-from aclip.data.fetch import resolve_spec
-from aclip.data.sources import RawSample
+from aclip.data import RawSample
 from aclip.data.tar_files import Sample, write_tar
 from kept_on_object import add_options, measure
 
@@ -40,33 +39,37 @@ def main() -> None:
     make.add_argument("--train", type=int, default=10000, help="photos to train on")
     for verb in (make, kept):
         verb.add_argument("--test", type=int, default=2000, help="photos to test on")
+        verb.add_argument("--photos", default="cifar10:{split}", help="source of 32 px photos; {split}: train or test")
         verb.add_argument("--plain", action="store_true", help="grey in place of clutter")
-    kept.add_argument("run", type=Path)
     add_options(kept)
     args = parser.parse_args()
     if args.verb == "kept":
-        measure(args, ((canvas, outline) for _, canvas, outline in pictures("test", args.test, args.plain)))
+        placed_photos = compositions(args.photos, "test", args.test, args.plain)
+        measure(args, ((canvas, outline) for _, canvas, outline in placed_photos))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", args.train), ("test", args.test)):
         with (args.folder / f"{split}.tar").open("wb") as file:
-            write_tar(file, (stored(raw, canvas) for raw, canvas, _ in pictures(split, count, args.plain)))
+            placed_photos = compositions(args.photos, split, count, args.plain)
+            write_tar(file, (stored(raw, canvas) for raw, canvas, _ in placed_photos))
 
 
 def stored(raw: RawSample, canvas: Image.Image) -> Sample:
-    """Return a picture as a shard keeps it."""
+    """Return an image as a shard keeps it."""
     png = io.BytesIO()
     canvas.save(png, "PNG")
     facts = {"captions": raw.captions, "label": raw.label, "concept": raw.concept}
     return Sample(raw.name.rpartition("/")[2], {"png": png.getvalue(), "json": json.dumps(facts).encode()})
 
 
-def pictures(split: str, count: int, plain: bool) -> Iterator[tuple[RawSample, Image.Image, Image.Image]]:
+def compositions(
+    source_of: str, split: str, count: int, plain: bool
+) -> Iterator[tuple[RawSample, Image.Image, Image.Image]]:
     """Yield photos as the set has them, on their canvas, and where they lie on it, white on black."""
-    source = data.open_source(resolve_spec(f"cifar10:{split}"))
+    source = data.open_source(source_of.replace("{split}", split))
     raw = [source.read(number) for number in range(count)]
     photos = np.stack([np.asarray(data.decode_image(sample.image)) for sample in raw])
-    for number in track(range(count), f"{split} pictures"):
+    for number in track(range(count), f"{split} images"):
         canvas, (top, left) = placed(photos, number, split, plain)
         outline = np.zeros_like(canvas)
         outline[top:top + PHOTO, left:left + PHOTO] = 255

@@ -3,9 +3,9 @@
     aclip data fetch emoji
     sudo python benchmarks/soak.py            # root, to mount a small disk that can be filled
 
-Two ranks on the CPU under torchrun, which starts them anew. Again and again a random rank gets SIGKILL or SIGTERM; the
-disk is filled by somebody else and freed once the run has told that it could not save; the newest checkpoint is damaged
-(a byte flipped; the end cut off) and a rank killed before there is another one. In the end every logged number, every
+Two ranks on the CPU under torchrun, which restarts them. Again and again a random rank gets SIGKILL or SIGTERM; the
+disk is filled and freed once the run has reported that it could not save; the newest checkpoint is damaged (a byte
+flipped; the end cut off) and a rank killed before there is another one. In the end every logged number, every
 evaluation and every weight must equal those of the undisturbed run, bit for bit.
 """
 
@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,17 @@ from safetensors.numpy import load_file
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
 TIMINGS = ("samples_per_second", "data_wait")
-OPTIONS = ("--recipe", "a-clip", "--model", "vit-micro", "--data", "emoji:train[:2048]", "--validation",
-           "emoji:val_concept[:200]", "--batch-size", "32", "--save-every", "0.125", "--evaluate-every", "4",
-           "--log-every", "4", "--workers", "1", "--precision", "fp32", "--device", "cpu",
-           "--set", "recipe.objectives.ntxent.options.hidden=64", "--set", "recipe.objectives.byol.options.hidden=64",
-           "--set", "keep_checkpoints=3")
+OPTIONS = ("--recipe", "a-clip", "--model", "vit-micro", "--batch-size", "32", "--save-every", "0.125",
+           "--evaluate-every", "4", "--log-every", "4", "--workers", "1", "--precision", "fp32", "--device", "cpu",
+           "--recipe.objectives.ntxent.options.hidden", "64", "--recipe.objectives.byol.options.hidden", "64",
+           "--keep-checkpoints", "3")
 
 
-def start(run: Path, steps: int, log: Path) -> "subprocess.Popen[bytes]":
-    """Start a run of two ranks under torchrun; what they say goes to `log`."""
+def start(run: Path, steps: int, sources: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start a run of two ranks under torchrun on (training, held-out) sources; its output goes to `log`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "--max-restarts", "1000", "--monitor-interval", "0.5", "-m", "aclip", "train", *OPTIONS,
-               "--samples", str(32 * steps), "--output", str(run)]
+               "--data", sources[0], "--validation", sources[1], "--samples", str(32 * steps), "--output", str(run)]
     return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
 
@@ -84,50 +83,50 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 class Soak:
     """The disturbances of one run."""
 
-    def __init__(self, disk: Path, log: Path, steps: int, chance: random.Random) -> None:
+    def __init__(self, disk: Path, log: Path, steps: int, sources: list[str], chance: random.Random) -> None:
         self.disk, self.run, self.log, self.chance = disk, disk / "run", log, chance
-        self.torchrun = start(self.run, steps, log)
+        self.torchrun = start(self.run, steps, sources, log)
         self.done: Counter[str] = Counter()
 
-    def goes_on(self) -> bool:
-        """Return whether the run is at work."""
+    def running(self) -> bool:
+        """Return whether the run has not ended."""
         return self.torchrun.poll() is None
 
     def wait_for_progress(self, steps: int) -> None:
         """Wait until more steps are logged than before."""
         before = last_step(self.run)
-        while self.goes_on() and before <= last_step(self.run) < before + steps:
+        while self.running() and before <= last_step(self.run) < before + steps:
             time.sleep(0.2)
 
     def kill(self, number: signal.Signals) -> None:
         """Send a signal to a random rank."""
         ranks = ranks_of(self.torchrun)
-        if self.goes_on() and ranks:
+        if self.running() and ranks:
             os.kill(self.chance.choice(ranks), number)
             self.done[number.name] += 1
             CONSOLE.print(f"{time.strftime('%X')} {number.name} at step {last_step(self.run)}")
 
     def fill_disk(self) -> None:
-        """Leave no byte free until the run has told that it cannot save."""
-        told = self.log.read_bytes().count(b"could not be written")
+        """Leave no byte free until the run has reported that it cannot save."""
+        reported = self.log.read_bytes().count(b"could not be written")
         filler = self.disk / "filler"
         with filler.open("wb", buffering=0) as file:
             until = time.monotonic() + 120
-            while self.goes_on() and time.monotonic() < until:
+            while self.running() and time.monotonic() < until:
                 try:
                     file.write(bytes(2**16))
                 except OSError:
-                    time.sleep(0.05)  # what the run frees is filled, too
-                if self.log.read_bytes().count(b"could not be written") > told:
+                    time.sleep(0.05)  # also fill what the run frees
+                if self.log.read_bytes().count(b"could not be written") > reported:
                     self.done["disk full"] += 1
                     CONSOLE.print(f"{time.strftime('%X')} disk full at step {last_step(self.run)}")
                     break
-        time.sleep(10)  # it goes on on a full disk, and keeps the lines of its journals
+        time.sleep(10)  # it continues on a full disk, and keeps the lines of its journals
         filler.unlink()
 
     def damage(self, how: str) -> None:
-        """Damage the newest checkpoint and kill a rank, until the run has told that it fell back."""
-        told = len([r for r in records(self.run, "incidents") if r["kind"] == "damaged_checkpoint"])
+        """Damage the newest checkpoint and kill a rank, until the run has reported that it fell back."""
+        reported = len([r for r in records(self.run, "incidents") if r["kind"] == "damaged_checkpoint"])
         checkpoints = sorted((self.run / "checkpoints").glob("step-????????"))
         if len(checkpoints) < 2:
             return
@@ -141,7 +140,7 @@ class Soak:
         self.kill(signal.SIGKILL)
         self.wait_for_progress(1)
         now = [r for r in records(self.run, "incidents") if r["kind"] == "damaged_checkpoint"]
-        if len(now) > told:
+        if len(now) > reported:
             self.done[f"damaged ({how})"] += 1
             CONSOLE.print(f"{time.strftime('%X')} damaged ({how}): {now[-1]['reason']}")
 
@@ -161,7 +160,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def main() -> None:
-    """Disturb, compare, tell."""
+    """Disturb, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/soak"))
     parser.add_argument("--steps", type=int, default=1200)
@@ -169,15 +168,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--pause", type=float, default=25, help="seconds between disturbances, at most (default: 25)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", nargs=2, default=["emoji:train[:2048]", "emoji:val_concept[:200]"],
+                        metavar=("TRAINING", "HELD_OUT"), help="sources")
+    parser.add_argument("--signals-only", action="store_true", help="leave disk and checkpoints alone; needs no root")
     args = parser.parse_args()
     shutil.rmtree(args.output, ignore_errors=True)
     args.output.mkdir(parents=True)
     chance = random.Random(args.seed)
-    alone = start(args.output / "alone", args.steps, args.output / "alone.log")
-    with small_disk(args.output / "disk", 1500):
-        soak, begun = Soak(args.output / "disk", args.output / "disturbed.log", args.steps, chance), time.monotonic()
-        wanted = {"disk full": 2, "damaged (flip)": 1, "damaged (cut)": 1}
-        while soak.goes_on():
+    alone = start(args.output / "alone", args.steps, args.data, args.output / "alone.log")
+    with nullcontext() if args.signals_only else small_disk(args.output / "disk", 1500):
+        begun = time.monotonic()
+        soak = Soak(args.output / "disk", args.output / "disturbed.log", args.steps, args.data, chance)
+        wanted = {} if args.signals_only else {"disk full": 2, "damaged (flip)": 1, "damaged (cut)": 1}
+        while soak.running():
             minutes = (time.monotonic() - begun) / 60
             kills = soak.done["SIGKILL"] + soak.done["SIGTERM"]
             left = [what for what, count in wanted.items() if soak.done[what] < count]

@@ -3,25 +3,28 @@
     python benchmarks/step.py          CPU: ViT-B/16's proportions at half of its width, bf16; 5 minutes on 2 idle cores
     python benchmarks/step.py --precision fp32 --text cut --batch-size 4 --rounds 4 --parts 0             2 minutes
     python benchmarks/step.py --size ViT-B-16 --batch-size 256 --device cuda --compile
+    python benchmarks/step.py --against OTHER/src --methods clip a-clip --models vit-micro vit-tiny   another checkout
 
 One process; the competitors take their steps in turns, A B C A B C ..., so that whatever else the machine does meets
 all of them; medians, and the first and third quartile. The competitor is open_clip's CLIP as its trainer runs it: its
 model, `ClipLoss`, autocast to bf16 (`amp_bf16`), AdamW with its two groups, text padded to 77 tokens, and
-`torch.compile` of the model with --compile (its --torchcompile). Both sides turn uint8 pictures into normalised floats
+`torch.compile` of the model with --compile (its --torchcompile). Both sides turn uint8 images into normalised floats
 within the step; colour augmentation, which open_clip leaves to its loaders, is in neither.
 
 "step" is forward pass, losses and backward pass; optimizer and EMA update are reported apart. "arithmetic" is the
 ratio of multiply-accumulates to open_clip's, from the plan and the true lengths of the captions (SOT and EOT included,
-a stated log-normal distribution, see `aclip.engine.trial`): what a step would cost if nothing but products took time.
+a stated log-normal distribution, see `aclip.bench`): what a step would cost if nothing but products took time.
 Prints Markdown.
 """
 
 import argparse
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +36,20 @@ from rich.progress import Progress
 import aclip
 from aclip.config import override
 from aclip.recipes import RECIPES
+from checkouts import compare_checkouts
 from competitors import BATCHES, SIZES, OpenClip, Ours, Settings, Stopwatch, peak_of, register_sizes
 
-ASKED = {
-    "clip": ("clip",),
-    "flip": ("flip",),
-    "slip": ("slip",),
-    "maskclip": ("maskclip",),
-    "attentive-1x50": ("attentive-1x50",),
-    "attentive-1x50, EMA at 1/2": ("attentive-1x50", "passes.context.resolution=0.5"),
-    "attentive-1x50, scores known": ("attentive-1x50", "passes.context.refresh=1000000"),
-    "a-clip": ("a-clip",),
-    "a-clip-eff": ("a-clip-eff",),
+ASKED: dict[str, tuple[str, dict[str, float]]] = {
+    "clip": ("clip", {}),
+    "flip": ("flip", {}),
+    "slip": ("slip", {}),
+    "maskclip": ("maskclip", {}),
+    "attentive-1x50": ("attentive-1x50", {}),
+    "attentive-1x50, EMA at 1/2": ("attentive-1x50", {"passes.context.resolution": 0.5}),
+    "a-clip": ("a-clip", {}),
+    "a-clip-eff": ("a-clip-eff", {}),
 }
-"""Title in the table -> recipe, and changes to it. Where scores serve for several epochs, steps are those that know
-them, and for so many epochs that the arithmetic is theirs, too."""
+"""Title in the table -> recipe, and changes to it."""
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 PARTS = ("text", "EMA pass", "online pass", "heads", "losses", "optimizer", "EMA update", "host")
@@ -70,8 +72,9 @@ class Row:
         """Take one whole step."""
         one = self.competitor
         batch = one.batches[number % BATCHES]
-        for seconds, run in ((self.step, lambda: one.propagate(batch)), (self.optimizer, one.optimize),
-                             (self.ema, one.average)):
+        parts: list[tuple[list[float], Callable[[], None]]] = [
+            (self.step, partial(one.propagate, batch)), (self.optimizer, one.optimize), (self.ema, one.average)]
+        for seconds, run in parts:
             watch.wait()
             begun = watch.clock()
             run()
@@ -95,15 +98,15 @@ class Row:
         resolved, batches = self.competitor.plan, self.competitor.batches
         lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in batches]).float()
         text = resolved.shape.context_length if self.text == "padded" else float(lengths.mean())
-        return text + sum(len(p.spec.views) * p.num_tokens / p.spec.refresh for p in resolved.passes)
+        return text + sum(len(p.spec.views) * p.num_tokens for p in resolved.passes.values())
 
 
 def peak_rate(settings: Settings, shape: Any, clock: Callable[[], float]) -> float:
     """Return the multiply-accumulates a second of the best of a few large matrix products."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     best = 0.0
-    for rows, inner, outer in ((197 * settings.batch_size, shape.width, shape.mlp_width), (2048, 2048, 2048),
-                               (4096, 1024, 4096)):
+    tokens = math.prod(shape.grid_size) * settings.batch_size
+    for rows, inner, outer in ((tokens, shape.width, shape.mlp_width), (2048, 2048, 2048), (4096, 1024, 4096)):
         a, b = (torch.randn(n, inner, device=settings.device, dtype=dtype) for n in (rows, outer))
         for _ in range(5):
             watch = Stopwatch(settings.device, clock)
@@ -198,7 +201,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: seconds of all threads together, "
                         "for one thread on a machine that does other things")
+    parser.add_argument("--against", type=Path, metavar="SRC", help="compare with the package in this folder instead: "
+                        "`aclip bench step` of both checkouts on the CPU, in processes that take turns")
+    parser.add_argument("--models", nargs="+", default=["vit-micro", "vit-tiny"], help="for --against")
+    parser.add_argument("--turns", type=int, default=8, help="of --against")
     args = parser.parse_args()
+    if args.against:
+        compare_checkouts(
+            args.against, [ASKED[title][0] for title in args.methods], args.models, batch_size=args.batch_size,
+            rounds=args.rounds, turns=args.turns, precision=args.precision, clock=args.clock)
+        return
     if args.threads:
         torch.set_num_threads(args.threads)
     begun = time.perf_counter()
@@ -209,7 +221,7 @@ def main() -> None:
     rows = [Row("open_clip", "padded", OpenClip(settings))]
     for text in args.text:
         for title in args.methods:
-            name, *changes = ASKED[title]
+            name, changes = ASKED[title]
             recipe = override(RECIPES[name], changes)
             rows.append(Row(title, text, Ours(settings, recipe, cut_text=text == "cut")))
     watch = Stopwatch(device, CLOCKS[args.clock])
@@ -225,7 +237,7 @@ def main() -> None:
         rate = peak_rate(settings, rows[0].competitor.plan.shape, watch.clock)
         for row in rows:
             table = (list(row.step), list(row.optimizer), list(row.ema))
-            row.memory = peak_of(row.competitor, lambda row=row: row.take(watch, 0))
+            row.memory = peak_of(row.competitor, partial(row.take, watch, 0))
             row.step, row.optimizer, row.ema = table
             row.parts = parts_of(row, args.parts, watch.clock) if args.parts else {}
             progress.advance(task, args.parts)
@@ -237,12 +249,13 @@ def print_results(
 ) -> None:
     """Print both tables and what they depend on."""
     shape = rows[0].competitor.plan.shape
+    tokens = math.prod(shape.grid_size) + shape.num_prefix_tokens
     where = (torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda"
              else f"{torch.get_num_threads()} threads of {processor()}")
     lengths = torch.cat([batch.tokens.argmax(dim=1) + 1 for batch in rows[0].competitor.batches]).float()
     longest = [int((batch.tokens.argmax(dim=1) + 1).max()) for batch in rows[0].competitor.batches]
     text = (
-        f"{settings.model} ({shape.width} and {shape.text_width} wide, {shape.layers} layers, 197 tokens), "
+        f"{settings.model} ({shape.width} and {shape.text_width} wide, {shape.layers} layers, {tokens} tokens), "
         f"{settings.precision}, batch {settings.batch_size}, {'compiled' if settings.compiled else 'eager'}, "
         f"on {where}; matrix products reach {2 * rate / 1e9:,.0f} GFLOP/s there. Captions of {lengths.mean():.1f} "
         f"tokens in the mean, the longest of each batch {', '.join(map(str, longest))}. Medians of {rounds} steps "
