@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from aclip.data.examination import Limits, examine
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from aclip import data
-from aclip.data.examination import Limits, examine
 from aclip.data.tar_files import Sample, write_tar
 from aclip.models import tokenizer_of
 

@@ -113,7 +113,7 @@ def test_advice_is_given_before_training(images: Path, tmp_path: Path, caplog: p
         (same / path.name).with_suffix(".txt").write_text("a photo")
     with caplog.at_level(logging.INFO, logger="aclip"):
         aclip.train(recipe="clip", data=str(same), output=str(tmp_path / "run"), epochs=1, **SMALL)
-    assert "same caption" in caplog.text
+    assert "has one caption for every image" in caplog.text
 
 
 def test_losses_and_tables_are_public() -> None:

@@ -63,7 +63,7 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
-RANK_0_REPORTS_FIRST = 5.0  # seconds
+RANK_0_REPORTS_FIRST = 10.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,7 +154,8 @@ def _train(given: list[str]) -> None:
 
         overfit_one_batch(config, int(steps))
         return
-    sys.stderr.write(f"aclip: loading PyTorch to train {config.recipe.name} on {config.model}\n")
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"aclip: loading PyTorch to train {config.recipe.name} on {config.model}\n")
     from aclip.trainer import train
 
     train(config, resume=resume or resume is not None)

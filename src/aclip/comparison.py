@@ -39,7 +39,6 @@ from aclip.bench import summary, time_in_turns
 from aclip.config import CHANGEABLE, Recipe, RunConfig, override, to_dict
 from aclip.devices import choose_device, usable_cores
 from aclip.errors import AclipError, BadSampleError, ConfigError, TrainingError
-from aclip.logs import show_log
 from aclip.plan import Plan, resolve, trains_only_masked
 from aclip.recipes import configure, find_recipe
 from aclip.report import summary_table, write_comparison

@@ -17,7 +17,7 @@ from aclip.errors import AclipError, ConfigError
 TIMEOUT = timedelta(hours=12)
 """How long a rank waits for the others; while rank 0 evaluates, they wait."""
 JOIN_TIMEOUT = timedelta(minutes=30)
-RANK_0_REPORTS_FIRST = 5.0
+RANK_0_REPORTS_FIRST = 10.0
 """Seconds in which rank 0 may report an error raised on every rank, and the launcher end the others."""
 
 

@@ -89,7 +89,6 @@ def test_own_recipe_is_compared(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="SOURCES is not an open table yet")
 def test_own_source_is_read(tmp_path: Path) -> None:
     run("own_source", tmp_path / "run")
     assert last_metrics(tmp_path / "run")["samples_seen"] == 128
