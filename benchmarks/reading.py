@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from aclip.data.examination import Limits, examine
+from aclip.examination import Limits, examine
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
