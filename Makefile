@@ -37,6 +37,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
 
+# benchmarks are checked like the package: see [tool.ruff] and [tool.mypy] in pyproject.toml
 lint: $(INSTALLED)
 	$(BIN)/ruff check --no-cache .
 

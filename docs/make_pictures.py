@@ -1,6 +1,6 @@
-"""Make the README's picture from a run: held-out pictures, where the model looks, what it keeps.
+"""Draw the README's figure from a run: held-out images, where the model looks, what it keeps.
 
-    .venv/bin/python docs/make_pictures.py runs/demo docs/images/kept.png
+    python docs/make_pictures.py runs/demo docs/images/kept.png
 """
 
 import sys
@@ -14,17 +14,17 @@ CELL, GAP = 132, 10
 
 
 def main(run: Path, target: Path) -> None:
-    """Write `target`: one column a picture; rows are the picture, its score map, the patches kept."""
+    """Write `target`: one column an image; rows are the image, its score map, the patches kept."""
     snapshot = read_snapshot(max((run / "snapshots").glob("step-*.safetensors")))
     count = len(snapshot.captions)
     sheet = Image.new("RGB", (count * (CELL + GAP) - GAP, 3 * (CELL + GAP) - GAP), "white")
     for column in range(count):
-        picture = Image.fromarray(snapshot.images[column].permute(1, 2, 0).numpy())
-        picture = picture.resize((CELL, CELL), Image.Resampling.BICUBIC)
+        image = Image.fromarray(snapshot.images[column].permute(1, 2, 0).numpy())
+        image = image.resize((CELL, CELL), Image.Resampling.BICUBIC)
         rows = (
-            picture,
-            heat_map(picture, snapshot.scores[column], snapshot.grid),
-            kept_patches(picture, snapshot.keep_indices[column], snapshot.grid),
+            image,
+            heat_map(image, snapshot.scores[column], snapshot.grid),
+            kept_patches(image, snapshot.keep_indices[column], snapshot.grid),
         )
         for row, cell in enumerate(rows):
             sheet.paste(cell, (column * (CELL + GAP), row * (CELL + GAP)))

@@ -37,7 +37,7 @@ IN_THIS_PROCESS = {
 }
 IN_PROCESSES = {
     "communication": "--recipes clip --batch-size 4 --ranks 2",
-    "data": "--synthetic --images 128 --rounds 1 --only speed",
+    "data": "--synthetic --only memory --rows 2000",
     "equality": "--recipes clip",
     "first_step": "",
     "soak": "--steps 6 --minutes 0 --kills 1 --pause 1 --signals-only --output FOLDER/soak --data SHARD SHARD",
@@ -102,6 +102,6 @@ def test_runs(
 def test_runs_in_processes(name: str, places: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), *words(IN_PROCESSES[name], places)], capture_output=True,
-        text=True, check=False, env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}, timeout=300)
+        text=True, check=False, env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()

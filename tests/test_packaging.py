@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, *command: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False,
-                          timeout=240)
+                          timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
