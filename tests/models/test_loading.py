@@ -14,7 +14,7 @@ from tower_oracles import fresh_model, images, open_clip_alone, shake, write_che
 from aclip import models
 from aclip.errors import AclipError, CheckpointError, ConfigError, UnsupportedModelError
 from aclip.models import loading
-from aclip.models.loading import IMAGENET_MEAN, IMAGENET_STD
+from aclip.models.loading import FRESH_PREPROCESS
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_presets_learn_their_positions_on_oblong_grids():
     """open_clip has sine-cosine positions for square grids only; ours start from those, interpolated."""
     oblong, square = models.create_model("vit-tiny", image_size=(32, 64)), models.create_model("vit-tiny")
     assert oblong.visual.positional_embedding.requires_grad
-    at_size = models.vit.positions_at(models.vit_of(square.visual), (4, 8))
+    at_size = models.vit_of(square.visual).positions_at((4, 8))
     assert torch.equal(oblong.visual.positional_embedding[1:], at_size)
     assert torch.equal(oblong.visual.positional_embedding[0], square.visual.positional_embedding[0])
     assert "pos_embed_type" not in models.model_config("vit-tiny", image_size=(32, 64))["vision_cfg"]
@@ -257,7 +257,7 @@ def test_models_saved_at_an_oblong_size_load_at_any(tmp_path):
 
 def test_fresh_models_normalise_as_imagenet_and_saved_ones_as_saved(tiny, saved):
     fresh = models.preprocess_config(tiny)
-    assert (fresh["mean"], fresh["std"], fresh["interpolation"]) == (IMAGENET_MEAN, IMAGENET_STD, "bicubic")
+    assert (fresh["mean"], fresh["std"]) == tuple(FRESH_PREPROCESS.values())
     assert fresh["size"] == (64, 64)
     assert list(models.preprocess_config(models.create_model(saved))["mean"]) == [0.1, 0.2, 0.3]
 

@@ -1,7 +1,4 @@
-"""Image and text towers: open_clip's models, with what they lack added from outside.
-
-A forward pass over kept patches, the class token's attention scores, positions at another resolution, and text cut
-after the longest caption. The modules and state dicts stay open_clip's own (and timm's, inside it).
+"""Image and text towers: open_clip's models (and timm's, inside them), with what they lack added from outside.
 
 What needs open_clip, timm or torchvision, which take seconds to import, is imported on first use.
 """
@@ -16,10 +13,8 @@ from aclip.models.vision import (
     encode_image,
     patch_embedding_of,
     resize_images,
-    visual_of,
-    vit_of,
 )
-from aclip.models.vit import parse_image_size
+from aclip.models.vit import parse_image_size, visual_of, vit_of
 
 if TYPE_CHECKING:
     from aclip.models.loaded import LoadedModel, load
@@ -48,7 +43,3 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'aclip.models' has no attribute '{name}'")
     return getattr(importlib.import_module(f"aclip.models.{_HOMES.get(name, 'loading')}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

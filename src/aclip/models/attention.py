@@ -34,15 +34,17 @@ def attention(
     With AMX and without gradients, or in fp32, the fused kernel is as fast or faster. Both agree up to rounding.
 
     Args:
-        q: (B, H, M, d) queries, M = L or fewer rows.
-        k, v: (B, H, L, d) keys and values.
+        q, k, v: queries, M = L or fewer rows; keys and values.
         causal: query i sees keys 0..i only; needs M = L.
-        visible: (B, 1, 1, L) bool, the keys that the queries of a sample see; not together with `causal`.
-
-    Returns:
-        (B, H, M, d), dtype of `q`.
+        visible: the keys that the queries of a sample see; not together with `causal`.
     """
-    if not _plain_is_faster(q, k):
+    plain_is_faster = (
+        q.device.type == "cpu"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and k.shape[-2] <= LONGEST_PLAIN
+        and (q.requires_grad or not HAS_AMX)
+    )
+    if not plain_is_faster:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if causal:
@@ -56,11 +58,9 @@ def attention(
 def first_row(q: Float[Tensor, "B H M d"], k: Float[Tensor, "B H L d"]) -> Float[Tensor, "B L"]:
     """Return the attention of the first query to all keys, averaged over heads.
 
-    One row of each attention map, in fp32 under any autocast, without gradient.
+        1/H sum_h softmax(q_h[0] . k_h / sqrt(d))    (A-CLIP, arXiv 2212.08653)
 
-    Args:
-        q: (B, H, M, d) queries.
-        k: (B, H, L, d) keys.
+    One row of each attention map, in fp32 under any autocast, without gradient.
 
     Returns:
         (B, L) float32 in [0, 1]; rows sum to 1.
@@ -69,28 +69,3 @@ def first_row(q: Float[Tensor, "B H M d"], k: Float[Tensor, "B H L d"]) -> Float
         logits = q[:, :, :1].float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
         row: Tensor = logits.softmax(dim=-1)[:, :, 0].mean(dim=1)
     return row
-
-
-def cls_attention(q: Float[Tensor, "B H M d"], k: Float[Tensor, "B H L d"]) -> Float[Tensor, "B N"]:
-    """Return the attention of the first token to each of the others, averaged over heads.
-
-        s_P = 1/H sum_h softmax(q_h(CLS) . k_h / sqrt(d))[P]    (A-CLIP, arXiv 2212.08653)
-
-    The softmax runs over all L tokens and the CLS column is dropped afterwards, so a row sums to less than 1.
-
-    Args:
-        q, k: as in `first_row`, the CLS token first.
-
-    Returns:
-        (B, L - 1) float32 in [0, 1].
-    """
-    return first_row(q, k)[:, 1:]
-
-
-def _plain_is_faster(q: Tensor, k: Tensor) -> bool:
-    return (
-        q.device.type == "cpu"
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and k.shape[-2] <= LONGEST_PLAIN
-        and (q.requires_grad or not HAS_AMX)
-    )

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aclip.models.attention import attention, cls_attention
+from aclip.models.attention import attention, first_row
 
 
 class Packing(NamedTuple):
@@ -20,9 +20,9 @@ class Packing(NamedTuple):
     (S, C). Attention sees them as (B, L, C), padded with zeros that a causal tower never looks at.
 
     Attributes:
-        present: (B, L) bool, True for tokens, False for padding.
-        places: (S,) int64, the positions of the tokens in the flattened (B * L) layout.
-        ends: (B,) int64, the position of each sample's last token among the S.
+        present: True for tokens, False for padding.
+        places: positions of the tokens in the flattened (B * L) layout.
+        ends: position of each sample's last token among the S.
     """
 
     present: Bool[Tensor, "B L"]
@@ -114,86 +114,67 @@ def blocks_of(transformer: Any) -> Any:
 
 def run_block(
     block: Any,
-    x: Float[Tensor, "B L C"],
+    x: Float[Tensor, "B L C"] | Float[Tensor, "S C"],
     read: Int[Tensor, " B"] | None,
     causal: bool,
     visible: Bool[Tensor, "B L"] | None,
     with_scores: bool,
-    packing: Packing | None = None,
-) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
-    """Run one block; arguments and results as in `run_blocks`."""
-    if hasattr(block, "norm1"):
-        return _run_timm_block(block, x, read, visible, with_scores)
-    normed = block.ln_1(x)
-    if read is None:
-        q, k, v = _project(block.attn, normed, None, packing)
+    packing: Packing | None,
+) -> tuple[Float[Tensor, "B M C"] | Float[Tensor, "S C"], Float[Tensor, "B N"] | None]:
+    """Run one block; arguments and results as in `run_blocks`.
+
+    Dropout and stochastic depth are not applied: a step that is recomputed, or done in parts, must give the same
+    result.
+    """
+    attn = block.attn
+    if is_timm := hasattr(block, "norm1"):
+        norm_1, scale_1, norm_2, scale_2, project = block.norm1, block.ls1, block.norm2, block.ls2, attn.proj
     else:
-        q, k, v = _project(block.attn, normed, _row(normed, read, packing), packing)
+        norm_1, scale_1, norm_2, scale_2, project = block.ln_1, block.ls_1, block.ln_2, block.ls_2, attn.out_proj
+    normed = norm_1(x)
+    queried = normed if read is None else _row(normed, read, packing)
+    q, k, v = _heads_of(attn, normed, None if read is None else queried, packing)
+    if read is not None:
         x = _row(x, read, packing)
         if causal:
             visible = torch.arange(k.shape[2], device=x.device) <= read[:, None]
             causal = False
-    scores = cls_attention(q, k) if with_scores else None
+    scores = first_row(q, k)[:, 1:] if with_scores else None
     keys = None if visible is None else visible[:, None, None]
     mixed = attention(q, k, v, causal=causal, visible=keys).transpose(1, 2).flatten(2)
     if packing is not None and read is None:
         mixed = packing.pack(mixed)
-    x = x + block.ls_1(block.attn.out_proj(mixed))
-    x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    if is_timm:
+        mixed = attn.norm(mixed)
+        if getattr(attn, "gate", None) is not None:
+            mixed = mixed * attn.gate(queried).sigmoid()
+    x = x + scale_1(project(mixed))
+    x = x + scale_2(block.mlp(norm_2(x)))
     return x, scores
 
 
-def _run_timm_block(
-    block: Any,
-    x: Float[Tensor, "B L C"],
-    read: Int[Tensor, " B"] | None,
-    visible: Bool[Tensor, "B L"] | None,
-    with_scores: bool,
-) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
-    """Run one `timm.models.vision_transformer.Block`.
-
-    Query-key norms, gates, layer scale and gated MLPs are the block's own modules. Stochastic depth and dropout are
-    not applied: a step that is recomputed, or done in parts, must give the same result.
-    """
-    attn = block.attn
-    normed = block.norm1(x)
-    q, k, v = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if read is not None:
-        q = q.gather(2, read[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
-        x, normed = _row(x, read, None), _row(normed, read, None)
-    scores = cls_attention(q, k) if with_scores else None
-    mixed = attention(q, k, v, visible=None if visible is None else visible[:, None, None])
-    mixed = attn.norm(mixed.transpose(1, 2).flatten(2))
-    if getattr(attn, "gate", None) is not None:
-        mixed = mixed * attn.gate(normed).sigmoid()
-    x = x + block.ls1(attn.proj(mixed))
-    x = x + block.ls2(block.mlp(block.norm2(x)))
-    return x, scores
-
-
-def _project(
-    attn: nn.MultiheadAttention, x: Tensor, queried: Float[Tensor, "B 1 C"] | None, packing: Packing | None
+def _heads_of(
+    attn: Any, x: Tensor, queried: Float[Tensor, "B 1 C"] | None, packing: Packing | None
 ) -> tuple[Float[Tensor, "B H M d"], Float[Tensor, "B H L d"], Float[Tensor, "B H L d"]]:
-    """Apply the stacked projection of `nn.MultiheadAttention`: queries of `queried` (None: of all), keys and values."""
-    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    """Apply the stacked projection of an attention module: queries of `queried` (None: of all), keys and values."""
+    is_timm = hasattr(attn, "qkv")
+    weight, bias = (attn.qkv.weight, attn.qkv.bias) if is_timm else (attn.in_proj_weight, attn.in_proj_bias)
 
-    def laid_out(projected: Tensor) -> Tensor:
-        return projected if packing is None else packing.unpack(projected)
+    def split(projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        if projected.ndim == 2 and packing is not None:
+            projected = packing.unpack(projected)
+        heads: int = attn.num_heads
+        return projected.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     if queried is None:
-        q, k, v = _heads(laid_out(F.linear(x, weight, bias)), 3, attn.num_heads)
-        return q, k, v
-    sizes = [attn.embed_dim, 2 * attn.embed_dim]
-    (q_weight, kv_weight), (q_bias, kv_bias) = torch.split(weight, sizes), torch.split(bias, sizes)
-    (q,) = _heads(F.linear(queried, q_weight, q_bias), 1, attn.num_heads)
-    k, v = _heads(laid_out(F.linear(x, kv_weight, kv_bias)), 2, attn.num_heads)
-    return q, k, v
-
-
-def _heads(x: Float[Tensor, "B L parts_C"], parts: int, heads: int) -> tuple[Tensor, ...]:
-    """Split stacked projections into `parts` tensors of (B, H, L, d)."""
-    return x.view(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = split(F.linear(x, weight, bias), 3)
+    else:
+        sizes = [weight.shape[0] // 3, 2 * weight.shape[0] // 3]
+        q_weight, kv_weight = torch.split(weight, sizes)
+        q_bias, kv_bias = (None, None) if bias is None else torch.split(bias, sizes)
+        (q,) = split(F.linear(queried, q_weight, q_bias), 1)
+        k, v = split(F.linear(x, kv_weight, kv_bias), 2)
+    return (attn.q_norm(q), attn.k_norm(k), v) if is_timm else (q, k, v)
 
 
 def _row(x: Tensor, read: Int[Tensor, " B"], packing: Packing | None) -> Float[Tensor, "B 1 C"]:

@@ -71,10 +71,9 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of an open_clip ViT under `CLIPModel`'s names: `to_open_clip` reversed.
+    """Return the state dict of an open_clip ViT, or of its image tower alone, under `CLIPModel`'s names.
 
-    A text tower of its own (`text.*`, `CustomTextCLIP`) is renamed too; an image tower alone gives the weights of a
-    `CLIPVisionModel`. LayerScale is multiplied into the layer before it. Tensors may share memory with `state`.
+    LayerScale is multiplied into the layer before it. Tensors may share memory with `state`.
 
     Raises:
         UnsupportedModelError: a tensor that `CLIPModel` has no place for.

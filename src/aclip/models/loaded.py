@@ -1,7 +1,8 @@
 """Trained models in use: images and texts in, features and attention out."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +29,8 @@ from aclip.models.loading import (
     tokenizer_of,
 )
 from aclip.models.text import can_cut, cut_after_eot, encode_text
-from aclip.models.vision import encode_image, visual_of, vit_of
-from aclip.models.vit import grid_of, pair
+from aclip.models.vision import encode_image
+from aclip.models.vit import grid_of, pair, visual_of, vit_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ class LoadedModel(nn.Module):
 
     @torch.no_grad()
     def encode_images(
-        self, images: Iterable[ImageLike], *, batch_size: int = 64, normalize: bool = True, progress: bool = False,
-        workers: int = 0, bad: BadImages = "raise",
+        self, images: Iterable[ImageLike], *, batch_size: int = 64, normalize: bool = True, workers: int = 0,
+        bad: BadImages = "raise",
     ) -> Float[Tensor, "N D"]:
         """Return the features of any number of images, on the CPU.
 
@@ -111,7 +112,6 @@ class LoadedModel(nn.Module):
             images: paths, Pillow images or uint8 arrays, in any mixture.
             batch_size: images per forward pass; features do not depend on it beyond rounding.
             normalize: whether rows have L2 norm 1.
-            progress: show a bar on standard error.
             workers: processes that read and resize; 0 does it in this one.
             bad: "raise" stops at the first image that cannot be used; "nan" gives it a row of NaN, so that row i is
                 always image i.
@@ -134,21 +134,20 @@ class LoadedModel(nn.Module):
         """
         if bad not in ("raise", "nan"):
             raise ConfigError(f"bad is 'raise' or 'nan', not {bad!r}")
-        height, width = self.image_size
-        read = _Preprocess(self.preprocess, bad, (3, height, width))
+        empty = torch.zeros(0, 3, *self.image_size)
+        read = partial(_preprocessed, self.preprocess, None if bad == "raise" else torch.full(empty.shape[1:], torch.nan))
         batches = read_ahead(read, _batches(enumerate(images), batch_size), workers=workers)
-        return self._gather(lambda pixels: self.encode_image(pixels, normalize), batches,
-                            torch.zeros(1, 3, height, width), images, "images", progress)
+        return self._gather(lambda pixels: self.encode_image(pixels, normalize), batches, empty)
 
     @torch.no_grad()
     def encode_texts(
-        self, texts: Sequence[str], *, batch_size: int = 256, normalize: bool = True, progress: bool = False
+        self, texts: Sequence[str], *, batch_size: int = 256, normalize: bool = True
     ) -> Float[Tensor, "N D"]:
         """Return the features of any number of texts, on the CPU.
 
         Args:
             texts: of any length; what exceeds the context is cut.
-            batch_size, normalize, progress: as in `encode_images`.
+            batch_size, normalize: as in `encode_images`.
 
         Returns:
             (N, D) float32 in the order of `texts`.
@@ -168,8 +167,7 @@ class LoadedModel(nn.Module):
         tokenizer = self.tokenizer if isinstance(self.tokenizer, CaptionTokenizer) else CaptionTokenizer(self.tokenizer)
         cuts = self.has_text and can_cut(self.model)
         tokens = (cut_after_eot(ids) if cuts else ids for ids in map(tokenizer, _batches(texts, batch_size)))
-        return self._gather(lambda ids: self.encode_text(ids, normalize), tokens,
-                            tokenizer([""]), texts, "texts", progress)
+        return self._gather(lambda ids: self.encode_text(ids, normalize), tokens, tokenizer([""]))
 
     @torch.no_grad()
     def attention_scores(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N"]:
@@ -219,24 +217,17 @@ class LoadedModel(nn.Module):
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
 
     def _gather(
-        self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], example: Tensor, items: Iterable[Any],
-        unit: str, progress: bool,
+        self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], example: Tensor
     ) -> Float[Tensor, "N D"]:
         """Collect the features of all batches on the CPU; without any batch, no rows of the width of `example`'s."""
-        from rich.console import Console
-        from rich.progress import Progress
-
         found = []
-        with Progress(console=Console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task(f"encoding {unit}", total=len(items) if isinstance(items, Sized) else None)
-            for batch in batches:
-                features = encode(batch.to(self.device, non_blocking=True)).float().cpu()
-                usable = batch.flatten(1).isfinite().all(dim=1)  # rows of images that could not be used are NaN
-                if not features[usable].isfinite().all():
-                    raise CheckpointError(f"the features of {self.name} are NaN or inf: its weights are damaged or its "
-                                          "training diverged; use an earlier checkpoint, RUN/checkpoints/step-...")
-                found.append(features)
-                bar.advance(task, len(batch))
+        for batch in batches:
+            features = encode(batch.to(self.device, non_blocking=True)).float().cpu()
+            usable = batch.flatten(1).isfinite().all(dim=1)  # rows of images that could not be used are NaN
+            if not features[usable].isfinite().all():
+                raise CheckpointError(f"the features of {self.name} are NaN or inf: its weights are damaged or its "
+                                      "training diverged; use an earlier checkpoint, RUN/checkpoints/step-...")
+            found.append(features)
         return torch.cat(found) if found else encode(example.to(self.device)).float().cpu()[:0]
 
 
@@ -276,32 +267,25 @@ def load(
         raise ConfigError(f"there is no device '{device}' here: {str(error).splitlines()[0]}") from error
 
 
-class _Preprocess:
-    """(number, image) pairs -> a batch of pixels, in a reading process."""
-
-    def __init__(self, preprocess: Callable[[Any], Tensor], bad: BadImages, shape: tuple[int, int, int]) -> None:
-        self._preprocess, self._bad, self._shape = preprocess, bad, shape
-
-    def __call__(self, images: list[tuple[int, ImageLike]]) -> Float[Tensor, "B 3 h w"]:
-        return torch.stack([self._one(number, image) for number, image in images])
-
-    def _one(self, number: int, image: ImageLike) -> Float[Tensor, "3 h w"]:
+def _preprocessed(
+    preprocess: Callable[[Any], Tensor], unusable: Tensor | None, images: list[tuple[int, ImageLike]]
+) -> Float[Tensor, "B 3 h w"]:
+    """Return the pixels of (number, image) pairs, `unusable` in place of an image that cannot be used."""
+    pixels = []
+    for number, image in images:
         try:
-            return self._preprocess(_open_image(image))
+            pixels.append(preprocess(_open_image(image)))
         except BadSampleError as error:
-            if self._bad == "nan":
-                return torch.full(self._shape, float("nan"))
-            name = image if isinstance(image, str | Path) else f"image {number}"
-            raise DataError(f"{name} cannot be used: {error.reason} (bad='nan' gives it a row of NaN instead)"
-                            ) from error
+            if unusable is None:
+                name = image if isinstance(image, str | Path) else f"image {number}"
+                raise DataError(f"{name} cannot be used: {error.reason} (bad='nan' gives it a row of NaN instead)"
+                                ) from error
+            pixels.append(unusable)
+    return torch.stack(pixels)
 
 
 def _open_image(image: ImageLike) -> Image.Image:
-    """Return an image upright, in RGB, transparency on white, as in training.
-
-    Raises:
-        BadSampleError: it cannot be used.
-    """
+    """Return an image upright, in RGB, transparency on white, as in training; BadSampleError if it cannot be used."""
     if isinstance(image, str | Path):
         try:
             data = Path(image).read_bytes()
@@ -317,7 +301,6 @@ def _open_image(image: ImageLike) -> Image.Image:
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield lists of `size` items; the last may be shorter."""
     if size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {size}")
     rest = iter(items)

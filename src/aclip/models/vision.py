@@ -1,7 +1,5 @@
 """The image tower: a ViT over the kept patches, at any resolution, with the attention that ranks patches."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -9,11 +7,8 @@ from torch import Tensor, nn
 
 from aclip.errors import UnsupportedModelError
 from aclip.models.blocks import run_blocks
-from aclip.models.vit import Vit, grid_of, resample_positions
+from aclip.models.vit import Vit, grid_of, vit_of
 from aclip.structs import ImageEncoding
-
-SUPPORTED = ("supported are plain ViTs: open_clip's own, such as ViT-B-32, ViT-B-16, ViT-L-14, vit-small and vit-tiny, "
-             "and timm's, such as ViT-B-16-SigLIP")
 
 NO_ATTENTION_SCORES = (
     "the features of this image tower come from neither a class token nor attention pooling, so it has no attention "
@@ -33,7 +28,7 @@ def encode_image(
 
     With every patch kept, the features equal `visual(pixels)` up to rounding. Patches are removed before they are
     embedded; kept patch i has the position embedding of patch `keep_indices[:, i]`. Class token and registers always
-    stay. At another resolution than the model's own, positions are interpolated (see `positions_at`). The score of
+    stay. At another resolution than the model's own, positions are interpolated as by timm and open_clip. The score of
     patch P, over all layers l and heads h (A-CLIP, arXiv 2212.08653):
 
         s_P = 1/(L H) sum_lh softmax(q_lh(CLS) . k_lh / sqrt(d))[P]
@@ -69,9 +64,9 @@ def encode_image(
         raise ValueError("scores rank all patches: they cannot be returned when only some are kept")
     if return_scores and vit.scored_by is None:
         raise UnsupportedModelError(NO_ATTENTION_SCORES)
-    x = embed_patches(vit, pixels, keep_indices, mask_token)
+    x = _embed_patches(vit, pixels, keep_indices, mask_token)
     prefix = vit.prefix()
-    x = vit.before_blocks(torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1))
+    x = vit.norm_before(torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1))
     num_tokens, first_patch = x.shape[1], vit.num_prefix_tokens
 
     reads_all = return_patches or not vit.reads_first
@@ -85,11 +80,11 @@ def encode_image(
         patches=vit.norm_patches(x[:, first_patch:]) if return_patches else None, num_tokens=num_tokens)
 
 
-def embed_patches(
+def _embed_patches(
     vit: Vit,
     pixels: Float[Tensor, "B 3 h w"],
     keep_indices: Int[Tensor, "B K"] | None,
-    mask_token: Float[Tensor, " C"] | None = None,
+    mask_token: Float[Tensor, " C"] | None,
 ) -> Float[Tensor, "B M C"]:
     """Cut images into patches, drop those not kept, embed the rest and add their positions.
 
@@ -99,7 +94,7 @@ def embed_patches(
     conv, patch = vit.patch_embedding, vit.patch_size
     grid = grid_of((pixels.shape[-2], pixels.shape[-1]), patch)
     cells = pixels.reshape(pixels.shape[0], -1, grid[0], patch[0], grid[1], patch[1]).permute(0, 2, 4, 1, 3, 5)
-    positions = positions_at(vit, grid)
+    positions = vit.positions_at(grid)
     if keep_indices is None and mask_token is not None:  # explicit, so that the mask token's gradient is 0, not None
         keep_indices = torch.arange(grid[0] * grid[1], device=pixels.device).expand(pixels.shape[0], -1)
     if keep_indices is None:
@@ -114,15 +109,6 @@ def embed_patches(
     return filled.scatter(1, keep_indices[:, :, None].expand_as(embedded), embedded)
 
 
-def positions_at(vit: Vit, grid_size: tuple[int, int]) -> Float[Tensor, "N C"]:
-    """Return the position embeddings of the patches on a grid (down, across), row by row; differentiable.
-
-    On another grid than the model's own, interpolated as by open_clip and timm: see `resample_positions`.
-    """
-    own = vit.patch_positions()
-    return own if vit.grid_size == grid_size else resample_positions(own, vit.grid_size, grid_size)
-
-
 def resize_images(visual: nn.Module, image_size: tuple[int, int]) -> None:
     """Change an image tower to another image size (height, width), its positions interpolated, in place.
 
@@ -130,47 +116,10 @@ def resize_images(visual: nn.Module, image_size: tuple[int, int]) -> None:
         ConfigError: not a whole number of patches.
     """
     vit = vit_of(visual)
-    with torch.no_grad():
-        positions = positions_at(vit, grid_of(image_size, vit.patch_size)).clone()
-    vit.resize(image_size, positions)
-
-
-def vit_of(visual: nn.Module) -> Vit:
-    """Return the parts of an image tower.
-
-    Raises:
-        UnsupportedModelError: a tower that `encode_image` cannot run, such as a ResNet.
-    """
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-
-    if isinstance(visual, TimmModel):
-        from aclip.models.timm_vit import TimmVit, obstacle
-
-        what = obstacle(visual)
-        if what is None:
-            return TimmVit(visual)
-        what = f"this image tower has {what}"
-    elif not isinstance(visual, VisionTransformer):
-        what = f"this image tower is a {type(visual).__name__}"
-    elif visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
-        what = "this image tower pools by attention or not at all"
-    elif not isinstance(visual.transformer.resblocks[0], ResidualAttentionBlock):
-        what = "this image tower has custom attention blocks"
-    else:
-        return Vit(visual)
-    raise UnsupportedModelError(f"{what}, which cannot be scored and masked: {SUPPORTED}")
-
-
-def visual_of(model: nn.Module) -> Any:
-    """Return the image tower of a model (`model.visual`), or the tower itself if that is what is given.
-
-    Raises:
-        UnsupportedModelError: as `vit_of`.
-    """
-    visual = getattr(model, "visual", model)
-    vit_of(visual)
-    return visual
+    grid_of(image_size, vit.patch_size)
+    vit.resize(image_size)
+    if hasattr(vit.visual, "preprocess_cfg"):
+        vit.visual.preprocess_cfg = {**vit.visual.preprocess_cfg, "size": image_size}
 
 
 def attention_pool_of(visual: nn.Module) -> nn.Module | None:

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_text_pos_embed
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from aclip.errors import CheckpointError, UnsupportedModelError
-from aclip.models.vision import visual_of, vit_of
-from aclip.models.vit import resample_positions
+from aclip.models.vit import visual_of, vit_of
 
 # What training scripts save beside their tensors; constructing these has no side effects.
 _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
@@ -70,15 +69,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     Positions of another image size or context length are interpolated. An image tower alone leaves projection and
     text as they are.
 
-    Args:
-        model: an open_clip model.
-        state: name -> tensor, of any floating type.
-        path: where it came from, for errors.
-
     Raises:
         CheckpointError: tensors that are missing, unknown, or of another shape.
     """
-    state = _adapted(model, dict(convert_state_dict(model, dict(state))))
+    state = _adapted(model, dict(state))
     image_only = all(name.startswith("visual.") for name in state)
     own = model.state_dict()
     missing = [name for name in own if name not in state]
@@ -109,14 +103,15 @@ def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in ("positional_embedding", "text.positional_embedding"):
         if name in state and name in own and state[name].shape[1:] == own[name].shape[1:]:
             resize_text_pos_embed(state, model)
-    vit = vit_of(visual_of(model))
+    grid_size = vit_of(visual_of(model)).grid_size
     for name in ("visual.positional_embedding", "visual.trunk.pos_embed"):
         if name in state and name in own and state[name].shape != own[name].shape:
-            rows, prefix = state[name].flatten(0, -2), own[name].shape[-2] - math.prod(vit.grid_size)
-            side = math.isqrt(max(0, len(rows) - prefix))
-            if side and side**2 + prefix == len(rows):
-                resized = resample_positions(rows[prefix:], (side, side), vit.grid_size)
-                state[name] = torch.cat([rows[:prefix], resized]).view(*own[name].shape[:-1], -1)
+            prefix = own[name].shape[-2] - math.prod(grid_size)
+            side = math.isqrt(max(0, state[name].shape[-2] - prefix))
+            if side and side**2 + prefix == state[name].shape[-2]:
+                rows = state[name].flatten(0, -2)[None]
+                resized = resample_abs_pos_embed(rows, list(grid_size), [side, side], prefix)
+                state[name] = resized.view(*own[name].shape[:-1], -1)
     return state
 
 
