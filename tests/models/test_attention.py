@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aclip.models import attention as module
-from aclip.models.attention import LONGEST_PLAIN, attention, first_row
+from aclip.models import blocks as module
+from aclip.models.blocks import LONGEST_PLAIN, attention, first_row
 
 
 def heads(

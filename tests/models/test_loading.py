@@ -93,9 +93,9 @@ def test_every_listed_model_has_a_shape_and_is_a_vit():
 
 
 @pytest.mark.parametrize(("name", "what"), [
-    ("RN50", "this image tower is a ModifiedResNet"),
-    ("convnext_base", "timm's ConvNeXt, which is not a plain ViT"),
-    ("EVA02-B-16", "timm's Eva, which is not a plain ViT"),
+    ("RN50", "this image tower, a ModifiedResNet, is not a plain ViT"),
+    ("convnext_base", "this image tower, a ConvNeXt, is not a plain ViT"),
+    ("EVA02-B-16", "this image tower, a Eva, is not a plain ViT"),
     ("coca_ViT-B-32", r"captioning decoder \(CoCa\)"),
     ("roberta-ViT-B-32", "Hugging Face text tower roberta-base"),
 ])
@@ -106,12 +106,12 @@ def test_unsupported_models_are_refused_before_they_are_built(name, what):
 
 
 @pytest.mark.parametrize(("name", "error", "match"), [
-    ("vit-tinny", ConfigError, "unknown model 'vit-tinny': did you mean 'vit-tiny'"),
+    ("vit-tinny", ConfigError, "unknown model, folder or file 'vit-tinny': did you mean 'vit-tiny'"),
     ("ViT-B-33", ConfigError, "did you mean 'ViT-B-32'"),
-    ("ViT-B-32:laion", ConfigError, r"unknown pretrained weights of ViT-B-32 'laion': .*There are: .*openai"),
-    ("ViT-B-32:nowhere/x.pt", CheckpointError, r"there is no weight file nowhere/x\.pt: .*laion2b_s34b_b79k"),
-    ("runs/nothing-here", ConfigError, "there is no folder 'runs/nothing-here', and no model of that name"),
-    ("local-dir:nothing-here", ConfigError, "there is no folder 'nothing-here'"),
+    ("ViT-B-32:laion", ConfigError, r"weights of ViT-B-32 'laion': .*There are: .*openai"),
+    ("ViT-B-32:x.pt", ConfigError, r"unknown weight file or pretrained weights of ViT-B-32 'x\.pt': .*laion2b_s34b"),
+    ("runs/nothing-here", ConfigError, "unknown model, folder or file 'runs/nothing-here'"),
+    ("local-dir:nothing-here", CheckpointError, "'nothing-here' holds no model"),
 ])
 def test_unknown_names_say_what_exists(name, error, match):
     with pytest.raises(error, match=match):
@@ -186,7 +186,7 @@ def test_fresh_weights_follow_the_seed_and_not_the_text():
     assert all(torch.equal(value, whole_state[name]) for name, value in image_only.state_dict().items())
     pixels = images(1, (64, 64))
     assert "visual.proj" not in names  # no joint space to project into
-    assert torch.equal(image_only.encode_image(pixels) @ whole.visual.proj, whole.encode_image(pixels))
+    assert torch.equal(image_only.visual(pixels) @ whole.visual.proj, whole.encode_image(pixels))
 
 
 def test_models_are_trainable_in_fp32(tiny):
@@ -283,19 +283,6 @@ def test_a_file_after_an_architecture_is_its_weights(tiny, weights):
         models.create_model(weights)
 
 
-def test_big_vision_weights_preprocess_as_the_same_weights_by_their_tag(tmp_path, monkeypatch):
-    file = tmp_path / "webli.npz"
-    file.write_bytes(b"not a zip archive")
-    with pytest.raises(CheckpointError, match=r"the weights .*webli\.npz cannot be loaded into this model"):
-        models.create_model(f"ViT-B-16-SigLIP:{file}")
-    monkeypatch.setattr(loading, "load_big_vision_weights", lambda model, path: model.logit_scale.data.fill_(3.0))
-    model = models.create_model(f"ViT-B-16-SigLIP:{file}")
-    assert model.logit_scale == 3.0
-    tagged, seen = open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli"), models.preprocess_config(model)
-    assert {key: seen[key] for key in ("mean", "std", "interpolation", "resize_mode")} == {
-        key: tagged[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-
-
 def test_weights_of_an_image_tower_start_a_model_with_fresh_text(tmp_path, caplog):
     image_only = shake(models.create_model("vit-tiny", with_text=False), seed=9)
     folder = write_model(tmp_path / "image-only", image_only, models.model_config("vit-tiny"))
@@ -360,7 +347,7 @@ def test_a_weight_file_of_another_name_is_found_if_it_is_the_only_one(tiny, tmp_
     (folder / "open_clip_model.safetensors").rename(folder / "epoch_3.safetensors")
     assert torch.equal(models.create_model(folder).token_embedding.weight, tiny.token_embedding.weight)
     shutil.copy(folder / "epoch_3.safetensors", folder / "epoch_4.safetensors")
-    with pytest.raises(CheckpointError, match=r"several weight files \(epoch_3.safetensors, epoch_4.safetensors\)"):
+    with pytest.raises(CheckpointError, match="several weights beside it"):
         models.create_model(folder)
 
 

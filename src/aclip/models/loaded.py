@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,30 +20,19 @@ from aclip.data.decode import as_rgb
 from aclip.data.workers import read_ahead
 from aclip.errors import BadSampleError, CheckpointError, ConfigError, DataError
 from aclip.masking import AttentiveMasking, Keep, MaskingContext
-from aclip.models.loading import (
-    ImageTower,
-    Tokenizer,
-    WeightsOf,
-    build,
-    preprocess_config,
-    resolve_source,
-    tokenizer_of,
-)
+from aclip.models import loading
+from aclip.models.loading import ImageTower, Tokenizer, WeightsOf, preprocess_config, tokenizer_of
 from aclip.models.text import can_cut, cut_after_eot, encode_text
-from aclip.models.vision import encode_image
-from aclip.models.vit import grid_of, pair, visual_of, vit_of
+from aclip.models.vision import encode_image, grid_of, pair, visual_of, vit_of
 
 logger = logging.getLogger(__name__)
 
 ImageLike = str | Path | Image.Image | np.ndarray
 """A path; a Pillow image of any mode; or a uint8 array, (h, w, 3) RGB, (h, w, 4) with alpha or (h, w) grey."""
 
-BadImages = Literal["raise", "nan"]
-"""An image that cannot be used raises an error, or gets a row of NaN."""
-
 
 class LoadedModel(nn.Module):
-    """A model as `aclip.load` returns it; it always sees whole images.
+    """A model as `aclip.load` returns it; it sees whole images.
 
     Attributes:
         model: the open_clip model itself (or `ImageTower`, of a run without text).
@@ -56,8 +46,6 @@ class LoadedModel(nn.Module):
         self, model: nn.Module, tokenizer: Tokenizer, *, name: str = "this model", step: int | None = None,
         samples_seen: int | None = None,
     ) -> None:
-        from open_clip.transform import PreprocessCfg, image_transform_v2
-
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -86,10 +74,7 @@ class LoadedModel(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_trunk(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C"]:
-        """Return the pooled token after the final norm, before the projection into the joint space; not normalised.
-
-        This is what the linear probes of CLIP (arXiv 2103.00020, appendix A.3) and SLIP read.
-        """
+        """Return the pooled token before its projection, not normalised: what CLIP's linear probes read."""
         return encode_image(visual_of(self.model), images).cls
 
     def encode_text(self, tokens: Int[Tensor, "B T"], normalize: bool = True) -> Float[Tensor, "B D"]:
@@ -104,9 +89,9 @@ class LoadedModel(nn.Module):
     @torch.no_grad()
     def encode_images(
         self, images: Iterable[ImageLike], *, batch_size: int = 64, normalize: bool = True, workers: int = 0,
-        bad: BadImages = "raise",
+        bad: Literal["raise", "nan"] = "raise",
     ) -> Float[Tensor, "N D"]:
-        """Return the features of any number of images, on the CPU.
+        """Return the features of any number of images, on the CPU, in their order.
 
         Args:
             images: paths, Pillow images or uint8 arrays, in any mixture.
@@ -116,13 +101,9 @@ class LoadedModel(nn.Module):
             bad: "raise" stops at the first image that cannot be used; "nan" gives it a row of NaN, so that row i is
                 always image i.
 
-        Returns:
-            (N, D) float32 in the order of `images`.
-
         Raises:
             DataError: an image that cannot be used, with its path (or number) and the reason.
             CheckpointError: features that are NaN or inf.
-            ConfigError: a batch size below 1, or an unknown value of `bad`.
 
         Example:
             >>> import aclip
@@ -134,23 +115,21 @@ class LoadedModel(nn.Module):
         """
         if bad not in ("raise", "nan"):
             raise ConfigError(f"bad is 'raise' or 'nan', not {bad!r}")
-        empty = torch.zeros(0, 3, *self.image_size)
-        read = partial(_preprocessed, self.preprocess, None if bad == "raise" else torch.full(empty.shape[1:], torch.nan))
+        example = torch.zeros(1, 3, *self.image_size)
+        unusable = torch.full_like(example[0], torch.nan) if bad == "nan" else None
+        read = partial(_preprocessed, self.preprocess, unusable)
         batches = read_ahead(read, _batches(enumerate(images), batch_size), workers=workers)
-        return self._gather(lambda pixels: self.encode_image(pixels, normalize), batches, empty)
+        return self._gather(lambda pixels: self.encode_image(pixels, normalize), batches, example)
 
     @torch.no_grad()
     def encode_texts(
         self, texts: Sequence[str], *, batch_size: int = 256, normalize: bool = True
     ) -> Float[Tensor, "N D"]:
-        """Return the features of any number of texts, on the CPU.
+        """Return the features of any number of texts, on the CPU, in their order.
 
         Args:
             texts: of any length; what exceeds the context is cut.
             batch_size, normalize: as in `encode_images`.
-
-        Returns:
-            (N, D) float32 in the order of `texts`.
 
         Raises:
             UnsupportedModelError: the model has no text tower.
@@ -171,9 +150,7 @@ class LoadedModel(nn.Module):
 
     @torch.no_grad()
     def attention_scores(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N"]:
-        """Return the attention of the class token to each patch, averaged over layers and heads.
-
-        (B, N) float32 in [0, 1], patches row by row; see `aclip.models.encode_image`.
+        """Return the attention of the class token to each patch in [0, 1], row by row; see `models.encode_image`.
 
         Raises:
             UnsupportedModelError: a tower without attention scores.
@@ -186,7 +163,7 @@ class LoadedModel(nn.Module):
     def keep_mask(
         self, images: Float[Tensor, "B 3 h w"], mask_ratio: float = 0.5, keep: Keep = "highest", block_size: int = 2,
     ) -> Bool[Tensor, "B N"]:
-        """Return which patches attentive masking would keep, by this model's own attention.
+        """Return which patches, row by row, attentive masking would keep by this model's own attention.
 
         Args:
             images: (B, 3, h, w) normalised pixels, see `preprocess`.
@@ -194,9 +171,6 @@ class LoadedModel(nn.Module):
             keep: which scores survive, see `aclip.masking.AttentiveMasking`; "mixed" and "sampled" draw from torch's
                 default generator.
             block_size: side in patches of the blocks that are kept or removed; 1 if they do not tile the grid.
-
-        Returns:
-            (B, N) bool, patches row by row, True where kept; every row keeps the same number.
 
         Raises:
             ConfigError: a ratio, block size or `keep` out of range.
@@ -254,10 +228,10 @@ def load(
     """
     if weights not in ("online", "ema"):
         raise ConfigError(f"weights are 'online' or 'ema', not {weights!r}")
-    source = resolve_source(name, weights)
+    source = loading.resolve_source(name, weights)
     if source.read is None:
         logger.warning("'%s' is an architecture without weights: its features mean nothing yet", name)
-    model, origin = build(source, with_text=None)
+    model, origin = loading.build(source, with_text=None)
     loaded = LoadedModel(
         model, tokenizer_of(source), name=f"'{name}'", step=origin.step if origin else None,
         samples_seen=origin.samples_seen if origin else None).eval()

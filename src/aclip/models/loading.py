@@ -7,41 +7,37 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import open_clip
-from jaxtyping import Float
 from open_clip.constants import HF_CONFIG_NAME as CONFIG_NAME
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME as WEIGHTS_NAME
-from open_clip.convert import load_big_vision_weights
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
-from open_clip.tokenizer import HFTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from aclip.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, open_newest
+from aclip.checkpoint import list_checkpoints, open_checkpoint, open_newest
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
 from aclip.models import hugging_face
 from aclip.models.hugging_face import read_json
 from aclip.models.shapes import build_modules, patch_size_of
-from aclip.models.tokenizer import CachingTokenizer
-from aclip.models.vision import resize_images
-from aclip.models.vit import grid_of, pair, visual_of, vit_of
+from aclip.models.vision import grid_of, pair, resize_images, visual_of, vit_of
 from aclip.models.weights import from_released, is_released, load_weights, read_weights, released_config
 
 logger = logging.getLogger(__name__)
 
+open_clip.add_model_config(Path(__file__).parent / "configs")  # the presets
+
 FRESH_PREPROCESS: Mapping[str, Any] = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 """The normalisation of models trained from scratch, and of the A-CLIP release."""
 
-_BIG_VISION = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 _WEIGHT_NAMES = (WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
                  "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts -> (B, T) int64 token ids, padded to the context length."""
@@ -87,29 +83,20 @@ class ImageTower(nn.Module):
         self.visual = visual
         vit_of(visual).drop_projection()
 
-    def encode_image(self, image: Float[Tensor, "B 3 h w"], normalize: bool = False) -> Float[Tensor, "B C"]:
-        """Return the pooled token after the final norm, L2-normalised on request."""
-        features: Tensor = self.visual(image)
-        return F.normalize(features, dim=-1) if normalize else features
-
 
 def create_model(
     name: str | Path, *, image_size: int | tuple[int, int] | None = None, with_text: bool | None = True
 ) -> nn.Module:
     """Build an open_clip model on the CPU in fp32, in training mode.
 
-    Fresh weights come from torch's global generator (`torch.manual_seed`); the image tower's do not depend on
-    `with_text`. Fresh models take ImageNet's mean and deviation; models that come with weights keep their own. If the
-    weights hold an image tower only, the text tower starts fresh.
+    Fresh weights come from torch's global generator, the image tower's whether or not there is text. Fresh models
+    normalise as for ImageNet, others as their weights do.
 
     Args:
         name: see `resolve_source`.
-        image_size: pixels, one side or (height, width), in place of the model's own; position embeddings are
-            interpolated.
-        with_text: False leaves the text tower out (`ImageTower`); None does so if the weights hold an image tower only.
-
-    Returns:
-        `open_clip.CLIP`, `open_clip.CustomTextCLIP`, or `ImageTower`.
+        image_size: pixels, one side or (height, width), in place of the model's own; positions are interpolated.
+        with_text: False leaves the text tower out (`ImageTower`); None does so if the weights hold an image tower only;
+            with True, the text tower starts fresh then.
 
     Raises:
         ConfigError: an unknown name or a size that is not a whole number of patches.
@@ -148,11 +135,7 @@ def build(
 
 
 def preprocess_config(model: nn.Module) -> dict[str, Any]:
-    """Return open_clip's `preprocess_cfg` of a model, as `open_clip_config.json` states it beside the weights.
-
-    Keys: size (height, width), mode "RGB", mean and std per channel on a scale of 0 to 1, interpolation, resize_mode,
-    fill_color.
-    """
+    """Return open_clip's `preprocess_cfg` of a model: size (height, width), mean, std, interpolation, ..."""
     return dict(visual_of(model).preprocess_cfg)
 
 
@@ -166,7 +149,6 @@ def model_config(name: str | Path, *, image_size: int | tuple[int, int] | None =
 
 def list_models() -> list[str]:
     """Return the names that can be trained: the presets, open_clip's own ViTs, and timm's plain ones in open_clip."""
-    _register_presets()
     return [name for name in open_clip.list_models() if _seems_supported(open_clip.get_model_config(name))]
 
 
@@ -187,17 +169,46 @@ def tokenizer_of(model: str | Path | Source | Mapping[str, Any]) -> Tokenizer:
         source = model if isinstance(model, Source) else resolve_source(model)
         model, folder = source.config, source.folder
     text = model["text_cfg"]
-    context, options = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
+    options = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
     options.pop("trust_remote_code", None)  # not for a config from elsewhere to decide
     where = text.get("hf_tokenizer_name")
     if not where:
-        return CachingTokenizer(context_length=context, **options)
+        return CachingTokenizer(**options)
     if folder is not None and any(folder.glob("tokenizer*")):
         where = str(folder)
-    tokenizer: Tokenizer = _fetch(
-        f"the tokenizer '{where}' of this model", HFTokenizer, where, context_length=context,
-        tokenizer_mode=text.get("tokenizer_mode"), trust_remote_code=False, **options)
-    return tokenizer
+    return cast(Tokenizer, _fetch(
+        f"the tokenizer '{where}' of this model", HFTokenizer, where, tokenizer_mode=text.get("tokenizer_mode"),
+        trust_remote_code=False, **options))
+
+
+class CachingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip has no annotations
+    """`SimpleTokenizer` with a cache of words, which it never merges across a space.
+
+    Captions repeat their words, so most of the work becomes a look-up. Printable ASCII without `&` needs no ftfy and
+    no unescaping.
+    """
+
+    cache: dict[str, str]
+
+    def __init__(self, *, clean: str = "lower", **options: Any) -> None:
+        """Take the options of `SimpleTokenizer`."""
+        super().__init__(clean=clean, **options)
+        self._lower = clean == "lower"
+        self._special = dict(self.cache)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without start and end tokens."""
+        if self._lower and text.isascii() and text.isprintable() and "&" not in text:
+            text = text.lower()
+        else:
+            text = self.clean_fn(text)
+        return [token for word in text.split() for token in self._encode_word(word)]
+
+    @functools.lru_cache(maxsize=10_000)  # noqa: B019  # some 3 MB, shared by the few tokenizers of a process
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        self.cache = dict(self._special)  # open_clip's own has no limit
+        pieces = ("".join(self.byte_encoder[byte] for byte in piece.encode()) for piece in self.pat.findall(word))
+        return tuple(self.encoder[part] for piece in pieces for part in self.bpe(piece).split(" "))
 
 
 def resolve_source(name: str | Path, weights: WeightsOf = "online") -> Source:
@@ -235,26 +246,20 @@ def _find_source(name: str, weights: WeightsOf) -> Source:
         return _run_source(Path(name), steps, ema=True)
     scheme, _, rest = name.partition(":")
     if scheme == "hf-hub":
-        return _hub_source(name, rest)
+        config, preprocess = _read_config(
+            Path(_fetch(f"'{name}'", download_pretrained_from_hf, rest, filename=CONFIG_NAME)))
+        return Source(config, preprocess, read=lambda: Weights(
+            read_weights(Path(_fetch(f"'{name}'", download_pretrained_from_hf, rest))), name))
     if scheme == "local-dir":
         return _folder_source(Path(rest))
     base = scheme.replace("/", "-")
-    _register_presets()
     if base in open_clip.list_models():
         return _named_source(base, rest)
     if Path(name).is_dir():
         return _folder_source(Path(name))
     if Path(name).is_file():
         return _file_source(Path(name))
-    if "/" in name and ":" not in name:
-        raise ConfigError(f"there is no folder '{name}', and no model of that name: name a folder with {CONFIG_NAME}, "
-                          f"a run folder, or one of {', '.join(list_models())}")
-    raise ConfigError(unknown_name("model", base, list_models()))
-
-
-@functools.cache
-def _register_presets() -> None:
-    open_clip.add_model_config(Path(__file__).parent / "configs")
+    raise ConfigError(unknown_name("model, folder or file", name, list_models()))
 
 
 def _named_source(base: str, rest: str) -> Source:
@@ -268,21 +273,9 @@ def _named_source(base: str, rest: str) -> Source:
             config["quick_gelu"] = True
         return Source(config, pretrained, read=lambda: Weights(
             read_weights(Path(_fetch(f"'{name}'", download_pretrained, pretrained))), name))
-    if file.suffix == ".npz" and file.is_file():  # SigLIP's original release
-        return Source(config, _BIG_VISION, read=lambda: Weights(_read_big_vision(config, file), str(file)))
     if file.is_file():
         return Source(config, read=lambda: Weights(read_weights(file), str(file)))
-    if "/" in rest or file.suffix in _WEIGHT_SUFFIXES:
-        raise CheckpointError(f"there is no weight file {rest}: '{base}:...' takes a file, or one of the pretrained "
-                              f"weights {', '.join(sorted(tags)) or '(there are none)'}")
-    raise ConfigError(unknown_name(f"pretrained weights of {base}", rest, tags))
-
-
-def _hub_source(name: str, repository: str) -> Source:
-    config, preprocess = _read_config(
-        Path(_fetch(f"'{name}'", download_pretrained_from_hf, repository, filename=CONFIG_NAME)))
-    return Source(config, preprocess, read=lambda: Weights(
-        read_weights(Path(_fetch(f"'{name}'", download_pretrained_from_hf, repository))), name))
+    raise ConfigError(unknown_name(f"weight file or pretrained weights of {base}", rest, tags))
 
 
 def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -295,8 +288,6 @@ def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def _folder_source(folder: Path) -> Source:
     """Return the model of a folder: open_clip's, a run's, or transformers'."""
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder '{folder}'")
     for place in (folder, folder / "final"):
         if (place / CONFIG_NAME).is_file():
             return _open_clip_source(place)
@@ -313,14 +304,12 @@ def _folder_source(folder: Path) -> Source:
 
 def _open_clip_source(place: Path) -> Source:
     config, preprocess = _read_config(place / CONFIG_NAME)
-    files = sorted(file for file in place.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
-    known = [place / name for name in _WEIGHT_NAMES if place / name in files]
-    if not files:
-        raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but no weights beside it ({WEIGHTS_NAME})")
-    if not known and len(files) > 1:
-        raise CheckpointError(f"'{place}' holds several weight files ({', '.join(f.name for f in files)}): rename the "
-                              f"right one to {WEIGHTS_NAME}")
-    file, trained = (known or files)[0], read_json(place / "aclip.json") or {}
+    files = [place / name for name in _WEIGHT_NAMES if (place / name).is_file()]
+    files = files[:1] or sorted(file for file in place.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    if len(files) != 1:
+        raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but {'several' if files else 'no'} weights beside it: the "
+                              f"right file is named {WEIGHTS_NAME}")
+    file, trained = files[0], read_json(place / "aclip.json") or {}
     return Source(config, preprocess, place,
                   lambda: Weights(read_weights(file), str(file), trained.get("step"), trained.get("samples_seen")))
 
@@ -332,13 +321,15 @@ def _steps(folder: Path) -> list[Path]:
 
 def _run_source(folder: Path, steps: list[Path], *, ema: bool) -> Source:
     """Return the model of a run's checkpoints: that of its final/ or its config.json, with the weights of a step."""
-    run, only = steps[0].parent.parent, folder in steps
-
     def read() -> Weights:
-        checkpoint = open_checkpoint(folder) if only else open_newest(folder / "checkpoints")
-        return Weights(_run_state(checkpoint, ema), str(checkpoint.path), checkpoint.step,
-                       checkpoint.values.get("samples_seen"))
+        checkpoint = open_checkpoint(folder) if folder in steps else open_newest(folder / "checkpoints")
+        state, average = checkpoint.tensors("method/model."), checkpoint.tensors("method/ema_visual.") if ema else {}
+        if ema and not average:
+            raise CheckpointError(f"the run of {checkpoint.path} keeps no EMA: use the online weights")
+        state |= {f"visual.{name}": tensor for name, tensor in average.items()}
+        return Weights(state, str(checkpoint.path), checkpoint.step, checkpoint.values.get("samples_seen"))
 
+    run = steps[0].parent.parent
     if (run / "final" / CONFIG_NAME).is_file():
         return replace(_open_clip_source(run / "final"), read=read)
     settings = read_json(run / "config.json")
@@ -347,16 +338,6 @@ def _run_source(folder: Path, steps: list[Path], *, ema: bool) -> Source:
     base = resolve_source(settings["model"])
     return Source(_at_size(base.config, settings.get("image_size")),
                   base.preprocess if base.read else FRESH_PREPROCESS, base.folder, read)
-
-
-def _run_state(checkpoint: Checkpoint, ema: bool) -> dict[str, Tensor]:
-    state = checkpoint.tensors("method/model.")
-    if ema:
-        average = checkpoint.tensors("method/ema_visual.")
-        if not average:
-            raise CheckpointError(f"the run of {checkpoint.path} keeps no EMA: use the online weights")
-        state |= {f"visual.{name}": tensor for name, tensor in average.items()}
-    return state
 
 
 def _file_source(file: Path) -> Source:
@@ -377,20 +358,8 @@ def _fetch(what: str, function: Callable[..., Any], *arguments: Any, **options: 
                               "NAME:FILE") from error
 
 
-def _read_big_vision(config: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
-    model = build_modules(config)
-    try:
-        load_big_vision_weights(model, str(file))
-    except Exception as error:  # whatever numpy and open_clip meet in a damaged file, or one of another model
-        raise CheckpointError(f"the weights {file} cannot be loaded into this model: {error!r}") from error
-    return model.state_dict()
-
-
 def _at_size(config: Mapping[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
-    """Return a copy of a config with another image size; its fixed positions become learned ones on oblong grids.
-
-    open_clip has sine-cosine positions for square grids only.
-    """
+    """Return a copy of a config at another image size; oblong grids have learned positions in open_clip."""
     sized: dict[str, Any] = deepcopy(dict(config))
     if image_size is not None:
         (height, width), vision = pair(image_size), sized["vision_cfg"]

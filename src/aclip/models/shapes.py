@@ -12,8 +12,7 @@ from torch import nn
 from aclip.errors import ConfigError, UnsupportedModelError
 from aclip.models.blocks import blocks_of
 from aclip.models.text import can_cut, text_tower_of
-from aclip.models.vision import attention_pool_of, resize_images
-from aclip.models.vit import SUPPORTED, grid_of, pair, visual_of, vit_of
+from aclip.models.vision import SUPPORTED, attention_pool_of, grid_of, pair, resize_images, visual_of, vit_of
 from aclip.structs import TowerShape
 
 
@@ -24,7 +23,7 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
         UnsupportedModelError: a tower that cannot be trained here.
         ConfigError: a config that describes no model, or an image size that is not a whole number of patches.
     """
-    model = _outline(config)
+    model = _outline(json.dumps(config))
     vit, text = vit_of(visual_of(model)), text_tower_of(model)
     pool: Any = attention_pool_of(vit.visual)
     image_size = pair(config["vision_cfg"].get("image_size", 224))
@@ -52,16 +51,12 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
 
 def patch_size_of(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return the patch size (height, width) of a config; raises as `shape_of`."""
-    return vit_of(visual_of(_outline(config))).patch_size
-
-
-def _outline(config: Mapping[str, Any]) -> nn.Module:
-    """Return the model of a config on the meta device, without weights; it is shared and must not be changed."""
-    return _outline_of(json.dumps(config, sort_keys=True))
+    return vit_of(visual_of(_outline(json.dumps(config)))).patch_size
 
 
 @functools.lru_cache(maxsize=64)
-def _outline_of(config: str) -> nn.Module:
+def _outline(config: str) -> nn.Module:
+    """Return the model of a config in JSON on the meta device, without weights; shared, not to be changed."""
     with torch.device("meta"):
         return build_modules(json.loads(config))
 

@@ -14,12 +14,10 @@ from aclip.models.blocks import Packing, run_blocks
 def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B D"]:
     """Encode captions with the text tower of an open_clip model and its own weights.
 
-    If the tower can be cut (see `can_cut`), T may be anything from the longest caption to the context length, and the
-    features do not depend on it. Other towers run as in open_clip, at full context.
-
     Args:
         model: `open_clip.CLIP` or `open_clip.CustomTextCLIP`.
-        tokens: (B, T) int64 token ids, each row with its EOT (the highest id).
+        tokens: (B, T) int64 token ids, each row with its EOT (the highest id); T is the context length or, if the
+            tower can be cut (see `can_cut`), anything from the longest caption on.
 
     Returns:
         (B, D) projected features, not normalised; equal to `model.encode_text` at full context.
@@ -56,16 +54,10 @@ def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "
 def encode_hidden_text(
     model: nn.Module, tokens: Int[Tensor, "B T"], hidden: Bool[Tensor, "B T"], mask_token: Float[Tensor, " C"]
 ) -> Float[Tensor, "B T C"]:
-    """Return every token's state after the final norm, with some tokens replaced by a mask token.
-
-    Args:
-        model: as in `encode_text`; the tower must be one that can be cut.
-        tokens: (B, T) int64 token ids.
-        hidden: (B, T) bool, True where `mask_token` replaces the token's embedding.
-        mask_token: (C,) learned embedding.
+    """Return every token's state after the final norm; `mask_token` replaces the embeddings of `hidden` tokens.
 
     Raises:
-        UnsupportedModelError: a tower that is not causal and EOT-pooled.
+        UnsupportedModelError: a tower that cannot be cut.
     """
     if not can_cut(model):
         raise UnsupportedModelError("masked language modelling needs a causal, EOT-pooled text tower: choose a recipe "
@@ -84,11 +76,7 @@ def packs(tokens: Int[Tensor, "B T"]) -> bool:
 
 
 def can_cut(model: nn.Module) -> bool:
-    """Whether text may be cut after the longest EOT: in causal towers of plain blocks that pool at the highest id.
-
-    Raises:
-        UnsupportedModelError: the model has no text tower.
-    """
+    """Whether text may be cut after the longest EOT: in causal towers of plain blocks that pool at the highest id."""
     from open_clip.transformer import ResidualAttentionBlock
 
     tower = text_tower_of(model)
@@ -107,11 +95,7 @@ def cut_after_eot(tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B S"]:
 
 
 def text_tower_of(model: nn.Module) -> Any:
-    """Return the module that holds the parts of the text tower: `model.text`, or the model itself.
-
-    Raises:
-        UnsupportedModelError: the model has no text tower.
-    """
+    """Return the module that holds the text tower: `model.text` or the model; UnsupportedModelError without one."""
     tower = getattr(model, "text", model)
     if not hasattr(tower, "context_length"):
         raise UnsupportedModelError("this model has an image tower only: to encode captions, name a model with a text "
@@ -126,10 +110,6 @@ def stack_of_open_clip(model: nn.Module) -> nn.Module | None:
 
 
 def logit_scale_of(model: nn.Module) -> nn.Parameter:
-    """Return `model.logit_scale`, the logarithm of the multiplier.
-
-    Raises:
-        UnsupportedModelError: the model has no text tower.
-    """
+    """Return `model.logit_scale`, the logarithm of the multiplier; UnsupportedModelError without a text tower."""
     text_tower_of(model)
     return cast(nn.Parameter, model.logit_scale)
