@@ -55,11 +55,11 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if block:
             tower, number, module, kind = block.groups()
             prefix = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}"
-            if module.startswith("self_attn.") and module != "self_attn.out_proj":
+            if module == "self_attn.q_proj":
                 thirds = (name.replace(module, f"self_attn.{letter}_proj") for letter in "qkv")
                 stacked = [state[third] for third in thirds if third in state]
                 renamed[f"{prefix}.attn.in_proj_{kind}"] = torch.cat(stacked)
-            else:
+            elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
                 renamed[f"{prefix}.{inside.get(module, module)}.{kind}"] = tensor
         elif name in transposed:
             renamed[transposed[name]] = tensor.T

@@ -307,8 +307,8 @@ def _open_clip_source(place: Path) -> Source:
     files = [place / name for name in _WEIGHT_NAMES if (place / name).is_file()]
     files = files[:1] or sorted(file for file in place.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
     if len(files) != 1:
-        raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but {'several' if files else 'no'} weights beside it: the "
-                              f"right file is named {WEIGHTS_NAME}")
+        raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but {'several' if files else 'no'} weights beside it: "
+                              f"the right file is named {WEIGHTS_NAME}")
     file, trained = files[0], read_json(place / "aclip.json") or {}
     return Source(config, preprocess, place,
                   lambda: Weights(read_weights(file), str(file), trained.get("step"), trained.get("samples_seen")))

@@ -198,11 +198,11 @@ class Vit:
 
     def positions_at(self, grid_size: tuple[int, int]) -> Float[Tensor, "N C"]:
         """Return the position embeddings on a grid (down, across), interpolated by timm if it is not the tower's."""
-        from timm.layers import resample_abs_pos_embed
-
         own = self.patch_positions()
         if grid_size == self.grid_size:
             return own
+        from timm.layers import resample_abs_pos_embed
+
         resized: Tensor = resample_abs_pos_embed(own[None], list(grid_size), list(self.grid_size), 0)[0]
         return resized
 
