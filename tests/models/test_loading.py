@@ -186,7 +186,7 @@ def test_fresh_weights_follow_the_seed_and_not_the_text():
     assert all(torch.equal(value, whole_state[name]) for name, value in image_only.state_dict().items())
     pixels = images(1, (64, 64))
     assert "visual.proj" not in names  # no joint space to project into
-    assert torch.equal(image_only.visual(pixels) @ whole.visual.proj, whole.encode_image(pixels))
+    assert torch.equal(image_only.encode_image(pixels) @ whole.visual.proj, whole.encode_image(pixels))
 
 
 def test_models_are_trainable_in_fp32(tiny):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import open_clip
+from jaxtyping import Float
 from open_clip.constants import HF_CONFIG_NAME as CONFIG_NAME
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME as WEIGHTS_NAME
 from open_clip.model import set_model_preprocess_cfg
@@ -19,6 +20,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from aclip.checkpoint import list_checkpoints, open_checkpoint, open_newest
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
@@ -82,6 +84,11 @@ class ImageTower(nn.Module):
         super().__init__()
         self.visual = visual
         vit_of(visual).drop_projection()
+
+    def encode_image(self, image: Float[Tensor, "B 3 h w"], normalize: bool = False) -> Float[Tensor, "B C"]:
+        """As open_clip's: the pooled token after the final norm, L2-normalised on request."""
+        features: Tensor = self.visual(image)
+        return F.normalize(features, dim=-1) if normalize else features
 
 
 def create_model(
