@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aclip.models import attention as module
-from aclip.models.attention import LONGEST_PLAIN, attention, cls_attention
+from aclip.models import blocks as module
+from aclip.models.blocks import LONGEST_PLAIN, attention, first_row
 
 
 def heads(
@@ -77,18 +77,16 @@ def test_gradients_of_plain_and_fused_attention_agree():
         torch.testing.assert_close(ours.grad.double(), expected.grad, rtol=0, atol=3e-2)
 
 
-def test_cls_attention_drops_the_cls_column_after_the_softmax():
+def test_first_row_is_that_of_the_full_attention_maps():
     q, k, _ = heads(12, dtype=torch.float32)
     maps = (torch.einsum("bhmd,bhld->bhml", q, k) / 4).softmax(-1)
-    ours = cls_attention(q, k)
-    torch.testing.assert_close(ours, maps[:, :, 0, 1:].mean(1), rtol=0, atol=1e-6)
-    torch.testing.assert_close(1 - ours.sum(1), maps[:, :, 0, 0].mean(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(first_row(q, k), maps[:, :, 0].mean(1), rtol=0, atol=1e-6)
 
 
-def test_cls_attention_stays_fp32_under_autocast_and_carries_no_gradient():
+def test_first_row_stays_fp32_under_autocast_and_carries_no_gradient():
     q, k, _ = heads(12, dtype=torch.bfloat16, grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = cls_attention(q, k)
+        ours = first_row(q, k)
     assert ours.dtype == torch.float32
     assert not ours.requires_grad
-    torch.testing.assert_close(ours, cls_attention(q.float(), k.float()), rtol=0, atol=0)
+    torch.testing.assert_close(ours, first_row(q.float(), k.float()), rtol=0, atol=0)

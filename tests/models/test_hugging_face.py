@@ -74,8 +74,7 @@ PROCESSORS = {
     "classic": (CLIPImageProcessor, SEES | {
         "feature_extractor_type": "CLIPFeatureExtractor", "do_resize": True, "size": 24, "do_center_crop": True,
         "crop_size": 24, "do_normalize": True, "resample": 3}),
-    "bilinear": (CLIPImageProcessor, SEES | {"size": 24, "crop_size": [24, 24], "resample": 2}),
-    "not normalised": (CLIPImageProcessor, {"size": 24, "crop_size": 24, "do_normalize": False}),
+    "bilinear": (CLIPImageProcessor, SEES | {"size": 24, "crop_size": 24, "resample": 2}),
     "squashed, cropped to the same": (CLIPImageProcessor, SEES | {
         "size": {"height": 24, "width": 24}, "crop_size": 24}),
     "SigLIP": (SiglipImageProcessor, SEES | {
@@ -97,12 +96,12 @@ def test_processors_preprocess_as_in_transformers(processor, given, nested, tmp_
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8))
     theirs = processor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
     # the resampling of two libraries: equal up to the rounding of pixels to bytes
-    assert (ours(image) - theirs).abs().max() < 2.5 / 255 / min(given.get("image_std", [1.0]))
+    assert (ours(image) - theirs).abs().max() < 2.5 / 255 / min(given["image_std"])
 
 
 @pytest.mark.parametrize("change", [
     {"resample": 1}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}, {"size": {"longest_edge": 24}},
-    {"do_resize": False}, {"size": 32},
+    {"do_resize": False}, {"do_normalize": False}, {"size": 32},
 ], ids=str)
 def test_preprocessing_that_open_clip_does_not_have_is_refused(change, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(SEES | {"size": 24, "crop_size": 24} | change))
@@ -126,13 +125,13 @@ def test_hugging_face_folders_of_other_kinds_are_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="activations gelu, quick_gelu"):
         models.create_model(tmp_path / "mixed")
     hugging_face_folder(tmp_path / "ends", {"eos_token_id": [49406, 49407]}, {})
-    with pytest.raises(UnsupportedModelError, match=r"eos_token_id of .*/ends' is \[49406, 49407\]"):
+    with pytest.raises(CheckpointError, match="describes no model"):
         models.create_model(tmp_path / "ends")
     hugging_face_folder(tmp_path / "clip", {}, {})
     state = load_file(tmp_path / "clip" / "model.safetensors")
     name = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
     save_file({key: tensor for key, tensor in state.items() if key != name}, tmp_path / "clip" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 missing \(visual\.transformer\.resblocks\.1\.attn\.in_proj_weight\)"):
+    with pytest.raises(CheckpointError, match=r"mismatch for visual\.transformer\.resblocks\.1\.attn\.in_proj_weight"):
         models.create_model(tmp_path / "clip")
     (tmp_path / "clip" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds config\.json but no weights"):

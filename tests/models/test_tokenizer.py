@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from aclip.models import tokenizer, tokenizer_of
-from aclip.models.tokenizer import CachingTokenizer
+from aclip.models import tokenizer_of
+from aclip.models.loading import CachingTokenizer
 
 OURS, THEIRS = CachingTokenizer(), SimpleTokenizer()
 PRINTABLE = st.characters(min_codepoint=32, max_codepoint=126)
@@ -30,12 +30,11 @@ def test_other_cleaning_functions_are_kept(clean: str) -> None:
     assert torch.equal(CachingTokenizer(clean=clean)(texts), SimpleTokenizer(clean=clean)(texts))
 
 
-def test_caches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "_CACHED_WORDS", 10)
-    monkeypatch.setattr(tokenizer, "_CACHED_PIECES", 5)
+def test_caches_are_bounded_and_left_behind_when_pickled() -> None:
     ours = tokenizer_of("vit-micro")
     texts = [f"word{chr(97 + i)} number{chr(97 + i)} x{'y' * 100}{i}" for i in range(26)]
     assert torch.equal(ours(texts), THEIRS(texts))
-    assert len(ours._words) <= 10
+    assert CachingTokenizer._encode_word.cache_info().maxsize == 10_000
     assert len(ours.cache) <= 10
+    assert len(pickle.dumps(ours)) < len(pickle.dumps(THEIRS)) + 1000
     assert torch.equal(pickle.loads(pickle.dumps(ours))(texts), ours(texts))

@@ -179,9 +179,9 @@ def test_images_that_are_not_whole_patches_are_refused():
     {"attentional_pool": True, "attn_pooler_heads": 4}, {"pool_type": "none"}, {"qk_norm": True},
 ])
 def test_other_towers_are_refused_by_name_of_what_is_supported(options):
-    with pytest.raises(UnsupportedModelError, match=r"cannot be scored and masked: supported are .*ViT-B-32"):
+    with pytest.raises(UnsupportedModelError, match=r"a VisionTransformer, is not a plain ViT .*are .*ViT-B-32"):
         models.encode_image(small_vit(**options), images(1, (12, 20)))
-    with pytest.raises(UnsupportedModelError, match="this image tower is a Linear"):
+    with pytest.raises(UnsupportedModelError, match="this image tower, a Linear"):
         models.encode_image(torch.nn.Linear(1, 1), images(1, (12, 20)))
 
 

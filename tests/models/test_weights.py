@@ -71,7 +71,7 @@ class Payload:
 
 def test_code_in_a_file_is_not_run(tmp_path):
     victim = tmp_path / "run"
-    for name, match in (("weights.pt", r"weights\.pt hold more than tensors \(it would call posix\.mkdir\)"),
+    for name, match in (("weights.pt", r"weights\.pt .* hold more than tensors.* \(it would call posix\.mkdir\)"),
                         ("weights.safetensors", r"weights\.safetensors ")):
         torch.save({"state_dict": {"logit_scale": torch.zeros(())}, "extra": Payload(victim)}, tmp_path / name)
         with pytest.raises(CheckpointError, match=match):
@@ -144,7 +144,7 @@ def test_weights_of_an_image_tower_are_used_without_text_whatever_their_file(mic
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_programs_are_not_run(tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"weights\.pt are damaged: .*TorchScript"):
+    with pytest.raises(CheckpointError, match=r"weights\.pt are damaged or .*\(.*TorchScript"):
         models.create_model(f"vit-micro:{tmp_path / 'weights.pt'}")
 
 
@@ -159,7 +159,7 @@ def changed(state: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tensor
 @pytest.mark.parametrize(("what", "match"), [
     ("missing", r"12 missing \(visual\.transformer\.resblocks\.0\.ln_2\.weight, .*, \.\.\.\)"),
     ("extra", r"1 unknown \(visual\.head\.weight\)$"),
-    ("shape", r"1 of another shape \(visual\.conv1\.weight is 128 x 3 x 8 x 8 in the file and 128 x 3 x 4 x 4 in the"),
+    ("shape", r"visual\.conv1\.weight: .*\[128, 3, 8, 8\].* from checkpoint, the shape in current model .*3, 4, 4\]"),
 ])
 def test_tensors_that_are_not_the_models(file, what, match, tmp_path):
     path = tmp_path / "weights.safetensors"
@@ -238,14 +238,6 @@ def test_the_releases_checkpoint_gives_its_features_and_scores(released):
     shape = models.shape_of(models.model_config(path))
     assert (shape.width, shape.layers, shape.heads, shape.grid_size) == (192, 12, 3, (2, 2))
     assert shape.text_cut
-
-
-def test_an_incomplete_release_is_named(released, tmp_path):
-    state = {name.removeprefix("module."): t for name, t in torch.load(
-        released[0], weights_only=False)["state_dict"].items()}
-    torch.save({name: t for name, t in state.items() if name != "ln_final.weight"}, tmp_path / "broken.pt")
-    with pytest.raises(CheckpointError, match=r"the A-CLIP release's layout, but 'ln_final\.weight' is missing"):
-        models.create_model(tmp_path / "broken.pt")
 
 
 def release_of_size(width: int, layers: int, heads: int, patch: int) -> dict[str, torch.Tensor]:

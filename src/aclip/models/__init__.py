@@ -1,7 +1,4 @@
-"""Image and text towers: open_clip's models, with what they lack added from outside.
-
-A forward pass over kept patches, the class token's attention scores, positions at another resolution, and text cut
-after the longest caption. The modules and state dicts stay open_clip's own (and timm's, inside it).
+"""Image and text towers: open_clip's models (and timm's, inside them), with what they lack added from outside.
 
 What needs open_clip, timm or torchvision, which take seconds to import, is imported on first use.
 """
@@ -14,12 +11,12 @@ from aclip.models.vision import (
     NO_ATTENTION_SCORES,
     attention_pool_of,
     encode_image,
+    parse_image_size,
     patch_embedding_of,
     resize_images,
     visual_of,
     vit_of,
 )
-from aclip.models.vit import parse_image_size
 
 if TYPE_CHECKING:
     from aclip.models.loaded import LoadedModel, load
@@ -41,14 +38,8 @@ __all__ = ["NO_ATTENTION_SCORES", "ImageTower", "LoadedModel", "Tokenizer", "att
            "patch_embedding_of", "preprocess_config", "resize_images", "resolve_source", "shape_of", "text_tower_of",
            "tokenizer_of", "visual_of", "vit_of"]
 
-_HOMES = {"LoadedModel": "loaded", "load": "loaded", "shape_of": "shapes"}
-
-
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'aclip.models' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"aclip.models.{_HOMES.get(name, 'loading')}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    home = {"LoadedModel": "loaded", "load": "loaded", "shape_of": "shapes"}.get(name, "loading")
+    return getattr(importlib.import_module(f"aclip.models.{home}"), name)

@@ -1,4 +1,7 @@
-"""Transformer blocks of open_clip and timm, run with their own weights, without computing what is never read."""
+"""Transformer blocks of open_clip and timm, run with their own weights, without computing what is never read.
+
+Below them, attention on projected heads, and the single row of it that scores patches.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,19 +13,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aclip.models.attention import attention, cls_attention
+LONGEST_PLAIN = 577
+"""Longest sequence for which plain attention replaces the fused kernel, see `attention`."""
+
+HAS_AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+"""Whether this CPU multiplies bf16 matrices in tiles; torch has no public name for it."""
 
 
 class Packing(NamedTuple):
     """The layout of sequences of different lengths, so that nothing is computed for padding.
 
-    Everything but attention acts on each token alone: there, the tokens of all samples stand one after the other,
-    (S, C). Attention sees them as (B, L, C), padded with zeros that a causal tower never looks at.
+    Outside of attention, the tokens of all samples stand one after the other, (S, C). Attention sees (B, L, C), padded
+    with zeros that a causal tower never looks at.
 
     Attributes:
-        present: (B, L) bool, True for tokens, False for padding.
-        places: (S,) int64, the positions of the tokens in the flattened (B * L) layout.
-        ends: (B,) int64, the position of each sample's last token among the S.
+        present: True for tokens, False for padding.
+        places: positions of the tokens in the flattened (B * L) layout.
+        ends: position of each sample's last token among the S.
     """
 
     present: Bool[Tensor, "B L"]
@@ -36,11 +43,9 @@ class Packing(NamedTuple):
         return cls(present, present.flatten().nonzero()[:, 0], lengths.cumsum(0) - 1)
 
     def pack(self, x: Float[Tensor, "B L C"]) -> Float[Tensor, "S C"]:
-        """Drop the padding."""
         return x.flatten(0, 1).index_select(0, self.places)
 
     def unpack(self, x: Float[Tensor, "S C"]) -> Float[Tensor, "B L C"]:
-        """Pad with zeros."""
         whole = x.new_zeros(self.present.numel(), x.shape[1]).index_copy(0, self.places, x)
         return whole.view(*self.present.shape, x.shape[1])
 
@@ -59,9 +64,8 @@ def run_blocks(
 
         x <- x + ls_1(attn(ln_1(x)));  x <- x + ls_2(mlp(ln_2(x)))
 
-    If only one token of each sample is read afterwards, the last block computes that token alone: its query against
-    all keys, its output projection, its MLP. Results and gradients are the same, with 10 / (12 n) fewer
-    multiplications in n blocks (7 % in 12). Honours `transformer.grad_checkpointing`.
+    If only one token of each sample is read afterwards, the last block computes that token alone, with 10 / (12 n)
+    fewer multiplications in n blocks (7 % in 12). Honours `transformer.grad_checkpointing`.
 
     Args:
         transformer: `open_clip.transformer.Transformer` of `ResidualAttentionBlock`, or
@@ -114,86 +118,63 @@ def blocks_of(transformer: Any) -> Any:
 
 def run_block(
     block: Any,
-    x: Float[Tensor, "B L C"],
+    x: Float[Tensor, "B L C"] | Float[Tensor, "S C"],
     read: Int[Tensor, " B"] | None,
     causal: bool,
     visible: Bool[Tensor, "B L"] | None,
     with_scores: bool,
-    packing: Packing | None = None,
-) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
-    """Run one block; arguments and results as in `run_blocks`."""
-    if hasattr(block, "norm1"):
-        return _run_timm_block(block, x, read, visible, with_scores)
-    normed = block.ln_1(x)
-    if read is None:
-        q, k, v = _project(block.attn, normed, None, packing)
+    packing: Packing | None,
+) -> tuple[Float[Tensor, "B M C"] | Float[Tensor, "S C"], Float[Tensor, "B N"] | None]:
+    """Run one block, as `run_blocks`; without dropout, as a step that is run again must give the same result."""
+    attn = block.attn
+    if is_timm := hasattr(block, "norm1"):
+        norm_1, scale_1, norm_2, scale_2, project = block.norm1, block.ls1, block.norm2, block.ls2, attn.proj
     else:
-        q, k, v = _project(block.attn, normed, _row(normed, read, packing), packing)
+        norm_1, scale_1, norm_2, scale_2, project = block.ln_1, block.ls_1, block.ln_2, block.ls_2, attn.out_proj
+    normed = norm_1(x)
+    queried = normed if read is None else _row(normed, read, packing)
+    q, k, v = _heads_of(attn, normed, None if read is None else queried, packing)
+    if read is not None:
         x = _row(x, read, packing)
         if causal:
             visible = torch.arange(k.shape[2], device=x.device) <= read[:, None]
             causal = False
-    scores = cls_attention(q, k) if with_scores else None
+    scores = first_row(q, k)[:, 1:] if with_scores else None
     keys = None if visible is None else visible[:, None, None]
     mixed = attention(q, k, v, causal=causal, visible=keys).transpose(1, 2).flatten(2)
     if packing is not None and read is None:
         mixed = packing.pack(mixed)
-    x = x + block.ls_1(block.attn.out_proj(mixed))
-    x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    if is_timm:
+        mixed = attn.norm(mixed)
+        if getattr(attn, "gate", None) is not None:
+            mixed = mixed * attn.gate(queried).sigmoid()
+    x = x + scale_1(project(mixed))
+    x = x + scale_2(block.mlp(norm_2(x)))
     return x, scores
 
 
-def _run_timm_block(
-    block: Any,
-    x: Float[Tensor, "B L C"],
-    read: Int[Tensor, " B"] | None,
-    visible: Bool[Tensor, "B L"] | None,
-    with_scores: bool,
-) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
-    """Run one `timm.models.vision_transformer.Block`.
-
-    Query-key norms, gates, layer scale and gated MLPs are the block's own modules. Stochastic depth and dropout are
-    not applied: a step that is recomputed, or done in parts, must give the same result.
-    """
-    attn = block.attn
-    normed = block.norm1(x)
-    q, k, v = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if read is not None:
-        q = q.gather(2, read[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
-        x, normed = _row(x, read, None), _row(normed, read, None)
-    scores = cls_attention(q, k) if with_scores else None
-    mixed = attention(q, k, v, visible=None if visible is None else visible[:, None, None])
-    mixed = attn.norm(mixed.transpose(1, 2).flatten(2))
-    if getattr(attn, "gate", None) is not None:
-        mixed = mixed * attn.gate(normed).sigmoid()
-    x = x + block.ls1(attn.proj(mixed))
-    x = x + block.ls2(block.mlp(block.norm2(x)))
-    return x, scores
-
-
-def _project(
-    attn: nn.MultiheadAttention, x: Tensor, queried: Float[Tensor, "B 1 C"] | None, packing: Packing | None
+def _heads_of(
+    attn: Any, x: Tensor, queried: Float[Tensor, "B 1 C"] | None, packing: Packing | None
 ) -> tuple[Float[Tensor, "B H M d"], Float[Tensor, "B H L d"], Float[Tensor, "B H L d"]]:
-    """Apply the stacked projection of `nn.MultiheadAttention`: queries of `queried` (None: of all), keys and values."""
-    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    """Apply the stacked projection of an attention module: queries of `queried` (None: of all), keys and values."""
+    is_timm = hasattr(attn, "qkv")
+    weight, bias = (attn.qkv.weight, attn.qkv.bias) if is_timm else (attn.in_proj_weight, attn.in_proj_bias)
 
-    def laid_out(projected: Tensor) -> Tensor:
-        return projected if packing is None else packing.unpack(projected)
+    def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        if packing is not None and x.ndim == 2:
+            x = packing.unpack(x)
+        heads: Tensor = x.unflatten(-1, (parts, attn.num_heads, -1))
+        return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
     if queried is None:
-        q, k, v = _heads(laid_out(F.linear(x, weight, bias)), 3, attn.num_heads)
-        return q, k, v
-    sizes = [attn.embed_dim, 2 * attn.embed_dim]
-    (q_weight, kv_weight), (q_bias, kv_bias) = torch.split(weight, sizes), torch.split(bias, sizes)
-    (q,) = _heads(F.linear(queried, q_weight, q_bias), 1, attn.num_heads)
-    k, v = _heads(laid_out(F.linear(x, kv_weight, kv_bias)), 2, attn.num_heads)
-    return q, k, v
-
-
-def _heads(x: Float[Tensor, "B L parts_C"], parts: int, heads: int) -> tuple[Tensor, ...]:
-    """Split stacked projections into `parts` tensors of (B, H, L, d)."""
-    return x.view(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = split(F.linear(x, weight, bias), 3)
+    else:
+        sizes = [weight.shape[0] // 3, 2 * weight.shape[0] // 3]
+        q_weight, kv_weight = torch.split(weight, sizes)
+        q_bias, kv_bias = (None, None) if bias is None else torch.split(bias, sizes)
+        (q,) = split(F.linear(queried, q_weight, q_bias), 1)
+        k, v = split(F.linear(x, kv_weight, kv_bias), 2)
+    return (attn.q_norm(q), attn.k_norm(k), v) if is_timm else (q, k, v)
 
 
 def _row(x: Tensor, read: Int[Tensor, " B"], packing: Packing | None) -> Float[Tensor, "B 1 C"]:
@@ -201,3 +182,59 @@ def _row(x: Tensor, read: Int[Tensor, " B"], packing: Packing | None) -> Float[T
         return x.index_select(0, packing.ends)[:, None]
     # take_along_dim would fix B and L when compiled or exported
     return x.gather(1, read[:, None, None].expand(-1, 1, x.shape[2]))
+
+
+def attention(
+    q: Float[Tensor, "B H M d"],
+    k: Float[Tensor, "B H L d"],
+    v: Float[Tensor, "B H L d"],
+    *,
+    causal: bool = False,
+    visible: Bool[Tensor, "B 1 1 L"] | None = None,
+) -> Float[Tensor, "B H M d"]:
+    """Return softmax(q k^T / sqrt(d)) v (Vaswani et al., arXiv 1706.03762).
+
+    By `scaled_dot_product_attention`, except on a CPU in half precision with at most `LONGEST_PLAIN` keys, if gradients
+    are needed or there is no AMX: there, plain matrix products are faster. Forward and backward of one layer in bf16,
+    milliseconds on one core (AMX: torch 2.15, 8,000 tokens; AVX512-BF16: torch 2.14, 1,600 tokens):
+
+        tokens x heads      17x3  65x3  257x3  577x3  1025x3        tokens x heads     17x2  65x3  197x6  577x12  1025x3
+        AMX, fused           118   100     71    132     105        no AMX, fused        11    28     41     145      80
+        AMX, plain            20    19     35     62     141        no AMX, plain         2     6     17      60      40
+
+    Args:
+        q, k, v: queries, keys and values.
+        causal: query i sees keys 0..i only; needs M = L.
+        visible: the keys that the queries of a sample see; not together with `causal`.
+    """
+    plain_is_faster = (
+        q.device.type == "cpu"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and k.shape[-2] <= LONGEST_PLAIN
+        and (q.requires_grad or not HAS_AMX)
+    )
+    if not plain_is_faster:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if causal:
+        length = k.shape[-2]
+        visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if visible is not None:
+        logits = logits.masked_fill(~visible, float("-inf"))
+    return torch.softmax(logits, dim=-1) @ v
+
+
+def first_row(q: Float[Tensor, "B H M d"], k: Float[Tensor, "B H L d"]) -> Float[Tensor, "B L"]:
+    """Return the attention of the first query to all keys, averaged over heads.
+
+        1/H sum_h softmax(q_h[0] . k_h / sqrt(d))    (A-CLIP, arXiv 2212.08653)
+
+    One row of each attention map, in fp32 under any autocast, without gradient.
+
+    Returns:
+        (B, L) float32 in [0, 1]; rows sum to 1.
+    """
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        logits = q[:, :, :1].float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+        row: Tensor = logits.softmax(dim=-1)[:, :, 0].mean(dim=1)
+    return row

@@ -50,31 +50,28 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     inside, outside, transposed = (
         {theirs: ours for ours, theirs in names.items()} for names in (_IN_BLOCKS, _OUTSIDE_BLOCKS, _TRANSPOSED))
     renamed: dict[str, Tensor] = {}
-    stacks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         block = _CLIP_MODEL_BLOCK.fullmatch(name)
         if block:
             tower, number, module, kind = block.groups()
             prefix = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}"
-            if module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-                stacks.setdefault(f"{prefix}.attn.in_proj_{kind}", {})[module[-6]] = tensor
-            else:
+            if module == "self_attn.q_proj":
+                thirds = (name.replace(module, f"self_attn.{letter}_proj") for letter in "qkv")
+                stacked = [state[third] for third in thirds if third in state]
+                renamed[f"{prefix}.attn.in_proj_{kind}"] = torch.cat(stacked)
+            elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
                 renamed[f"{prefix}.{inside.get(module, module)}.{kind}"] = tensor
         elif name in transposed:
             renamed[transposed[name]] = tensor.T
         elif not name.endswith("position_ids"):  # a constant that older versions saved
             renamed[outside.get(name, name)] = tensor
-    for name, parts in stacks.items():
-        if parts.keys() == {"q", "k", "v"}:
-            renamed[name] = torch.cat([parts["q"], parts["k"], parts["v"]])
     return renamed
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of an open_clip ViT under `CLIPModel`'s names: `to_open_clip` reversed.
+    """Return the state dict of an open_clip ViT, or of its image tower alone, under `CLIPModel`'s names.
 
-    A text tower of its own (`text.*`, `CustomTextCLIP`) is renamed too; an image tower alone gives the weights of a
-    `CLIPVisionModel`. LayerScale is multiplied into the layer before it. Tensors may share memory with `state`.
+    LayerScale is multiplied into the layer before it. Tensors may share memory with `state`.
 
     Raises:
         UnsupportedModelError: a tensor that `CLIPModel` has no place for.

@@ -22,11 +22,7 @@ _RESAMPLING = {2: "bilinear", 3: "bicubic"}
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, None if there is none.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Return the content of a JSON file, None if there is none; CheckpointError if it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -35,22 +31,11 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"'{path}' is damaged: {error}") from error
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return the `config.json` of a transformers model, None if the folder holds no such model.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    config = read_json(folder / "config.json")
-    return config if isinstance(config, dict) and "model_type" in config else None
-
-
 def open_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the open_clip config of a `CLIPModel`'s.
 
     Raises:
-        UnsupportedModelError: another kind of model, activations that open_clip does not have, or several tokens that
-            end a caption.
+        UnsupportedModelError: another kind of model, or activations that open_clip does not have.
         CheckpointError: settings that describe no model.
     """
     if config["model_type"] != "clip" or not {"vision_config", "text_config"} <= config.keys():
@@ -64,6 +49,10 @@ def open_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             raise UnsupportedModelError(f"'{folder}' holds a model with the activations "
                                         f"{', '.join(sorted(activations))}: open_clip has quick_gelu or gelu, the same "
                                         "in both towers")
+        vocabulary, eos = text["vocab_size"], text["eos_token_id"]
+        # the highest id, which older configs mean by 2, is pooled by default
+        pooled = {} if eos in (2, vocabulary - 1) else {"pool_type": "eos", "eos_id": int(eos)}
+        own_tokenizer = {} if _is_clips(folder, vocabulary) else {"hf_tokenizer_name": str(folder)}
         return {
             "embed_dim": config.get("projection_dim", 512),
             "quick_gelu": activations == {"quick_gelu"},
@@ -72,29 +61,21 @@ def open_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 "patch_size": vision["patch_size"], "image_size": vision["image_size"],
                 "head_width": vision["hidden_size"] // vision["num_attention_heads"], **_mlp_and_norm(vision)},
             "text_cfg": {
-                "context_length": text["max_position_embeddings"], "vocab_size": text["vocab_size"],
+                "context_length": text["max_position_embeddings"], "vocab_size": vocabulary,
                 "width": text["hidden_size"], "heads": text["num_attention_heads"], "layers": text["num_hidden_layers"],
-                **_mlp_and_norm(text), **_end_of_text(text, folder), **_tokenizer(folder, text["vocab_size"])},
+                **_mlp_and_norm(text), **pooled, **own_tokenizer},
         }
     except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"'{folder / 'config.json'}' describes no model: {error!r}") from error
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Return the weights of a folder, in one file or several, in open_clip's names.
-
-    Raises:
-        CheckpointError: damaged or missing files.
-    """
+    """Return the weights of a folder, in one file or several, in open_clip's names; CheckpointError if damaged."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return to_open_clip(read_weights(folder / name))
         index = read_json(folder / f"{name}.index.json")
-        if index is not None:
-            state: dict[str, Tensor] = {}
-            for file in sorted(set(index["weight_map"].values())):
-                state |= read_weights(folder / file)
-            return to_open_clip(state)
+        files = sorted(set(index["weight_map"].values())) if index else [name]
+        if index or (folder / name).is_file():
+            return to_open_clip({key: tensor for file in files for key, tensor in read_weights(folder / file).items()})
     raise CheckpointError(f"'{folder}' holds config.json but no weights beside it (model.safetensors or "
                           "pytorch_model.bin)")
 
@@ -119,15 +100,14 @@ def preprocess(folder: Path) -> dict[str, Any]:
         resample = given.get("resample", 3)
         if (resample not in _RESAMPLING or size.keys() not in (set(), {"shortest_edge"}, {"height", "width"})
                 or (crop and size and set(crop.values()) != set(size.values()))
-                or given.get("do_resize") is False or given.get("do_rescale") is False
-                or abs(255 * given.get("rescale_factor", 1 / 255) - 1) > 1e-6):
+                or abs(255 * given.get("rescale_factor", 1 / 255) - 1) > 1e-6
+                or any(given.get(step) is False for step in ("do_resize", "do_rescale", "do_normalize"))):
             raise UnsupportedModelError(
                 f"the image processor of '{folder}' cannot be represented in open_clip, which resizes to shortest_edge "
-                "(then crops to the same), or height and width, by bilinear (2) or bicubic (3) resampling, and scales "
-                "to [0, 1]: write into its file what comes closest")
-        mean, std = ((0.0,) * 3, (1.0,) * 3) if given.get("do_normalize") is False else (
-            tuple(map(float, given["image_mean"])), tuple(map(float, given["image_std"])))
-        return {"mean": mean, "std": std, "interpolation": _RESAMPLING[resample],
+                "(then crops to the same), or height and width, by bilinear (2) or bicubic (3) resampling, scales to "
+                "[0, 1] and normalises: write into its file what comes closest")
+        return {"mean": tuple(map(float, given["image_mean"])), "std": tuple(map(float, given["image_std"])),
+                "interpolation": _RESAMPLING[resample],
                 "resize_mode": "shortest" if cropped and "height" not in size else "squash"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the image processor of '{folder}' is damaged: {error!r}") from error
@@ -135,9 +115,7 @@ def preprocess(folder: Path) -> dict[str, Any]:
 
 def _sides(size: Any) -> dict[str, int]:
     """Return a size by its sides; one number, as in older files, is the shorter one."""
-    if isinstance(size, int):
-        return {"shortest_edge": size}
-    return dict(zip(("height", "width"), size, strict=True)) if isinstance(size, list) else dict(size or {})
+    return {"shortest_edge": size} if isinstance(size, int) else dict(size or {})
 
 
 def _mlp_and_norm(tower: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,24 +125,13 @@ def _mlp_and_norm(tower: Mapping[str, Any]) -> dict[str, Any]:
     return {"mlp_ratio": ratio} | ({} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}})
 
 
-def _end_of_text(text: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return which token is pooled: the highest id, which older configs mean by 2, or the one that is named."""
-    eos = text["eos_token_id"]
-    if isinstance(eos, list) and len(eos) == 1:
-        eos = eos[0]
-    if not isinstance(eos, int):
-        raise UnsupportedModelError(f"the eos_token_id of '{folder}' is {eos}: captions must end with one known token")
-    return {} if eos in (2, text["vocab_size"] - 1) else {"pool_type": "eos", "eos_id": eos}
-
-
-def _tokenizer(folder: Path, vocabulary: int) -> dict[str, Any]:
-    """Return the config of a tokenizer other than CLIP's byte-pair one, which open_clip bundles."""
+def _is_clips(folder: Path, vocabulary: int) -> bool:
+    """Return whether a folder's tokenizer is CLIP's byte-pair one, which open_clip bundles."""
     own = SimpleTokenizer().encoder
     words = read_json(folder / "vocab.json")
     if words is None and (tokenizer := read_json(folder / "tokenizer.json")):
         words = tokenizer["model"]["vocab"]
     if words is None:
-        bundled = vocabulary == len(own)
-    else:  # the two special tokens, last in both, have other names
-        bundled = len(words) == len(own) and {w: i for w, i in own.items() if i < len(own) - 2}.items() <= words.items()
-    return {} if bundled else {"hf_tokenizer_name": str(folder)}
+        return vocabulary == len(own)
+    # the two special tokens, last in both, have other names
+    return len(words) == len(own) and {w: i for w, i in own.items() if i < len(own) - 2}.items() <= words.items()

@@ -1,7 +1,8 @@
 """Trained models in use: images and texts in, features and attention out."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,30 +20,19 @@ from aclip.data.decode import as_rgb
 from aclip.data.workers import read_ahead
 from aclip.errors import BadSampleError, CheckpointError, ConfigError, DataError
 from aclip.masking import AttentiveMasking, Keep, MaskingContext
-from aclip.models.loading import (
-    ImageTower,
-    Tokenizer,
-    WeightsOf,
-    build,
-    preprocess_config,
-    resolve_source,
-    tokenizer_of,
-)
+from aclip.models import loading
+from aclip.models.loading import ImageTower, Tokenizer, WeightsOf, preprocess_config, tokenizer_of
 from aclip.models.text import can_cut, cut_after_eot, encode_text
-from aclip.models.vision import encode_image, visual_of, vit_of
-from aclip.models.vit import grid_of, pair
+from aclip.models.vision import encode_image, grid_of, pair, visual_of, vit_of
 
 logger = logging.getLogger(__name__)
 
 ImageLike = str | Path | Image.Image | np.ndarray
 """A path; a Pillow image of any mode; or a uint8 array, (h, w, 3) RGB, (h, w, 4) with alpha or (h, w) grey."""
 
-BadImages = Literal["raise", "nan"]
-"""An image that cannot be used raises an error, or gets a row of NaN."""
-
 
 class LoadedModel(nn.Module):
-    """A model as `aclip.load` returns it; it always sees whole images.
+    """A model as `aclip.load` returns it; it sees whole images.
 
     Attributes:
         model: the open_clip model itself (or `ImageTower`, of a run without text).
@@ -55,8 +46,6 @@ class LoadedModel(nn.Module):
         self, model: nn.Module, tokenizer: Tokenizer, *, name: str = "this model", step: int | None = None,
         samples_seen: int | None = None,
     ) -> None:
-        from open_clip.transform import PreprocessCfg, image_transform_v2
-
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -85,10 +74,7 @@ class LoadedModel(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_trunk(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C"]:
-        """Return the pooled token after the final norm, before the projection into the joint space; not normalised.
-
-        This is what the linear probes of CLIP (arXiv 2103.00020, appendix A.3) and SLIP read.
-        """
+        """Return the pooled token before its projection, not normalised: what CLIP's linear probes read."""
         return encode_image(visual_of(self.model), images).cls
 
     def encode_text(self, tokens: Int[Tensor, "B T"], normalize: bool = True) -> Float[Tensor, "B D"]:
@@ -102,27 +88,22 @@ class LoadedModel(nn.Module):
 
     @torch.no_grad()
     def encode_images(
-        self, images: Iterable[ImageLike], *, batch_size: int = 64, normalize: bool = True, progress: bool = False,
-        workers: int = 0, bad: BadImages = "raise",
+        self, images: Iterable[ImageLike], *, batch_size: int = 64, normalize: bool = True, workers: int = 0,
+        bad: Literal["raise", "nan"] = "raise",
     ) -> Float[Tensor, "N D"]:
-        """Return the features of any number of images, on the CPU.
+        """Return the features of any number of images, on the CPU, in their order.
 
         Args:
             images: paths, Pillow images or uint8 arrays, in any mixture.
             batch_size: images per forward pass; features do not depend on it beyond rounding.
             normalize: whether rows have L2 norm 1.
-            progress: show a bar on standard error.
             workers: processes that read and resize; 0 does it in this one.
             bad: "raise" stops at the first image that cannot be used; "nan" gives it a row of NaN, so that row i is
                 always image i.
 
-        Returns:
-            (N, D) float32 in the order of `images`.
-
         Raises:
             DataError: an image that cannot be used, with its path (or number) and the reason.
             CheckpointError: features that are NaN or inf.
-            ConfigError: a batch size below 1, or an unknown value of `bad`.
 
         Example:
             >>> import aclip
@@ -134,24 +115,21 @@ class LoadedModel(nn.Module):
         """
         if bad not in ("raise", "nan"):
             raise ConfigError(f"bad is 'raise' or 'nan', not {bad!r}")
-        height, width = self.image_size
-        read = _Preprocess(self.preprocess, bad, (3, height, width))
+        example = torch.zeros(1, 3, *self.image_size)
+        unusable = torch.full_like(example[0], torch.nan) if bad == "nan" else None
+        read = partial(_preprocessed, self.preprocess, unusable)
         batches = read_ahead(read, _batches(enumerate(images), batch_size), workers=workers)
-        return self._gather(lambda pixels: self.encode_image(pixels, normalize), batches,
-                            torch.zeros(1, 3, height, width), images, "images", progress)
+        return self._gather(lambda pixels: self.encode_image(pixels, normalize), batches, example)
 
     @torch.no_grad()
     def encode_texts(
-        self, texts: Sequence[str], *, batch_size: int = 256, normalize: bool = True, progress: bool = False
+        self, texts: Sequence[str], *, batch_size: int = 256, normalize: bool = True
     ) -> Float[Tensor, "N D"]:
-        """Return the features of any number of texts, on the CPU.
+        """Return the features of any number of texts, on the CPU, in their order.
 
         Args:
             texts: of any length; what exceeds the context is cut.
-            batch_size, normalize, progress: as in `encode_images`.
-
-        Returns:
-            (N, D) float32 in the order of `texts`.
+            batch_size, normalize: as in `encode_images`.
 
         Raises:
             UnsupportedModelError: the model has no text tower.
@@ -168,14 +146,11 @@ class LoadedModel(nn.Module):
         tokenizer = self.tokenizer if isinstance(self.tokenizer, CaptionTokenizer) else CaptionTokenizer(self.tokenizer)
         cuts = self.has_text and can_cut(self.model)
         tokens = (cut_after_eot(ids) if cuts else ids for ids in map(tokenizer, _batches(texts, batch_size)))
-        return self._gather(lambda ids: self.encode_text(ids, normalize), tokens,
-                            tokenizer([""]), texts, "texts", progress)
+        return self._gather(lambda ids: self.encode_text(ids, normalize), tokens, tokenizer([""]))
 
     @torch.no_grad()
     def attention_scores(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N"]:
-        """Return the attention of the class token to each patch, averaged over layers and heads.
-
-        (B, N) float32 in [0, 1], patches row by row; see `aclip.models.encode_image`.
+        """Return the attention of the class token to each patch in [0, 1], row by row; see `models.encode_image`.
 
         Raises:
             UnsupportedModelError: a tower without attention scores.
@@ -188,7 +163,7 @@ class LoadedModel(nn.Module):
     def keep_mask(
         self, images: Float[Tensor, "B 3 h w"], mask_ratio: float = 0.5, keep: Keep = "highest", block_size: int = 2,
     ) -> Bool[Tensor, "B N"]:
-        """Return which patches attentive masking would keep, by this model's own attention.
+        """Return which patches, row by row, attentive masking would keep by this model's own attention.
 
         Args:
             images: (B, 3, h, w) normalised pixels, see `preprocess`.
@@ -196,9 +171,6 @@ class LoadedModel(nn.Module):
             keep: which scores survive, see `aclip.masking.AttentiveMasking`; "mixed" and "sampled" draw from torch's
                 default generator.
             block_size: side in patches of the blocks that are kept or removed; 1 if they do not tile the grid.
-
-        Returns:
-            (B, N) bool, patches row by row, True where kept; every row keeps the same number.
 
         Raises:
             ConfigError: a ratio, block size or `keep` out of range.
@@ -219,24 +191,17 @@ class LoadedModel(nn.Module):
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
 
     def _gather(
-        self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], example: Tensor, items: Iterable[Any],
-        unit: str, progress: bool,
+        self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], example: Tensor
     ) -> Float[Tensor, "N D"]:
         """Collect the features of all batches on the CPU; without any batch, no rows of the width of `example`'s."""
-        from rich.console import Console
-        from rich.progress import Progress
-
         found = []
-        with Progress(console=Console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task(f"encoding {unit}", total=len(items) if isinstance(items, Sized) else None)
-            for batch in batches:
-                features = encode(batch.to(self.device, non_blocking=True)).float().cpu()
-                usable = batch.flatten(1).isfinite().all(dim=1)  # rows of images that could not be used are NaN
-                if not features[usable].isfinite().all():
-                    raise CheckpointError(f"the features of {self.name} are NaN or inf: its weights are damaged or its "
-                                          "training diverged; use an earlier checkpoint, RUN/checkpoints/step-...")
-                found.append(features)
-                bar.advance(task, len(batch))
+        for batch in batches:
+            features = encode(batch.to(self.device, non_blocking=True)).float().cpu()
+            usable = batch.flatten(1).isfinite().all(dim=1)  # rows of images that could not be used are NaN
+            if not features[usable].isfinite().all():
+                raise CheckpointError(f"the features of {self.name} are NaN or inf: its weights are damaged or its "
+                                      "training diverged; use an earlier checkpoint, RUN/checkpoints/step-...")
+            found.append(features)
         return torch.cat(found) if found else encode(example.to(self.device)).float().cpu()[:0]
 
 
@@ -263,10 +228,10 @@ def load(
     """
     if weights not in ("online", "ema"):
         raise ConfigError(f"weights are 'online' or 'ema', not {weights!r}")
-    source = resolve_source(name, weights)
+    source = loading.resolve_source(name, weights)
     if source.read is None:
         logger.warning("'%s' is an architecture without weights: its features mean nothing yet", name)
-    model, origin = build(source, with_text=None)
+    model, origin = loading.build(source, with_text=None)
     loaded = LoadedModel(
         model, tokenizer_of(source), name=f"'{name}'", step=origin.step if origin else None,
         samples_seen=origin.samples_seen if origin else None).eval()
@@ -276,32 +241,25 @@ def load(
         raise ConfigError(f"there is no device '{device}' here: {str(error).splitlines()[0]}") from error
 
 
-class _Preprocess:
-    """(number, image) pairs -> a batch of pixels, in a reading process."""
-
-    def __init__(self, preprocess: Callable[[Any], Tensor], bad: BadImages, shape: tuple[int, int, int]) -> None:
-        self._preprocess, self._bad, self._shape = preprocess, bad, shape
-
-    def __call__(self, images: list[tuple[int, ImageLike]]) -> Float[Tensor, "B 3 h w"]:
-        return torch.stack([self._one(number, image) for number, image in images])
-
-    def _one(self, number: int, image: ImageLike) -> Float[Tensor, "3 h w"]:
+def _preprocessed(
+    preprocess: Callable[[Any], Tensor], unusable: Tensor | None, images: list[tuple[int, ImageLike]]
+) -> Float[Tensor, "B 3 h w"]:
+    """Return the pixels of (number, image) pairs, `unusable` in place of an image that cannot be used."""
+    pixels = []
+    for number, image in images:
         try:
-            return self._preprocess(_open_image(image))
+            pixels.append(preprocess(_open_image(image)))
         except BadSampleError as error:
-            if self._bad == "nan":
-                return torch.full(self._shape, float("nan"))
-            name = image if isinstance(image, str | Path) else f"image {number}"
-            raise DataError(f"{name} cannot be used: {error.reason} (bad='nan' gives it a row of NaN instead)"
-                            ) from error
+            if unusable is None:
+                name = image if isinstance(image, str | Path) else f"image {number}"
+                raise DataError(f"{name} cannot be used: {error.reason} (bad='nan' gives it a row of NaN instead)"
+                                ) from error
+            pixels.append(unusable)
+    return torch.stack(pixels)
 
 
 def _open_image(image: ImageLike) -> Image.Image:
-    """Return an image upright, in RGB, transparency on white, as in training.
-
-    Raises:
-        BadSampleError: it cannot be used.
-    """
+    """Return an image upright, in RGB, transparency on white, as in training; BadSampleError if it cannot be used."""
     if isinstance(image, str | Path):
         try:
             data = Path(image).read_bytes()
@@ -317,7 +275,6 @@ def _open_image(image: ImageLike) -> Image.Image:
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield lists of `size` items; the last may be shorter."""
     if size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {size}")
     rest = iter(items)

@@ -5,44 +5,41 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import open_clip
 from jaxtyping import Float
 from open_clip.constants import HF_CONFIG_NAME as CONFIG_NAME
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME as WEIGHTS_NAME
-from open_clip.convert import load_big_vision_weights
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
-from open_clip.tokenizer import HFTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aclip.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, open_newest
+from aclip.checkpoint import list_checkpoints, open_checkpoint, open_newest
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
 from aclip.models import hugging_face
 from aclip.models.hugging_face import read_json
 from aclip.models.shapes import build_modules, patch_size_of
-from aclip.models.tokenizer import CachingTokenizer
-from aclip.models.vision import resize_images, visual_of, vit_of
-from aclip.models.vit import grid_of, pair
+from aclip.models.vision import grid_of, pair, resize_images, visual_of, vit_of
 from aclip.models.weights import from_released, is_released, load_weights, read_weights, released_config
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FRESH_PREPROCESS: Mapping[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+open_clip.add_model_config(Path(__file__).parent / "configs")  # the presets
+
+FRESH_PREPROCESS: Mapping[str, Any] = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 """The normalisation of models trained from scratch, and of the A-CLIP release."""
 
-_BIG_VISION = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-_LOCAL, _HUB = "local-dir:", "hf-hub:"
 _WEIGHT_NAMES = (WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
                  "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts -> (B, T) int64 token ids, padded to the context length."""
@@ -65,14 +62,12 @@ class Source:
     """A model that a name resolves to; nothing but its config has been read or fetched.
 
     Attributes:
-        name: as it was given.
         config: open_clip's `model_cfg`.
         preprocess: what is known of open_clip's `preprocess_cfg`.
         folder: local folder that may hold a tokenizer.
         read: reads the weights, after fetching them if they are remote; None for an architecture without weights.
     """
 
-    name: str
     config: Mapping[str, Any]
     preprocess: Mapping[str, Any] | None = None
     folder: Path | None = None
@@ -80,13 +75,9 @@ class Source:
 
 
 class ImageTower(nn.Module):
-    """A model without text: its state dict is `visual.*` of open_clip's.
+    """A model without text, so without joint space: features are the pooled token, (B, C).
 
-    Without captions there is no joint space either: the projection is left out, and features are the pooled token,
-    (B, C).
-
-    Attributes:
-        visual: open_clip's image tower.
+    Its state dict is `visual.*` of open_clip's, without the projection.
     """
 
     def __init__(self, visual: nn.Module) -> None:
@@ -94,8 +85,8 @@ class ImageTower(nn.Module):
         self.visual = visual
         vit_of(visual).drop_projection()
 
-    def encode_image(self, image: Float[Tensor, "B 3 h w"], normalize: bool = False) -> Float[Tensor, "B D"]:
-        """Return the pooled token after the final norm, (B, C), L2-normalised on request."""
+    def encode_image(self, image: Float[Tensor, "B 3 h w"], normalize: bool = False) -> Float[Tensor, "B C"]:
+        """As open_clip's: the pooled token after the final norm, L2-normalised on request."""
         features: Tensor = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -105,18 +96,14 @@ def create_model(
 ) -> nn.Module:
     """Build an open_clip model on the CPU in fp32, in training mode.
 
-    Fresh weights come from torch's global generator (`torch.manual_seed`); the image tower's do not depend on
-    `with_text`. Fresh models take ImageNet's mean and deviation; models that come with weights keep their own. If the
-    weights hold an image tower only, the text tower starts fresh.
+    Fresh weights come from torch's global generator, the image tower's whether or not there is text. Fresh models
+    normalise as for ImageNet, others as their weights do.
 
     Args:
         name: see `resolve_source`.
-        image_size: pixels, one side or (height, width), in place of the model's own; position embeddings are
-            interpolated.
-        with_text: False leaves the text tower out (`ImageTower`); None does so if the weights hold an image tower only.
-
-    Returns:
-        `open_clip.CLIP`, `open_clip.CustomTextCLIP`, or `ImageTower`.
+        image_size: pixels, one side or (height, width), in place of the model's own; positions are interpolated.
+        with_text: False leaves the text tower out (`ImageTower`); None does so if the weights hold an image tower only;
+            with True, the text tower starts fresh then.
 
     Raises:
         ConfigError: an unknown name or a size that is not a whole number of patches.
@@ -130,12 +117,14 @@ def build(
     source: Source, image_size: int | tuple[int, int] | None = None, with_text: bool | None = True
 ) -> tuple[nn.Module, Weights | None]:
     """Build the model of a source as `create_model` does; also return where its weights came from, without them."""
-    size = None if image_size is None else pair(image_size)
-    if size is not None:
-        grid_of(size, patch_size_of(source.config))
-    unfixed = size is not None and _frees_positions(source.config, size)
-    model = build_modules(source.config, None if source.read or unfixed else size)
-    _set_preprocess(model, source)
+    config = _at_size(source.config, image_size)
+    # fixed positions that become learned ones start from those of the model's own grid
+    unfixed = "pos_embed_type" in source.config["vision_cfg"] and "pos_embed_type" not in config["vision_cfg"]
+    model = build_modules(source.config if source.read or unfixed else config)
+    visual = visual_of(model)
+    fresh = source.read is None and source.preprocess is None
+    preprocess = merge_preprocess_dict(PreprocessCfg(), FRESH_PREPROCESS if fresh else source.preprocess)
+    set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual.image_size)})
     weights, image_only = None, False
     if source.read is not None:
         weights = source.read()
@@ -143,55 +132,41 @@ def build(
         if image_only and with_text:
             logger.info("%s holds an image tower only: projection and text tower start fresh", weights.origin)
         weights = weights._replace(state={})
-    if size is not None:
-        resize_images(visual_of(model), size)
+    if image_size is not None:
+        resize_images(visual, pair(image_size))
     if unfixed:
-        visual_of(model).positional_embedding.requires_grad_(True)
+        visual.positional_embedding.requires_grad_(True)
     if with_text or (with_text is None and not image_only):
         return model, weights
-    return ImageTower(visual_of(model)), weights
+    return ImageTower(visual), weights
 
 
 def preprocess_config(model: nn.Module) -> dict[str, Any]:
-    """Return open_clip's `preprocess_cfg` of a model, as `open_clip_config.json` states it beside the weights.
-
-    Keys: size (height, width), mode "RGB", mean and std per channel on a scale of 0 to 1, interpolation, resize_mode,
-    fill_color.
-    """
-    config: dict[str, Any] = dict(visual_of(model).preprocess_cfg)
-    return config
+    """Return open_clip's `preprocess_cfg` of a model: size (height, width), mean, std, interpolation, ..."""
+    return dict(visual_of(model).preprocess_cfg)
 
 
 def model_config(name: str | Path, *, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
     """Return open_clip's complete `model_cfg` of a model: saved, it loads without any registered name.
 
-    Args:
-        name: see `resolve_source`.
-        image_size: pixels, one side or (height, width), in place of the model's own.
-
-    Raises:
-        As `resolve_source`; ConfigError also for an image size that is not a whole number of patches.
+    Arguments and errors as of `create_model`; no weights are read.
     """
     return _at_size(resolve_source(name).config, image_size)
 
 
 def list_models() -> list[str]:
     """Return the names that can be trained: the presets, open_clip's own ViTs, and timm's plain ones in open_clip."""
-    _register_presets()
     return [name for name in open_clip.list_models() if _seems_supported(open_clip.get_model_config(name))]
 
 
 def tokenizer_of(model: str | Path | Source | Mapping[str, Any]) -> Tokenizer:
-    """Return the tokenizer of a model.
+    """Return the tokenizer of a model: texts -> (B, context_length) int64; picklable.
 
     It is the byte-pair tokenizer that open_clip bundles, unless the config names one of Hugging Face (fetched, then
     cached; a folder may bring its own). Captions over the context length are cut and keep their EOT.
 
     Args:
         model: a name as in `resolve_source`, or a config as `model_config` returns it.
-
-    Returns:
-        Texts -> (B, context_length) int64; picklable.
 
     Raises:
         CheckpointError: a tokenizer that cannot be fetched, or needs code of its own, which is never run.
@@ -201,17 +176,46 @@ def tokenizer_of(model: str | Path | Source | Mapping[str, Any]) -> Tokenizer:
         source = model if isinstance(model, Source) else resolve_source(model)
         model, folder = source.config, source.folder
     text = model["text_cfg"]
-    context, options = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
+    options = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
     options.pop("trust_remote_code", None)  # not for a config from elsewhere to decide
     where = text.get("hf_tokenizer_name")
     if not where:
-        return CachingTokenizer(context_length=context, **options)
+        return CachingTokenizer(**options)
     if folder is not None and any(folder.glob("tokenizer*")):
         where = str(folder)
-    tokenizer: Tokenizer = _fetch(
-        f"the tokenizer '{where}' of this model", HFTokenizer, where, context_length=context,
-        tokenizer_mode=text.get("tokenizer_mode"), trust_remote_code=False, **options)
-    return tokenizer
+    return cast(Tokenizer, _fetch(
+        f"the tokenizer '{where}' of this model", HFTokenizer, where, tokenizer_mode=text.get("tokenizer_mode"),
+        trust_remote_code=False, **options))
+
+
+class CachingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip has no annotations
+    """`SimpleTokenizer` with a cache of words, which it never merges across a space.
+
+    Captions repeat their words, so most of the work becomes a look-up. Printable ASCII without `&` needs no ftfy and
+    no unescaping.
+    """
+
+    cache: dict[str, str]
+
+    def __init__(self, *, clean: str = "lower", **options: Any) -> None:
+        """Take the options of `SimpleTokenizer`."""
+        super().__init__(clean=clean, **options)
+        self._lower = clean == "lower"
+        self._special = dict(self.cache)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without start and end tokens."""
+        if self._lower and text.isascii() and text.isprintable() and "&" not in text:
+            text = text.lower()
+        else:
+            text = self.clean_fn(text)
+        return [token for word in text.split() for token in self._encode_word(word)]
+
+    @functools.lru_cache(maxsize=10_000)  # noqa: B019  # some 3 MB, shared by the few tokenizers of a process
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        self.cache = dict(self._special)  # open_clip's own has no limit
+        pieces = ("".join(self.byte_encoder[byte] for byte in piece.encode()) for piece in self.pat.findall(word))
+        return tuple(self.encoder[part] for piece in pieces for part in self.bpe(piece).split(" "))
 
 
 def resolve_source(name: str | Path, weights: WeightsOf = "online") -> Source:
@@ -234,64 +238,51 @@ def resolve_source(name: str | Path, weights: WeightsOf = "online") -> Source:
         CheckpointError: a folder or file without a model in it, or a config that cannot be fetched.
         UnsupportedModelError: a model whose towers cannot be trained here.
     """
-    text = str(name)
+    source = _find_source(str(name), weights)
+    try:
+        patch_size_of(source.config)
+    except (ConfigError, UnsupportedModelError) as error:
+        raise type(error)(f"model '{name}': {error}") from error
+    return source
+
+
+def _find_source(name: str, weights: WeightsOf) -> Source:
     if weights == "ema":
-        if not (steps := _steps(Path(text))):
+        if not (steps := _steps(Path(name))):
             raise ConfigError(f"EMA weights are in the checkpoints of a run, and '{name}' is not a run that has any")
-        return _run_source(Path(text), steps, ema=True)
-    if text.startswith(_HUB):
-        return _hub_source(text)
-    if text.startswith(_LOCAL):
-        return _folder_source(Path(text.removeprefix(_LOCAL)))
-    base, _, rest = text.partition(":")
-    base = base.replace("/", "-")
-    _register_presets()
+        return _run_source(Path(name), steps, ema=True)
+    scheme, _, rest = name.partition(":")
+    if scheme == "hf-hub":
+        config, preprocess = _read_config(
+            Path(_fetch(f"'{name}'", download_pretrained_from_hf, rest, filename=CONFIG_NAME)))
+        return Source(config, preprocess, read=lambda: Weights(
+            read_weights(Path(_fetch(f"'{name}'", download_pretrained_from_hf, rest))), name))
+    if scheme == "local-dir":
+        return _folder_source(Path(rest))
+    base = scheme.replace("/", "-")
     if base in open_clip.list_models():
         return _named_source(base, rest)
-    if Path(text).is_dir():
-        return _folder_source(Path(text))
-    if Path(text).is_file():
-        return _file_source(Path(text))
-    if "/" in text and ":" not in text:
-        raise ConfigError(f"there is no folder '{text}', and no model of that name: name a folder with {CONFIG_NAME}, "
-                          f"a run folder, or one of {', '.join(list_models())}")
-    raise ConfigError(unknown_name("model", base, list_models()))
-
-
-@functools.cache
-def _register_presets() -> None:
-    open_clip.add_model_config(Path(__file__).parent / "configs")
+    if Path(name).is_dir():
+        return _folder_source(Path(name))
+    if Path(name).is_file():
+        return _file_source(Path(name))
+    raise ConfigError(unknown_name("model, folder or file", name, list_models()))
 
 
 def _named_source(base: str, rest: str) -> Source:
-    config = _checked(open_clip.get_model_config(base), base)
-    name = f"{base}:{rest}"
+    config, name, file = open_clip.get_model_config(base), f"{base}:{rest}", Path(rest)
     if not rest:
-        return Source(base, config)
+        return Source(config)
     tags = open_clip.list_pretrained_tags_by_model(base)
     if rest in tags:
         pretrained = open_clip.get_pretrained_cfg(base, rest)
         if pretrained.get("quick_gelu", False):  # whatever the architecture of that name says
-            config = {**config, "quick_gelu": True}
-        return Source(name, config, pretrained, read=lambda: Weights(
+            config["quick_gelu"] = True
+        return Source(config, pretrained, read=lambda: Weights(
             read_weights(Path(_fetch(f"'{name}'", download_pretrained, pretrained))), name))
-    file = Path(rest)
-    if file.suffix == ".npz" and file.is_file():  # SigLIP's original release
-        return Source(name, config, _BIG_VISION, read=lambda: Weights(_read_big_vision(config, file), str(file)))
     if file.is_file():
-        return Source(name, config, read=lambda: Weights(read_weights(file), str(file)))
-    if "/" in rest or file.suffix in _WEIGHT_SUFFIXES:
-        raise CheckpointError(f"there is no weight file {rest}: '{base}:...' takes a file, or one of the pretrained "
-                              f"weights {', '.join(sorted(tags)) or '(there are none)'}")
-    raise ConfigError(unknown_name(f"pretrained weights of {base}", rest, tags))
-
-
-def _hub_source(name: str) -> Source:
-    repository = name.removeprefix(_HUB)
-    config, preprocess = _read_config(
-        Path(_fetch(f"'{name}'", download_pretrained_from_hf, repository, filename=CONFIG_NAME)))
-    return Source(name, _checked(config, name), preprocess, read=lambda: Weights(
-        read_weights(Path(_fetch(f"'{name}'", download_pretrained_from_hf, repository))), name))
+        return Source(config, read=lambda: Weights(read_weights(file), str(file)))
+    raise ConfigError(unknown_name(f"weight file or pretrained weights of {base}", rest, tags))
 
 
 def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -304,15 +295,12 @@ def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def _folder_source(folder: Path) -> Source:
     """Return the model of a folder: open_clip's, a run's, or transformers'."""
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder '{folder}'")
     for place in (folder, folder / "final"):
         if (place / CONFIG_NAME).is_file():
             return _open_clip_source(place)
-    theirs = hugging_face.read_config(folder)
-    if theirs is not None:
-        config = _checked(hugging_face.open_clip_config(theirs, folder), str(folder))
-        return Source(str(folder), config, hugging_face.preprocess(folder), folder,
+    theirs = read_json(folder / "config.json")
+    if isinstance(theirs, dict) and "model_type" in theirs:
+        return Source(hugging_face.open_clip_config(theirs, folder), hugging_face.preprocess(folder), folder,
                       lambda: Weights(hugging_face.read_folder(folder), str(folder)))
     if steps := _steps(folder):
         return _run_source(folder, steps, ema=False)
@@ -323,15 +311,13 @@ def _folder_source(folder: Path) -> Source:
 
 def _open_clip_source(place: Path) -> Source:
     config, preprocess = _read_config(place / CONFIG_NAME)
-    files = sorted(file for file in place.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
-    known = [place / name for name in _WEIGHT_NAMES if place / name in files]
-    if not files:
-        raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but no weights beside it ({WEIGHTS_NAME})")
-    if not known and len(files) > 1:
-        raise CheckpointError(f"'{place}' holds several weight files ({', '.join(f.name for f in files)}): rename the "
-                              f"right one to {WEIGHTS_NAME}")
-    file, trained = (known or files)[0], read_json(place / "aclip.json") or {}
-    return Source(str(place), _checked(config, str(place)), preprocess, place,
+    files = [place / name for name in _WEIGHT_NAMES if (place / name).is_file()]
+    files = files[:1] or sorted(file for file in place.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    if len(files) != 1:
+        raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but {'several' if files else 'no'} weights beside it: "
+                              f"the right file is named {WEIGHTS_NAME}")
+    file, trained = files[0], read_json(place / "aclip.json") or {}
+    return Source(config, preprocess, place,
                   lambda: Weights(read_weights(file), str(file), trained.get("step"), trained.get("samples_seen")))
 
 
@@ -342,33 +328,23 @@ def _steps(folder: Path) -> list[Path]:
 
 def _run_source(folder: Path, steps: list[Path], *, ema: bool) -> Source:
     """Return the model of a run's checkpoints: that of its final/ or its config.json, with the weights of a step."""
-    run, only = steps[0].parent.parent, folder in steps
-
     def read() -> Weights:
-        checkpoint = open_checkpoint(folder) if only else open_newest(folder / "checkpoints")
-        return Weights(_run_state(checkpoint, ema), str(checkpoint.path), checkpoint.step,
-                       checkpoint.values.get("samples_seen"))
+        checkpoint = open_checkpoint(folder) if folder in steps else open_newest(folder / "checkpoints")
+        state, average = checkpoint.tensors("method/model."), checkpoint.tensors("method/ema_visual.") if ema else {}
+        if ema and not average:
+            raise CheckpointError(f"the run of {checkpoint.path} keeps no EMA: use the online weights")
+        state |= {f"visual.{name}": tensor for name, tensor in average.items()}
+        return Weights(state, str(checkpoint.path), checkpoint.step, checkpoint.values.get("samples_seen"))
 
+    run = steps[0].parent.parent
     if (run / "final" / CONFIG_NAME).is_file():
-        final = _open_clip_source(run / "final")
-        return Source(str(folder), final.config, final.preprocess, final.folder, read)
+        return replace(_open_clip_source(run / "final"), read=read)
     settings = read_json(run / "config.json")
     if not isinstance(settings, dict) or "model" not in settings:
         raise CheckpointError(f"the model of '{folder}' is unknown: '{run / 'config.json'}' is missing or names none")
     base = resolve_source(settings["model"])
-    size = settings.get("image_size")
-    return Source(str(folder), _at_size(base.config, size), base.preprocess if base.read else FRESH_PREPROCESS,
-                  base.folder, read)
-
-
-def _run_state(checkpoint: Checkpoint, ema: bool) -> dict[str, Tensor]:
-    state = checkpoint.tensors("method/model.")
-    if ema:
-        average = checkpoint.tensors("method/ema_visual.")
-        if not average:
-            raise CheckpointError(f"the run of {checkpoint.path} keeps no EMA: use the online weights")
-        state |= {f"visual.{name}": tensor for name, tensor in average.items()}
-    return state
+    return Source(_at_size(base.config, settings.get("image_size")),
+                  base.preprocess if base.read else FRESH_PREPROCESS, base.folder, read)
 
 
 def _file_source(file: Path) -> Source:
@@ -376,8 +352,7 @@ def _file_source(file: Path) -> Source:
     state = read_weights(file)
     if not is_released(state):
         raise ConfigError(f"the architecture of the weights '{file}' is unknown: name it, as in ViT-B-16:{file}")
-    return Source(str(file), _checked(released_config(state, file), str(file)), FRESH_PREPROCESS,
-                  read=lambda: Weights(from_released(state), str(file)))
+    return Source(released_config(state, file), FRESH_PREPROCESS, read=lambda: Weights(from_released(state), str(file)))
 
 
 def _fetch(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -390,50 +365,16 @@ def _fetch(what: str, function: Callable[..., Any], *arguments: Any, **options: 
                               "NAME:FILE") from error
 
 
-def _read_big_vision(config: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
-    model = build_modules(config)
-    try:
-        load_big_vision_weights(model, str(file))
-    except Exception as error:  # whatever numpy and open_clip meet in a damaged file, or one of another model
-        raise CheckpointError(f"the weights {file} cannot be loaded into this model: {error!r}") from error
-    return model.state_dict()
-
-
-def _set_preprocess(model: nn.Module, source: Source) -> None:
-    known = FRESH_PREPROCESS if source.read is None and source.preprocess is None else source.preprocess or {}
-    stated = {key: value for key, value in known.items()
-              if key in PreprocessCfg.__dataclass_fields__ and key != "size" and value is not None}
-    preprocess = merge_preprocess_dict(asdict(PreprocessCfg()), stated)
-    set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual_of(model).image_size)})
-
-
 def _at_size(config: Mapping[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
-    """Return a copy of a config with another image size."""
+    """Return a copy of a config at another image size; oblong grids have learned positions in open_clip."""
     sized: dict[str, Any] = deepcopy(dict(config))
     if image_size is not None:
-        size = pair(image_size)
-        grid_of(size, patch_size_of(sized))
-        if _frees_positions(sized, size):
-            del sized["vision_cfg"]["pos_embed_type"]
-        sized["vision_cfg"]["image_size"] = size[0] if size[0] == size[1] else list(size)
+        (height, width), vision = pair(image_size), sized["vision_cfg"]
+        grid_of((height, width), patch_size_of(sized))
+        if vision.get("pos_embed_type") == "sin_cos_2d" and height != width:
+            del vision["pos_embed_type"]
+        vision["image_size"] = height if height == width else [height, width]
     return sized
-
-
-def _frees_positions(config: Mapping[str, Any], size: tuple[int, int]) -> bool:
-    """Return whether a model's fixed positions become learned ones at an image size (height, width).
-
-    open_clip has sine-cosine positions for square grids only. On other grids such a model starts from those of the
-    square, interpolated, and learns them.
-    """
-    return config["vision_cfg"].get("pos_embed_type") == "sin_cos_2d" and size[0] != size[1]
-
-
-def _checked(config: Any, name: str) -> Mapping[str, Any]:
-    try:
-        patch_size_of(config)
-    except (ConfigError, UnsupportedModelError) as error:
-        raise type(error)(f"model '{name}': {error}") from error
-    return dict(config)
 
 
 def _seems_supported(config: Mapping[str, Any]) -> bool:

@@ -12,8 +12,7 @@ from torch import nn
 from aclip.errors import ConfigError, UnsupportedModelError
 from aclip.models.blocks import blocks_of
 from aclip.models.text import can_cut, text_tower_of
-from aclip.models.vision import SUPPORTED, attention_pool_of, resize_images, visual_of, vit_of
-from aclip.models.vit import grid_of, pair
+from aclip.models.vision import SUPPORTED, attention_pool_of, grid_of, pair, resize_images, visual_of, vit_of
 from aclip.structs import TowerShape
 
 
@@ -24,7 +23,7 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
         UnsupportedModelError: a tower that cannot be trained here.
         ConfigError: a config that describes no model, or an image size that is not a whole number of patches.
     """
-    model = outline(config)
+    model = _outline(json.dumps(config))
     vit, text = vit_of(visual_of(model)), text_tower_of(model)
     pool: Any = attention_pool_of(vit.visual)
     image_size = pair(config["vision_cfg"].get("image_size", 224))
@@ -52,38 +51,24 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
 
 def patch_size_of(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return the patch size (height, width) of a config; raises as `shape_of`."""
-    return vit_of(visual_of(outline(config))).patch_size
-
-
-def outline(config: Mapping[str, Any]) -> nn.Module:
-    """Return the model of a config on the meta device: modules and shapes without weights; shared, not to be changed.
-
-    Raises:
-        As `shape_of`.
-    """
-    return _outline(json.dumps(config, sort_keys=True))
+    return vit_of(visual_of(_outline(json.dumps(config)))).patch_size
 
 
 @functools.lru_cache(maxsize=64)
 def _outline(config: str) -> nn.Module:
+    """Return the model of a config in JSON on the meta device, without weights; shared, not to be changed."""
     with torch.device("meta"):
         return build_modules(json.loads(config))
 
 
-def build_modules(config: Mapping[str, Any], image_size: tuple[int, int] | None = None) -> nn.Module:
-    """Build the modules of a config with fresh weights, optionally at another image size.
-
-    Raises:
-        As `shape_of`.
-    """
+def build_modules(config: Mapping[str, Any]) -> nn.Module:
+    """Build the modules of a config with fresh weights; raises as `shape_of`."""
     try:
         vision, text = dict(config["vision_cfg"]), config["text_cfg"]
         what = "a captioning decoder (CoCa)" if "multimodal_cfg" in config else (
             f"the Hugging Face text tower {text['hf_model_name']}" if text.get("hf_model_name") else None)
         if what is not None:
             raise UnsupportedModelError(f"it has {what}, which cannot be trained here: {SUPPORTED}")
-        if image_size is not None:
-            vision["image_size"] = image_size
         if vision.get("timm_model_name"):
             vision["timm_model_pretrained"] = False  # on ImageNet, fetched
         cls = CustomTextCLIP if config.get("custom_text") else CLIP

@@ -1,6 +1,6 @@
 """The text tower of open_clip, run only as far as the longest caption of the batch."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,10 @@ from aclip.models.blocks import Packing, run_blocks
 def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B D"]:
     """Encode captions with the text tower of an open_clip model and its own weights.
 
-    If the tower can be cut (see `can_cut`), T may be anything from the longest caption to the context length, and the
-    features do not depend on it: a causal tower's EOT token sees nothing that comes after it. Other towers run as in
-    open_clip, at full context.
-
     Args:
         model: `open_clip.CLIP` or `open_clip.CustomTextCLIP`.
-        tokens: (B, T) int64 token ids, each row with its EOT (the highest id).
+        tokens: (B, T) int64 token ids, each row with its EOT (the highest id); T is the context length or, if the
+            tower can be cut (see `can_cut`), anything from the longest caption on.
 
     Returns:
         (B, D) projected features, not normalised; equal to `model.encode_text` at full context.
@@ -35,8 +32,7 @@ def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "
         if length != context:
             raise ValueError(f"this text tower reads exactly {context} tokens, not {length}: it is not "
                              "causal and EOT-pooled, so it cannot be cut")
-        features: Tensor = model.encode_text(tokens)  # type: ignore[operator]
-        return features
+        return cast(Any, model).encode_text(tokens)  # type: ignore[no-any-return]
     if length > context:
         raise ValueError(f"{length} tokens are more than the text tower's context of {context}")
     eot = tokens.argmax(dim=-1)
@@ -58,16 +54,10 @@ def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "
 def encode_hidden_text(
     model: nn.Module, tokens: Int[Tensor, "B T"], hidden: Bool[Tensor, "B T"], mask_token: Float[Tensor, " C"]
 ) -> Float[Tensor, "B T C"]:
-    """Return every token's state after the final norm, with some tokens replaced by a mask token.
-
-    Args:
-        model: as in `encode_text`; the tower must be one that can be cut.
-        tokens: (B, T) int64 token ids.
-        hidden: (B, T) bool, True where `mask_token` replaces the token's embedding.
-        mask_token: (C,) learned embedding.
+    """Return every token's state after the final norm; `mask_token` replaces the embeddings of `hidden` tokens.
 
     Raises:
-        UnsupportedModelError: a tower that is not causal and EOT-pooled.
+        UnsupportedModelError: a tower that cannot be cut.
     """
     if not can_cut(model):
         raise UnsupportedModelError("masked language modelling needs a causal, EOT-pooled text tower: choose a recipe "
@@ -81,22 +71,12 @@ def encode_hidden_text(
 
 
 def packs(tokens: Int[Tensor, "B T"]) -> bool:
-    """Whether captions run without their padding (`blocks.Packing`): on a CPU, outside of tracing.
-
-    On an accelerator, the number of tokens would have to be read back to the host in every step; a traced graph must
-    not depend on it.
-    """
+    """Whether captions run without their padding: on a CPU, outside of tracing, as the token count must be read."""
     return tokens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def can_cut(model: nn.Module) -> bool:
-    """Whether text may be cut after the longest EOT without changing any feature.
-
-    True for causal towers of plain blocks that pool at the EOT token, found as the highest id ("argmax").
-
-    Raises:
-        UnsupportedModelError: the model has no text tower.
-    """
+    """Whether text may be cut after the longest EOT: in causal towers of plain blocks that pool at the highest id."""
     from open_clip.transformer import ResidualAttentionBlock
 
     tower = text_tower_of(model)
@@ -110,26 +90,12 @@ def can_cut(model: nn.Module) -> bool:
 
 
 def cut_after_eot(tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B S"]:
-    """Return the tokens up to and including the longest row's EOT, the first occurrence of its highest id.
-
-    For tokens in host memory: on an accelerator, this synchronises.
-
-    Args:
-        tokens: (B, T) integer token ids, padded with ids below the EOT's.
-
-    Returns:
-        (B, S) a view of the first S columns, S <= T.
-    """
-    longest = int(tokens.argmax(dim=1).max()) + 1
-    return tokens[:, :longest]
+    """Return a view of the tokens up to the longest row's EOT, the first occurrence of its highest id; synchronises."""
+    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
 
 
 def text_tower_of(model: nn.Module) -> Any:
-    """Return the module that holds the parts of the text tower: `model.text`, or the model itself.
-
-    Raises:
-        UnsupportedModelError: the model has no text tower.
-    """
+    """Return the module that holds the text tower: `model.text` or the model; UnsupportedModelError without one."""
     tower = getattr(model, "text", model)
     if not hasattr(tower, "context_length"):
         raise UnsupportedModelError("this model has an image tower only: to encode captions, name a model with a text "
@@ -139,20 +105,11 @@ def text_tower_of(model: nn.Module) -> Any:
 
 def stack_of_open_clip(model: nn.Module) -> nn.Module | None:
     """Return the stack of blocks that open_clip itself runs, that of a text tower that cannot be cut, or None."""
-    tower = getattr(model, "text", model)
-    if not hasattr(tower, "context_length") or can_cut(model):
-        return None
-    stack: nn.Module | None = getattr(tower, "transformer", None)
-    return stack
+    has_text = hasattr(getattr(model, "text", model), "context_length")
+    return None if not has_text or can_cut(model) else getattr(text_tower_of(model), "transformer", None)
 
 
 def logit_scale_of(model: nn.Module) -> nn.Parameter:
-    """Return `model.logit_scale`, the logarithm of the multiplier, as in open_clip.
-
-    Raises:
-        UnsupportedModelError: the model has no text tower.
-    """
+    """Return `model.logit_scale`, the logarithm of the multiplier; UnsupportedModelError without a text tower."""
     text_tower_of(model)
-    scale = model.logit_scale
-    assert isinstance(scale, nn.Parameter)
-    return scale
+    return cast(nn.Parameter, model.logit_scale)

@@ -1,15 +1,15 @@
 """The image tower: a ViT over the kept patches, at any resolution, with the attention that ranks patches."""
 
-from typing import Any
+import re
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from aclip.errors import UnsupportedModelError
-from aclip.models.blocks import run_blocks
-from aclip.models.vit import Vit, grid_of, resample_positions
+from aclip.errors import ConfigError, UnsupportedModelError
+from aclip.models.blocks import attention, first_row, run_blocks
 from aclip.structs import ImageEncoding
 
 SUPPORTED = ("supported are plain ViTs: open_clip's own, such as ViT-B-32, ViT-B-16, ViT-L-14, vit-small and vit-tiny, "
@@ -32,15 +32,11 @@ def encode_image(
     """Encode images, or only some of their patches, with a ViT of open_clip or timm and its own weights.
 
     With every patch kept, the features equal `visual(pixels)` up to rounding. Patches are removed before they are
-    embedded; kept patch i has the position embedding of patch `keep_indices[:, i]`. Class token and registers always
-    stay. At another resolution than the model's own, positions are interpolated (see `positions_at`). The score of
-    patch P, over all layers l and heads h (A-CLIP, arXiv 2212.08653):
+    embedded and keep their own positions, which are interpolated at another resolution than the model's. The score of
+    patch P, over all layers l and heads h (A-CLIP, arXiv 2212.08653), or, in a tower that pools by attention (SigLIP),
+    over the heads of the pool's query in place of CLS:
 
         s_P = 1/(L H) sum_lh softmax(q_lh(CLS) . k_lh / sqrt(d))[P]
-
-    In a tower that pools by attention (SigLIP), with the query of the pool and its heads:
-
-        s_P = 1/H sum_h softmax(q_h . k_h / sqrt(d))[P]
 
     Works under autocast and `torch.compile`, without host synchronisation. A config's `patch_dropout`, dropout and
     stochastic depth are not applied: masking is an argument here, never a state of the model.
@@ -48,16 +44,12 @@ def encode_image(
     Args:
         visual: `open_clip.transformer.VisionTransformer`, or `open_clip.timm_model.TimmModel` around a plain ViT.
         pixels: (B, 3, h, w) float, normalised; h and w multiples of the patch size.
-        keep_indices: (B, K) int64 ascending patch numbers on the (h / patch, w / patch) grid, row by row, CLS never
-            counted; None keeps all.
+        keep_indices: (B, K) int64 ascending patch numbers on the (h / patch, w / patch) grid, row by row; class token
+            and registers, which always stay, are not counted. None keeps all.
         mask_token: (C,) replaces removed patches, which then stay in the sequence with their positions (SimMIM,
             arXiv 2111.09886); None drops them.
         return_scores: also return the scores; only with all patches kept.
         return_patches: also return the patch tokens after the final norm.
-
-    Returns:
-        `ImageEncoding`: features (B, D) not normalised, cls (B, C) the pooled token, scores (B, N) float32 without
-        gradient or None, patches (B, M, C) or None, number of tokens.
 
     Raises:
         UnsupportedModelError: not a plain ViT, or scores of one that has none.
@@ -69,9 +61,9 @@ def encode_image(
         raise ValueError("scores rank all patches: they cannot be returned when only some are kept")
     if return_scores and vit.scored_by is None:
         raise UnsupportedModelError(NO_ATTENTION_SCORES)
-    x = embed_patches(vit, pixels, keep_indices, mask_token)
+    x = _embed_patches(vit, pixels, keep_indices, mask_token)
     prefix = vit.prefix()
-    x = vit.before_blocks(torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1))
+    x = vit.norm_before(torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1))
     num_tokens, first_patch = x.shape[1], vit.num_prefix_tokens
 
     reads_all = return_patches or not vit.reads_first
@@ -85,21 +77,21 @@ def encode_image(
         patches=vit.norm_patches(x[:, first_patch:]) if return_patches else None, num_tokens=num_tokens)
 
 
-def embed_patches(
-    vit: Vit,
+def _embed_patches(
+    vit: "Vit",
     pixels: Float[Tensor, "B 3 h w"],
     keep_indices: Int[Tensor, "B K"] | None,
-    mask_token: Float[Tensor, " C"] | None = None,
+    mask_token: Float[Tensor, " C"] | None,
 ) -> Float[Tensor, "B M C"]:
     """Cut images into patches, drop those not kept, embed the rest and add their positions.
 
-    The stride of the convolution is its kernel size, so it is a matrix product over the pixels (channel, row, column)
-    of a patch, and can be applied to the kept patches alone. M is K, or N if a mask token fills the gaps.
+    The convolution's stride is its kernel size, so it is a matrix product over the pixels (channel, row, column) of a
+    patch. M is K, or N if a mask token fills the gaps.
     """
     conv, patch = vit.patch_embedding, vit.patch_size
     grid = grid_of((pixels.shape[-2], pixels.shape[-1]), patch)
     cells = pixels.reshape(pixels.shape[0], -1, grid[0], patch[0], grid[1], patch[1]).permute(0, 2, 4, 1, 3, 5)
-    positions = positions_at(vit, grid)
+    positions = vit.positions_at(grid)
     if keep_indices is None and mask_token is not None:  # explicit, so that the mask token's gradient is 0, not None
         keep_indices = torch.arange(grid[0] * grid[1], device=pixels.device).expand(pixels.shape[0], -1)
     if keep_indices is None:
@@ -114,60 +106,46 @@ def embed_patches(
     return filled.scatter(1, keep_indices[:, :, None].expand_as(embedded), embedded)
 
 
-def positions_at(vit: Vit, grid_size: tuple[int, int]) -> Float[Tensor, "N C"]:
-    """Return the position embeddings of the patches on a grid (down, across), row by row; differentiable.
-
-    On another grid than the model's own, interpolated as by open_clip and timm: see `resample_positions`.
-    """
-    own = vit.patch_positions()
-    return own if vit.grid_size == grid_size else resample_positions(own, vit.grid_size, grid_size)
-
-
 def resize_images(visual: nn.Module, image_size: tuple[int, int]) -> None:
-    """Change an image tower to another image size (height, width), its positions interpolated, in place.
-
-    Raises:
-        ConfigError: not a whole number of patches.
-    """
+    """Change an image tower to an image size (height, width) of whole patches, in place; interpolate positions."""
     vit = vit_of(visual)
-    with torch.no_grad():
-        positions = positions_at(vit, grid_of(image_size, vit.patch_size)).clone()
-    vit.resize(image_size, positions)
+    vit.resize(image_size, grid_of(image_size, vit.patch_size))
+    if hasattr(vit.visual, "preprocess_cfg"):
+        vit.visual.preprocess_cfg = {**vit.visual.preprocess_cfg, "size": image_size}
 
 
-def vit_of(visual: nn.Module) -> Vit:
-    """Return the parts of an image tower.
-
-    Raises:
-        UnsupportedModelError: a tower that `encode_image` cannot run, such as a ResNet.
-    """
+def vit_of(visual: nn.Module) -> "Vit":
+    """Return the parts of an image tower; UnsupportedModelError if `encode_image` cannot run it, such as a ResNet."""
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
-    if isinstance(visual, TimmModel):
-        from aclip.models.timm_vit import TimmVit, obstacle
-
-        what = obstacle(visual)
-        if what is None:
-            return TimmVit(visual)
-        what = f"this image tower has {what}"
-    elif not isinstance(visual, VisionTransformer):
-        what = f"this image tower is a {type(visual).__name__}"
-    elif visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
-        what = "this image tower pools by attention or not at all"
-    elif not isinstance(visual.transformer.resblocks[0], ResidualAttentionBlock):
-        what = "this image tower has custom attention blocks"
-    else:
+    if isinstance(visual, TimmModel) and _is_plain(visual.trunk):
+        return TimmVit(visual)
+    if (isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type in ("tok", "avg")
+            and isinstance(visual.transformer.resblocks[0], ResidualAttentionBlock)):
         return Vit(visual)
-    raise UnsupportedModelError(f"{what}, which cannot be scored and masked: {SUPPORTED}")
+    what = type(getattr(visual, "trunk", visual)).__name__
+    raise UnsupportedModelError(f"this image tower, a {what}, is not a plain ViT that can be scored and masked: "
+                                f"{SUPPORTED}")
+
+
+def _is_plain(trunk: Any) -> bool:
+    from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    return (
+        type(trunk) is VisionTransformer
+        and all(type(block) is Block and type(block.attn) is Attention for block in trunk.blocks)
+        and type(trunk.patch_embed) is PatchEmbed
+        and isinstance(trunk.patch_embed.norm, nn.Identity)
+        and trunk.pos_embed is not None
+        and trunk.global_pool not in ("", "prr")
+        and type(trunk.attn_pool) in (type(None), AttentionPoolLatent)
+    )
 
 
 def visual_of(model: nn.Module) -> Any:
-    """Return the image tower of a model (`model.visual`), or the tower itself if that is what is given.
-
-    Raises:
-        UnsupportedModelError: as `vit_of`.
-    """
+    """Return the image tower of a model (`model.visual`), or the tower itself; raises as `vit_of`."""
     visual = getattr(model, "visual", model)
     vit_of(visual)
     return visual
@@ -181,3 +159,180 @@ def attention_pool_of(visual: nn.Module) -> nn.Module | None:
 def patch_embedding_of(visual: nn.Module) -> nn.Conv2d:
     """Return the convolution that embeds patches; `Recipe.freeze` calls it `patch_embedding`."""
     return vit_of(visual).patch_embedding
+
+
+class Vit:
+    """The parts of an image tower: open_clip's `VisionTransformer` here, timm's in `TimmVit`. Holds no state.
+
+    Attributes:
+        stack: the module that holds the transformer blocks, for `run_blocks`.
+        grid_size: patches (down, across) at the tower's own image size. patch_size: (height, width) in pixels.
+        patch_embedding: the convolution that embeds patches; its stride is its kernel size.
+        norm_before: the norm before the blocks, or the identity.
+        num_prefix_tokens: P, class token and registers.
+        scored_by: the source of attention scores, None if there is none. A class token that is not pooled is no
+            source: no loss reaches its last query, and nothing teaches the earlier ones to look for content.
+        reads_first: whether only the first token is read after the blocks.
+    """
+
+    scored_by: Literal["class token", "pool"] | None
+
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+        self.stack = visual.transformer
+        self.grid_size: tuple[int, int] = tuple(visual.grid_size)
+        self.patch_size: tuple[int, int] = tuple(visual.patch_size)
+        self.patch_embedding: nn.Conv2d = visual.conv1
+        self.norm_before: nn.Module = visual.ln_pre
+        self.num_prefix_tokens = 1
+        self.reads_first: bool = visual.pool_type == "tok"
+        self.scored_by = "class token" if self.reads_first else None
+
+    def prefix(self) -> Float[Tensor, "P C"]:
+        """Return class token and registers, their positions added."""
+        return cast(Tensor, self.visual.class_embedding + self.visual.positional_embedding[0])[None]
+
+    def patch_positions(self) -> Float[Tensor, "N C"]:
+        """Return the position embeddings of the patches on the tower's own grid, row by row."""
+        return cast(Tensor, self.visual.positional_embedding[1:])
+
+    def positions_at(self, grid_size: tuple[int, int]) -> Float[Tensor, "N C"]:
+        """Return the position embeddings on a grid (down, across), interpolated by timm if it is not the tower's."""
+        own = self.patch_positions()
+        if grid_size == self.grid_size:
+            return own
+        from timm.layers import resample_abs_pos_embed
+
+        resized: Tensor = resample_abs_pos_embed(own[None], list(grid_size), list(self.grid_size), 0)[0]
+        return resized
+
+    def pool(
+        self, x: Float[Tensor, "B L C"], with_scores: bool
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N"] | None]:
+        """Return the pooled token after the final norm, and the pool's scores if asked for and `scored_by` is "pool".
+
+        If `reads_first`, `x` may hold the first token alone.
+        """
+        if self.reads_first:
+            return self.visual.ln_post(x[:, 0]), None
+        if self.visual.final_ln_after_pool:
+            return self.visual.ln_post(x[:, 1:].mean(dim=1)), None
+        return self.visual.ln_post(x)[:, 1:].mean(dim=1), None
+
+    def project(self, pooled: Float[Tensor, "B C"]) -> Float[Tensor, "B D"]:
+        """Map the pooled token into the joint space."""
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    def norm_patches(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M C"]:
+        """Apply the final norm to patch tokens."""
+        return cast(Tensor, self.visual.ln_post(x))
+
+    def drop_projection(self) -> None:
+        """Remove the projection into the joint space; features are the pooled token from then on."""
+        self.visual.proj = None
+
+    def resize(self, image_size: tuple[int, int], grid_size: tuple[int, int]) -> None:
+        """Change the tower's own image size, its positions interpolated, in place."""
+        visual = self.visual
+        positions = torch.cat([visual.positional_embedding[:1], self.positions_at(grid_size)]).detach()
+        visual.positional_embedding = nn.Parameter(positions, visual.positional_embedding.requires_grad)
+        visual.image_size, visual.grid_size = image_size, grid_size
+
+
+class TimmVit(Vit):
+    """timm's `VisionTransformer` of plain blocks inside open_clip's `TimmModel`: class token, registers, any pool."""
+
+    def __init__(self, visual: Any) -> None:
+        trunk = visual.trunk
+        self.visual, self.trunk = visual, trunk
+        self.stack = trunk
+        self.grid_size = tuple(trunk.patch_embed.grid_size)
+        self.patch_size = tuple(trunk.patch_embed.patch_size)
+        self.patch_embedding = trunk.patch_embed.proj
+        self.norm_before = trunk.norm_pre
+        self.num_prefix_tokens = trunk.num_prefix_tokens
+        self.reads_first = trunk.attn_pool is None and trunk.global_pool == "token"
+        by_class_token = self.reads_first and trunk.has_class_token  # else the first token is a register or a patch
+        self.scored_by = "pool" if trunk.attn_pool is not None else "class token" if by_class_token else None
+        self._prefix_positions = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+
+    def prefix(self) -> Float[Tensor, "P C"]:
+        tokens = [token[0] for token in (self.trunk.cls_token, self.trunk.reg_token) if token is not None]
+        prefix: Tensor = torch.cat(tokens) if tokens else self.trunk.pos_embed[0, :0]
+        return prefix + self.trunk.pos_embed[0, :self._prefix_positions] if self._prefix_positions else prefix
+
+    def patch_positions(self) -> Float[Tensor, "N C"]:
+        return cast(Tensor, self.trunk.pos_embed[0, self._prefix_positions:])
+
+    def pool(
+        self, x: Float[Tensor, "B L C"], with_scores: bool
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N"] | None]:
+        trunk, scores = self.trunk, None
+        x = trunk.norm(x)
+        if trunk.attn_pool is None:
+            pooled = trunk.pool(x)
+        else:
+            start = 0 if trunk.pool_include_prefix else self.num_prefix_tokens
+            pooled, scores = _attention_pool(trunk.attn_pool, x[:, start:], with_scores=with_scores)
+            scores = None if scores is None else scores[:, self.num_prefix_tokens - start:]
+        return trunk.fc_norm(pooled), scores
+
+    def project(self, pooled: Float[Tensor, "B C"]) -> Float[Tensor, "B D"]:
+        features: Tensor = self.trunk.head(pooled)
+        for name, layer in self.visual.head.named_children():
+            features = features if name == "drop" else layer(features)
+        return features
+
+    def norm_patches(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M C"]:
+        return cast(Tensor, self.trunk.fc_norm(self.trunk.norm(x)))  # one of the two is the identity
+
+    def drop_projection(self) -> None:
+        self.trunk.head, self.visual.head = nn.Identity(), nn.Sequential()
+
+    def resize(self, image_size: tuple[int, int], grid_size: tuple[int, int]) -> None:
+        self.trunk.set_input_size(image_size)
+        self.visual.image_size = image_size
+
+
+def _attention_pool(
+    pool: Any, x: Float[Tensor, "B L C"], *, with_scores: bool
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B L"] | None]:
+    """Pool tokens with timm's `AttentionPoolLatent` (SigLIP's MAP head, arXiv 2106.04560, appendix) and its weights.
+
+        y = proj(softmax(q . k / sqrt(d)) v);  y + mlp(norm(y))
+    """
+    query = pool.q(pool.latent).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2).expand(x.shape[0], -1, -1, -1)
+    k, v = pool.kv(x).unflatten(-1, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    query, k = pool.q_norm(query), pool.k_norm(k)
+    scores = first_row(query, k) if with_scores else None
+    pooled = pool.proj(attention(query, k, v).transpose(1, 2).flatten(2))
+    if pool.mlp is not None:
+        pooled = pooled + pool.mlp(pool.norm(pooled))
+    return pooled[:, 0], scores
+
+
+def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the patch grid (down, across) of an image of (height, width) pixels; ConfigError if there is none."""
+    (height, width), (patch_height, patch_width) = image_size, patch_size
+    if height < 1 or width < 1 or height % patch_height or width % patch_width:
+        raise ConfigError(f"images of {height} x {width} pixels cannot be cut into patches of "
+                          f"{patch_height} x {patch_width}: both sides must be positive multiples")
+    return height // patch_height, width // patch_width
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Return (height, width) from one integer or two; anything else is a ConfigError."""
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise ConfigError(f"an image size is a whole number of pixels, or two of them (height, width), not {size!r}")
+    height, width = sides
+    return height, width
+
+
+def parse_image_size(text: str) -> int | tuple[int, int]:
+    """Return an image size in pixels: "224", or height and width as in "192x256"; anything else is a ConfigError."""
+    sides = re.fullmatch(r"\s*(\d+)\s*(?:x\s*(\d+)\s*)?", text, re.IGNORECASE)
+    if not sides or not all(int(side) for side in sides.groups() if side):
+        raise ConfigError(f"an image size is one side in pixels, such as 224, or HEIGHTxWIDTH, such as 192x256, not "
+                          f"'{text}'")
+    return int(sides[1]) if sides[2] is None else (int(sides[1]), int(sides[2]))
