@@ -1,15 +1,39 @@
 """What an evaluator is, and what it returns."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from aclip.data import EvaluationSet
-from aclip.evaluation.features import ImageFeatures, Space, TextEncoder, encode_image_set
-from aclip.models import LoadedModel
+    from aclip.data import EvaluationSet
+    from aclip.evaluation.features import ImageFeatures, Space, TextEncoder
+    from aclip.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Result:
+    """One metric of one evaluator on one set.
+
+    Attributes:
+        set: its name, with the retrieval protocol if that is not the default.
+        evaluator: its name in `EVALUATORS`.
+        metric: name, such as "image_to_text_r1".
+        value: recalls and accuracies are fractions in [0, 1].
+        keep: fraction of patches kept, of an evaluation on masked images; else None.
+        kept_by: how these were chosen.
+    """
+
+    set: str
+    evaluator: str
+    metric: str
+    value: float
+    keep: float | None = None
+    kept_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,21 +80,6 @@ class Evaluation:
     settings: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_record(
-        self, *, set_name: str, weights: str, step: int, samples_seen: int, training_set: str | None = None
-    ) -> dict[str, Any]:
-        """Return a line of `evaluations.jsonl`: everything but examples and details, as plain JSON values.
-
-        Args:
-            set_name: of the evaluation set. weights: "online" or "ema".
-            step: optimizer steps done. samples_seen: pairs seen over all ranks.
-            training_set: of a probe.
-        """
-        fitted = {} if training_set is None else {"training_set": training_set, "settings": dict(self.settings)}
-        return {"step": step, "samples_seen": samples_seen, "weights": weights, "evaluator": self.evaluator,
-                "set": set_name, "metrics": dict(self.metrics), "chance": dict(self.chance),
-                "counts": dict(self.counts), **fitted}
-
 
 class Evaluator(ABC):
     """Measures one ability of a model; subclasses implement `measure`.
@@ -91,7 +100,7 @@ class Evaluator(ABC):
         return ""
 
     @abstractmethod
-    def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation | Mapping[str, float]:
+    def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation | Mapping[str, Any]:
         """Measure on a set that `encode_image_set` has encoded into `space`; `texts` is of the same model.
 
         Returns:
@@ -108,20 +117,6 @@ class Evaluator(ABC):
 
     def run(self, model: LoadedModel, images: EvaluationSet, device: torch.device) -> Evaluation:
         """Encode a set and measure; see `encode_image_set` for the arguments."""
+        from aclip.evaluation.features import TextEncoder, encode_image_set
+
         return self.evaluate(encode_image_set(model, images, device, space=self.space), TextEncoder(model, device))
-
-
-MeasureFunction = Callable[[ImageFeatures, TextEncoder], Mapping[str, Any]]
-"""The shortest evaluator: encoded images and the model's text encoder -> metrics by name."""
-
-
-class FunctionEvaluator(Evaluator):
-    """A `MeasureFunction` from `EVALUATORS`, by its name there."""
-
-    def __init__(self, name: str, function: MeasureFunction) -> None:
-        self.name = name
-        self._function = function
-
-    def measure(self, images: ImageFeatures, texts: TextEncoder) -> Mapping[str, float]:
-        """See `Evaluator.measure`."""
-        return self._function(images, texts)
