@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from aclip.errors import ConfigError, MissingDependencyError
-from aclip.evaluation import ClassList, ZeroShot, find_classes, find_templates, zero_shot
+from aclip.evaluation import ClassList, ZeroShot, zero_shot
+from aclip.evaluation.zero_shot import find_classes, find_templates
 
 
 @pytest.fixture
@@ -93,23 +94,12 @@ def test_templates_are_texts_lists_and_files(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["a photo of a cat"], r"'a photo of a cat' has no \{\} where the class name goes"),
     (["opena"], r"unknown template without \{\} or list of templates 'opena': did you mean 'openai'"),
     (["prompts.txt"], "there is no file 'prompts.txt'"),
 ])
 def test_unknown_templates_are_refused(clip_benchmark, words, sentence):
     with pytest.raises(ConfigError, match=sentence):
         find_templates(words)
-
-
-@pytest.mark.parametrize(("content", "sentence"), [
-    ("", "needs at least one prompt template"),
-    ("a photo\n", r"prompt template 'a photo' has no \{\}"),
-])
-def test_files_of_templates_are_checked(tmp_path, content, sentence):
-    (tmp_path / "prompts.txt").write_text(content)
-    with pytest.raises(ConfigError, match=sentence):
-        find_templates([str(tmp_path / "prompts.txt")])
 
 
 def test_a_class_file_may_name_the_sets_labels(tmp_path):
@@ -122,7 +112,6 @@ def test_a_class_file_may_name_the_sets_labels(tmp_path):
 @pytest.mark.parametrize(("content", "names", "labels"), [
     ('["cat", "big dog"]', ("cat", "big dog"), None),
     ('{"n1": "cat", "n2": "big dog"}', ("cat", "big dog"), ("n1", "n2")),
-    ('{"cat": 1, "big dog": 0}', ("cat", "big dog"), ("1", "0")),
 ])
 def test_a_class_file_may_be_json(tmp_path, content, names, labels):
     (tmp_path / "names").write_text(content)

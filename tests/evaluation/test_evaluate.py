@@ -1,6 +1,7 @@
 """`aclip.evaluate` from end to end: what it measures, prints, journals and refuses."""
 
 import json
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from aclip.errors import AclipError, CheckpointError, ConfigError, DataError, Un
 from aclip.evaluation import (
     EVALUATORS,
     Evaluator,
-    HeldOut,
     MaskedEncoder,
     Retrieval,
     check_sets,
@@ -25,7 +25,7 @@ from aclip.evaluation import (
     open_sets,
     sharding,
 )
-from aclip.evaluation.sets import set_name
+from aclip.evaluation.sets import HeldOut, set_name
 from aclip.run_folder import RunFolder
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
@@ -170,6 +170,13 @@ def test_users_own_evaluators_are_functions_or_classes(
     assert f"held mean_cosine (24 images): mean_cosine {results['mean_cosine']:.4g}" in capsys.readouterr().out
     assert "mean_cosine" in (run / "report.html").read_text()
     evaluate(str(image_run), data=str(held_out), evaluators="spread")
+
+
+def test_the_documented_evaluator_works(run: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EVALUATORS, "modality_gap", mean_cosine)  # which the script replaces, until the test ends
+    runpy.run_path(str(Path(__file__).parents[2] / "docs" / "examples" / "own_evaluator.py"))
+    (result,) = evaluate(str(run), data=str(held_out), evaluators="modality_gap")
+    assert 0.0 < result.value < 2.0
 
 
 def test_parts_of_a_set_are_sets_of_their_own(run: Path, held_out: Path) -> None:

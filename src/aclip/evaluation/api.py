@@ -20,20 +20,10 @@ else:  # what the command line parses
 
 
 def evaluate(
-    model: ModelLike,
-    *,
-    data: Words,
-    evaluators: Words | None = None,
-    train: str | None = None,
-    protocol: str = "distinct",
-    templates: Words | None = None,
-    classes: str | None = None,
-    keep: tuple[float, ...] = (),
-    keep_by: tuple[str, ...] = ("attentive", "uniform"),
-    block_size: int = 1,
-    weights: Literal["online", "ema"] = "online",
-    output: str | None = None,
-    device: str = "auto",
+    model: ModelLike, *, data: Words, evaluators: Words | None = None, train: str | None = None,
+    protocol: str = "distinct", templates: Words | None = None, classes: str | None = None,
+    keep: tuple[float, ...] = (), keep_by: tuple[str, ...] = ("attentive", "uniform"), block_size: int = 1,
+    weights: Literal["online", "ema"] = "online", output: str | None = None, device: str = "auto",
     workers: int | None = None,
 ) -> list[Result]:
     """Measure a model on held-out images: retrieval, zero-shot classification, calibration, probes.
@@ -115,11 +105,7 @@ def evaluate(
 
 
 def _open_journal(model: str | None, output: str | None) -> RunFolder | None:
-    """Return where the numbers go, if anywhere.
-
-    Raises:
-        ConfigError: an output for a run, which has a folder; or an output that is a run, or of another model.
-    """
+    """Return where the numbers go, if anywhere."""
     from aclip.errors import ConfigError
     from aclip.evaluation import sharding
     from aclip.run_folder import RunFolder

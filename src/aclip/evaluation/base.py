@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,47 +37,25 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Example:
-    """An image shown in the report.
-
-    Attributes:
-        kind: "best" (right, by the widest margin) or "worst" (true caption ranked last).
-        key: name of the image. caption: its true caption.
-        rank: of the true caption, from 1.
-        similarity: cosine with the true caption.
-        top: {"caption", "similarity"} of the most similar captions, best first.
-        thumbnail: PNG, base64 encoded.
-    """
-
-    kind: str
-    key: str
-    caption: str
-    rank: int
-    similarity: float
-    top: tuple[dict[str, Any], ...]
-    thumbnail: str
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What an evaluator found on a set.
 
     Attributes:
-        evaluator: its name.
         metrics: name -> value; recalls and accuracies are fractions in [0, 1].
         chance: name -> expected value of that metric for a random order, where it has one.
         counts: name -> number of images, captions, classes, skipped images.
-        examples: images shown in the report.
         settings: name -> what a probe was fitted with.
-        details: plain JSON values that the report draws.
+        examples: images shown in the report: kind ("best": right, by the widest margin; "worst": true caption ranked
+            last), key, caption, its rank and similarity, top (most similar captions) and thumbnail (PNG, base64).
+        details: what the report draws; like examples, plain JSON values.
     """
 
     evaluator: str
     metrics: Mapping[str, float]
     chance: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
-    examples: tuple[Example, ...] = ()
     settings: Mapping[str, float] = field(default_factory=dict)
+    examples: Sequence[Mapping[str, Any]] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -101,11 +79,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation | Mapping[str, Any]:
-        """Measure on a set that `encode_image_set` has encoded into `space`; `texts` is of the same model.
-
-        Returns:
-            An `Evaluation`, or metrics alone.
-        """
+        """Measure on a set that `encode_image_set` has encoded into `space`; return metrics, or an `Evaluation`."""
 
     def evaluate(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation:
         """Return `measure(images, texts)` as an `Evaluation`."""

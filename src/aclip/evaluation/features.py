@@ -41,8 +41,7 @@ class ImageFeatures:
     """An evaluation set after one pass through the image encoder.
 
     Attributes:
-        features: (B, D) float32, finite, on the encoder's device: L2-normalised in the joint space, or (B, C) pooled
-            tokens before the projection.
+        features: float32, finite, on the encoder's device: L2-normalised in the joint space, or pooled tokens.
         captions: all captions of each image. labels: class of each image, or None. keys: name of each image.
         skipped: (name, reason) of images that could not be used.
         open_image: reads image i again, upright and in RGB; None where there is nothing to read.
@@ -61,21 +60,12 @@ class ImageFeatures:
 
 
 def encode_image_set(
-    model: LoadedModel,
-    images: EvaluationSet,
-    device: torch.device,
-    *,
-    space: Space = "joint",
+    model: LoadedModel, images: EvaluationSet, device: torch.device, *, space: Space = "joint",
     progress: Callable[[int], object] = lambda images: None,
 ) -> ImageFeatures:
-    """Encode all images of a set without gradient and in evaluation mode.
+    """Encode all images of a set (with sharding, of this rank's share of it) without gradient and in evaluation mode.
 
-    Args:
-        model: encoder on `device`; its training mode is restored afterwards.
-        images: read once, in order; with sharding, this rank's share (`EvaluationSet(..., share=(rank, world_size))`).
-        device: where the encoder runs and the features stay.
-        space: "joint" for features that are compared with text, "trunk" for probes.
-        progress: called with the size of each finished batch.
+    `model` is on `device`, where the features stay; `progress` is called with the size of each finished batch.
 
     Raises:
         DataError: the set has no usable image.
@@ -106,27 +96,18 @@ class TextEncoder:
 
     The cache embeds classes once for all sets and evaluators, and a set's captions once for every fraction of patches
     kept. The weights must not change meanwhile.
-
-    Attributes:
-        model: whose text tower is run, on `device`.
-        device: where it runs and the features stay.
     """
 
     def __init__(
         self, model: LoadedModel, device: torch.device, *, tokenizer: Callable[[list[str]], Tensor] | None = None
     ) -> None:
-        """Wrap `model`; `tokenizer` replaces the model's own."""
+        """Wrap `model`, which is on `device`, where features stay; `tokenizer` replaces the model's own."""
         self.model, self.device = model, device
         self._tokenizer = tokenizer or model.tokenizer
         self._cache: dict[Hashable, Tensor] = {}  # the least recently used first
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "M D"]:
-        """Encode texts without gradient and in evaluation mode.
-
-        With sharding each rank encodes its share; all ranks must ask for the same texts in the same order.
-
-        Returns:
-            (M, D) float32, L2-normalised, on `device`, in the order of `texts`.
+        """Return float32, L2-normalised features of texts; with sharding, all ranks ask for the same ones.
 
         Raises:
             CheckpointError: some features are NaN or inf.
@@ -158,18 +139,12 @@ class MaskedEncoder(LoadedModel):
     Nothing else in an evaluation can mask.
 
     Attributes:
-        keep: fraction of patches kept, in (0, 1].
-        kept_by: key of `KEEP_BY`.
         num_keep, num_patches: patches kept and in all; 0 before the first images.
         seconds: spent encoding images, scoring included. images: encoded in that time.
     """
 
     def __init__(self, model: LoadedModel, keep: float, kept_by: str = "attentive", block_size: int = 1) -> None:
-        """Wrap `model`, whose weights are shared; for the options see `check_masking`, for counts `masking.num_keep`.
-
-        Raises:
-            ConfigError: see `check_masking`.
-        """
+        """Wrap `model`, whose weights are shared; for the options see `check_masking`."""
         check_masking((keep,), (kept_by,), block_size)
         super().__init__(model.model, model.tokenizer)
         self.preprocess = model.preprocess
@@ -203,10 +178,7 @@ class MaskedEncoder(LoadedModel):
                                             purpose="masked evaluation"))
 
     def to_record(self) -> dict[str, Any]:
-        """Return the options, the patches kept and in all, and images per second of all ranks together, for a journal.
-
-        With sharding, all ranks call it.
-        """
+        """Return the options, the patches kept and in all, and images per second of all ranks together."""
         # a rank without any image knows none of them
         parts = sharding.collect((self.num_keep, self.num_patches, self.images, self.seconds))
         rate = sum(images / seconds for *_, images, seconds in parts if seconds)
@@ -232,12 +204,7 @@ class MaskedEncoder(LoadedModel):
 
 
 def check_masking(keep: Sequence[float], keep_by: Sequence[str], block_size: int) -> None:
-    """Check the options of masked evaluation.
-
-    Args:
-        keep: fractions of patches kept.
-        keep_by: how they are chosen, keys of `KEEP_BY`.
-        block_size: side of the blocks that are kept or removed, in patches; training uses 2.
+    """Check fractions of patches kept, keys of `KEEP_BY`, and the side in patches of the blocks that are kept.
 
     Raises:
         ConfigError: a fraction outside (0, 1], an unknown way, or a block size below 1.

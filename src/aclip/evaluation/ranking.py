@@ -7,8 +7,7 @@ right item. Ties count against the model: one that maps everything to a point sc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,22 +18,17 @@ from aclip.evaluation import sharding
 TIE = 1e-6
 """Similarities and class scores closer than this are equal: float32 resolves no more."""
 
-CHUNK_ELEMENTS = 2**24
-"""Entries of a matrix of similarities or class scores held at a time (128 MiB in float64)."""
+CHUNK_ELEMENTS = 2**26
+"""Entries of a matrix of class scores held at a time (256 MiB); of similarities a quarter (128 MiB in float64)."""
 
 EXACT_ENTRIES = 2**31
 """Matrices of at most this many entries are computed in float64, larger ones in float32, in half the time."""
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Ranks in both directions, on the CPU.
+class Ranks(NamedTuple):
+    """Ranks on the CPU, from 1, of each query's best right item and of each item's best right query.
 
-    Attributes:
-        queries: (Q,) int64 rank of the best right item of every query, from 1.
-        items: (I,) int64 rank of the best right query of every item, from 1.
-        margins: (Q,) float64, similarity of the best right item minus that of the best wrong one (infinite where no
-            item is wrong).
+    `margins` are similarities of the best right item minus those of the best wrong one; infinite where none is wrong.
     """
 
     queries: Int[Tensor, " Q"]
@@ -44,18 +38,15 @@ class Ranks:
 
 def rank_both_ways(
     queries: Float[Tensor, "Q D"], items: Float[Tensor, "I D"], right: Int[Tensor, "2 P"], *,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int = CHUNK_ELEMENTS // 4,
 ) -> Ranks:
     """Rank the best right item of every query among the wrong ones, and the best right query of every item.
 
     rank(q) = 1 + #{i wrong : s(q, i) >= max over right r of s(q, r) - TIE},  s = <q, i>
 
-    and the same with the roles exchanged. In float64 up to `EXACT_ENTRIES`, where the result depends neither on the
-    chunk size nor on reduced-precision matrix products; beyond that, and on devices without float64, in float32, where
-    a similarity within 1e-6 of the limit can be counted on the wrong side.
-
-    The matrix is never held: bands of rows are computed, counted in both directions and dropped. With sharding each
-    rank takes every n-th band, and the counts are summed, so that the result is equal on all ranks.
+    and the same with the roles exchanged. In float64, exact, up to `EXACT_ENTRIES` where the device has it. The matrix
+    is never held: bands of rows are computed, counted in both directions and dropped. With sharding each rank takes
+    every n-th band, and the counts are summed, so that the result is equal on all ranks.
 
     Args:
         queries, items: (Q, D) and (I, D), L2-normalised and finite.
@@ -80,8 +71,9 @@ def rank_both_ways(
         # int32 sums are five times as fast as the default's
         above_a[band] = (wrong >= best_a[band, None] - TIE).sum(dim=1, dtype=torch.int32).long()
         above_b += (wrong >= best_b - TIE).sum(dim=0, dtype=torch.int32)
-    above_a, above_b, best_wrong = map(sharding.sum_over_ranks, (above_a, above_b, best_wrong))
-    return Ranks((1 + above_a).cpu(), (1 + above_b).cpu(), (best_a - best_wrong).cpu().double())
+    found = (above_a, above_b, best_wrong)
+    above_a, above_b, best_wrong = (torch.stack(sharding.collect(x.cpu())).sum(dim=0) for x in found)
+    return Ranks(1 + above_a, 1 + above_b, (best_a.cpu() - best_wrong).double())
 
 
 def widened(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -93,16 +85,10 @@ def classify(
     scores: Callable[[Float[Tensor, "q D"]], Float[Tensor, "q M"]], features: Float[Tensor, "B D"],
     targets: Int[Tensor, " B"], classes: Sequence[str], *, row_elements: int = 0,
 ) -> dict[str, Any]:
-    """Measure a classifier; equal on all ranks, which all do the whole of it.
+    """Measure a classifier by the scores of its M classes, higher for likelier ones; targets are the right ones.
 
     Of classes with equal names (ImageNet has two such pairs), which no model can distinguish, the first counts as
-    nearer.
-
-    Args:
-        scores: features -> scores of the classes, higher for likelier ones.
-        features: (B, D). targets: (B,) int64, the right classes.
-        classes: M names.
-        row_elements: entries that `scores` holds for an image, if more than M.
+    nearer. `row_elements` are the entries that `scores` holds for an image, if more than M.
 
     Returns:
         As in `Evaluation`: `metrics` (`top1`, `top5` of more than five classes, and `mean_per_class`), `chance`, and
@@ -119,12 +105,11 @@ def classify(
     cutoffs = (1, 5) if len(classes) > 5 else (1,)
     pairs = Counter(zip(targets.tolist(), torch.cat(predictions).tolist(), strict=True))
     wrong = sorted(([i, j, count] for (i, j), count in pairs.items() if i != j), key=lambda one: (-one[2], *one[:2]))
+    seen, right = (torch.bincount(some, minlength=len(classes)).tolist() for some in (targets, targets[rank == 1]))
     return {
         "metrics": {f"top{k}": recall(rank, k) for k in cutoffs} | {"mean_per_class": mean_per_class(rank, targets)},
         "chance": {f"top{k}": k / len(classes) for k in cutoffs} | {"mean_per_class": 1 / len(classes)},
-        "details": {"classes": list(classes), "pictures": torch.bincount(targets, minlength=len(classes)).tolist(),
-                    "right": torch.bincount(targets[rank == 1], minlength=len(classes)).tolist(),
-                    "confusions": wrong},
+        "details": {"classes": list(classes), "pictures": seen, "right": right, "confusions": wrong},
     }
 
 
@@ -137,15 +122,9 @@ def in_chunks(
 
 
 def class_ranks(scores: Float[Tensor, "Q M"], targets: Int[Tensor, " Q"]) -> Int[Tensor, " Q"]:
-    """Rank the right class of every query among all, by the scores of a classifier.
+    """Return the rank from 1 of the right class of every query, on the CPU, by scores higher for likelier ones.
 
     rank(q) = 1 + #{m wrong : not scores(q, m) < scores(q, right) - TIE}
-
-    Args:
-        scores: (Q, M), higher for likelier classes. targets: (Q,) int64, the right classes.
-
-    Returns:
-        (Q,) int64 ranks from 1 on the CPU.
     """
     below = scores < scores.gather(1, targets[:, None]) - TIE  # false for the right class itself
     return (~below).sum(dim=1).cpu()
@@ -164,10 +143,7 @@ def mean_per_class(rank: Int[Tensor, " Q"], targets: Int[Tensor, " Q"]) -> float
 
 
 def chance_recall(right: int, items: int, k: int) -> float:
-    """Return the probability that a random order has one of `right` items among the first `k` of `items`.
-
-    1 - C(items - right, k) / C(items, k), hypergeometric.
-    """
+    """Return the probability that a random order has one of `right` items among the first `k`, hypergeometric."""
     k = min(k, items)
     return 1 - math.comb(items - right, k) / math.comb(items, k)
 

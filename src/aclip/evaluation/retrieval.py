@@ -1,7 +1,4 @@
-"""Retrieval: the caption of an image among captions, and the image of a caption among images.
-
-A `Protocol` says which captions are candidates. Of several right items the best counts.
-"""
+"""Retrieval: the caption of an image among captions, and the image of a caption among images."""
 
 import base64
 import io
@@ -9,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from aclip.errors import ConfigError, unknown_name
 from aclip.evaluation import sharding
-from aclip.evaluation.base import Evaluation, Evaluator, Example
+from aclip.evaluation.base import Evaluation, Evaluator
 from aclip.evaluation.features import ImageFeatures, TextEncoder
 from aclip.evaluation.ranking import Ranks, chance_recall, rank_both_ways, recall
 
@@ -36,10 +34,9 @@ class Protocol:
     """Which captions and images are candidates.
 
     Attributes:
-        captions: number of captions of each image, the first ones, each a candidate of its own; None for all. 0: first
-            captions only, equal ones merged into one candidate that is right for all of their images.
-        fold: images ranked at a time, in the order of the set; metrics are means over whole folds, and a rest is left
-            out. None ranks all at once.
+        captions: of each image, the first ones, each a candidate of its own; None for all. 0: first captions only,
+            equal ones merged into one candidate that is right for all of their images.
+        fold: images ranked at a time, in order; metrics are means over whole folds. None ranks all at once.
     """
 
     captions: int | None = 0
@@ -61,17 +58,14 @@ class Retrieval(Evaluator):
     """R@1, R@5, R@10 and the median rank, in both directions.
 
     Metrics are `image_to_text_r1`, `_r5`, `_r10` (fractions), `image_to_text_median_rank`, and the same with
-    `text_to_image_`. Counts are `pictures`, `captions` (candidates) and `skipped`; with folds `folds` and `left_over`;
-    where each caption is right for its own image only `shared`, the candidates whose words another image has too.
-    Nothing distinguishes these, and ties count against the model, so that no image finds such a caption first; the
-    published protocols are kept as they are. For ranks and ties see `aclip.evaluation.ranking`.
+    `text_to_image_`. Of several right items the best counts; for ties see `aclip.evaluation.ranking`. Counts are
+    `pictures`, `captions` (candidates) and `skipped`; with folds `folds` and `left_over`; where each caption is right
+    for its own image only `shared`, the candidates whose words another image has too. Nothing distinguishes these, so
+    no image finds such a caption first; the published protocols are kept as they are.
 
     Attributes:
         examples: number of best and of worst images returned.
         protocol: key of `PROTOCOLS`.
-
-    Raises:
-        ConfigError: an unknown protocol.
     """
 
     name = "retrieval"
@@ -89,11 +83,7 @@ class Retrieval(Evaluator):
         return "" if self.protocol == "distinct" else self.protocol
 
     def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation:
-        """See `Evaluator.measure`.
-
-        Raises:
-            ConfigError: fewer images than one fold of the protocol.
-        """
+        """See `Evaluator.measure`; raises a `ConfigError` for fewer images than one fold of the protocol."""
         protocol = PROTOCOLS[self.protocol]
         size = protocol.fold or len(images)
         count = len(images) // size
@@ -106,7 +96,7 @@ class Retrieval(Evaluator):
         if protocol.fold is not None:
             counts |= {"folds": count, "left_over": len(images) - count * size}
         return Evaluation(self.name, _means([fold.metrics for fold in folds]), _means([fold.chance for fold in folds]),
-                          counts, folds[0].examples)
+                          counts, examples=folds[0].examples)
 
     def _measure_fold(self, images: ImageFeatures, encoder: TextEncoder, first: int, size: int) -> Evaluation:
         each = PROTOCOLS[self.protocol].captions
@@ -123,21 +113,21 @@ class Retrieval(Evaluator):
             chance |= {f"{direction}_r{k}": sum(n * chance_recall(number, candidates, k) for number, n in several)
                        / len(rank) for k in CUTOFFS}
         counts = {"captions": len(texts)} | ({} if each == 0 else {"shared": _count_shared(texts, right)})
-        examples = self._examples(images, texts, features, right, found) if first == 0 else ()
-        return Evaluation(self.name, metrics, chance, counts, examples)
+        examples = self._examples(images, texts, features, right, found) if first == 0 else []
+        return Evaluation(self.name, metrics, chance, counts, examples=examples)
 
     def _examples(
         self, images: ImageFeatures, texts: list[str], features: Float[Tensor, "M D"], right: Int[Tensor, "2 P"],
         found: Ranks,
-    ) -> tuple[Example, ...]:
+    ) -> list[dict[str, Any]]:
         """Choose images to show: rank 1 by the widest margin, and the worst ranks; each caption once."""
         if images.open_image is None:
-            return ()
-        text_of = dict(right.T.tolist())
+            return []
+        text_of = dict(right.T.tolist())  # equal for images that share one caption
         pool = list(zip(found.queries.tolist(), found.margins.tolist(), text_of, strict=True))
         best = sorted((one for one in pool if one[0] == 1), key=lambda one: -one[1])
         worst = sorted((one for one in pool if one[0] > 1), key=lambda one: (-one[0], one[1]))
-        examples: list[Example] = []
+        examples: list[dict[str, Any]] = []
         with sharding.raise_on_all_ranks():
             for kind, candidates in (("best", best), ("worst", worst)):
                 chosen: dict[int, tuple[int, int]] = {}
@@ -148,11 +138,12 @@ class Retrieval(Evaluator):
                     own = right[1, right[0] == i]
                     caption = int(own[similarity[own].argmax()])
                     values, indices = similarity.topk(min(_TOP, len(texts)))
-                    top = tuple({"caption": texts[text], "similarity": value}
-                                for text, value in zip(indices.tolist(), values.tolist(), strict=True))
-                    examples.append(Example(kind, images.keys[i], texts[caption], rank, float(similarity[caption]), top,
-                                            _thumbnail(images.open_image(i))))
-        return tuple(examples)
+                    top = [{"caption": texts[text], "similarity": value}
+                           for text, value in zip(indices.tolist(), values.tolist(), strict=True)]
+                    examples.append({"kind": kind, "key": images.keys[i], "caption": texts[caption], "rank": rank,
+                                     "similarity": float(similarity[caption]), "top": top,
+                                     "thumbnail": _thumbnail(images.open_image(i))})
+        return examples
 
 
 def _candidates(captions: Sequence[tuple[str, ...]], each: int | None) -> tuple[list[str], Int[Tensor, "2 P"]]:
@@ -185,9 +176,8 @@ def _thumbnail(image: Image.Image) -> str:
 
 def distinct(captions: Sequence[str]) -> tuple[list[str], list[int]]:
     """Return the distinct captions, case and spacing aside, each as first written, and the index of each image's."""
-    first: dict[str, str] = {}
     keys = [" ".join(caption.casefold().split()) for caption in captions]
-    for key, caption in zip(keys, captions, strict=True):
-        first.setdefault(key, caption)
-    number = {key: i for i, key in enumerate(first)}
-    return list(first.values()), [number[key] for key in keys]
+    first: dict[str, int] = {}
+    numbers = [first.setdefault(key, len(first)) for key in keys]
+    spelled = dict(zip(reversed(keys), reversed(captions), strict=True))
+    return [spelled[key] for key in first], numbers

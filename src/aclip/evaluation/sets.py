@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,11 +64,7 @@ def build_evaluators(
     names: Sequence[str] | None = None, *, with_training: bool = False, protocol: str = "distinct",
     templates: Sequence[str] | str | None = None, classes: str | None = None,
 ) -> list[Evaluator]:
-    """Return evaluators with their options, before anything is loaded; see `aclip.evaluate`.
-
-    Raises:
-        ConfigError: an unknown name or value, an option without its evaluator, or a probe without training images.
-    """
+    """Return evaluators with their options, before anything is loaded; see `aclip.evaluate`."""
     if names is None:
         names = ["retrieval", *(["linear_probe", "knn"] if with_training else [])]
     prompts: dict[str, Any] = {"templates": find_templates(templates)} if templates else {}
@@ -98,11 +93,7 @@ def build_evaluators(
 
 
 def find_evaluator(name: str) -> type[Evaluator] | MeasureFunction:
-    """Return an entry of `EVALUATORS`.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
+    """Return an entry of `EVALUATORS`, or raise a `ConfigError`."""
     if name not in EVALUATORS:
         raise ConfigError(unknown_name("evaluator", name, EVALUATORS))
     return EVALUATORS[name]
@@ -115,11 +106,7 @@ def is_probe(name: str) -> bool:
 
 
 def select_for_model(evaluators: list[Evaluator], model: LoadedModel, *, by_default: bool) -> list[Evaluator]:
-    """Return the evaluators that a model can do: without text only probes, of those chosen by default.
-
-    Raises:
-        UnsupportedModelError: one that was asked for needs text, or none is left.
-    """
+    """Return the evaluators that a model can do; raise an `UnsupportedModelError` for one that was asked for."""
     left = [evaluator for evaluator in evaluators if model.has_text or evaluator.space != "joint"]
     if not left or (len(left) < len(evaluators) and not by_default):
         joint = [evaluator.name for evaluator in evaluators if evaluator not in left]
@@ -154,11 +141,7 @@ def set_name(spec: str) -> str:
 
 
 def check_sets(sets: Sequence[HeldOut]) -> None:
-    """Look at a few captions of each set, before a training starts that evaluates retrieval on it.
-
-    Raises:
-        DataError: a set without any usable caption.
-    """
+    """Raise a `DataError` if the samples looked at of a set that retrieval is to be evaluated on have no caption."""
     for held in sets:
         looked_at = range(0, len(held.source), -(-len(held.source) // CAPTIONS_CHECKED) or 1)
         problem = "it is empty"
@@ -185,15 +168,10 @@ def evaluate_sets(
 
     Args:
         model: on `device`; not changed.
-        sets: see `open_sets`.
-        evaluators: instances; probes are fitted on `training` first.
+        sets, training: see `open_sets`; the latter are labelled images that probes are fitted on first.
         folder: where `evaluations.jsonl`, `examples/` and `details/` are written.
-        console: where metrics are printed.
-        step: optimizer steps done by the weights. samples_seen: pairs seen by them.
-        device: where the model runs.
+        step, samples_seen, weights: of the model, for the journal: optimizer steps, pairs, "online" or "ema".
         workers: processes that read images.
-        weights: "online" or "ema", for the journal.
-        training: labelled images for probes.
         masked: encoders of the same model to measure as well; their records go to `robustness.jsonl`.
 
     Raises:
@@ -273,9 +251,8 @@ def _write(folder: RunFolder, record: dict[str, Any], found: Evaluation) -> None
     folder.append("evaluations", record)
     file = as_file_name(record["set"])
     if found.examples:  # an evaluator without any must not erase those of another
-        examples = [asdict(example) for example in found.examples]
         write_atomically(folder.path / "examples" / f"{file}.json",
-                         json.dumps(examples, ensure_ascii=False, indent=1))
+                         json.dumps(found.examples, ensure_ascii=False, indent=1))
     if found.details:
         details = {key: record[key] for key in ("set", "evaluator", "weights", "step")} | dict(found.details)
         write_atomically(folder.path / "details" / f"{file}-{found.evaluator}.json",

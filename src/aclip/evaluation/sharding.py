@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,10 +21,7 @@ _sharded: ContextVar[bool] = ContextVar("sharded", default=False)
 
 @contextmanager
 def sharded() -> Iterator[None]:
-    """Share the work of every evaluation inside among all ranks; each ends with all results.
-
-    All ranks must make the same calls inside.
-    """
+    """Share the work of every evaluation inside among all ranks, which make the same calls and get all results."""
     token = _sharded.set(True)
     try:
         yield
@@ -57,11 +54,6 @@ def gather(rows: Float[Tensor, "n d"]) -> Float[Tensor, "N D"]:
     return torch.cat([shard[:count] for shard, count in zip(shards, counts, strict=True)])
 
 
-def sum_over_ranks(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Return the sum of `x` over ranks, on all ranks."""
-    return dist.sum_over_ranks(x) if world_size() > 1 else x
-
-
 @contextmanager
 def as_aclip_errors() -> Iterator[None]:
     """Make errors of files and exhausted device memory an `AclipError`, which a training loop survives."""
@@ -75,10 +67,7 @@ def as_aclip_errors() -> Iterator[None]:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise an error of one rank on every rank, which would otherwise wait for it in a collective.
-
-    The code inside must not use any collective.
-    """
+    """Raise an error of one rank on every rank; the code inside must not use any collective."""
     problem: AclipError | None = None
     try:
         with as_aclip_errors():

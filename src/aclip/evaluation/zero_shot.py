@@ -50,9 +50,6 @@ class ClassList:
         labels: what the set calls each class, all different; names may then repeat. None: the names.
         present_only: whether classes without any image in the set are left out.
         title: for messages.
-
-    Raises:
-        ConfigError: fewer than two classes, or a duplicate.
     """
 
     names: tuple[str, ...]
@@ -65,73 +62,50 @@ class ClassList:
             raise ConfigError(f"zero-shot classification needs at least two classes, not {len(self.names)} "
                               f"({', '.join(self.names) or 'none'})")
         # prompts ignore case; the labels of a set may not (EMNIST's A and a)
-        given = [_spaced(name).casefold() for name in self.names] if self.labels is None else map(_spaced, self.labels)
+        given = [spaced(name).casefold() for name in self.names] if self.labels is None else map(spaced, self.labels)
         duplicates = [name for name, count in Counter(given).items() if count > 1]
         if duplicates:
             raise ConfigError(f"class '{duplicates[0]}' is named twice")
 
     def indices(self, labels: Sequence[str]) -> list[int | None]:
-        """Return the index of the class of each label, or None for a label of no class.
+        """Return the index of the class of each label: a class's own (`labels`) or its name; None for others.
 
-        A label is a class's own (`labels`) or its name. If no label is either and all are whole numbers, label i is
-        class i, from 0.
+        If no label is either and all are whole numbers, label i is class i, from 0.
 
         Raises:
             ConfigError: a number is too large.
         """
-        find = class_finder(self.names, self.labels or ())
-        found = [find(label) for label in labels]
-        if any(index is not None for index in found) or not all(label.isascii() and label.isdecimal()
-                                                                for label in labels):
+        found = list(map(class_finder(self.names, self.labels or ()), labels))
+        numeric = all(label.isascii() and label.isdecimal() for label in labels)
+        if not numeric or any(index is not None for index in found):
             return found
-        numbers = [int(label) for label in labels]
+        numbers, classes = list(map(int, labels)), f"{len(self.names)} {self.title} classes"
         lowest, largest, last = min(numbers), max(numbers), len(self.names) - 1
         if largest > last:
-            raise ConfigError(f"the set's labels are numbers up to {largest}, and the {len(self.names)} {self.title} "
-                              f"classes count from 0 to {last}: if labels count from 1, {_TABBED}")
-        logger.log(logging.INFO if lowest == 0 else logging.WARNING,
-                   "labels are taken as numbers of the %d %s classes, from 0: label %d is '%s'", len(self.names),
-                   self.title, lowest, self.names[lowest])
+            raise ConfigError(f"the set's labels are numbers up to {largest}, and the {classes} count from 0 to "
+                              f"{last}: if labels count from 1, {_TABBED}")
+        logger.log(logging.INFO if lowest == 0 else logging.WARNING, "labels are taken as numbers of the %s, from 0: "
+                   "label %d is '%s'", classes, lowest, self.names[lowest])
         return [*numbers]
 
 
 def class_finder(*lists: Sequence[str]) -> Callable[[str], int | None]:
     """Return what finds the index of a class by name: exactly, else ignoring case where that is unambiguous.
 
-    White space and underscores are equal. Of a name that several classes have, the first counts; later lists of names
-    take precedence over earlier ones.
+    White space and underscores are equal. The first class of a name counts, and its name in the last list of names.
     """
     table: dict[str, int] = {}
     for names in lists:
-        written = {_spaced(name): i for i, name in reversed(list(enumerate(names)))}
+        written = {spaced(name): i for i, name in reversed(list(enumerate(names)))}
         spellings = Counter(name.casefold() for name in written)
         table |= {name.casefold(): i for name, i in written.items() if spellings[name.casefold()] == 1} | written
-    return lambda label: table.get(_spaced(label), table.get(_spaced(label).casefold()))
-
-
-def distinct_labels(labels: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Return the distinct labels, spaces and underscores as single spaces, and the index of each image's.
-
-    Case distinguishes labels: EMNIST has 62 classes, A beside a.
-    """
-    first: dict[str, int] = {}
-    numbers = [first.setdefault(_spaced(label), len(first)) for label in labels]
-    return list(first), numbers
+    return lambda label: table.get(spaced(label), table.get(spaced(label).casefold()))
 
 
 def known_images(
     images: ImageFeatures, labels: Sequence[str], indices: Sequence[int | None], classes: str, hint: str = ""
 ) -> tuple[Float[Tensor, "K D"], Int[Tensor, " K"]]:
-    """Return the features of the images that have a class, and their classes; log how many have none.
-
-    Args:
-        images: B encoded images.
-        labels, indices: of each image, its class and the index of that, if it has one.
-        classes, hint: for messages.
-
-    Raises:
-        ConfigError: none has.
-    """
+    """Return the features and classes of the images that have one; raise a `ConfigError` (with `hint`) if none has."""
     kept = [i for i, index in enumerate(indices) if index is not None]
     if not kept:
         raise ConfigError(f"no image of the set is of one of the {classes} classes; the set has, for example: "
@@ -140,25 +114,18 @@ def known_images(
         logger.warning("%d of %d images are of none of the %s classes and are left out", len(images) - len(kept),
                        len(images), classes)
     device = images.features.device
-    return (images.features[torch.tensor(kept, device=device)],
-            torch.tensor([index for index in indices if index is not None], device=device))
+    return images.features[torch.tensor(kept, device=device)], torch.tensor([indices[i] for i in kept], device=device)
 
 
 def find_classes(spec: str) -> ClassList:
     """Return the classes of a file, or of a published set.
 
-    Files hold one class name a line, or on each line the set's label, a tab and the class name, or a JSON list of
-    names, or a JSON map of labels to names, or of names to numbers. A file takes precedence over a set of the same
-    name.
-
-    Raises:
-        ConfigError: neither; or an unreadable file, fewer than two classes, or a duplicate.
-        MissingDependencyError: a set whose names are in an optional package.
+    A file holds on each line a class name, or the set's label, a tab and the class name; or a JSON list of names, or a
+    JSON map of labels to names. Raises `ConfigError`, or `MissingDependencyError` for names in an optional package.
     """
     if Path(spec).is_file():
-        text = _read_text(Path(spec))
         try:
-            return _parse_json(text) if text.lstrip()[:1] in ("[", "{") else _parse_lines(text)
+            return ClassList(*_parse_classes(_read_text(spec)))
         except ConfigError as error:
             raise ConfigError(f"{spec}: {error}") from error
     if spec in IMAGENET:
@@ -174,21 +141,15 @@ def find_templates(words: str | Sequence[str]) -> tuple[str, ...]:
     """Return prompt templates: each word is one itself, a file with one a line, or the name of a published list.
 
     `openai` and `simple` are open_clip's, `default` is this package's, others clip-benchmark's. The class goes where
-    `{}` (in files also `{c}`) stands.
-
-    Raises:
-        ConfigError: an unknown name, an unreadable file, or a template without a place for the class.
-        MissingDependencyError: a list in an optional package.
+    `{}` (in files also `{c}`) stands. Raises as `find_classes` does.
     """
     words = [words] if isinstance(words, str) else words
-    templates = tuple(template.replace("{c}", "{}") for word in words for template in _templates(word))
-    check_templates(templates)
-    return templates
+    return tuple(template.strip().replace("{c}", "{}") for word in words for template in _templates(word))
 
 
 def _templates(word: str) -> Sequence[str]:
     if Path(word).is_file():
-        return [line.strip() for line in _read_text(Path(word)).splitlines() if line.strip()]
+        return list(filter(str.strip, _read_text(word).splitlines()))
     if "{}" in word or " " in word:
         return (word,)
     if word == "default":
@@ -196,20 +157,9 @@ def _templates(word: str) -> Sequence[str]:
     if word in OPEN_CLIP_TEMPLATES:
         from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
-        functions = OPENAI_IMAGENET_TEMPLATES if word == "openai" else SIMPLE_IMAGENET_TEMPLATES
-        return [fill("{}") for fill in functions]
+        return [fill("{}") for fill in (OPENAI_IMAGENET_TEMPLATES if word == "openai" else SIMPLE_IMAGENET_TEMPLATES)]
     return _from_clip_benchmark("en_zeroshot_classification_templates", "template without {} or list of templates",
                                 word, ("default", *OPEN_CLIP_TEMPLATES))
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Raise a `ConfigError` if there is no template, or one without `{}`."""
-    if not templates:
-        raise ConfigError("zero-shot classification needs at least one prompt template, e.g. 'a picture of {}'")
-    for template in templates:
-        if "{}" not in template:
-            raise ConfigError(f"prompt template '{template}' has no {{}} where the class name goes, "
-                              "e.g. 'a picture of {}'")
 
 
 @dataclass(frozen=True)
@@ -223,9 +173,6 @@ class ZeroShot(Evaluator):
         classes: a `ClassList`, or names; None for the distinct labels of the set, or its distinct captions if an image
             has no label.
         templates: prompts with `{}` for the class name.
-
-    Raises:
-        ConfigError: no template, a template without `{}`, a duplicate class, or fewer than two.
     """
 
     name = "zero_shot"
@@ -233,16 +180,15 @@ class ZeroShot(Evaluator):
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
 
     def __post_init__(self) -> None:
-        check_templates(self.templates)
+        bad = [template for template in self.templates if "{}" not in template]
+        if bad or not self.templates:
+            what = f"prompt template '{bad[0]}' has no {{}} where the class name goes" if bad else "no prompt template"
+            raise ConfigError(f"{what}: write one as 'a picture of {{}}'")
         if isinstance(self.classes, tuple):
             object.__setattr__(self, "classes", ClassList(self.classes))
 
     def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation:
-        """See `Evaluator.measure`.
-
-        Raises:
-            ConfigError: no image is of one of the classes, or all are of one.
-        """
+        """See `Evaluator.measure`; raises a `ConfigError` if no image is of one of the classes, or all are of one."""
         labels = [label for label in images.labels if label is not None]
         if len(labels) < len(images):
             labels = [own[0] if own else str(label) for own, label in zip(images.captions, images.labels, strict=True)]
@@ -315,12 +261,9 @@ class Calibration(ZeroShot):
 
 
 def class_embeddings(texts: TextEncoder, classes: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "M D"]:
-    """Embed classes by their names; the text encoder caches the result.
+    """Embed classes by their names, (M, D) float32 and L2-normalised; the text encoder caches the result.
 
     e_c = normalise(mean over t of normalise(text(t filled with c)))
-
-    Returns:
-        (M, D) float32, L2-normalised, in the order of `classes`; classes of equal names have equal rows.
     """
     names = list(dict.fromkeys(classes))
     at_once = max(1, _PROMPTS_AT_ONCE // len(templates))
@@ -347,7 +290,7 @@ def _reliability(confidence: Float[Tensor, " B"], correct: Float[Tensor, " B"], 
 
 def _classes_of(labels: Sequence[str]) -> ClassList:
     """Return the distinct labels of a set as classes, underscores as spaces."""
-    kinds, _ = distinct_labels(labels)
+    kinds = list(dict.fromkeys(map(spaced, labels)))
     spelled, _ = distinct(kinds)
     if len(spelled) < len(kinds):
         logger.warning("%d labels of the set make %d classes, as prompts ignore case: to distinguish them, %s for "
@@ -358,32 +301,27 @@ def _classes_of(labels: Sequence[str]) -> ClassList:
     return ClassList(tuple(spelled))
 
 
-def _parse_lines(text: str) -> ClassList:
+def _parse_classes(text: str) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Return the names and, where they are given, the labels of a class file."""
+    if text.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not valid JSON: {error}") from error
+        names, labels = (value, None) if isinstance(value, list) else (list(value.values()), tuple(value))
+        if not all(isinstance(name, str) for name in names):
+            raise ConfigError('JSON class files hold a list of names, ["cat", "dog"], or a map of labels to names, '
+                              '{"n02123045": "tabby cat"}')
+        return tuple(names), labels
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    pairs = [tuple(map(str.strip, line.split("\t", 1))) for line in lines]
-    short = [line for line, pair in zip(lines, pairs, strict=True) if len(pair) == 1]
-    if len(short) == len(lines):
-        return ClassList(tuple(lines))
-    if short:
-        raise ConfigError(f"'{short[0]}' has no tab, and other lines have: write LABEL<TAB>CLASS NAME on every line, "
-                          "or class names only")
-    labels, names = zip(*pairs, strict=True)
-    return ClassList(names, labels)
-
-
-def _parse_json(text: str) -> ClassList:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not valid JSON: {error}") from error
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return ClassList(tuple(value))
-    if isinstance(value, dict) and all(isinstance(name, str) for name in value.values()):
-        return ClassList(tuple(value.values()), tuple(value))
-    if isinstance(value, dict) and all(type(number) is int for number in value.values()):
-        return ClassList(tuple(value), tuple(map(str, value.values())))
-    raise ConfigError('JSON class files hold a list of names, ["cat", "dog"], or a map of labels to names, '
-                      '{"n02123045": "tabby cat"}')
+    untabbed = [line for line in lines if "\t" not in line]
+    if len(untabbed) == len(lines):
+        return tuple(lines), None
+    if untabbed:
+        raise ConfigError(f"'{untabbed[0]}' has no tab, and other lines have: write LABEL<TAB>CLASS NAME on every "
+                          "line, or class names only")
+    pairs = [line.split("\t", 1) for line in lines]
+    return tuple(name.strip() for _, name in pairs), tuple(label.strip() for label, _ in pairs)
 
 
 def _from_clip_benchmark(file: str, kind: str, name: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -400,12 +338,13 @@ def _from_clip_benchmark(file: str, kind: str, name: str, known: Sequence[str]) 
     return tuple(content[name])
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
 
 
-def _spaced(label: str) -> str:
+def spaced(label: str) -> str:
+    """Return a label with single spaces for underscores and any white space; case distinguishes labels."""
     return " ".join(label.replace("_", " ").split()) or label
