@@ -134,10 +134,13 @@ def test_bad_class_files_are_refused_in_one_sentence(tmp_path, content, sentence
         find_classes(str(tmp_path / "names.txt"))
 
 
-def test_a_class_file_that_is_no_text_or_not_there_is_refused(tmp_path):
-    (tmp_path / "names.bin").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ConfigError, match=r"cannot read .*names\.bin"):
-        find_classes(str(tmp_path / "names.bin"))
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_class_files_may_be_in_the_encodings_of_spreadsheets(tmp_path, encoding):
+    (tmp_path / "names.txt").write_text("café\ncat\n", encoding=encoding)
+    assert find_classes(str(tmp_path / "names.txt")).names == ("café", "cat")
+
+
+def test_a_class_file_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match=r"there is no file 'names\.txt'"):
         find_classes("names.txt")
 

@@ -107,11 +107,7 @@ class TextEncoder:
         self._cache: dict[Hashable, Tensor] = {}  # the least recently used first
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "M D"]:
-        """Return float32, L2-normalised features of texts; with sharding, all ranks ask for the same ones.
-
-        Raises:
-            CheckpointError: some features are NaN or inf.
-        """
+        """Return float32, L2-normalised, finite features (else `CheckpointError`); all ranks ask for the same texts."""
         starts, features = range(0, len(texts), TEXT_BATCH_SIZE), []
         first, last = (len(starts) * i // sharding.world_size() for i in (sharding.rank(), sharding.rank() + 1))
         with evaluating(self.model), torch.inference_mode(), sharding.raise_on_all_ranks():
@@ -204,11 +200,7 @@ class MaskedEncoder(LoadedModel):
 
 
 def check_masking(keep: Sequence[float], keep_by: Sequence[str], block_size: int) -> None:
-    """Check fractions of patches kept, keys of `KEEP_BY`, and the side in patches of the blocks that are kept.
-
-    Raises:
-        ConfigError: a fraction outside (0, 1], an unknown way, or a block size below 1.
-    """
+    """Raise a `ConfigError` for fractions outside (0, 1], ways not in `KEEP_BY`, or blocks of less than a patch."""
     for fraction in keep:
         if not 0.0 < fraction <= 1.0:
             raise ConfigError(f"--keep is the fraction of patches that the model sees, in (0, 1], not {fraction:g}")

@@ -150,9 +150,9 @@ def chance_recall(right: int, items: int, k: int) -> float:
 
 def _later_namesakes(classes: Sequence[str]) -> Int[Tensor, " M"]:
     """Return how many later classes have the name of each."""
-    left = Counter(classes)
+    seen: Counter[str] = Counter()
     later = []
-    for name in classes:
-        left[name] -= 1
-        later.append(left[name])
-    return torch.tensor(later)
+    for name in reversed(classes):
+        later.append(seen[name])
+        seen[name] += 1
+    return torch.tensor(later[::-1])

@@ -117,12 +117,7 @@ def select_for_model(evaluators: list[Evaluator], model: LoadedModel, *, by_defa
 
 
 def open_sets(specs: Sequence[str]) -> list[HeldOut]:
-    """Open `[NAME=]SOURCE` specifications; without a name a set is called `set_name` of its source.
-
-    Raises:
-        ConfigError: two sets of one name.
-        AclipError: a source cannot be opened.
-    """
+    """Open `[NAME=]SOURCE` specifications, by default named `set_name`; two of one name are a `ConfigError`."""
     sets = [HeldOut(name or set_name(spec), data.open_source(spec)) for name, spec in map(data.split_name, specs)]
     duplicates = [name for name, count in Counter(held.name for held in sets).items() if count > 1]
     if duplicates:
@@ -163,7 +158,7 @@ def evaluate_sets(
 ) -> list[Result]:
     """Run evaluators on sets, print their metrics, and journal them if there is a run folder.
 
-    A set that fails does not keep the others from being evaluated; its error is raised at the end. Inside
+    A set that fails does not keep the others from being evaluated; its `AclipError` is raised at the end. Inside
     `sharding.sharded` all ranks share the work and return the same, and rank 0 journals; otherwise one rank calls this.
 
     Args:
@@ -173,9 +168,6 @@ def evaluate_sets(
         step, samples_seen, weights: of the model, for the journal: optimizer steps, pairs, "online" or "ema".
         workers: processes that read images.
         masked: encoders of the same model to measure as well; their records go to `robustness.jsonl`.
-
-    Raises:
-        AclipError: something cannot be read, encoded, measured or written, or memory ran out.
     """
     encode = partial(_encode_set, console=console, device=device, workers=workers)
     tokenizer = data.CaptionTokenizer(model.tokenizer) if model.has_text else None  # bounds the time of long captions

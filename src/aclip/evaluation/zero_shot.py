@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from aclip.data.captions import decode_text
 from aclip.errors import ConfigError, MissingDependencyError, unknown_name
 from aclip.evaluation.base import Evaluation, Evaluator
 from aclip.evaluation.features import ImageFeatures, TextEncoder
@@ -70,10 +71,7 @@ class ClassList:
     def indices(self, labels: Sequence[str]) -> list[int | None]:
         """Return the index of the class of each label: a class's own (`labels`) or its name; None for others.
 
-        If no label is either and all are whole numbers, label i is class i, from 0.
-
-        Raises:
-            ConfigError: a number is too large.
+        If no label is either and all are whole numbers, label i is class i, from 0; too large a one is a `ConfigError`.
         """
         found = list(map(class_finder(self.names, self.labels or ()), labels))
         numeric = all(label.isascii() and label.isdecimal() for label in labels)
@@ -125,7 +123,7 @@ def find_classes(spec: str) -> ClassList:
     """
     if Path(spec).is_file():
         try:
-            return ClassList(*_parse_classes(_read_text(spec)))
+            return ClassList(*_parse_classes(decode_text(Path(spec).read_bytes())))
         except ConfigError as error:
             raise ConfigError(f"{spec}: {error}") from error
     if spec in IMAGENET:
@@ -149,7 +147,7 @@ def find_templates(words: str | Sequence[str]) -> tuple[str, ...]:
 
 def _templates(word: str) -> Sequence[str]:
     if Path(word).is_file():
-        return list(filter(str.strip, _read_text(word).splitlines()))
+        return list(filter(str.strip, decode_text(Path(word).read_bytes()).splitlines()))
     if "{}" in word or " " in word:
         return (word,)
     if word == "default":
@@ -318,10 +316,10 @@ def _parse_classes(text: str) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
     if len(untabbed) == len(lines):
         return tuple(lines), None
     if untabbed:
-        raise ConfigError(f"'{untabbed[0]}' has no tab, and other lines have: write LABEL<TAB>CLASS NAME on every "
-                          "line, or class names only")
-    pairs = [line.split("\t", 1) for line in lines]
-    return tuple(name.strip() for _, name in pairs), tuple(label.strip() for label, _ in pairs)
+        raise ConfigError(f"'{untabbed[0]}' has no tab, and other lines have: {_TABBED}, or with class names only")
+    columns = zip(*(line.split("\t", 1) for line in lines), strict=True)
+    given, written = (tuple(map(str.strip, column)) for column in columns)
+    return written, given
 
 
 def _from_clip_benchmark(file: str, kind: str, name: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -336,13 +334,6 @@ def _from_clip_benchmark(file: str, kind: str, name: str, known: Sequence[str]) 
     if name not in content:
         raise ConfigError(unknown_name(kind, name, (*known, *content)))
     return tuple(content[name])
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
 
 
 def spaced(label: str) -> str:
