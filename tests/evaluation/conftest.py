@@ -1,24 +1,12 @@
-"""A model and a image set whose features are written down, not computed."""
+"""A model and an image set whose features are written down, not computed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
-
-
-@dataclass
-class Normalize:
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-@dataclass
-class Preprocess:
-    transforms: list = field(default_factory=lambda: [Normalize(MEAN, STD)])
 
 
 class TableModel(nn.Module):
@@ -30,10 +18,13 @@ class TableModel(nn.Module):
     def __init__(self, images, texts=()):
         super().__init__()
         self.images, self.texts = images, texts
-        self.preprocess = Preprocess()
         self.names = list(texts)
         self.drop = nn.Dropout(0.5)
         self.modes = []
+
+    @property
+    def model(self):
+        return self
 
     def tokenizer(self, texts):
         return torch.tensor([[self.names.index(text)] for text in texts])
@@ -55,17 +46,17 @@ class TableModel(nn.Module):
 @dataclass
 class FakeBatch:
     pixels: torch.Tensor
-    captions: list
+    all_captions: list
     labels: list
     keys: list
-    all_captions: list
+    indices: list
 
 
 class FakeSet:
-    def __init__(self, captions, labels=None, batch_size=7, side=4, skipped=(), others=None):
+    def __init__(self, captions, labels=None, batch_size=7, skipped=(), others=None):
         self.captions, self.labels = captions, labels or [None] * len(captions)
         self.others = others or [()] * len(captions)
-        self.batch_size, self.side = batch_size, side
+        self.batch_size = batch_size
         self.skipped = list(skipped)
 
     def __len__(self):
@@ -74,10 +65,13 @@ class FakeSet:
     def __iter__(self):
         for start in range(0, len(self.captions), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(self.captions)))
-            pixels = torch.zeros(len(rows), 3, self.side, self.side)
+            pixels = torch.zeros(len(rows), 3, 4, 4)
             pixels[:, 0, 0, 0] = torch.tensor(rows, dtype=torch.float32)
-            yield FakeBatch(pixels, [self.captions[i] for i in rows], [self.labels[i] for i in rows],
-                            [f"key{i}" for i in rows], [(self.captions[i], *self.others[i]) for i in rows])
+            yield FakeBatch(pixels, [(self.captions[i], *self.others[i]) for i in rows],
+                            [self.labels[i] for i in rows], [f"key{i}" for i in rows], list(rows))
+
+    def image(self, index):
+        return Image.new("RGB", (200, 100), (index, 0, 0))
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from aclip.data import RawSample
+from aclip.data import RawSample, Source
 from aclip.errors import BadSampleError
 
 COLOURS = ("red", "green", "blue")
 
 
-class Squares:
+class Squares(Source):
     """Noisy squares of a colour with two captions each; -1 among the bad ones breaks the source at its end."""
 
-    name = "squares"
+    spec = "squares"
 
     def __init__(self, count: int, bad: frozenset[int] = frozenset()) -> None:
         self.count, self.bad = count, bad
@@ -26,7 +26,7 @@ class Squares:
     def __len__(self) -> int:
         return self.count
 
-    def key(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return str(index)
 
     def read(self, index: int) -> RawSample:
@@ -51,6 +51,10 @@ class PixelModel(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.projection = nn.Parameter(torch.randn(48, 8, generator=generator) / 7, requires_grad=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(20.0)), requires_grad=False)
+
+    @property
+    def model(self) -> nn.Module:
+        return self
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

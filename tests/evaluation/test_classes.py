@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from aclip.errors import ConfigError, MissingDependencyError
-from aclip.evaluation import ClassList, ZeroShot, find_classes, find_templates, zero_shot
+from aclip.evaluation import ClassList, ZeroShot, zero_shot
+from aclip.evaluation.zero_shot import find_classes, find_templates
 
 
 @pytest.fixture
@@ -64,8 +65,7 @@ def test_published_lists_and_templates_come_from_the_package(clip_benchmark):
     classes = find_classes("eurosat")
     assert classes.indices(["River", "forest", "pasture_land"]) == [4, 1, 3]
     assert classes.indices(["02", "00"]) == [2, 0]
-    with pytest.raises(ConfigError, match="the set has, for example: AnnualCrop, SeaLake; to join them, write a file"):
-        classes.indices(["AnnualCrop", "SeaLake"])
+    assert classes.indices(["AnnualCrop", "SeaLake"]) == [None, None]
     assert find_templates(["eurosat"]) == ("a satellite photo of {}.", "{} from above.")
     with pytest.raises(ConfigError, match="unknown class list or file 'eurosta': did you mean 'eurosat'"):
         find_classes("eurosta")
@@ -75,7 +75,7 @@ def test_numbers_are_lines_of_the_class_list_from_0(caplog):
     classes = ClassList(tuple("abcd"))
     with caplog.at_level(logging.INFO, logger="aclip"):
         assert classes.indices(["3", "01", "2"]) == [3, 1, 2]
-    assert "labels are taken as numbers of the 4 given classes, from 0: label 01 is 'b'" in caplog.text
+    assert "labels are taken as numbers of the 4 given classes, from 0: label 1 is 'b'" in caplog.text
     with pytest.raises(ConfigError, match="numbers up to 4, and the 4 given classes count from 0 to 3: if"):
         classes.indices(["1", "4"])
 
@@ -94,23 +94,12 @@ def test_templates_are_texts_lists_and_files(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["a photo of a cat"], r"'a photo of a cat' has no \{\} where the class name goes"),
     (["opena"], r"unknown template without \{\} or list of templates 'opena': did you mean 'openai'"),
-    (["prompts.txt"], "there is no file 'prompts.txt' with templates"),
+    (["prompts.txt"], "there is no file 'prompts.txt'"),
 ])
 def test_unknown_templates_are_refused(clip_benchmark, words, sentence):
     with pytest.raises(ConfigError, match=sentence):
         find_templates(words)
-
-
-@pytest.mark.parametrize(("content", "sentence"), [
-    ("", "holds at least one|needs at least one prompt template"),
-    ("a photo\n", r"prompts.txt: prompt template 'a photo' has no \{\}"),
-])
-def test_files_of_templates_are_checked(tmp_path, content, sentence):
-    (tmp_path / "prompts.txt").write_text(content)
-    with pytest.raises(ConfigError, match=sentence):
-        find_templates([str(tmp_path / "prompts.txt")])
 
 
 def test_a_class_file_may_name_the_sets_labels(tmp_path):
@@ -123,7 +112,6 @@ def test_a_class_file_may_name_the_sets_labels(tmp_path):
 @pytest.mark.parametrize(("content", "names", "labels"), [
     ('["cat", "big dog"]', ("cat", "big dog"), None),
     ('{"n1": "cat", "n2": "big dog"}', ("cat", "big dog"), ("n1", "n2")),
-    ('{"cat": 1, "big dog": 0}', ("cat", "big dog"), ("1", "0")),
 ])
 def test_a_class_file_may_be_json(tmp_path, content, names, labels):
     (tmp_path / "names").write_text(content)
@@ -132,7 +120,7 @@ def test_a_class_file_may_be_json(tmp_path, content, names, labels):
 
 
 @pytest.mark.parametrize(("content", "sentence"), [
-    ("", "names.txt: no class names: write one a line"),
+    ("", r"names.txt: zero-shot classification needs at least two classes, not 0 \(none\)"),
     ("cat\ndog\nCat \n", "names.txt: class 'cat' is named twice"),
     ("cat\n", r"names.txt: zero-shot classification needs at least two classes, not 1 \(cat\)"),
     ("n1\tcat\nn2\tdog\nn1\tcow\n", "names.txt: class 'n1' is named twice"),
@@ -146,11 +134,14 @@ def test_bad_class_files_are_refused_in_one_sentence(tmp_path, content, sentence
         find_classes(str(tmp_path / "names.txt"))
 
 
-def test_a_class_file_that_is_no_text_or_not_there_is_refused(tmp_path):
-    (tmp_path / "names.bin").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ConfigError, match=r"cannot read .*names\.bin"):
-        find_classes(str(tmp_path / "names.bin"))
-    with pytest.raises(ConfigError, match=r"there is no file 'names\.txt' with class names"):
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_class_files_may_be_in_the_encodings_of_spreadsheets(tmp_path, encoding):
+    (tmp_path / "names.txt").write_text("café\ncat\n", encoding=encoding)
+    assert find_classes(str(tmp_path / "names.txt")).names == ("café", "cat")
+
+
+def test_a_class_file_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"there is no file 'names\.txt'"):
         find_classes("names.txt")
 
 

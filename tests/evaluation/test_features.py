@@ -57,19 +57,6 @@ def test_empty_set_is_an_error_that_counts_the_skipped(model, image_set, cpu):
         encode_image_set(model, image_set([], skipped=[("a", "x"), ("b", "y")]), cpu)
 
 
-def test_thumbnails_are_bounded_evenly_spread_and_undo_the_normalisation(model, image_set, cpu):
-    encoded = encode_image_set(model, image_set(["a"] * 20, batch_size=3), cpu, max_thumbnails=6)
-    assert sorted(encoded.thumbnails) == [0, 4, 8, 12, 16]
-    # Green and blue are 0 after normalisation, which is the mean: 0.4 and 0.3 of 255.
-    assert encoded.thumbnails[4][1:, 0, 0].tolist() == [102, 76]
-    assert not encode_image_set(model, image_set(["a"] * 20), cpu, max_thumbnails=0).thumbnails
-
-
-def test_thumbnails_are_at_most_96_pixels(model, image_set, cpu):
-    encoded = encode_image_set(model, image_set(["a"], side=200), cpu)
-    assert encoded.thumbnails[0].shape == (3, 96, 96)
-
-
 def test_features_that_are_not_finite_are_refused_and_counted(model, image_set, cpu):
     model.images[3, 1], model.images[7, 0] = torch.nan, torch.inf
     for space in ("joint", "trunk"):
@@ -77,4 +64,4 @@ def test_features_that_are_not_finite_are_refused_and_counted(model, image_set, 
             encode_image_set(model, image_set(["a"] * 20), cpu, space=space)
     model.texts["t2"] = torch.full((6,), torch.nan)
     with pytest.raises(CheckpointError, match="features of 1 of 9 texts are NaN or inf"):
-        TextEncoder(model, cpu).encode(model.names)
+        TextEncoder(model, cpu)(model.names)

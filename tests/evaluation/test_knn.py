@@ -28,7 +28,7 @@ def test_votes_equal_a_literal_loop(k, temperature):
     generator = torch.Generator().manual_seed(8)
     items, queries = torch.randn(60, 5, generator=generator), torch.randn(25, 5, generator=generator)
     targets = torch.randint(0, 6, (60,), generator=generator)
-    classifier = NearestNeighbours(k, temperature).fit_classifier(items, targets, 6)
+    classifier = NearestNeighbours(k, temperature).fit_classifier(items, targets)
     expected = torch.tensor(literal_votes(queries, items, targets.tolist(), 6, k, temperature))
     torch.testing.assert_close(classifier.scores(queries), expected, rtol=0, atol=1e-5)
     assert classifier.settings == {"k": k, "temperature": temperature}
@@ -38,10 +38,10 @@ def test_lengths_of_features_do_not_matter_and_no_weight_overflows():
     generator = torch.Generator().manual_seed(9)
     items, targets = torch.randn(40, 4, generator=generator), torch.arange(40) % 3
     queries = items[:10]
-    expected = NearestNeighbours(temperature=0.001).fit_classifier(items, targets, 3).scores(queries)
+    expected = NearestNeighbours(temperature=0.001).fit_classifier(items, targets).scores(queries)
     assert torch.isfinite(expected).all()
     lengths = torch.rand(40, 1, generator=generator) + 0.5
-    scaled = NearestNeighbours(temperature=0.001).fit_classifier(items * lengths, targets, 3).scores(7.0 * queries)
+    scaled = NearestNeighbours(temperature=0.001).fit_classifier(items * lengths, targets).scores(7.0 * queries)
     torch.testing.assert_close(scaled, expected, rtol=0, atol=1e-3)
 
 

@@ -1,7 +1,6 @@
 import base64
 import io
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,7 +119,7 @@ def test_several_captions_equal_the_literal_protocol(five_captions, protocol, ea
     expected = np.mean([min(len(own), each) / result.counts["captions"] for own in captions])
     assert result.chance["image_to_text_r1"] == pytest.approx(expected)
     assert result.chance["text_to_image_r1"] == pytest.approx(1 / 23)
-    assert all(example.rank >= 1 for example in result.examples)
+    assert all(example["rank"] >= 1 for example in result.examples)
 
 
 def test_captions_that_several_images_share_are_counted(table_model, image_set, cpu):
@@ -172,35 +171,24 @@ def test_examples_show_the_widest_and_the_worst(emoji, cpu):
     model, images = emoji
     result = Retrieval(examples=3).run(model, images, cpu)
     rank = oracle(model, images.captions)["image_to_text"]
-    best = [e for e in result.examples if e.kind == "best"]
-    worst = [e for e in result.examples if e.kind == "worst"]
+    best = [e for e in result.examples if e["kind"] == "best"]
+    worst = [e for e in result.examples if e["kind"] == "worst"]
     assert len(best) == len(worst) == 3
-    assert all(e.rank == 1 and distinct([e.caption, e.top[0]["caption"]])[1] == [0, 0] for e in best)
-    assert worst[0].rank == max(rank)
+    assert all(e["rank"] == 1 and distinct([e["caption"], e["top"][0]["caption"]])[1] == [0, 0] for e in best)
+    assert worst[0]["rank"] == max(rank)
     for e in result.examples:
-        assert e.rank == rank[int(e.key.removeprefix("key"))]
-        values = [one["similarity"] for one in e.top]
+        assert e["rank"] == rank[int(e["key"].removeprefix("key"))]
+        values = [one["similarity"] for one in e["top"]]
         assert len(values) == 5
         assert values == sorted(values, reverse=True)
-        assert Image.open(io.BytesIO(base64.b64decode(e.thumbnail))).size == (4, 4)
-    assert len({e.caption.casefold().strip() for e in worst}) == 3
+        assert Image.open(io.BytesIO(base64.b64decode(e["thumbnail"]))).size == (96, 48)
+    assert len({e["caption"].casefold().strip() for e in worst}) == 3
 
 
 def test_small_and_collapsed_sets_have_fewer_examples(table_model, image_set, cpu):
     model = table_model(torch.ones(2, 3), {"a": torch.ones(3), "b": torch.ones(3)})
     result = Retrieval().run(model, image_set(["a", "b"]), cpu)
-    assert [e.kind for e in result.examples] == ["worst", "worst"]
-
-
-def test_records_are_plain_json(emoji, cpu):
-    result = Retrieval(examples=2).run(*emoji, cpu)
-    record = result.to_record(set_name="val", weights="ema", step=7, samples_seen=70)
-    assert json.loads(json.dumps(record)) == record
-    named = {name: record[name] for name in ("evaluator", "set", "weights", "step", "samples_seen")}
-    assert list(named.values()) == ["retrieval", "val", "ema", 7, 70]
-    examples = [json.loads(json.dumps(asdict(example))) for example in result.examples]
-    assert [e["kind"] for e in examples] == ["best", "best", "worst", "worst"]
-    assert set(examples[0]["top"][0]) == {"caption", "similarity"}
+    assert [e["kind"] for e in result.examples] == ["worst", "worst"]
 
 
 def test_table_names_match():

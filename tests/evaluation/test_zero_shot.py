@@ -113,7 +113,7 @@ def test_embedding_averages_normalised_prompts(table_model, cpu):
 
 @pytest.mark.parametrize(("options", "sentence"), [
     ({"templates": ("a image",)}, r"'a image' has no \{\}"),
-    ({"templates": ()}, "at least one prompt template"),
+    ({"templates": ()}, "no prompt template: write one"),
     ({"classes": ("cat", "dog", "Cat ")}, "class 'cat' is named twice"),
 ])
 def test_senseless_settings_are_refused(options, sentence):

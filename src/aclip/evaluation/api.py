@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from aclip.evaluation.result import Result
+from aclip.evaluation.base import Result
 
 if TYPE_CHECKING:
     from aclip.models import LoadedModel
@@ -20,20 +20,10 @@ else:  # what the command line parses
 
 
 def evaluate(
-    model: ModelLike,
-    *,
-    data: Words,
-    evaluators: Words | None = None,
-    train: str | None = None,
-    protocol: str = "distinct",
-    templates: Words | None = None,
-    classes: str | None = None,
-    keep: tuple[float, ...] = (),
-    keep_by: tuple[str, ...] = ("attentive", "uniform"),
-    block_size: int = 1,
-    weights: Literal["online", "ema"] = "online",
-    output: str | None = None,
-    device: str = "auto",
+    model: ModelLike, *, data: Words, evaluators: Words | None = None, train: str | None = None,
+    protocol: str = "distinct", templates: Words | None = None, classes: str | None = None,
+    keep: tuple[float, ...] = (), keep_by: tuple[str, ...] = ("attentive", "uniform"), block_size: int = 1,
+    weights: Literal["online", "ema"] = "online", output: str | None = None, device: str = "auto",
     workers: int | None = None,
 ) -> list[Result]:
     """Measure a model on held-out images: retrieval, zero-shot classification, calibration, probes.
@@ -84,8 +74,6 @@ def evaluate(
     from aclip.report import write_report
 
     with joined(device) as device_name, sharding.sharded():
-        if workers is not None and workers < 0:
-            raise ConfigError(f"--workers is a number of processes, 0 or more, not {workers}")
         if not data:
             raise ConfigError("--data names no set to measure on")
         check_masking(keep, keep_by, block_size)
@@ -117,33 +105,22 @@ def evaluate(
 
 
 def _open_journal(model: str | None, output: str | None) -> RunFolder | None:
-    """Return where the numbers go, if anywhere.
-
-    Raises:
-        ConfigError: an output for a run, which has a folder; or an output that is a run, or of another model.
-    """
+    """Return where the numbers go, if anywhere."""
     from aclip.errors import ConfigError
     from aclip.evaluation import sharding
     from aclip.run_folder import RunFolder
 
-    path = Path(model or "")
-    if model and (path / "config.json").is_file() and any((path / part).is_dir() for part in ("final", "checkpoints")):
+    run = RunFolder(Path(model or ""))
+    if model and run.exists() and (run.final.is_dir() or run.checkpoints.is_dir()):
         if output is not None:
-            raise ConfigError(f"{path} is a run, and its numbers go into its own folder: leave --output out")
-        return RunFolder(path)
+            raise ConfigError(f"{model} is a run, and its numbers go into its own folder: leave --output out")
+        return run
     if output is None:
         return None
-    folder = RunFolder(Path(output))
-    if (folder.path / "checkpoints").exists():
-        raise ConfigError(f"--output {folder.path} is the folder of a run: choose another")
-    program = Path(sys.argv[0]).name
-    command = shlex.join(["aclip" if program == "__main__.py" else program, *sys.argv[1:]])
-    name = model or "a loaded model"
-    if (folder.path / "config.json").exists():
-        before = folder.read_json("config.json")
-        if not isinstance(before, dict) or before.get("recipe") != {"name": name}:
-            raise ConfigError(f"--output {folder.path} has the config.json of something else than an evaluation of "
-                              f"{name}: choose another folder")
+    folder, recipe = RunFolder(Path(output)), {"name": model or "a loaded model"}
+    if folder.exists() and folder.read_json("config.json").get("recipe") != recipe:
+        raise ConfigError(f"--output {output} has the config.json of something else than an evaluation of "
+                          f"{recipe['name']}: choose another folder")
     if sharding.rank() == 0:
-        folder.write_json("config.json", {"recipe": {"name": name}, "command": command})
+        folder.write_json("config.json", {"recipe": recipe, "command": shlex.join(["aclip", *sys.argv[1:]])})
     return folder

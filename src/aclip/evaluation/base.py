@@ -1,37 +1,39 @@
 """What an evaluator is, and what it returns."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from aclip.data import EvaluationSet
-from aclip.evaluation.features import ImageFeatures, Space, TextEncoder, encode_image_set
-from aclip.models import LoadedModel
+    from aclip.data import EvaluationSet
+    from aclip.evaluation.features import ImageFeatures, Space, TextEncoder
+    from aclip.models import LoadedModel
 
 
 @dataclass(frozen=True)
-class Example:
-    """An image shown in the report.
+class Result:
+    """One metric of one evaluator on one set.
 
     Attributes:
-        kind: "best" (right, by the widest margin) or "worst" (true caption ranked last).
-        key: name of the image. caption: its true caption.
-        rank: of the true caption, from 1.
-        similarity: cosine with the true caption.
-        top: {"caption", "similarity"} of the most similar captions, best first.
-        thumbnail: PNG, base64 encoded.
+        set: its name, with the retrieval protocol if that is not the default.
+        evaluator: its name in `EVALUATORS`.
+        metric: name, such as "image_to_text_r1".
+        value: recalls and accuracies are fractions in [0, 1].
+        keep: fraction of patches kept, of an evaluation on masked images; else None.
+        kept_by: how these were chosen.
     """
 
-    kind: str
-    key: str
-    caption: str
-    rank: int
-    similarity: float
-    top: tuple[dict[str, Any], ...]
-    thumbnail: str
+    set: str
+    evaluator: str
+    metric: str
+    value: float
+    keep: float | None = None
+    kept_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,37 +41,22 @@ class Evaluation:
     """What an evaluator found on a set.
 
     Attributes:
-        evaluator: its name.
         metrics: name -> value; recalls and accuracies are fractions in [0, 1].
         chance: name -> expected value of that metric for a random order, where it has one.
         counts: name -> number of images, captions, classes, skipped images.
-        examples: images shown in the report.
         settings: name -> what a probe was fitted with.
-        details: plain JSON values that the report draws.
+        examples: images shown in the report: kind ("best": right, by the widest margin; "worst": true caption ranked
+            last), key, caption, its rank and similarity, top (most similar captions) and thumbnail (PNG, base64).
+        details: what the report draws; like examples, plain JSON values.
     """
 
     evaluator: str
     metrics: Mapping[str, float]
     chance: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
-    examples: tuple[Example, ...] = ()
     settings: Mapping[str, float] = field(default_factory=dict)
+    examples: Sequence[Mapping[str, Any]] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_record(
-        self, *, set_name: str, weights: str, step: int, samples_seen: int, training_set: str | None = None
-    ) -> dict[str, Any]:
-        """Return a line of `evaluations.jsonl`: everything but examples and details, as plain JSON values.
-
-        Args:
-            set_name: of the evaluation set. weights: "online" or "ema".
-            step: optimizer steps done. samples_seen: pairs seen over all ranks.
-            training_set: of a probe.
-        """
-        fitted = {} if training_set is None else {"training_set": training_set, "settings": dict(self.settings)}
-        return {"step": step, "samples_seen": samples_seen, "weights": weights, "evaluator": self.evaluator,
-                "set": set_name, "metrics": dict(self.metrics), "chance": dict(self.chance),
-                "counts": dict(self.counts), **fitted}
 
 
 class Evaluator(ABC):
@@ -91,12 +78,8 @@ class Evaluator(ABC):
         return ""
 
     @abstractmethod
-    def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation | Mapping[str, float]:
-        """Measure on a set that `encode_image_set` has encoded into `space`; `texts` is of the same model.
-
-        Returns:
-            An `Evaluation`, or metrics alone.
-        """
+    def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation | Mapping[str, Any]:
+        """Measure on a set that `encode_image_set` has encoded into `space`; return metrics, or an `Evaluation`."""
 
     def evaluate(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation:
         """Return `measure(images, texts)` as an `Evaluation`."""
@@ -108,20 +91,6 @@ class Evaluator(ABC):
 
     def run(self, model: LoadedModel, images: EvaluationSet, device: torch.device) -> Evaluation:
         """Encode a set and measure; see `encode_image_set` for the arguments."""
+        from aclip.evaluation.features import TextEncoder, encode_image_set
+
         return self.evaluate(encode_image_set(model, images, device, space=self.space), TextEncoder(model, device))
-
-
-MeasureFunction = Callable[[ImageFeatures, TextEncoder], Mapping[str, Any]]
-"""The shortest evaluator: encoded images and the model's text encoder -> metrics by name."""
-
-
-class FunctionEvaluator(Evaluator):
-    """A `MeasureFunction` from `EVALUATORS`, by its name there."""
-
-    def __init__(self, name: str, function: MeasureFunction) -> None:
-        self.name = name
-        self._function = function
-
-    def measure(self, images: ImageFeatures, texts: TextEncoder) -> Mapping[str, float]:
-        """See `Evaluator.measure`."""
-        return self._function(images, texts)

@@ -2,16 +2,12 @@
 
 The rank of a query is 1 + the number of wrong items whose similarity is not at least `TIE` below that of its best
 right item. Ties count against the model: one that maps everything to a point scores 0, not 100 %.
-
-The similarity matrix is never held: it is computed in tiles, each counted in both directions and dropped. With
-sharding each rank takes every n-th band of rows, and the counts are summed.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,149 +18,113 @@ from aclip.evaluation import sharding
 TIE = 1e-6
 """Similarities and class scores closer than this are equal: float32 resolves no more."""
 
-CHUNK_ELEMENTS = 2**22
-"""Entries of the similarity matrix held at a time (32 MiB in float64)."""
+CHUNK_ELEMENTS = 2**26
+"""Entries of a matrix of class scores held at a time (256 MiB); of similarities a quarter (128 MiB in float64)."""
 
 EXACT_ENTRIES = 2**31
 """Matrices of at most this many entries are computed in float64, larger ones in float32, in half the time."""
 
-_TILE_ITEMS = 4096  # columns of a tile: wide enough for matrix products at full speed
 
+class Ranks(NamedTuple):
+    """Ranks on the CPU, from 1, of each query's best right item and of each item's best right query.
 
-@dataclass(frozen=True)
-class Ranks:
-    """Ranks in both directions, on the CPU.
-
-    Attributes:
-        queries: (Q,) int64 rank of the best right item of every query, from 1.
-        items: (I,) int64 rank of the best right query of every item, from 1; 0 for items that are right for no query.
-        margins: (Q,) float64, similarity of the best right item minus that of the best wrong one (infinite where no
-            item is wrong).
-        nearest: (Q,) int64, the item most similar to every query, right or wrong; the first of equal ones.
+    `margins` are similarities of the best right item minus those of the best wrong one; infinite where none is wrong.
     """
 
     queries: Int[Tensor, " Q"]
     items: Int[Tensor, " I"]
     margins: Float[Tensor, " Q"]
-    nearest: Int[Tensor, " Q"]
 
 
 def rank_both_ways(
-    queries: Float[Tensor, "Q D"],
-    items: Float[Tensor, "I D"],
-    query_groups: Int[Tensor, " Q"],
-    item_groups: Int[Tensor, " I"],
-    *,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    queries: Float[Tensor, "Q D"], items: Float[Tensor, "I D"], right: Int[Tensor, "2 P"], *,
+    chunk_elements: int = CHUNK_ELEMENTS // 4,
 ) -> Ranks:
     """Rank the best right item of every query among the wrong ones, and the best right query of every item.
 
-    rank(q) = 1 + #{i wrong : not s(q, i) < max over right r of s(q, r) - TIE},  s = <q, i>
+    rank(q) = 1 + #{i wrong : s(q, i) >= max over right r of s(q, r) - TIE},  s = <q, i>
 
-    and the same with the roles exchanged. In float64 up to `EXACT_ENTRIES`, where the result depends neither on the
-    chunk size nor on reduced-precision matrix products; beyond that, and on devices without float64, in float32, where
-    a similarity within 1e-6 of the limit can be counted on the wrong side.
-
-    Takes the memory of the features (once more in float64) and a few tiles. Equal on all ranks.
+    and the same with the roles exchanged. In float64, exact, up to `EXACT_ENTRIES` where the device has it. The matrix
+    is never held: bands of rows are computed, counted in both directions and dropped. With sharding each rank takes
+    every n-th band, and the counts are summed, so that the result is equal on all ranks.
 
     Args:
         queries, items: (Q, D) and (I, D), L2-normalised and finite.
-        query_groups, item_groups: (Q,) and (I,) int64; an item is right for a query if their groups are equal; every
-            query has at least one right item.
-        chunk_elements: entries of the similarity matrix held at once; does not change the result.
+        right: (2, P) int64, all pairs (query, item) that are right; every query and every item is in at least one.
+        chunk_elements: entries of the matrix held at once, at least a row; does not change the result.
     """
-    exact = queries.device.type != "mps" and len(queries) * len(items) <= EXACT_ENTRIES
-    wide = torch.float64 if exact else torch.float32
-    a, b = queries.to(wide), items.to(wide)
-    pairs = _right_pairs(query_groups, item_groups)
-    best = _best_of_pairs(a, b, pairs, chunk_elements)
-    right_queries = torch.bincount(pairs[1], minlength=len(b))
-    rank_a, nearest = (torch.zeros(len(a), device=a.device, dtype=torch.int64) for _ in range(2))
-    rank_b, best_wrong = torch.zeros_like(right_queries), torch.zeros_like(best[0])
-    columns = min(len(b), _TILE_ITEMS, chunk_elements)
-    rows = max(1, chunk_elements // columns)
-    for number, start in enumerate(range(0, len(a), rows)):
-        if number % sharding.world_size() == sharding.rank():
-            some = slice(start, start + rows)
-            band = pairs[:, torch.searchsorted(pairs[0], start) : torch.searchsorted(pairs[0], start + rows)]
-            band = torch.stack([band[0] - start, band[1]])
-            rank_a[some], in_columns, best_wrong[some], nearest[some] = _rank_band(
-                a[some], b, band, best[0][some] - TIE, best[1] - TIE, columns)
-            rank_b += in_columns
-    rank_a, rank_b, best_wrong, nearest = map(sharding.sum_over_ranks, (rank_a, rank_b, best_wrong, nearest))
-    return Ranks((1 + rank_a).cpu(), torch.where(right_queries > 0, 1 + rank_b, 0).cpu(),
-                 (best[0] - best_wrong).cpu().double(), nearest.cpu())
+    a, b = map(widened, (queries, items)) if len(queries) * len(items) <= EXACT_ENTRIES else (queries, items)
+    best_a, best_b = (x.new_full((len(x),), -math.inf) for x in (a, b))
+    for i, j in right.split(max(1, chunk_elements // a.shape[1]), dim=1):
+        similarity = (a[i] * b[j]).sum(dim=1)
+        best_a.scatter_reduce_(0, i, similarity, "amax")
+        best_b.scatter_reduce_(0, j, similarity, "amax")
+    above_a, above_b = (torch.zeros(len(x), dtype=torch.int64, device=x.device) for x in (a, b))
+    best_wrong = torch.zeros_like(best_a)
+    rows = max(1, chunk_elements // len(b))
+    for start in range(0, len(a), rows)[sharding.rank() :: sharding.world_size()]:
+        band = slice(start, start + rows)
+        wrong = a[band] @ b.T
+        i, j = right[:, (right[0] >= start) & (right[0] < start + rows)]
+        wrong[i - start, j] = -math.inf
+        best_wrong[band] = wrong.amax(dim=1)
+        # int32 sums are five times as fast as the default's
+        above_a[band] = (wrong >= best_a[band, None] - TIE).sum(dim=1, dtype=torch.int32).long()
+        above_b += (wrong >= best_b - TIE).sum(dim=0, dtype=torch.int32)
+    found = (above_a, above_b, best_wrong)
+    above_a, above_b, best_wrong = (torch.stack(sharding.collect(x.cpu())).sum(dim=0) for x in found)
+    return Ranks(1 + above_a, 1 + above_b, (best_a.cpu() - best_wrong).double())
 
 
-def _rank_band(
-    own: Float[Tensor, "q D"], b: Float[Tensor, "I D"], band: Int[Tensor, "2 P"], limits_a: Float[Tensor, " q"],
-    limits_b: Float[Tensor, " I"], columns: int,
-) -> tuple[Int[Tensor, " q"], Int[Tensor, " I"], Float[Tensor, " q"], Int[Tensor, " q"]]:
-    """Count one band of rows of the matrix, tile by tile.
+def widened(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return `x` in float64, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
 
-    Args:
-        own: rows of the band. band: its right pairs (row within the band, column).
-        limits_a, limits_b: wrong entries not below them are counted.
-        columns: of a tile.
+
+def classify(
+    scores: Callable[[Float[Tensor, "q D"]], Float[Tensor, "q M"]], features: Float[Tensor, "B D"],
+    targets: Int[Tensor, " B"], classes: Sequence[str], *, row_elements: int = 0,
+) -> dict[str, Any]:
+    """Measure a classifier by the scores of its M classes, higher for likelier ones; targets are the right ones.
+
+    Of classes with equal names (ImageNet has two such pairs), which no model can distinguish, the first counts as
+    nearer. `row_elements` are the entries that `scores` holds for an image, if more than M.
 
     Returns:
-        Wrong entries that count in each row and in each column; highest similarity of a wrong item in each row; item
-        with the highest similarity of all.
+        As in `Evaluation`: `metrics` (`top1`, `top5` of more than five classes, and `mean_per_class`), `chance`, and
+        `details`: `classes`; `pictures` and `right`, a count for each; `confusions`, [class, prediction, images] of the
+        wrong predictions, the most frequent first.
     """
-    in_rows, nearest = (torch.zeros(len(own), device=b.device, dtype=torch.int64) for _ in range(2))
-    in_columns = torch.zeros(len(b), device=b.device, dtype=torch.int64)
-    top = torch.full((len(own),), -math.inf, device=b.device, dtype=b.dtype)
-    best_wrong = top.clone()
-    band = band[:, band[1].argsort()]
-    for start in range(0, len(b), columns):
-        tile = own @ b[start : start + columns].T
-        high, at = tile.max(dim=1)
-        nearest = torch.where(high > top, at + start, nearest)
-        top = torch.maximum(top, high)
-        ends = torch.searchsorted(band[1].contiguous(), torch.tensor([start, start + columns], device=b.device))
-        i, j = band[:, ends[0] : ends[1]]
-        tile[i, j - start] = -math.inf  # right entries do not count
-        best_wrong = torch.maximum(best_wrong, tile.amax(dim=1))
-        # int32 sums are five times as fast as the default's
-        limits = limits_b[None, start : start + columns]
-        in_rows += tile.shape[1] - (tile < limits_a[:, None]).sum(dim=1, dtype=torch.int32)
-        in_columns[start : start + columns] += len(tile) - (tile < limits).sum(dim=0, dtype=torch.int32)
-    return in_rows, in_columns, best_wrong, nearest
+    ranks, predictions = [], []
+    for some, own in in_chunks(features, targets, max(len(classes), row_elements)):
+        found = scores(some)
+        ranks.append(class_ranks(found, own))
+        predictions.append(found.argmax(dim=1).cpu())
+    targets = targets.cpu()
+    rank = torch.cat(ranks) - _later_namesakes(classes)[targets]
+    cutoffs = (1, 5) if len(classes) > 5 else (1,)
+    pairs = Counter(zip(targets.tolist(), torch.cat(predictions).tolist(), strict=True))
+    wrong = sorted(([i, j, count] for (i, j), count in pairs.items() if i != j), key=lambda one: (-one[2], *one[:2]))
+    seen, right = (torch.bincount(some, minlength=len(classes)).tolist() for some in (targets, targets[rank == 1]))
+    return {
+        "metrics": {f"top{k}": recall(rank, k) for k in cutoffs} | {"mean_per_class": mean_per_class(rank, targets)},
+        "chance": {f"top{k}": k / len(classes) for k in cutoffs} | {"mean_per_class": 1 / len(classes)},
+        "details": {"classes": list(classes), "pictures": seen, "right": right, "confusions": wrong},
+    }
 
 
-def _right_pairs(query_groups: Int[Tensor, " Q"], item_groups: Int[Tensor, " I"]) -> Int[Tensor, "2 P"]:
-    """Return all (query, item) of equal groups, in the order of the queries."""
-    order = item_groups.argsort(stable=True)
-    ordered = item_groups[order]
-    first = torch.searchsorted(ordered, query_groups)
-    count = torch.searchsorted(ordered, query_groups, right=True) - first
-    query = torch.arange(len(query_groups), device=order.device).repeat_interleave(count)
-    within = torch.arange(len(query), device=order.device) - (count.cumsum(0) - count)[query]
-    return torch.stack([query, order[first[query] + within]])
-
-
-def _best_of_pairs(
-    a: Float[Tensor, "Q D"], b: Float[Tensor, "I D"], pairs: Int[Tensor, "2 P"], chunk_elements: int
-) -> tuple[Float[Tensor, " Q"], Float[Tensor, " I"]]:
-    """Return the highest similarity of a right pair of every query and of every item; -inf without any."""
-    best = tuple(torch.full((len(x),), -math.inf, device=x.device, dtype=x.dtype) for x in (a, b))
-    for i, j in pairs.split(max(1, chunk_elements // a.shape[1]), dim=1):
-        similarity = (a[i] * b[j]).sum(dim=1)
-        for highest, index in zip(best, (i, j), strict=True):
-            highest.scatter_reduce_(0, index, similarity, "amax")
-    return best[0], best[1]
+def in_chunks(
+    features: Float[Tensor, "B D"], targets: Int[Tensor, " B"], row_elements: int
+) -> Iterator[tuple[Float[Tensor, "q D"], Int[Tensor, " q"]]]:
+    """Return images with their classes, as many at a time as `CHUNK_ELEMENTS` holds rows of `row_elements`."""
+    rows = max(1, CHUNK_ELEMENTS // row_elements)
+    return zip(features.split(rows), targets.split(rows), strict=True)
 
 
 def class_ranks(scores: Float[Tensor, "Q M"], targets: Int[Tensor, " Q"]) -> Int[Tensor, " Q"]:
-    """Rank the right class of every query among all, by the scores of a classifier.
+    """Return the rank from 1 of the right class of every query, on the CPU, by scores higher for likelier ones.
 
     rank(q) = 1 + #{m wrong : not scores(q, m) < scores(q, right) - TIE}
-
-    Args:
-        scores: (Q, M), higher for likelier classes. targets: (Q,) int64, the right classes.
-
-    Returns:
-        (Q,) int64 ranks from 1 on the CPU.
     """
     below = scores < scores.gather(1, targets[:, None]) - TIE  # false for the right class itself
     return (~below).sum(dim=1).cpu()
@@ -176,51 +136,23 @@ def recall(rank: Int[Tensor, " Q"], k: int) -> float:
 
 
 def mean_per_class(rank: Int[Tensor, " Q"], targets: Int[Tensor, " Q"]) -> float:
-    """Return the mean of the classes' top-1 accuracies, over classes that have a query.
-
-    Args:
-        rank: (Q,) from 1, on the CPU. targets: (Q,) int64, on the CPU.
-    """
+    """Return the mean of the classes' top-1 accuracies, over classes that have a query; arguments on the CPU."""
     seen = torch.bincount(targets)
     right = torch.bincount(targets, weights=(rank == 1).double())
     return float((right / seen)[seen > 0].mean())
 
 
 def chance_recall(right: int, items: int, k: int) -> float:
-    """Return the probability that a random order has one of `right` items among the first `k` of `items`.
-
-    1 - C(items - right, k) / C(items, k), hypergeometric.
-    """
+    """Return the probability that a random order has one of `right` items among the first `k`, hypergeometric."""
     k = min(k, items)
-    orders = math.comb(items, k)
-    return (orders - math.comb(items - right, k)) / orders
+    return 1 - math.comb(items - right, k) / math.comb(items, k)
 
 
-def accuracies(
-    rank: Int[Tensor, " B"], targets: Int[Tensor, " B"], classes: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return metrics and chance of a classifier: `top1`, `top5` of more than five classes, `mean_per_class`."""
-    cutoffs = (1, 5) if classes > 5 else (1,)
-    metrics = {f"top{k}": recall(rank, k) for k in cutoffs} | {"mean_per_class": mean_per_class(rank, targets)}
-    chance = {f"top{k}": chance_recall(1, classes, k) for k in cutoffs}
-    return metrics, chance | {"mean_per_class": chance["top1"]}
-
-
-def confusions(
-    classes: Sequence[str], targets: Int[Tensor, " B"], rank: Int[Tensor, " B"], nearest: Int[Tensor, " B"]
-) -> dict[str, Any]:
-    """Return what a classifier confuses, as plain JSON values.
-
-    Args:
-        classes: M names. targets: (B,) int64, the right classes. rank: (B,) of these, from 1.
-        nearest: (B,) int64, predicted classes.
-
-    Returns:
-        `classes`; `pictures` and `right`, a count for each; `confusions`, [class, prediction, images] of the wrong
-        predictions, the most frequent first.
-    """
-    pairs = Counter(zip(targets.tolist(), nearest.tolist(), strict=True))
-    wrong = sorted(((count, i, j) for (i, j), count in pairs.items() if i != j), key=lambda one: (-one[0], *one[1:]))
-    return {"classes": list(classes), "pictures": torch.bincount(targets, minlength=len(classes)).tolist(),
-            "right": torch.bincount(targets[rank == 1], minlength=len(classes)).tolist(),
-            "confusions": [[i, j, count] for count, i, j in wrong]}
+def _later_namesakes(classes: Sequence[str]) -> Int[Tensor, " M"]:
+    """Return how many later classes have the name of each."""
+    seen: Counter[str] = Counter()
+    later = []
+    for name in reversed(classes):
+        later.append(seen[name])
+        seen[name] += 1
+    return torch.tensor(later[::-1])

@@ -3,28 +3,29 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from aclip import data
 from aclip.errors import AclipError, BadSampleError, ConfigError, DataError, UnsupportedModelError, unknown_name
 from aclip.evaluation import sharding
-from aclip.evaluation.base import Evaluation, Evaluator, FunctionEvaluator, MeasureFunction
-from aclip.evaluation.features import MAX_THUMBNAILS, ImageFeatures, MaskedEncoder, Space, TextEncoder, encode_image_set
+from aclip.evaluation.base import Evaluation, Evaluator, Result
+from aclip.evaluation.features import ImageFeatures, MaskedEncoder, Space, TextEncoder, encode_image_set
 from aclip.evaluation.probes import LinearProbe, NearestNeighbours, Probe
-from aclip.evaluation.result import Result
 from aclip.evaluation.retrieval import Retrieval
 from aclip.evaluation.zero_shot import Calibration, ZeroShot, find_classes, find_templates
 from aclip.files import as_file_name, write_atomically
 from aclip.models import LoadedModel
 from aclip.run_folder import RunFolder
+
+MeasureFunction = Callable[[ImageFeatures, TextEncoder], Mapping[str, Any]]
+"""The shortest evaluator: encoded images and the model's text encoder -> metrics by name."""
 
 EVALUATORS: dict[str, type[Evaluator] | MeasureFunction] = {
     "retrieval": Retrieval, "zero_shot": ZeroShot, "calibration": Calibration, "linear_probe": LinearProbe,
@@ -40,8 +41,19 @@ CAPTIONS_CHECKED = 32
 _FRACTION = re.compile(r"(_r|top)\d+$|(^|_)(accuracy|mean_per_class|ece|confidence)$")  # shown in percent
 
 
-@dataclass(frozen=True)
-class HeldOut:
+class FunctionEvaluator(Evaluator):
+    """A `MeasureFunction`, by its name in `EVALUATORS`."""
+
+    def __init__(self, name: str, function: MeasureFunction) -> None:
+        self.name = name
+        self._function = function
+
+    def measure(self, images: ImageFeatures, texts: TextEncoder) -> Mapping[str, Any]:
+        """See `Evaluator.measure`."""
+        return self._function(images, texts)
+
+
+class HeldOut(NamedTuple):
     """A named source to evaluate on."""
 
     name: str
@@ -52,12 +64,7 @@ def build_evaluators(
     names: Sequence[str] | None = None, *, with_training: bool = False, protocol: str = "distinct",
     templates: Sequence[str] | str | None = None, classes: str | None = None,
 ) -> list[Evaluator]:
-    """Return evaluators with their options, before anything is loaded; see `aclip.evaluate`.
-
-    Raises:
-        ConfigError: an unknown name or value, an option without its evaluator, a probe without training images, or
-            training images without a probe.
-    """
+    """Return evaluators with their options, before anything is loaded; see `aclip.evaluate`."""
     if names is None:
         names = ["retrieval", *(["linear_probe", "knn"] if with_training else [])]
     prompts: dict[str, Any] = {"templates": find_templates(templates)} if templates else {}
@@ -66,34 +73,27 @@ def build_evaluators(
     built: list[Evaluator] = []
     for name in names:
         entry = find_evaluator(name)
-        if isinstance(entry, type):
-            options = {"protocol": protocol} if issubclass(entry, Retrieval) else (
-                prompts if issubclass(entry, ZeroShot | Calibration) else {})
-            built.append(entry(**options))
-            if not hasattr(built[-1], "name"):
-                built[-1].name = name
-        else:
+        if not isinstance(entry, type):
             built.append(FunctionEvaluator(name, entry))
+            continue
+        built.append(entry(**{"protocol": protocol} if issubclass(entry, Retrieval) else
+                           prompts if issubclass(entry, ZeroShot) else {}))
+        if not hasattr(entry, "name"):
+            built[-1].name = name
+    for kind, given, what in ((Probe, with_training, "--train is for probes: add linear_probe or knn"),
+                              (ZeroShot, prompts, "--templates and --classes are for zero-shot: add zero_shot"),
+                              (Retrieval, protocol != "distinct", "--protocol is for retrieval: add retrieval")):
+        if given and not any(isinstance(evaluator, kind) for evaluator in built):
+            raise ConfigError(f"{what} to --evaluators")
     probes = [evaluator.name for evaluator in built if isinstance(evaluator, Probe)]
     if probes and not with_training:
         raise ConfigError(f"{probes[0]} learns from labelled images: name them with --train, as in "
                           "--data cifar10:test --train cifar10:train")
-    if with_training and not probes:
-        raise ConfigError(f"--train is for probes, and {', '.join(names)} is none: add linear_probe or knn to "
-                          "--evaluators")
-    if prompts and not any(isinstance(evaluator, ZeroShot | Calibration) for evaluator in built):
-        raise ConfigError("--templates and --classes are for zero-shot classification: add --evaluators zero_shot")
-    if protocol != "distinct" and not any(isinstance(evaluator, Retrieval) for evaluator in built):
-        raise ConfigError("--protocol is for retrieval: add retrieval to --evaluators")
     return built
 
 
 def find_evaluator(name: str) -> type[Evaluator] | MeasureFunction:
-    """Return an entry of `EVALUATORS`.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
+    """Return an entry of `EVALUATORS`, or raise a `ConfigError`."""
     if name not in EVALUATORS:
         raise ConfigError(unknown_name("evaluator", name, EVALUATORS))
     return EVALUATORS[name]
@@ -106,30 +106,19 @@ def is_probe(name: str) -> bool:
 
 
 def select_for_model(evaluators: list[Evaluator], model: LoadedModel, *, by_default: bool) -> list[Evaluator]:
-    """Return the evaluators that a model can do: without text only probes, of those chosen by default.
-
-    Raises:
-        UnsupportedModelError: one that was asked for needs text, or none is left.
-    """
-    if model.has_text:
-        return evaluators
-    joint = [evaluator.name for evaluator in evaluators if evaluator.space == "joint"]
-    left = [evaluator for evaluator in evaluators if evaluator.space != "joint"]
-    if (joint and not by_default) or not left:
+    """Return the evaluators that a model can do; raise an `UnsupportedModelError` for one that was asked for."""
+    left = [evaluator for evaluator in evaluators if model.has_text or evaluator.space != "joint"]
+    if not left or (len(left) < len(evaluators) and not by_default):
+        joint = [evaluator.name for evaluator in evaluators if evaluator not in left]
         raise UnsupportedModelError(
-            f"{getattr(model, 'name', 'this model')} has an image tower only, which {' and '.join(joint)} cannot "
-            "compare with text: give labelled images with --train, and --evaluators linear_probe knn")
+            f"{model.name} has an image tower only, which {' and '.join(joint)} cannot compare with text: give "
+            "labelled images with --train, and --evaluators linear_probe knn")
     return left
 
 
 def open_sets(specs: Sequence[str]) -> list[HeldOut]:
-    """Open `[NAME=]SOURCE` specifications; without a name a set is called `set_name` of its source.
-
-    Raises:
-        ConfigError: two sets of one name.
-        AclipError: a source cannot be opened.
-    """
-    sets = [HeldOut(*_open(spec)) for spec in specs]
+    """Open `[NAME=]SOURCE` specifications, by default named `set_name`; two of one name are a `ConfigError`."""
+    sets = [HeldOut(name or set_name(spec), data.open_source(spec)) for name, spec in map(data.split_name, specs)]
     duplicates = [name for name, count in Counter(held.name for held in sets).items() if count > 1]
     if duplicates:
         raise ConfigError(f"two held-out sets are called '{duplicates[0]}': name them apart, as in NAME=SOURCE")
@@ -147,18 +136,19 @@ def set_name(spec: str) -> str:
 
 
 def check_sets(sets: Sequence[HeldOut]) -> None:
-    """Look at a few captions of each set, before a training starts that evaluates retrieval on it.
-
-    Raises:
-        DataError: a set without any usable caption.
-    """
+    """Raise a `DataError` if the samples looked at of a set that retrieval is to be evaluated on have no caption."""
     for held in sets:
         looked_at = range(0, len(held.source), -(-len(held.source) // CAPTIONS_CHECKED) or 1)
-        problems = [problem for i in looked_at if (problem := _caption_problem(held.source, i)) is not None]
-        if len(problems) == len(looked_at):
+        problem = "it is empty"
+        for index in looked_at:
+            try:
+                data.clean_captions(held.source.captions(index))
+                break
+            except BadSampleError as error:
+                problem = error.reason
+        else:
             raise DataError(f"held-out set '{held.name}' has no usable caption among the {len(looked_at)} samples "
-                            f"looked at ({problems[0] if problems else 'it is empty'}): give a set with captions, or "
-                            "leave --validation out")
+                            f"looked at ({problem}): give a set with captions, or leave --validation out")
 
 
 def evaluate_sets(
@@ -168,49 +158,55 @@ def evaluate_sets(
 ) -> list[Result]:
     """Run evaluators on sets, print their metrics, and journal them if there is a run folder.
 
-    A set that fails does not keep the others from being evaluated; its error is raised at the end. Inside
+    A set that fails does not keep the others from being evaluated; its `AclipError` is raised at the end. Inside
     `sharding.sharded` all ranks share the work and return the same, and rank 0 journals; otherwise one rank calls this.
 
     Args:
         model: on `device`; not changed.
-        sets: see `open_sets`.
-        evaluators: instances; probes are fitted on `training` first.
+        sets, training: see `open_sets`; the latter are labelled images that probes are fitted on first.
         folder: where `evaluations.jsonl`, `examples/` and `details/` are written.
-        console: where metrics are printed.
-        step: optimizer steps done by the weights. samples_seen: pairs seen by them.
-        device: where the model runs.
+        step, samples_seen, weights: of the model, for the journal: optimizer steps, pairs, "online" or "ema".
         workers: processes that read images.
-        weights: "online" or "ema", for the journal.
-        training: labelled images for probes.
         masked: encoders of the same model to measure as well; their records go to `robustness.jsonl`.
-
-    Raises:
-        AclipError: something cannot be read, encoded, measured or written, or memory ran out.
     """
     encode = partial(_encode_set, console=console, device=device, workers=workers)
-    journal = partial(_journal, folder, step=step, samples_seen=samples_seen, weights=weights,
-                      training_set=training.name if training is not None else None)
     tokenizer = data.CaptionTokenizer(model.tokenizer) if model.has_text else None  # bounds the time of long captions
     texts = TextEncoder(model, device, tokenizer=tokenizer)
     if training is not None:
         with sharding.as_aclip_errors():
-            evaluators = _fit_probes(evaluators, encode(model, training, "trunk", "label"), console)
+            images = encode(model, training, "trunk", "label")
+            with console.status(f"fitting probes on {len(images):,} images"):
+                evaluators = [one.fit(images) if isinstance(one, Probe) else one for one in evaluators]
     named: data.Target = "caption" if any(evaluator.needs_captions for evaluator in evaluators) else "either"
+
+    def measure(held: HeldOut, encoder: LoadedModel) -> Iterator[Result]:
+        encoded: dict[Space, ImageFeatures] = {}
+        for evaluator in evaluators:
+            space = evaluator.space
+            if space not in encoded:
+                encoded[space] = encode(encoder, held, space, named if space == "joint" else "label")
+            found = evaluator.evaluate(encoded[space], texts)
+            masking = encoder.to_record() if isinstance(encoder, MaskedEncoder) else {}
+            console.print(_sentence(held.name, evaluator, found, masking), markup=False, soft_wrap=True)
+            name = f"{held.name}, {evaluator.variant}" if evaluator.variant else held.name
+            fitted = {"training_set": training.name, "settings": dict(found.settings)} if (
+                training and isinstance(evaluator, Probe)) else {}
+            record = {"step": step, "samples_seen": samples_seen, "weights": weights, "evaluator": found.evaluator,
+                      "set": name, "metrics": dict(found.metrics), "chance": dict(found.chance),
+                      "counts": dict(found.counts), **fitted, **masking}
+            with sharding.raise_on_all_ranks():
+                if folder is not None and sharding.rank() == 0:
+                    _write(folder, record, found)
+            for metric, value in found.metrics.items():
+                yield Result(name, found.evaluator, metric, value, masking.get("keep"), masking.get("kept_by"))
+
     results: list[Result] = []
     failed: dict[str, AclipError] = {}
     for held in sets:
         try:
             with sharding.as_aclip_errors():
                 for encoder in (model, *masked):
-                    encoded: dict[Space, ImageFeatures] = {}
-                    for evaluator in evaluators:
-                        space = evaluator.space
-                        if space not in encoded:
-                            encoded[space] = encode(encoder, held, space, named if space == "joint" else "label")
-                        found = evaluator.evaluate(encoded[space], texts)
-                        masking = _masking(encoder) if isinstance(encoder, MaskedEncoder) else None
-                        console.print(_sentence(held.name, evaluator, found, masking), markup=False, soft_wrap=True)
-                        results += journal(held.name, evaluator, found, masking)
+                    results += measure(held, encoder)
         except AclipError as error:
             failed[held.name] = error
     for name, problem in failed.items():
@@ -224,21 +220,6 @@ def name_skipped(bad: Sequence[tuple[str, str]], most: int = 5) -> str:
     return f"skipped {len(bad)} bad samples: {shown}" + (f" and {len(bad) - most} more" if len(bad) > most else "")
 
 
-def _open(spec: str) -> tuple[str, data.Source]:
-    name, rest = data.split_name(spec)
-    return name or set_name(rest), data.open_source(rest)
-
-
-def _caption_problem(source: data.Source, index: int) -> str | None:
-    """Return why a sample has no usable caption, or None if it has one."""
-    try:
-        captions: Callable[[int], Sequence[str]] | None = getattr(source, "captions", None)
-        data.clean_captions(captions(index) if captions is not None else source.read(index).captions)
-    except BadSampleError as error:
-        return error.reason
-    return None
-
-
 def _encode_set(
     model: LoadedModel, held: HeldOut, space: Space, target: data.Target, *, console: Console, device: torch.device,
     workers: int,
@@ -246,69 +227,36 @@ def _encode_set(
     """Encode the images of a set under a progress bar, and name those that were skipped."""
     images = data.EvaluationSet(held.source, model.preprocess, batch_size=BATCH_SIZE, workers=workers, target=target,
                                 share=(sharding.rank(), sharding.world_size()))
-    masked = isinstance(model, MaskedEncoder)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"encoding {held.name}", total=len(images))
-        encoded = encode_image_set(  # examples with thumbnails are of retrieval on whole images
-            model, images, device, space=space, progress=partial(progress.advance, task),
-            max_thumbnails=MAX_THUMBNAILS if space == "joint" and not masked else 0)
-    if encoded.skipped and not masked:
+        encoded = encode_image_set(model, images, device, space=space, progress=partial(progress.advance, task))
+    if encoded.skipped and not isinstance(model, MaskedEncoder):
         console.print(f"{held.name}: {name_skipped(encoded.skipped)}", markup=False, soft_wrap=True)
     return encoded
 
 
-def _fit_probes(evaluators: Sequence[Evaluator], training: ImageFeatures, console: Console) -> list[Evaluator]:
-    fitted = []
-    for evaluator in evaluators:
-        with console.status(f"fitting {evaluator.name} on {len(training):,} images"):
-            fitted.append(evaluator.fit(training) if isinstance(evaluator, Probe) else evaluator)
-    return fitted
-
-
-def _journal(
-    folder: RunFolder | None, set_name: str, evaluator: Evaluator, found: Evaluation, masking: dict[str, Any] | None,
-    *, training_set: str | None, **about: Any,
-) -> list[Result]:
-    """Write a result to the run folder, those on masked images apart from others; return it as rows."""
-    name = f"{set_name}, {evaluator.variant}" if evaluator.variant else set_name
-    learned_from = training_set if isinstance(evaluator, Probe) else None
-    record = found.to_record(set_name=name, training_set=learned_from, **about)
-    with sharding.raise_on_all_ranks():
-        if folder is not None and sharding.rank() == 0:
-            _write(folder, record, found, masking)
-    part = {} if masking is None else {"keep": masking["keep"], "kept_by": masking["kept_by"]}
-    return [Result(name, found.evaluator, metric, value, **part) for metric, value in found.metrics.items()]
-
-
-def _write(folder: RunFolder, record: dict[str, Any], found: Evaluation, masking: dict[str, Any] | None) -> None:
-    if masking is not None:
-        folder.append("robustness", record | masking)
+def _write(folder: RunFolder, record: dict[str, Any], found: Evaluation) -> None:
+    """Write a record to the journals, those of masked images apart from others, and what the report shows with it."""
+    if "keep" in record:
+        folder.append("robustness", record)
         return
     folder.append("evaluations", record)
     file = as_file_name(record["set"])
     if found.examples:  # an evaluator without any must not erase those of another
-        examples = [asdict(example) for example in found.examples]
         write_atomically(folder.path / "examples" / f"{file}.json",
-                         json.dumps(examples, ensure_ascii=False, indent=1))
+                         json.dumps(found.examples, ensure_ascii=False, indent=1))
     if found.details:
         details = {key: record[key] for key in ("set", "evaluator", "weights", "step")} | dict(found.details)
         write_atomically(folder.path / "details" / f"{file}-{found.evaluator}.json",
                          json.dumps(details, ensure_ascii=False))
 
 
-def _sentence(set_name: str, evaluator: Evaluator, found: Evaluation, masking: dict[str, Any] | None) -> str:
+def _sentence(set_name: str, evaluator: Evaluator, found: Evaluation, masking: dict[str, Any]) -> str:
     metrics = "  ".join(f"{key} {value:.1%}" if _FRACTION.search(key) else f"{key} {value:.4g}"
                         for key, value in found.metrics.items())
     counts = ", ".join(f"{value:,} {key.replace('_', ' ').replace('picture', 'image')}"
                        for key, value in found.counts.items() if value)
     settings = "".join(f"; {key} {value:g}" for key, value in found.settings.items())
-    part = ", {num_keep} of {num_patches} patches, {kept_by}".format_map(masking) if masking is not None else ""
+    part = ", {num_keep} of {num_patches} patches, {kept_by}".format_map(masking) if masking else ""
     name = f"{evaluator.name} {evaluator.variant}".strip()
     return f"{set_name} {name}{part} ({counts}{settings}): {metrics}"
-
-
-def _masking(masked: MaskedEncoder) -> dict[str, Any]:
-    num_keep, num_patches, rate = masked.throughput()
-    return {"keep": masked.keep, "kept_by": masked.kept_by, "num_keep": num_keep, "num_patches": num_patches,
-            "block_size": masked.block_size, "pictures_per_second": rate}

@@ -9,8 +9,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from aclip import dist
 from aclip.errors import AclipError, DataError, OutOfMemoryError
@@ -20,10 +21,7 @@ _sharded: ContextVar[bool] = ContextVar("sharded", default=False)
 
 @contextmanager
 def sharded() -> Iterator[None]:
-    """Share the work of every evaluation inside among all ranks; each ends with all results.
-
-    All ranks must make the same calls inside.
-    """
+    """Share the work of every evaluation inside among all ranks, which make the same calls and get all results."""
     token = _sharded.set(True)
     try:
         yield
@@ -41,25 +39,19 @@ def rank() -> int:
     return dist.rank() if _sharded.get() else 0
 
 
-def shard(count: int) -> range:
-    """Return this rank's contiguous range of `count` items; ranges follow one another in rank order."""
-    first, last = (count * i // world_size() for i in (rank(), rank() + 1))
-    return range(first, last)
-
-
 def collect(value: Any) -> list[Any]:
     """Return every rank's value, in rank order, on all ranks."""
     return dist.collect(value) if world_size() > 1 else [value]
 
 
-def gather(x: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "WB *rest"]:
-    """Return the rows of all ranks, in rank order, on all ranks; every rank must bring the same number."""
-    return dist.gather(x) if world_size() > 1 else x
-
-
-def sum_over_ranks(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Return the sum of `x` over ranks, on all ranks."""
-    return dist.sum_over_ranks(x) if world_size() > 1 else x
+def gather(rows: Float[Tensor, "n d"]) -> Float[Tensor, "N D"]:
+    """Return the rows of all ranks, in rank order, on all ranks; a rank without any may bring (0, 0)."""
+    if world_size() == 1:
+        return rows
+    counts, widths = zip(*collect(tuple(rows.shape)), strict=True)
+    padded = F.pad(rows, (0, max(widths) - rows.shape[1], 0, max(counts) - len(rows)))
+    shards = dist.gather(padded).view(world_size(), max(counts), max(widths))
+    return torch.cat([shard[:count] for shard, count in zip(shards, counts, strict=True)])
 
 
 @contextmanager
@@ -75,10 +67,7 @@ def as_aclip_errors() -> Iterator[None]:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise an error of one rank on every rank, which would otherwise wait for it in a collective.
-
-    The code inside must not use any collective.
-    """
+    """Raise an error of one rank on every rank; the code inside must not use any collective."""
     problem: AclipError | None = None
     try:
         with as_aclip_errors():
