@@ -15,6 +15,7 @@ from unittest.mock import patch
 import open_clip
 import torch
 from open_clip.loss import ClipLoss
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from aclip import models, plan
@@ -23,7 +24,6 @@ from aclip.config import Recipe
 from aclip.data import augment
 from aclip.method import Method
 from aclip.models import text
-from aclip.models.loading import IMAGENET_MEAN, IMAGENET_STD
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, EncodedBatch, TowerShape
 from aclip.training.distributed import wrap
@@ -118,7 +118,7 @@ class OpenClip:
             lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
         self.batches = settings.batches(self.plan, cut_text=False)
         self.mean, self.std = (torch.tensor(value, device=settings.device) for value in
-                               (IMAGENET_MEAN, IMAGENET_STD))
+                               (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
     def propagate(self, batch: Batch) -> None:
         """Forward pass, loss and backward pass."""

@@ -88,8 +88,8 @@ def main() -> None:
 
     shown = encode(model, args.data, "caption")
     captions = tuple(tuple(t.replace("{}", caption).replace("{n}", str(i)) for t in FIVE)
-                     for i, caption in enumerate(shown.captions))
-    many = ImageFeatures(shown.features, shown.captions, shown.labels, shown.keys, all_captions=captions)
+                     for i, (caption, *_) in enumerate(shown.captions))
+    many = ImageFeatures(shown.features, captions, shown.labels, shown.keys)
     ours = Retrieval(protocol="karpathy").measure(many, texts).metrics
     theirs = zeroshot_retrieval.evaluate(Features(model), Loader(shown.features, captions, []), model.tokenizer, "cpu",
                                          amp=False, recall_k_list=[1, 5, 10])
@@ -111,7 +111,7 @@ def scikit_learn(training: ImageFeatures, held: ImageFeatures, classes: list[str
     mean, deviation = training.features.mean(dim=0), training.features.std(dim=0, correction=0)
     x, z = (((part.features - mean) / deviation).numpy() for part in (training, held))
     y, answers = (np.array([classes.index(str(label)) for label in part.labels]) for part in (training, held))
-    fitted, validating = (part.numpy() for part in split(torch.from_numpy(y), 20_000, 0))
+    fitted, validating = split(y, 20_000, 0)
     strengths = [10.0**exponent for exponent in np.arange(-6, 6.1, 0.5)]
     scores = [LogisticRegression(C=1 / l2, max_iter=1000).fit(x[fitted], y[fitted]).score(x[validating], y[validating])
               for l2 in strengths]

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from aclip.examination import Limits, examine
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from aclip import data
 from aclip.data.tar_files import Sample, write_tar
+from aclip.examination import Limits, examine
 from aclip.models import tokenizer_of
 
 

@@ -55,8 +55,7 @@ def main() -> None:
     images = F.normalize(torch.randn(args.images, args.width, generator=torch.Generator().manual_seed(0)), dim=-1)
     each = args.captions // args.images
     captions = tuple(tuple(f"{i} {i * each + n}" for n in range(each)) for i in range(args.images))
-    features = ImageFeatures(images, tuple(own[0] for own in captions), (None,) * len(images),
-                             tuple(map(str, range(len(images)))), all_captions=captions)
+    features = ImageFeatures(images, captions, (None,) * len(images), tuple(map(str, range(len(images)))))
     console.print(f"with the images and the captions: {peak_gib():.2f} GiB")
     start = time.perf_counter()
     result = Retrieval(protocol="all").measure(
