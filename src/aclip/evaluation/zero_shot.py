@@ -239,6 +239,8 @@ class Calibration(ZeroShot):
         self, features: Float[Tensor, "B D"], embeddings: Float[Tensor, "M D"], targets: Int[Tensor, " B"],
         classes: tuple[str, ...], model: LoadedModel,
     ) -> dict[str, Any]:
+        from torchmetrics.functional.classification import binary_calibration_error
+
         parameter = model.model.logit_scale
         assert isinstance(parameter, Tensor)
         scale = float(parameter.detach().float().exp())
@@ -251,7 +253,7 @@ class Calibration(ZeroShot):
             corrects.append((guess == own).cpu())
         confidence, correct = torch.cat(confidences).double(), torch.cat(corrects).double()
         bins = _reliability(confidence, correct, self.bins)
-        ece = sum(one["pictures"] * abs(one["accuracy"] - one["confidence"]) for one in bins) / len(features)
+        ece = float(binary_calibration_error(confidence, correct.long(), n_bins=self.bins, norm="l1"))
         return {"metrics": {"ece": ece, "nll": nll / len(features), "confidence": float(confidence.mean()),
                             "accuracy": float(correct.mean())},
                 "chance": {"nll": math.log(len(classes)), "accuracy": 1 / len(classes)},
