@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from aclip.data import CaptionTokenizer, decode_image
 from aclip.data.decode import as_rgb
+from aclip.data.evaluation_set import limit_aspect
 from aclip.data.workers import read_ahead
 from aclip.errors import BadSampleError, CheckpointError, ConfigError, DataError
 from aclip.masking import AttentiveMasking, Keep, MaskingContext
@@ -248,7 +249,7 @@ def _preprocessed(
     pixels = []
     for number, image in images:
         try:
-            pixels.append(preprocess(_open_image(image)))
+            pixels.append(preprocess(limit_aspect(_open_image(image))))
         except BadSampleError as error:
             if unusable is None:
                 name = image if isinstance(image, str | Path) else f"image {number}"
