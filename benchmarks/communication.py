@@ -1,4 +1,4 @@
-"""What a step sends between processes: the formulas of docs/scale.md beside what torch's profiler counts.
+"""What a step sends between processes: the formulas of docs/benchmarks.md beside what torch's profiler counts.
 
     python benchmarks/communication.py
 
@@ -44,7 +44,7 @@ def build(recipe: str) -> Method:
 
 
 def formulas(method: Method, parallel: str, batch: int) -> Counter[str]:
-    """Return bytes of a step by kind of operation, as docs/scale.md has them; before the method is sharded."""
+    """Return bytes of a step by kind of operation, as docs/benchmarks.md has them; before the method is sharded."""
     found: Counter[str] = Counter()
     trained = [p for p in method.parameters() if p.requires_grad]
     if parallel == "ddp":

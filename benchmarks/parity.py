@@ -1,6 +1,6 @@
 """How far exported models are from their own features: one row a model, one column a library.
 
-    python benchmarks/parity.py                               the table of docs/interop.md
+    python benchmarks/parity.py                               the table of docs/benchmarks.md
     python benchmarks/parity.py --models ViT-B-32 --formats huggingface
 
 Weights are random (seeded), so nothing is fetched; the tokens of models whose tokenizer would have to be are random

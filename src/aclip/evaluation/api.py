@@ -83,6 +83,8 @@ def evaluate(
         console = Console(highlight=False, quiet=sharding.rank() > 0)
         with sharding.raise_on_all_ranks():
             folder = _open_journal(str(model) if isinstance(model, str | Path) else None, output)
+            journal = folder.path / "evaluations.jsonl" if folder is not None else None
+            size = journal.stat().st_size if journal is not None and journal.exists() else 0
             if isinstance(model, str | Path):
                 loaded, chosen = load(model, weights=weights), choose_device(device_name)
             else:
@@ -99,9 +101,9 @@ def evaluate(
                 weights=weights, step=loaded.step or 0, samples_seen=loaded.samples_seen or 0, training=training,
                 masked=masked)
         finally:
-            if folder is not None and sharding.rank() == 0 and (folder.path / "evaluations.jsonl").exists():
-                report = write_report(folder.path)
-                console.print(f"added to {folder.path}/evaluations.jsonl and to {report}", markup=False, soft_wrap=True)
+            if journal is not None and sharding.rank() == 0 and journal.exists() and journal.stat().st_size > size:
+                report = write_report(journal.parent)
+                console.print(f"added to {journal} and to {report}", markup=False, soft_wrap=True)
 
 
 def _open_journal(model: str | None, output: str | None) -> RunFolder | None:

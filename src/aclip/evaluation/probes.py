@@ -181,6 +181,7 @@ def fit_logistic(features: Float[np.ndarray, "B C"], targets: Int[np.ndarray, " 
     regression = LogisticRegression(C=1 / strength, max_iter=MAX_ITERATIONS, tol=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")  # fifteen times where classes are small
         return make_pipeline(StandardScaler(), regression).fit(features, targets)
 
 

@@ -217,7 +217,8 @@ def evaluate_sets(
 def name_skipped(bad: Sequence[tuple[str, str]], most: int = 5) -> str:
     """Return the sentence that counts bad samples and names the first few with their reasons."""
     shown = "; ".join(f"{key} ({reason})" for key, reason in bad[:most])
-    return f"skipped {len(bad)} bad samples: {shown}" + (f" and {len(bad) - most} more" if len(bad) > most else "")
+    more = f" and {len(bad) - most:,} more" if len(bad) > most else ""
+    return f"skipped {len(bad):,} bad sample{'' if len(bad) == 1 else 's'}: {shown}{more}"
 
 
 def _encode_set(

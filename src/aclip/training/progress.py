@@ -55,7 +55,8 @@ class TrainingProgress:
             self._printed = now
             rate = (step - self._first) / max(now - self._begun, 1e-9)
             left = timedelta(seconds=round((self._total - step) / max(rate, 1e-9)))
-            self.console.print(f"step {step}/{self._total} {self._note} left {left}", markup=False, soft_wrap=True)
+            parts = (f"step {step}/{self._total}", self._note, f"{left} left")
+            self.console.print(", ".join(filter(None, parts)), markup=False, soft_wrap=True)
 
 
 def describe(record: Mapping[str, Any]) -> str:
