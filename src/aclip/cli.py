@@ -343,11 +343,11 @@ def _option(hint: Any, default: Any) -> Any:
 
     kinds = [kind for kind in typing.get_args(hint) if kind in (int, float, str)]
     metavar = None
-    if any(typing.get_origin(kind) is tuple for kind in typing.get_args(hint)) and str in kinds:
+    if any(typing.get_origin(kind) in (tuple, Sequence) for kind in typing.get_args(hint)) and str in kinds:
         metavar = "STR [STR ...]"
     elif kinds and default is None:
         metavar = "|".join(kind.__name__.upper() for kind in kinds)
-    if default in (None, ()):
+    if default in (None, (), inspect.Parameter.empty):
         return typing.Annotated[hint, tyro.conf.arg(help_behavior_hint="", metavar=metavar)]
     return typing.Annotated[hint, tyro.conf.arg(metavar=metavar)] if metavar else hint
 

@@ -220,7 +220,7 @@ def _split_phase(value: Any) -> Any:
 
 def parse_image_size(value: Any) -> Any:
     """Return the sides in "192x256", height before width; a single side, "224", and anything else as it is."""
-    return tuple(value.split("x")) if isinstance(value, str) and "x" in value else value
+    return tuple(value.lower().split("x")) if isinstance(value, str) and "x" in value.lower() else value
 
 
 ImageSize = Annotated[Count | tuple[Count, Count] | None, BeforeValidator(parse_image_size)]

@@ -225,15 +225,6 @@ def test_sizes_that_are_not_whole_patches_are_refused(size):
             use("vit-tiny", image_size=size)
 
 
-def test_image_sizes_are_parsed_in_one_place():
-    assert models.parse_image_size("224") == 224
-    assert models.parse_image_size("192x256") == (192, 256)  # height first
-    assert models.parse_image_size(" 192 X 256 ") == (192, 256)
-    for text in ("", "224.5", "-64", "0", "64x0", "1x2x3", "large"):
-        with pytest.raises(ConfigError, match="such as 224, or HEIGHTxWIDTH, such as 192x256, not"):
-            models.parse_image_size(text)
-
-
 def test_saved_models_take_another_size_as_in_open_clip(saved):
     ours = models.create_model(saved, image_size=96).eval()
     theirs = open_clip_alone(saved, force_image_size=96)

@@ -11,7 +11,6 @@ from aclip.models.vision import (
     NO_ATTENTION_SCORES,
     attention_pool_of,
     encode_image,
-    parse_image_size,
     patch_embedding_of,
     resize_images,
     visual_of,
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NO_ATTENTION_SCORES", "ImageTower", "LoadedModel", "Tokenizer", "attention_pool_of", "can_cut",
            "create_model", "cut_after_eot", "encode_hidden_text",
-           "encode_image", "encode_text", "list_models", "load", "logit_scale_of", "model_config", "parse_image_size",
+           "encode_image", "encode_text", "list_models", "load", "logit_scale_of", "model_config",
            "patch_embedding_of", "preprocess_config", "resize_images", "resolve_source", "shape_of", "text_tower_of",
            "tokenizer_of", "visual_of", "vit_of"]
 

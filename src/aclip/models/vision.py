@@ -1,6 +1,5 @@
 """The image tower: a ViT over the kept patches, at any resolution, with the attention that ranks patches."""
 
-import re
 from typing import Any, Literal, cast
 
 import torch
@@ -327,12 +326,3 @@ def pair(size: Any) -> tuple[int, int]:
         raise ConfigError(f"an image size is a whole number of pixels, or two of them (height, width), not {size!r}")
     height, width = sides
     return height, width
-
-
-def parse_image_size(text: str) -> int | tuple[int, int]:
-    """Return an image size in pixels: "224", or height and width as in "192x256"; anything else is a ConfigError."""
-    sides = re.fullmatch(r"\s*(\d+)\s*(?:x\s*(\d+)\s*)?", text, re.IGNORECASE)
-    if not sides or not all(int(side) for side in sides.groups() if side):
-        raise ConfigError(f"an image size is one side in pixels, such as 224, or HEIGHTxWIDTH, such as 192x256, not "
-                          f"'{text}'")
-    return int(sides[1]) if sides[2] is None else (int(sides[1]), int(sides[2]))
