@@ -101,8 +101,7 @@ image_features = model(**processor(images=Image.open("cat.png"), return_tensors=
 
 def obstacle(model: LoadedModel) -> str | None:
     """Return what of a model `CLIPModel` cannot represent, or None; what is not named here fails the check."""
-    clip: Any = model.model
-    visual = clip.visual
+    clip, visual = model.model, model.model.visual
     if not isinstance(visual, VisionTransformer):
         return f"its image tower is a {type(visual).__name__}, not open_clip's own ViT"
     try:

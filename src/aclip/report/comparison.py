@@ -50,13 +50,11 @@ class ComparisonFiles:
     seeds: list[int]
 
     def primary(self) -> Metric | None:
-        """Return the metric that stands for the recipes: on the first set, the first of `PRIMARY` that any has."""
         found = [metric for metrics in self.tables.metrics.values() for metric in metrics]
         wanted = ((held, *metric) for held in self.tables.sets for metric in PRIMARY.items())
         return next((metric for metric in wanted if metric in found), None)
 
     def notes(self) -> list[str]:
-        """Return what is missing, and what lies in the folder without being part of the comparison."""
         known = {str(run.get("name")) for run in self.runs}
         found = (
             ("Failed, and left out: {}.", [run for run in self.runs if run.get("error") and not run.get("finished")]),
@@ -71,11 +69,6 @@ class ComparisonFiles:
 
 
 def read_comparison(folder: Path) -> ComparisonFiles:
-    """Read a comparison, finished or not.
-
-    Raises:
-        ConfigError: there is none in the folder, or its file is damaged.
-    """
     raw = _read(folder / "comparison.json")
     if raw is None:
         raise ConfigError(f"there is no comparison in '{folder}': it has no comparison.json")
@@ -111,12 +104,10 @@ def write_comparison(folder: Path) -> Path:
 
 
 def summary_table(folder: Path) -> "Table":
-    """Return the summary of a comparison for the terminal."""
     return to_rich(read_comparison(folder).tables.summary(brief=True))
 
 
 def tiles(comparison: ComparisonFiles) -> list[dict[str, str]]:
-    """Return the main number of every recipe, unless there are many."""
     tables, metric = comparison.tables, comparison.primary()
     if metric is None or len(tables.recipes) > MANY:
         return []
@@ -127,7 +118,6 @@ def tiles(comparison: ComparisonFiles) -> list[dict[str, str]]:
 
 
 def differences(tables: Tables) -> list[dict[str, Any]]:
-    """Return a matrix of differences for the leading metric of every set and evaluator."""
     found = []
     for metric, *_ in tables.metrics.values():
         values = {name: values for name in tables.recipes if (values := tables.values(name, metric))}
@@ -145,7 +135,6 @@ def differences(tables: Tables) -> list[dict[str, Any]]:
 
 
 def curves(comparison: ComparisonFiles) -> list[Markup]:
-    """Return two charts of the primary metric, each seed faint behind the mean of its recipe."""
     metric, tables = comparison.primary(), comparison.tables
     if metric is None:
         return []
@@ -218,7 +207,6 @@ def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
 
 
 def cost(comparison: ComparisonFiles) -> dict[str, Any]:
-    """Return measured step times with their quartiles, the arithmetic, and peak memory."""
     timing = mapping(comparison.raw, "timing")
     shown = {comparison.tables.baseline, *comparison.tables.recipes}
     steps = {label: step for label, step in mapping(timing, "steps").items() if label.split(", ")[0] in shown}
@@ -233,7 +221,6 @@ def cost(comparison: ComparisonFiles) -> dict[str, Any]:
 
 
 def learning_rates(comparison: ComparisonFiles) -> dict[str, Any]:
-    """Return every learning rate that was tried with its result, and which one was chosen."""
     lrs = sorted({float(run["lr"]) for run in comparison.runs})
     if len(mapping(comparison.raw, "settings").get("lr") or []) < 2:
         return {"rows": [], "single": f"{lrs[0]:g}" if len(lrs) == 1 else ""}
@@ -255,7 +242,6 @@ def learning_rates(comparison: ComparisonFiles) -> dict[str, Any]:
 
 
 def runs(comparison: ComparisonFiles) -> list[list[str]]:
-    """Return every run with its state, and a link to its own report."""
     rows = []
     for run in comparison.runs:
         name, found = str(run.get("name")), primary(run, comparison.tables.sets)
@@ -270,7 +256,6 @@ def runs(comparison: ComparisonFiles) -> list[list[str]]:
 
 
 def budget(settings: Record) -> str:
-    """Return what every recipe was given."""
     epochs, samples, minutes = (number(settings, key) for key in ("epochs", "samples", "minutes"))
     if minutes is not None:
         return f"{minutes:g} minutes of training steps"
@@ -278,7 +263,6 @@ def budget(settings: Record) -> str:
 
 
 def threads(number_of: object) -> str:
-    """Return a number of threads in words."""
     return f"{MISSING if number_of is None else number_of} {'thread' if number_of == 1 else 'threads'}"
 
 
@@ -301,7 +285,6 @@ def _difference(first: Sequence[float], second: Sequence[float], metric: Metric)
 
 
 def _history(comparison: ComparisonFiles, run: Record, metric: Metric) -> Points:
-    """Return (samples seen, value) of a run's evaluations."""
     try:
         evaluations = read_run(comparison.path / "runs" / str(run["name"]), journals_only=True).evaluations
     except ConfigError:
@@ -317,7 +300,6 @@ def _history(comparison: ComparisonFiles, run: Record, metric: Metric) -> Points
 
 
 def _series(name: str, histories: list[Points], colour: int) -> list[Series]:
-    """Return the seeds, and their mean where all of them were evaluated."""
     histories = [points for points in histories if points]
     if len(histories) < 2:
         return [Series(name, points, colour) for points in histories]

@@ -71,7 +71,6 @@ def write_look_page(
 
 
 def to_record(examined: "Examination", shown: Groups) -> dict[str, Any]:
-    """Return counts, findings and the names of their examples, as JSON has them."""
     source, *against = examined.measured
     return {
         "source": _spec(source), "samples": len(source.source), "examined": len(source.samples),
@@ -91,13 +90,11 @@ def _spec(measured: Any) -> str:
 
 
 def usable(examined: "Examination") -> int:
-    """Return the number of examined samples that training can use."""
     samples = examined.measured[0].samples
     return int((samples["decoded"] & (samples["captions"] > 0)).sum())
 
 
 def image_histograms(examined: "Examination") -> list[dict[str, Any]]:
-    """Return histograms of the sizes and shapes of the images that could be decoded."""
     samples = examined.measured[0].samples
     samples = samples[samples["decoded"]]
     if not len(samples):
@@ -115,7 +112,6 @@ def image_histograms(examined: "Examination") -> list[dict[str, Any]]:
 
 
 def caption_histograms(examined: "Examination") -> list[dict[str, Any]]:
-    """Return histograms of captions for each image and of their lengths in tokens."""
     source, context = examined.measured[0], examined.limits.context_length
     each = source.samples["captions"][source.samples["decoded"]]
     charts = [_histogram("Captions of an image", "empty ones not counted",
@@ -131,7 +127,6 @@ def caption_histograms(examined: "Examination") -> list[dict[str, Any]]:
 
 
 def _histogram(title: str, about: str, words: list[str], bins: np.ndarray) -> dict[str, Any]:
-    """Return bars of the number of values in each bin; empty bins at either end are left out."""
     counts = np.bincount(bins, minlength=len(words))
     filled = np.flatnonzero(counts)
     bars = [(f"{100 * counts[i] / counts.max():.1f}", words[i],

@@ -20,44 +20,28 @@ Metric = tuple[str, str, str]
 PRIMARY = {"retrieval": "image_to_text_r1", "zero_shot": "top1", "linear_probe": "top1", "knn": "top1"}
 """Evaluator -> metric; the first evaluator that was run on a set stands for the run."""
 
-
 JOURNALS = ("metrics", "evaluations", "skipped", "robustness", "incidents")
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The contents of a run folder, as far as they could be read.
+    """The contents of a run folder, as far as they could be read."""
 
-    Attributes:
-        path: the folder.
-        config: `config.json`, or empty.
-        metrics, evaluations, skipped, robustness, incidents: the lines of the journals of these names, in order.
-        peak_memory: in bytes, measured; None if it was not.
-        examples: name of a file of `examples/`, which is its set's (`as_file_name`) -> the images in it.
-        details: the files of `details/`: class by class numbers, reliability diagrams.
-        snapshots: of the first, the middle and the last step that has one.
-        notes: sentences about what is missing or damaged.
-    """
-
-    path: Path
     config: Record
     metrics: list[Record]
     evaluations: list[Record]
     skipped: list[Record]
     robustness: list[Record]
     incidents: list[Record]
-    peak_memory: float | None
-    examples: dict[str, list[Record]]
-    details: list[Record]
-    snapshots: "list[Snapshot]"
-    notes: list[str]
+    peak_memory: float | None  # bytes
+    examples: dict[str, list[Record]]  # file name of a set -> images
+    details: list[Record]  # class by class numbers, reliability diagrams
+    snapshots: "list[Snapshot]"  # of the first, the middle and the last step that has one
+    notes: list[str]  # sentences about what is missing or damaged
 
     @property
     def training_seconds(self) -> float | None:
-        """Time spent in training steps, without evaluation, or None if it was not logged.
-
-        Summed over the logged intervals as samples / rate, so that a resumed run counts each step once.
-        """
+        """Time in training steps: the sum of samples / rate, so that a resumed run counts each step once."""
         total, before = 0.0, 0.0
         for record in self.metrics:
             seen, rate = number(record, "samples_seen"), number(record, "samples_per_second")
@@ -69,11 +53,7 @@ class RunFiles:
 
 
 def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
-    """Read a run folder in any state.
-
-    Args:
-        folder: the run's folder.
-        journals_only: leave out images, details and snapshots.
+    """Read a run folder in any state; `journals_only` leaves out images, details and snapshots.
 
     Raises:
         ConfigError: the folder does not exist, or holds no run.
@@ -96,21 +76,18 @@ def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
     if not evaluations:
         notes.append("Nothing has been evaluated yet.")
     memory = _json(folder / "memory.json", notes)
-    details = [] if journals_only else [_json(path, notes) for path in sorted((folder / "details").glob("*.json"))]
-    return RunFiles(folder, config, metrics, evaluations, skipped, robustness, incidents,
+    examples, details = ({} if journals_only else {
+        path.stem: found for path in sorted((folder / name).glob("*.json")) if (found := _json(path, notes))}
+        for name in ("examples", "details"))
+    return RunFiles(config, metrics, evaluations, skipped, robustness, incidents,
                     number(memory, "peak_memory") if isinstance(memory, dict) else None,
-                    {} if journals_only else _examples(folder / "examples", notes),
-                    [found for found in details if isinstance(found, dict)],
-                    [] if journals_only else _snapshots(folder / "snapshots", notes), notes)
+                    examples, list(details.values()), [] if journals_only else _snapshots(folder / "snapshots", notes), notes)
 
 
 def outcome(folder: Path) -> Record:
-    """Return the final state of a run as plain JSON values.
+    """Return the final state of a run as plain JSON values; what is not known is None, or missing among the metrics.
 
-    Returns:
-        `samples_seen` and `steps` so far; `training_seconds` of the steps, without evaluation; `peak_memory` in bytes;
-        `metrics` and `chance`, each set -> evaluator -> metric -> value, of the last evaluation of the online
-        weights. What is not known is None, or missing among the metrics.
+    `metrics` and `chance` are set -> evaluator -> metric -> value, of the last evaluation of the online weights.
     """
     run = read_run(folder, journals_only=True)
     # a last step that was skipped has no line among the metrics, but is evaluated
@@ -128,7 +105,7 @@ def outcome(folder: Path) -> Record:
 
 
 def primary(result: Record, sets: Sequence[str]) -> tuple[Metric, float] | None:
-    """Return the first metric of `PRIMARY` on the first set where any was measured, and its value; None without any."""
+    """Return the first metric of `PRIMARY` on the first set where any was measured, and its value."""
     for name in sets:
         measured = mapping(mapping(result, "metrics"), name)
         for evaluator, metric in PRIMARY.items():
@@ -141,21 +118,13 @@ def primary(result: Record, sets: Sequence[str]) -> tuple[Metric, float] | None:
 def number(record: Record, name: str) -> float | None:
     """Return a finite number of a record, or None for anything else."""
     value = record.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def mapping(record: Record, name: str) -> Record:
-    """Return an object of a record, or an empty one for anything else."""
+    """Return an object of a record, or an empty one."""
     value = record.get(name)
     return value if isinstance(value, dict) else {}
-
-
-def objects(record: Record, name: str) -> list[Record]:
-    """Return the objects of a list in a record."""
-    value = record.get(name)
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _json(path: Path, notes: list[str]) -> Any:
@@ -188,11 +157,6 @@ def _journal(path: Path, notes: list[str]) -> list[Record]:
     if damaged:
         notes.append(f"{path.name}: {damaged} truncated {'line was' if damaged == 1 else 'lines were'} left out.")
     return records
-
-
-def _examples(folder: Path, notes: list[str]) -> dict[str, list[Record]]:
-    found = {path.stem: {"images": _json(path, notes)} for path in sorted(folder.glob("*.json"))}
-    return {name: images for name, record in found.items() if (images := objects(record, "images"))}
 
 
 def _snapshots(folder: Path, notes: list[str]) -> "list[Snapshot]":

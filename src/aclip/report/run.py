@@ -12,8 +12,8 @@ from markupsafe import Markup
 from aclip.errors import category
 from aclip.files import as_file_name
 from aclip.report.figures import Points, Series, line_chart, smooth
-from aclip.report.journals import PRIMARY, Record, RunFiles, mapping, number, objects, read_run
-from aclip.report.page import MISSING, compact, count, duration, gigabytes, percent, write_page
+from aclip.report.journals import PRIMARY, Record, RunFiles, mapping, number, read_run
+from aclip.report.page import MISSING, compact, count, percent, write_page
 
 DIRECTIONS = {"image_to_text": "image → caption", "text_to_image": "caption → image"}
 CLASSIFIERS = {"zero_shot": "Zero-shot classification", "linear_probe": "Linear probe", "knn": "Nearest neighbours"}
@@ -80,15 +80,16 @@ def write_report(folder: Path) -> Path:
 
         return write_comparison(folder)
     run = read_run(folder)
+    shown = {key: value for key, value in run.config.items() if key not in ("dataflow", "command", "versions")}
     optional = {"classes": run.details, "robustness": run.robustness, "incidents": run.incidents}
     label = folder.resolve().name
     return write_page(
         folder / "report.html", "run", name=str(mapping(run.config, "recipe").get("name") or label), folder=label,
         sections=[(anchor, title) for anchor, title in SECTIONS if optional.get(anchor, True)], notes=run.notes,
-        headline=headline(run), results=results(run.evaluations), classes=class_by_class(run.details),
+        configuration=json.dumps(shown, indent=2, ensure_ascii=False) if shown else "", run=run, tiles=tiles(run.evaluations),
+        results=results(run.evaluations), classes=class_by_class(run.details),
         robustness=robustness(run.robustness), looks=looks(run), curves=training_curves(run.metrics),
-        retrievals=retrievals(run), recipe=recipe(run.config), skipped=skipped(run.skipped),
-        incidents=incidents(run.incidents), versions=mapping(run.config, "versions"))
+        retrievals=retrievals(run), skipped=skipped(run.skipped), incidents=incidents(run.incidents))
 
 
 def report(folder: Path) -> Path:
@@ -107,33 +108,13 @@ def report(folder: Path) -> Path:
     return path
 
 
-def headline(run: RunFiles) -> dict[str, Any]:
-    """Return what was trained, the main number of every held-out set, and the time it took."""
-    about, sources = mapping(run.config, "recipe"), run.config.get("data")
-    named = [run.config.get("model"), *(sources if isinstance(sources, list) else [sources])]
-    # a model without text has the probes alone
-    abilities = (_leading(run.evaluations, evaluator) for evaluator in PRIMARY)
-    last = run.metrics[-1] if run.metrics else {}
-    seconds, seen = run.training_seconds, number(last, "samples_seen")
-    facts = [
-        ("training time", duration(seconds)),
-        ("samples seen", count(seen)),
-        ("samples / s", compact(seen / seconds if seconds and seen else None)),
-        ("steps", count(number(last, "step"))),
-        ("batch size", count(number(run.config, "batch_size"))),
-        ("loss", compact(number(last, "loss"))),
-        ("peak memory", gigabytes(run.peak_memory)),
-    ]
-    return {
-        "name": str(about.get("name") or "A run"), "title": about.get("title") or "",
-        "what": " on ".join(str(one) for one in named if one),
-        "tiles": [_tile(name, record) for name, record in next(filter(None, abilities), {}).items()],
-        "facts": [(name, value) for name, value in facts if value != MISSING],
-    }
+def tiles(evaluations: Sequence[Record]) -> list[dict[str, str]]:
+    """Return the main number of every held-out set; a model without text has the probes alone."""
+    leading = next(filter(None, (_leading(evaluations, evaluator) for evaluator in PRIMARY)), {})
+    return [_tile(name, record) for name, record in leading.items()]
 
 
 def results(evaluations: Sequence[Record]) -> dict[str, Any]:
-    """Return the tables of final results and the metric curves of every set."""
     others = dict.fromkeys(str(record.get("evaluator", "?")) for record in evaluations)
     tables = [*(_table(evaluations, evaluator) for evaluator in TABLES),
               *(_plain_table(evaluations, evaluator) for evaluator in others if evaluator not in TABLES)]
@@ -141,13 +122,11 @@ def results(evaluations: Sequence[Record]) -> dict[str, Any]:
 
 
 def class_by_class(details: Sequence[Record]) -> dict[str, Any]:
-    """Return the confusions and the worst classes of every set and classifier, and the reliability diagrams."""
-    return {"confusions": [block for one in details if (block := _confusions(one))],
-            "diagrams": [diagram for one in details if (diagram := _reliability(one))]}
+    return {"confusions": [_confusions(one) for one in details if "confusions" in one],
+            "diagrams": [_reliability(one) for one in details if "reliability" in one]}
 
 
 def robustness(records: Sequence[Record]) -> dict[str, Any]:
-    """Return a chart for each set and evaluator, with one line for each way of choosing patches, and the numbers."""
     curves: dict[tuple[str, str, str], dict[str, dict[float, Record]]] = {}
     for record in records:  # later ones replace earlier ones
         keep = number(record, "keep")
@@ -174,7 +153,6 @@ def robustness(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def looks(run: RunFiles) -> dict[str, Any] | None:
-    """Return the images that all snapshots hold, each with its scores and kept patches at each step."""
     if not run.snapshots:
         return None
     from aclip.report.snapshots import heat_layer, to_image, veil_layer
@@ -187,13 +165,12 @@ def looks(run: RunFiles) -> dict[str, Any] | None:
     rows = [{"caption": caption, "image": to_image(last.images[i], SIDE), "columns": [
         {"step": shot.step, "heat": heat_layer(shot.scores[i], shot.grid),
          "veil": veil_layer(shot.keep_indices[i], shot.grid),
-         "fraction": _fraction(float(shot.scores[i][shot.keep_indices[i]].sum()), float(shot.scores[i].sum()))}
+         "fraction": float(shot.scores[i][shot.keep_indices[i]].sum()) / (float(shot.scores[i].sum()) or math.nan)}
         for shot in shots]} for i, caption in enumerate(last.captions[:MAX_IMAGES])]
     return {"times": times, "rows": rows, "kept": last.keep_indices.shape[1], "patches": last.scores.shape[1]}
 
 
 def training_curves(records: Sequence[Record]) -> dict[str, list[Markup]]:
-    """Return the charts of `metrics.jsonl`; what a recipe does not log is left out."""
     names = list(dict.fromkeys(name for record in records for name in mapping(record, "parts")))
     # placed at their step: a part holds its value alone
     parts = [mapping(r, "parts") | {"samples_seen": r.get("samples_seen")} for r in records]
@@ -222,20 +199,11 @@ def retrievals(run: RunFiles) -> list[dict[str, Any]]:
     evaluated = {as_file_name(name): name for name in (str(record.get("set", "?")) for record in run.evaluations)}
     order = list(evaluated)
     files = sorted(run.examples, key=lambda file: order.index(file) if file in evaluated else len(order))
-    return [{"set": evaluated.get(file, file),
-             **{kind: [_retrieved(one) for one in run.examples[file] if one.get("kind") == kind]
-                for kind in ("best", "worst")}} for file in files]
-
-
-def recipe(config: Record) -> dict[str, Any]:
-    """Return the command, the dataflow as text, and the whole configuration."""
-    rest = {key: value for key, value in config.items() if key not in ("dataflow", "command", "versions")}
-    return {"command": config.get("command"), "paper": mapping(config, "recipe").get("paper"),
-            "dataflow": config.get("dataflow"), "rest": json.dumps(rest, indent=2, ensure_ascii=False) if rest else ""}
+    return [{"set": evaluated.get(file, file), **{kind: [one for one in run.examples[file] if one["kind"] == kind]
+                                                  for kind in ("best", "worst")}} for file in files]
 
 
 def skipped(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the samples that could not be used, by name, and the number for each reason."""
     names: dict[str, str] = {}
     for record in records:
         names.setdefault(str(record.get("key", "?")), str(record.get("reason", "?")))
@@ -245,7 +213,6 @@ def skipped(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def incidents(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the number of incidents of each kind, and the first ones in their order."""
     kinds = [INCIDENTS.get(str(record.get("kind")), str(record.get("kind"))) for record in records]
     rows = []
     for record, kind in zip(records[:MAX_INCIDENTS], kinds, strict=False):
@@ -260,12 +227,7 @@ def incidents(records: Sequence[Record]) -> dict[str, Any]:
             "more": max(0, len(records) - MAX_INCIDENTS)}
 
 
-def _fraction(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 else None
-
-
 def _last_by_set(evaluations: Sequence[Record], evaluator: str) -> dict[tuple[str, str], Record]:
-    """Return the last evaluation of every (set, weights), sets in the order of their first evaluation."""
     last: dict[tuple[str, str], Record] = {}
     for record in evaluations:
         if record.get("evaluator") == evaluator:
@@ -276,7 +238,6 @@ def _last_by_set(evaluations: Sequence[Record], evaluator: str) -> dict[tuple[st
 
 
 def _leading(evaluations: Sequence[Record], evaluator: str) -> dict[str, Record]:
-    """Return each set's last evaluation with the weights that lead."""
     leading: dict[str, Record] = {}
     for (name, _), record in _last_by_set(evaluations, evaluator).items():
         leading.setdefault(name, record)
@@ -346,7 +307,6 @@ def _metric_curves(evaluations: Sequence[Record]) -> list[Markup]:
 
 
 def _points(records: Sequence[Record], key: str) -> Points:
-    """Return (samples seen, value); a value that is not finite stays as a gap, a missing one is left out."""
     points = []
     for record in records:
         x = number(record, "samples_seen")
@@ -362,16 +322,10 @@ def _smoothed(name: str, points: Points, colour: int) -> list[Series]:
     return [Series(name, points, colour, "faint"), Series(name, smooth(points), colour)]
 
 
-def _confusions(details: Record) -> dict[str, Any] | None:
+def _confusions(details: Record) -> dict[str, Any]:
     """Return the confusion matrix of the classes with the most errors, the worst classes, and the worst confusions."""
-    listed = details.get("classes")
-    names = [str(name) for name in listed] if isinstance(listed, list) else []
-    images, right = (_integers(details.get(key)) for key in ("pictures", "right"))
-    if not names or not len(names) == len(images) == len(right):
-        return None
-    cells = details.get("confusions")
-    wrong = [cell for cell in map(_integers, cells if isinstance(cells, list) else [])
-             if len(cell) == 3 and max(cell[:2]) < len(names) and images[cell[0]]]
+    names, images, right = (details[key] for key in ("classes", "pictures", "right"))
+    wrong = [cell for cell in details["confusions"] if images[cell[0]]]
     present = [i for i, n in enumerate(images) if n]
     worst = sorted(present, key=lambda i: (right[i] / images[i], -images[i], i))
     shown = sorted(sorted(present, key=lambda i: (right[i] - images[i], i))[:MAX_CLASSES])
@@ -391,31 +345,10 @@ def _confusions(details: Record) -> dict[str, Any] | None:
     }
 
 
-def _integers(value: object) -> list[int]:
-    """Return a list of non-negative integers, or an empty one for anything else."""
-    good = isinstance(value, list) and all(isinstance(n, int) and n >= 0 for n in value)
-    return list(value) if good and isinstance(value, list) else []
-
-
-def _reliability(details: Record) -> Markup | None:
-    points = [(100.0 * confidence, accuracy) for one in objects(details, "reliability")
-              if (confidence := number(one, "confidence")) is not None
-              and (accuracy := number(one, "accuracy")) is not None]
-    if not points:
-        return None
+def _reliability(details: Record) -> Markup:
+    points = [(100.0 * one["confidence"], one["accuracy"]) for one in details["reliability"]]
     return line_chart(
         str(details.get("set", "?")),
         [Series("accuracy", points), Series("perfectly calibrated", [(0.0, 0.0), (100.0, 1.0)], 0, "dashed")],
         unit="%", from_zero=True, note=f"logit_scale {compact(number(details, 'logit_scale'))}",
         x_label="confidence, %", last_values=False)
-
-
-def _retrieved(example: Record) -> dict[str, Any]:
-    """Return one image with its caption, the rank of that, and the captions that came out first."""
-    caption, rank = str(example.get("caption", "")), number(example, "rank")
-    top = [{"caption": words, "similarity": similarity, "width": f"{100.0 * min(max(similarity, 0.0), 1.0):.1f}",
-            "right": words.casefold().split() == caption.casefold().split()}
-           for words, similarity in ((str(item.get("caption", "")), number(item, "similarity") or 0.0)
-                                     for item in objects(example, "top"))]
-    return {"caption": caption, "key": str(example.get("key", "")), "rank": count(rank), "right": rank == 1,
-            "thumbnail": str(example.get("thumbnail") or ""), "top": top}

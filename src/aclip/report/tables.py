@@ -49,12 +49,10 @@ class Tables:
             self.metrics.setdefault(metric[:2], []).append(metric)
 
     def values(self, recipe: str, metric: Metric) -> list[float]:
-        """Return a metric of a recipe over seeds."""
         row = self._rows.get((recipe, metric))
         return [] if row is None else list(row["values"])
 
     def cost(self, recipe: str, key: str, statistic: str = "mean") -> float | None:
-        """Return a cost of a recipe over seeds, or None where it was not measured."""
         row = self._rows.get((recipe, ("", "", key)))
         return None if row is None else float(row[statistic])
 
@@ -68,11 +66,6 @@ class Tables:
         return f"{scale * row['mean']:.1f}{spread}{unit}{some}"
 
     def summary(self, *, brief: bool = False) -> "DataFrame":
-        """Return the first metric of every set and evaluator, costs, learning rate and number of seeds.
-
-        Args:
-            brief: of the costs, only time and arithmetic relative to the baseline, and memory.
-        """
         several = len(self.sets) > 1
         columns = {full_words(metrics[0], with_set=several): partial(self.cell, metric=metrics[0])
                    for metrics in self.metrics.values()}
@@ -81,7 +74,6 @@ class Tables:
             "seeds": lambda recipe: str(len(self.runs[recipe]))})
 
     def details(self) -> "dict[str, DataFrame]":
-        """Return all metrics of each set and evaluator, of the recipes that were measured so."""
         found = {}
         for (held, evaluator), metrics in self.metrics.items():
             table = self._table({metric_words(metric[2]): partial(self.cell, metric=metric) for metric in metrics})
@@ -89,7 +81,6 @@ class Tables:
         return found
 
     def costs(self) -> "DataFrame":
-        """Return samples, time, arithmetic and memory."""
         return self._table(self._costs())
 
     def write(self, folder: Path) -> None:
@@ -156,7 +147,6 @@ def exceeds_spread(first: Sequence[float], second: Sequence[float]) -> bool | No
 
 
 def is_fraction(metric: Metric) -> bool:
-    """Return whether a metric lies in [0, 1]: all do but ranks and nats."""
     return "rank" not in metric[2] and metric[2] != "nll"
 
 
@@ -185,17 +175,14 @@ def full_words(metric: Metric, *, with_set: bool = True) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """Return a ratio with two decimals."""
     return MISSING if value is None else f"{value:.2f}"
 
 
 def milliseconds(value: float | None) -> str:
-    """Return seconds as milliseconds."""
     return MISSING if value is None else f"{compact(1e3 * value)} ms"
 
 
 def to_rich(table: "DataFrame") -> "Table":
-    """Return a table of text for the terminal."""
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False)
