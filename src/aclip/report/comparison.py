@@ -1,6 +1,5 @@
 """The tables and the page of a comparison: `table.md`, `table.csv` and `index.html`."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from markupsafe import Markup
 
 from aclip.errors import CheckpointError, ConfigError
 from aclip.report.figures import Points, Series, line_chart
-from aclip.report.journals import PRIMARY, Metric, Record, mapping, number, primary, read_run
-from aclip.report.page import MISSING, compact, count, duration, gigabytes, write_page
+from aclip.report.journals import PRIMARY, Metric, Record, mapping, number, primary, read_journal, read_json
+from aclip.report.page import MISSING, count, duration, gigabytes, write_page
 from aclip.report.tables import Tables, exceeds_spread, full_words, is_fraction, milliseconds, ratio, to_rich
 
 if TYPE_CHECKING:
@@ -33,21 +32,13 @@ SECTIONS = (
 
 @dataclass(frozen=True)
 class ComparisonFiles:
-    """The contents of a comparison's folder.
-
-    Attributes:
-        path: the folder.
-        raw: `comparison.json`, with the step times of `timing.json`.
-        tables: the results.
-        runs: all of them, finished or not.
-        seeds: the first has searched for the learning rate.
-    """
+    """The contents of a comparison's folder."""
 
     path: Path
-    raw: Record
+    raw: Record  # comparison.json, with the step times of timing.json
     tables: Tables
-    runs: list[Record]
-    seeds: list[int]
+    runs: list[Record]  # finished or not
+    seeds: list[int]  # the first has searched for the learning rate
 
     def primary(self) -> Metric | None:
         found = [metric for metrics in self.tables.metrics.values() for metric in metrics]
@@ -69,38 +60,35 @@ class ComparisonFiles:
 
 
 def read_comparison(folder: Path) -> ComparisonFiles:
-    raw = _read(folder / "comparison.json")
-    if raw is None:
-        raise ConfigError(f"there is no comparison in '{folder}': it has no comparison.json")
-    raw["timing"] = _read(folder / "timing.json") or {}  # may be newer than the one in comparison.json
-    return ComparisonFiles(folder, raw, Tables(raw), list(raw.get("runs") or []),
-                           list(mapping(raw, "settings").get("seeds") or []))
+    """Read a comparison, finished or not.
+
+    Raises:
+        ConfigError: there is none in the folder, or its file is damaged.
+    """
+    damaged: list[str] = []
+    raw = read_json(folder / "comparison.json", damaged)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"there is no comparison in '{folder}': its comparison.json is "
+                          f"{'damaged' if damaged else 'missing'}")
+    raw["timing"] = read_json(folder / "timing.json", []) or {}  # may be newer than the one in comparison.json
+    return ComparisonFiles(folder, raw, Tables(raw), raw["runs"], raw["settings"]["seeds"])
 
 
 def write_comparison(folder: Path) -> Path:
-    """Write `table.md`, `table.csv` and the page `index.html` into a comparison's folder.
-
-    Returns:
-        The page.
+    """Write `table.md`, `table.csv` and the page `index.html` into a comparison's folder; return the page.
 
     Raises:
         ConfigError: there is no comparison in the folder, or its file is damaged.
     """
     comparison = read_comparison(folder)
-    raw, tables, metric, name = comparison.raw, comparison.tables, comparison.primary(), folder.resolve().name
+    tables, metric, name = comparison.tables, comparison.primary(), folder.resolve().name
     tables.write(folder)
-    data = raw.get("data")
-    about = {"model": raw.get("model"), "data": ", ".join(map(str, data)) if isinstance(data, list) else data,
-             "metric": full_words(metric) if metric else "", "seeds": ", ".join(map(str, comparison.seeds)),
-             "budget": budget(mapping(raw, "settings")), "num_pairs": number(raw, "num_pairs"),
-             "batch_size": number(raw, "batch_size"), "precision": raw.get("precision", MISSING),
-             "device": f"{raw.get('device', MISSING)}, {threads(raw.get('threads'))} a run"}
     return write_page(
         folder / "index.html", "comparison", name=f"{name}: a comparison", sections=SECTIONS, folder=name,
-        notes=comparison.notes(), recipes=tables.recipes, baseline=tables.baseline, about=about,
-        command=str(raw.get("command", "")), tiles=tiles(comparison), summary=tables.summary(brief=True),
+        notes=comparison.notes(), raw=comparison.raw, recipes=tables.recipes, baseline=tables.baseline,
+        metric=full_words(metric) if metric else "", tiles=tiles(comparison), summary=tables.summary(brief=True),
         details=tables.details(), differences=differences(tables), curves=curves(comparison), kept=kept(comparison),
-        cost=cost(comparison), lr=learning_rates(comparison), runs=runs(comparison))
+        costs=tables.costs(), steps=steps(comparison), lr=learning_rates(comparison), runs=runs(comparison))
 
 
 def summary_table(folder: Path) -> "Table":
@@ -206,18 +194,14 @@ def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
     return {"images": images, "whole": [name for name in shots if name not in masking], "figures": len(shown) + 1}
 
 
-def cost(comparison: ComparisonFiles) -> dict[str, Any]:
-    timing = mapping(comparison.raw, "timing")
-    shown = {comparison.tables.baseline, *comparison.tables.recipes}
-    steps = {label: step for label, step in mapping(timing, "steps").items() if label.split(", ")[0] in shown}
-    rows = []
-    for label, step in steps.items():
-        low, median, high = (milliseconds(number(step, key)) for key in ("first_quartile", "median", "third_quartile"))
-        rows.append([label, median, f"{low} to {high}", count(number(step, "rounds"))])
-    return {"table": comparison.tables.costs(), "steps": rows,
-            "warmup": timing.get("warmup_rounds", "?"), "device": timing.get("device", comparison.raw.get("device")),
-            "threads": threads(timing.get("threads")), "batch_size": count(number(comparison.raw, "batch_size")),
-            "text_tokens": compact(number(comparison.raw, "text_tokens"))}
+def steps(comparison: ComparisonFiles) -> list[list[str]]:
+    """Return the measured step times with their quartiles."""
+    shown, rows = {comparison.tables.baseline, *comparison.tables.recipes}, []
+    for label, step in mapping(mapping(comparison.raw, "timing"), "steps").items():
+        if label.split(", ")[0] in shown:
+            low, median, high = (milliseconds(step[key]) for key in ("first_quartile", "median", "third_quartile"))
+            rows.append([label, median, f"{low} to {high}", count(step["rounds"])])
+    return rows
 
 
 def learning_rates(comparison: ComparisonFiles) -> dict[str, Any]:
@@ -255,29 +239,6 @@ def runs(comparison: ComparisonFiles) -> list[list[str]]:
     return rows
 
 
-def budget(settings: Record) -> str:
-    epochs, samples, minutes = (number(settings, key) for key in ("epochs", "samples", "minutes"))
-    if minutes is not None:
-        return f"{minutes:g} minutes of training steps"
-    return f"{samples:,.0f} pairs" if samples is not None else f"{epochs or 0:g} epochs"
-
-
-def threads(number_of: object) -> str:
-    return f"{MISSING if number_of is None else number_of} {'thread' if number_of == 1 else 'threads'}"
-
-
-def _read(path: Path) -> Record | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} is damaged: it holds no object")
-    return found
-
-
 def _difference(first: Sequence[float], second: Sequence[float], metric: Metric) -> Markup:
     points = round((100.0 if is_fraction(metric) else 1.0) * (fmean(first) - fmean(second)), 1)
     text = f"{points + 0.0:+.1f}"  # + 0.0: no negative zero
@@ -285,13 +246,9 @@ def _difference(first: Sequence[float], second: Sequence[float], metric: Metric)
 
 
 def _history(comparison: ComparisonFiles, run: Record, metric: Metric) -> Points:
-    try:
-        evaluations = read_run(comparison.path / "runs" / str(run["name"]), journals_only=True).evaluations
-    except ConfigError:
-        return []
     held, evaluator, name = metric
     found: dict[float, float] = {}
-    for record in evaluations:
+    for record in read_journal(comparison.path / "runs" / str(run["name"]) / "evaluations.jsonl", []):
         if (record.get("set"), record.get("evaluator"), record.get("weights")) == (held, evaluator, "online"):
             seen, value = number(record, "samples_seen"), number(mapping(record, "metrics"), name)
             if seen is not None and value is not None:

@@ -61,9 +61,9 @@ def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
     if not folder.is_dir():
         raise ConfigError(f"there is no run folder '{folder}'")
     notes: list[str] = []
-    config = _json(folder / "config.json", notes)
+    config = read_json(folder / "config.json", notes)
     metrics, evaluations, skipped, robustness, incidents = (
-        _journal(folder / f"{name}.jsonl", notes) for name in JOURNALS)
+        read_journal(folder / f"{name}.jsonl", notes) for name in JOURNALS)
     recorded = any((folder / f"{name}.jsonl").exists() for name in JOURNALS[:3])
     if not recorded and not (isinstance(config, dict) and mapping(config, "recipe")):
         raise ConfigError(f"'{folder}' is no run: it has neither a config.json of aclip nor journals; give the "
@@ -75,13 +75,13 @@ def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
         notes.append("No training step has been logged yet.")
     if not evaluations:
         notes.append("Nothing has been evaluated yet.")
-    memory = _json(folder / "memory.json", notes)
+    memory = read_json(folder / "memory.json", notes)
     examples, details = ({} if journals_only else {
-        path.stem: found for path in sorted((folder / name).glob("*.json")) if (found := _json(path, notes))}
+        path.stem: found for path in sorted((folder / name).glob("*.json")) if (found := read_json(path, notes))}
         for name in ("examples", "details"))
-    return RunFiles(config, metrics, evaluations, skipped, robustness, incidents,
-                    number(memory, "peak_memory") if isinstance(memory, dict) else None,
-                    examples, list(details.values()), [] if journals_only else _snapshots(folder / "snapshots", notes), notes)
+    return RunFiles(config, metrics, evaluations, skipped, robustness, incidents, number(memory or {}, "peak_memory"),
+                    examples, list(details.values()),
+                    [] if journals_only else _snapshots(folder / "snapshots", notes), notes)
 
 
 def outcome(folder: Path) -> Record:
@@ -127,7 +127,7 @@ def mapping(record: Record, name: str) -> Record:
     return value if isinstance(value, dict) else {}
 
 
-def _json(path: Path, notes: list[str]) -> Any:
+def read_json(path: Path, notes: list[str]) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -137,7 +137,7 @@ def _json(path: Path, notes: list[str]) -> Any:
         return None
 
 
-def _journal(path: Path, notes: list[str]) -> list[Record]:
+def read_journal(path: Path, notes: list[str]) -> list[Record]:
     """Read JSON lines; truncated ones, which an interruption leaves, are left out and counted."""
     try:
         # Not splitlines: a caption may hold U+2028 and its like, which JSON does not escape.

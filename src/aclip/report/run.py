@@ -86,8 +86,8 @@ def write_report(folder: Path) -> Path:
     return write_page(
         folder / "report.html", "run", name=str(mapping(run.config, "recipe").get("name") or label), folder=label,
         sections=[(anchor, title) for anchor, title in SECTIONS if optional.get(anchor, True)], notes=run.notes,
-        configuration=json.dumps(shown, indent=2, ensure_ascii=False) if shown else "", run=run, tiles=tiles(run.evaluations),
-        results=results(run.evaluations), classes=class_by_class(run.details),
+        configuration=json.dumps(shown, indent=2, ensure_ascii=False) if shown else "", run=run,
+        tiles=tiles(run.evaluations), results=results(run.evaluations), classes=class_by_class(run.details),
         robustness=robustness(run.robustness), looks=looks(run), curves=training_curves(run.metrics),
         retrievals=retrievals(run), skipped=skipped(run.skipped), incidents=incidents(run.incidents))
 

@@ -27,8 +27,7 @@ from aclip.structs import Batch, Encoded, ViewBatch
 HEAT_OPACITY = 0.72  # over the grey image
 VEIL_OPACITY = 0.86  # over a removed patch
 
-# Nine anchors of Inferno (van der Walt and Smith, 2015; CC0): lightness rises evenly with the score, so it
-# also reads in grey and for colour-blind eyes.
+# Nine anchors of Inferno (van der Walt and Smith, 2015; CC0), whose lightness rises evenly with the score.
 _HEAT = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85),
     (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
@@ -64,8 +63,8 @@ def snapshot_path(folder: Path, step: int) -> Path:
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     """Write a snapshot atomically."""
-    tensors = {name: getattr(snapshot, name).detach().cpu().contiguous()
-               for name in ("images", "scores", "keep_indices")}
+    dtypes = {"images": torch.uint8, "scores": torch.float32, "keep_indices": torch.int64}
+    tensors = {name: getattr(snapshot, name).detach().to("cpu", dtype).contiguous() for name, dtype in dtypes.items()}
     header = {"captions": json.dumps(snapshot.captions), "grid": json.dumps(snapshot.grid), "step": str(snapshot.step)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -123,13 +122,6 @@ def heat_layer(scores: Float[Tensor, " N"], grid: tuple[int, int]) -> Image.Imag
 
     Scores are stretched from their minimum to their 98th percentile, so that a single patch with most of the
     attention, which ViTs have, does not leave all others black. Equal scores give the darkest colour.
-
-    Args:
-        scores: (N,) float, N = grid[0] x grid[1].
-        grid: patches (down, across).
-
-    Returns:
-        RGB, `grid[1]` wide and `grid[0]` high.
     """
     values = np.nan_to_num(scores.detach().cpu().double().numpy()).reshape(grid)
     low, high = values.min(), np.quantile(values, 0.98)
