@@ -46,17 +46,17 @@ class ComparisonFiles:
         return next((metric for metric in wanted if metric in found), None)
 
     def notes(self) -> list[str]:
-        known = {str(run.get("name")) for run in self.runs}
-        found = (
-            ("Failed, and left out: {}.", [run for run in self.runs if run.get("error") and not run.get("finished")]),
-            ("Not finished yet, and left out: {}.",
-             [run for run in self.runs if not run.get("finished") and not run.get("error")]),
-            ("Trained, but not measured with every evaluator; what was measured counts: {}.",
-             [run for run in self.runs if run.get("finished") and not run.get("complete", True)]),
-            ("Runs in the folder that the command does not name, not shown: {}.",
-             [{"name": path.name} for path in sorted((self.path / "runs").glob("*")) if path.name not in known]),
-        )
-        return [sentence.format(", ".join(str(run.get("name")) for run in some)) for sentence, some in found if some]
+        found: dict[str, list[str]] = {"Failed, and left out": [], "Not finished yet, and left out": [],
+                                       "Trained, but not measured with every evaluator; what was measured counts": []}
+        failed, unfinished, in_part = found.values()
+        for run in self.runs:
+            if not run.get("finished"):
+                (failed if run.get("error") else unfinished).append(run["name"])
+            elif not run.get("complete", True):
+                in_part.append(run["name"])
+        found["Runs in the folder that the command does not name, not shown"] = sorted(
+            {path.name for path in (self.path / "runs").glob("*")} - {run["name"] for run in self.runs})
+        return [f"{sentence}: {', '.join(names)}." for sentence, names in found.items() if names]
 
 
 def read_comparison(folder: Path) -> ComparisonFiles:

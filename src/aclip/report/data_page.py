@@ -20,18 +20,11 @@ _RATIOS = {1 / 4: "taller than 4:1", 1 / 2: "4:1 to 2:1", 0.8: "2:1 to 5:4", 1.2
 _TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _LOOK_SIDE = 320  # pixels
 
-Groups = Sequence[Sequence[Sequence["Example"]]]
-"""The examples of each finding, in groups of samples that belong together."""
+Groups = Sequence[Sequence[Sequence["Example"]]]  # of each finding, groups of samples that belong together
 
 
 def write_data_page(examined: "Examination", folder: Path) -> Path:
-    """Write `data.html`, and the same numbers in `data.json`, into a folder.
-
-    The images of the examples are read again, and are in the page. All text from data is escaped.
-
-    Returns:
-        The page.
-    """
+    """Write `data.html`, with the images of the examples, and the same numbers in `data.json`; return the page."""
     shown = examined.load_examples()
     write_text(folder / "data.json", json.dumps(to_record(examined, shown), indent=2, ensure_ascii=False) + "\n")
     name, *against = (_spec(one) for one in examined.measured)
@@ -48,17 +41,13 @@ def write_look_page(
     path: Path, title: str, facts: list[tuple[str, str]],
     samples: list[tuple[Image.Image, str, tuple[str, ...]]], advice: list[str],
 ) -> Path:
-    """Write the page of `aclip data look`: what a source was read as, with a few of its samples.
+    """Write the page of `aclip data look`, what a source was read as, to `path`, and return it.
 
     Args:
-        path: the file.
         title: name of the source.
         facts: names and values, shown below the title.
-        samples: image, name and captions of each; shown no larger than 320 pixels.
+        samples: image, name and captions of each.
         advice: sentences about the source; none leaves the section out.
-
-    Returns:
-        `path`.
     """
     cards = []
     for image, name, captions in samples:

@@ -1,7 +1,6 @@
 """Line charts as inline SVG.
 
-The lines are drawn in an SVG that stretches with the page (strokes keep their width); ticks and legend are
-HTML beside it, so that text keeps its size on any screen. `report.js` adds a cursor that reads out values.
+The SVG stretches with the page; ticks and legend are HTML beside it, so that text keeps its size on any screen.
 """
 
 import json
@@ -23,18 +22,11 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart.
-
-    Attributes:
-        name: shown in the legend.
-        points: (x, y), x ascending; a y that is None, NaN or infinite leaves a gap.
-        colour: index into the palette of `style.css`, 0 is grey.
-        style: "line"; "faint" for raw values behind a smoothed line (not in the legend); "dashed" for a reference.
-    """
+    """One line of a chart; "faint" is for raw values behind a smoothed line, "dashed" for a reference."""
 
     name: str
-    points: Sequence[tuple[float, float | None]]
-    colour: int = 1
+    points: Sequence[tuple[float, float | None]]  # x ascending; a y that is None, NaN or infinite leaves a gap
+    colour: int = 1  # index into the palette of style.css, 0 is grey
     style: Literal["line", "faint", "dashed"] = "line"
 
     @property
@@ -55,10 +47,7 @@ class Axis:
 
 
 def nice_axis(low: float, high: float, intervals: int = 4, widen: bool = True) -> Axis:
-    """Return an axis around [low, high] whose ticks are multiples of 1, 2, 2.5 or 5 times a power of ten.
-
-    It aims at a number of intervals, and grows to the next tick on either side, or ends at `low` and `high`.
-    """
+    """Return an axis around [low, high] whose ticks are multiples of 1, 2, 2.5 or 5 times a power of ten."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = abs(low) / 2 or 0.5
         low, high = low - room, high + room

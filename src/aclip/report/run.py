@@ -23,9 +23,7 @@ INCIDENTS = {"non_finite": "step skipped", "damaged_checkpoint": "checkpoint dam
 
 MAX_CLASSES = 30  # in a confusion matrix; of more, those with the most errors
 MAX_ROWS = 12  # classes and confusions in a table
-MAX_SKIPPED = 200
-MAX_INCIDENTS = 50
-MAX_IMAGES = 10
+MAX_SKIPPED, MAX_INCIDENTS, MAX_IMAGES = 200, 50, 10
 SIDE = 224  # pixels; more is not visible at the size shown
 
 SECTIONS = (
@@ -35,10 +33,8 @@ SECTIONS = (
     ("environment", "Environment"),
 )
 
-_WEIGHTS = ("online", "ema")  # the first that was evaluated leads
-
+# title, part of an evaluation's record, key in it, format
 Column = tuple[str, str, str, Callable[[float | None], str]]
-"""Title, part of an evaluation's record, key in it, format."""
 
 _IMAGES: Column = ("images", "counts", "pictures", count)
 _OF_CLASSES: list[Column] = [
@@ -57,20 +53,13 @@ TABLES: dict[str, tuple[str, list[Column]]] = {
         ("chance NLL", "chance", "nll", compact), _IMAGES, ("classes", "counts", "classes", count)]),
 }
 
-Table = tuple[str, list[str], list[list[str]], int]
-"""Title, head, rows, first numeric column."""
+Table = tuple[str, list[str], list[list[str]], int]  # title, head, rows, first numeric column
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of a run, `report.html`, or of a comparison, `index.html`, into its folder.
+    """Write the page of a run, `report.html`, or of a comparison, `index.html`, into its folder; return its path.
 
-    What is missing or damaged is named on the page. All text from data is escaped.
-
-    Args:
-        folder: of a run or a comparison, in any state.
-
-    Returns:
-        The path of the page.
+    The folder may be in any state: what is missing or damaged is named on the page.
 
     Raises:
         ConfigError: the folder holds neither.
@@ -87,7 +76,9 @@ def write_report(folder: Path) -> Path:
         folder / "report.html", "run", name=str(mapping(run.config, "recipe").get("name") or label), folder=label,
         sections=[(anchor, title) for anchor, title in SECTIONS if optional.get(anchor, True)], notes=run.notes,
         configuration=json.dumps(shown, indent=2, ensure_ascii=False) if shown else "", run=run,
-        tiles=tiles(run.evaluations), results=results(run.evaluations), classes=class_by_class(run.details),
+        tiles=tiles(run.evaluations), results=results(run.evaluations),
+        confusions=[_confusions(one) for one in run.details if "confusions" in one],
+        diagrams=[_reliability(one) for one in run.details if "reliability" in one],
         robustness=robustness(run.robustness), looks=looks(run), curves=training_curves(run.metrics),
         retrievals=retrievals(run), skipped=skipped(run.skipped), incidents=incidents(run.incidents))
 
@@ -119,11 +110,6 @@ def results(evaluations: Sequence[Record]) -> dict[str, Any]:
     tables = [*(_table(evaluations, evaluator) for evaluator in TABLES),
               *(_plain_table(evaluations, evaluator) for evaluator in others if evaluator not in TABLES)]
     return {"tables": [table for table in tables if table[2]], "curves": _metric_curves(evaluations)}
-
-
-def class_by_class(details: Sequence[Record]) -> dict[str, Any]:
-    return {"confusions": [_confusions(one) for one in details if "confusions" in one],
-            "diagrams": [_reliability(one) for one in details if "reliability" in one]}
 
 
 def robustness(records: Sequence[Record]) -> dict[str, Any]:
@@ -232,9 +218,8 @@ def _last_by_set(evaluations: Sequence[Record], evaluator: str) -> dict[tuple[st
     for record in evaluations:
         if record.get("evaluator") == evaluator:
             last[str(record.get("set", "?")), str(record.get("weights", "online"))] = record
-    sets = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in last))}
-    rank = {weights: i for i, weights in enumerate(_WEIGHTS)}
-    return dict(sorted(last.items(), key=lambda item: (sets[item[0][0]], rank.get(item[0][1], len(rank)), item[0][1])))
+    sets = list(dict.fromkeys(name for name, _ in last))  # in the order of their evaluation; of each, online leads
+    return dict(sorted(last.items(), key=lambda item: (sets.index(item[0][0]), item[0][1] != "online")))
 
 
 def _leading(evaluations: Sequence[Record], evaluator: str) -> dict[str, Record]:
@@ -274,8 +259,7 @@ def _table(evaluations: Sequence[Record], evaluator: str) -> Table:
     return title, [head[i] for i in shown], [[row[i] for i in shown] for row in rows], sum(i < 5 for i in shown)
 
 
-def _plain_table(evaluations: Sequence[Record], evaluator: str) -> Table:
-    """Return all metrics of an evaluator without a table of its own, such as a user's."""
+def _plain_table(evaluations: Sequence[Record], evaluator: str) -> Table:  # such as a user's
     rows = [[name, weights, metric, compact(number(mapping(record, "metrics"), metric))]
             for (name, weights), record in _last_by_set(evaluations, evaluator).items()
             for metric in mapping(record, "metrics")]

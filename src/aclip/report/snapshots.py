@@ -38,21 +38,12 @@ _VEIL = (134, 139, 150)  # mid-grey: differs from white and from black
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One file of `snapshots/`.
+    """One file of `snapshots/`: what the masking read and kept of some images after a step."""
 
-    Attributes:
-        images: (n, 3, H, W) uint8, without augmentation.
-        scores: (n, N) float32, attention of CLS to each patch, as the masking reads it.
-        keep_indices: (n, K) int64 ascending, the patches that survive.
-        grid: patches (down, across), N = down x across.
-        captions: one for each image.
-        step: optimizer steps done when it was taken.
-    """
-
-    images: UInt8[Tensor, "n 3 H W"]
-    scores: Float[Tensor, "n N"]
-    keep_indices: Int[Tensor, "n K"]
-    grid: tuple[int, int]
+    images: UInt8[Tensor, "n 3 H W"]  # without augmentation
+    scores: Float[Tensor, "n N"]  # attention of CLS to each patch
+    keep_indices: Int[Tensor, "n K"]  # ascending
+    grid: tuple[int, int]  # patches (down, across)
     captions: tuple[str, ...]
     step: int
 

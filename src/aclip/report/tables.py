@@ -18,15 +18,10 @@ _WORDS = {"image_to_text": "to caption", "text_to_image": "to image", "median_ra
 
 
 class Tables:
-    """The results of a comparison, as numbers over seeds and as tables of text.
-
-    Args:
-        raw: `comparison.json`, with the step times of `timing.json`.
+    """The results of a comparison (`comparison.json`), as numbers over seeds and as tables of text.
 
     Attributes:
-        recipes: in the order asked for.
-        runs: of each recipe the finished ones that count, by seed.
-        baseline: the recipe that times and arithmetic are relative to.
+        runs: of each recipe, in the order asked for, the finished ones that count, by seed.
         frame: a row for each recipe, set, evaluator and metric; columns mean, standard_deviation (of the sample, NaN of
             a single value), max, n, and values, the list over seeds. Costs have no set and no evaluator.
         metrics: (set, evaluator) -> its metrics, in the order of the sets; the first of each leads.
@@ -57,7 +52,6 @@ class Tables:
         return None if row is None else float(row[statistic])
 
     def cell(self, recipe: str, metric: Metric) -> str:
-        """Return mean ± sample standard deviation, fractions in per cent; a single value has no deviation."""
         row, (scale, unit) = self._rows.get((recipe, metric)), (100.0, " %") if is_fraction(metric) else (1.0, "")
         if row is None:
             return MISSING
@@ -84,7 +78,6 @@ class Tables:
         return self._table(self._costs())
 
     def write(self, folder: Path) -> None:
-        """Write `table.md`, the tables as text, and `table.csv`, plain numbers with every seed's value."""
         parts = [_markdown(self.summary()), *(f"## {title}\n\n{_markdown(table)}"
                                               for title, table in self.details().items())]
         write_text(folder / "table.md", "\n".join(parts))
@@ -130,10 +123,7 @@ class Tables:
 
 
 def pooled_spread(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return sqrt(((n - 1) s^2 + (m - 1) t^2) / (n + m - 2)), s and t the sample standard deviations of n and m values.
-
-    None where either has fewer than two values.
-    """
+    """Return sqrt(((n - 1) s^2 + (m - 1) t^2) / (n + m - 2)), s and t the standard deviations of n and m > 1 values."""
     if len(first) < 2 or len(second) < 2:
         return None
     squares = sum((x - fmean(values)) ** 2 for values in (first, second) for x in values)
@@ -151,11 +141,7 @@ def is_fraction(metric: Metric) -> bool:
 
 
 def metric_words(name: str) -> str:
-    """Return a metric in words.
-
-    >>> metric_words("image_to_text_r1"), metric_words("text_to_image_median_rank"), metric_words("top1")
-    ('R@1 to caption', 'median rank to image', 'top-1')
-    """
+    """Return a metric in words, such as "R@1 to caption", "median rank to image", "top-1"."""
     for direction in ("image_to_text", "text_to_image"):
         if name.startswith(f"{direction}_"):
             rest = name.removeprefix(f"{direction}_")
@@ -164,11 +150,7 @@ def metric_words(name: str) -> str:
 
 
 def full_words(metric: Metric, *, with_set: bool = True) -> str:
-    """Return a metric in words, with its set and, unless it is retrieval, its evaluator.
-
-    >>> full_words(("val", "retrieval", "image_to_text_r1")), full_words(("val", "linear_probe", "top1"))
-    ('val R@1 to caption', 'val linear probe top-1')
-    """
+    """Return a metric in words, with its set and, unless it is retrieval, its evaluator: "val linear probe top-1"."""
     held, evaluator, name = metric
     words = [*([held] if with_set else []), *([] if evaluator == "retrieval" else [evaluator.replace("_", " ")])]
     return " ".join([*words, metric_words(name)])
