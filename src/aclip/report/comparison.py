@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ from markupsafe import Markup
 from aclip.errors import CheckpointError, ConfigError
 from aclip.report.figures import Points, Series, line_chart
 from aclip.report.journals import PRIMARY, Metric, Record, mapping, number, primary, read_journal, read_json
-from aclip.report.page import MISSING, count, duration, gigabytes, write_page
-from aclip.report.tables import Tables, exceeds_spread, full_words, is_fraction, milliseconds, ratio, to_rich
+from aclip.report.page import MISSING, count, write_page
+from aclip.report.tables import Tables, exceeds_spread, full_words, is_fraction, to_rich
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,24 +86,15 @@ def write_comparison(folder: Path) -> Path:
     tables.write(folder)
     return write_page(
         folder / "index.html", "comparison", name=f"{name}: a comparison", sections=SECTIONS, folder=name,
-        notes=comparison.notes(), raw=comparison.raw, recipes=tables.recipes, baseline=tables.baseline,
-        metric=full_words(metric) if metric else "", tiles=tiles(comparison), summary=tables.summary(brief=True),
-        details=tables.details(), differences=differences(tables), curves=curves(comparison), kept=kept(comparison),
-        costs=tables.costs(), steps=steps(comparison), lr=learning_rates(comparison), runs=runs(comparison))
+        notes=comparison.notes(), raw=comparison.raw, tables=tables, recipes=tables.recipes, baseline=tables.baseline,
+        metric=metric, metric_words=full_words(metric) if metric else "", tiles=metric and len(tables.recipes) <= MANY,
+        differences=differences(tables), curves=curves(comparison), kept=kept(comparison),
+        lr=learning_rates(comparison), primary=partial(primary, sets=tables.sets),
+        reports={path.parent.name for path in folder.glob("runs/*/report.html")})
 
 
 def summary_table(folder: Path) -> "Table":
     return to_rich(read_comparison(folder).tables.summary(brief=True))
-
-
-def tiles(comparison: ComparisonFiles) -> list[dict[str, str]]:
-    tables, metric = comparison.tables, comparison.primary()
-    if metric is None or len(tables.recipes) > MANY:
-        return []
-    cells = {name: tables.cell(name, metric).partition(" (n")[0] for name in tables.recipes}
-    return [{"name": name, "value": cell.partition(" ± ")[0] + (" %" if "±" in cell and "%" in cell else ""),
-             "spread": cell.partition(" ± ")[2].removesuffix(" %"), "time": ratio(tables.cost(name, "relative_time")),
-             "macs": ratio(tables.cost(name, "relative_cost"))} for name, cell in cells.items()]
 
 
 def differences(tables: Tables) -> list[dict[str, Any]]:
@@ -194,16 +186,6 @@ def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
     return {"images": images, "whole": [name for name in shots if name not in masking], "figures": len(shown) + 1}
 
 
-def steps(comparison: ComparisonFiles) -> list[list[str]]:
-    """Return the measured step times with their quartiles."""
-    shown, rows = {comparison.tables.baseline, *comparison.tables.recipes}, []
-    for label, step in mapping(mapping(comparison.raw, "timing"), "steps").items():
-        if label.split(", ")[0] in shown:
-            low, median, high = (milliseconds(step[key]) for key in ("first_quartile", "median", "third_quartile"))
-            rows.append([label, median, f"{low} to {high}", count(step["rounds"])])
-    return rows
-
-
 def learning_rates(comparison: ComparisonFiles) -> dict[str, Any]:
     lrs = sorted({float(run["lr"]) for run in comparison.runs})
     if len(mapping(comparison.raw, "settings").get("lr") or []) < 2:
@@ -223,20 +205,6 @@ def learning_rates(comparison: ComparisonFiles) -> dict[str, Any]:
     return {"rows": rows, "head": ["recipe", *(f"{lr:g}" for lr in lrs)], "seeds": comparison.seeds,
             "metric": full_words(metric) if metric else "the first set",
             "held_out": ", ".join(name for name in chosen_on if name not in tables.sets)}
-
-
-def runs(comparison: ComparisonFiles) -> list[list[str]]:
-    rows = []
-    for run in comparison.runs:
-        name, found = str(run.get("name")), primary(run, comparison.tables.sets)
-        report = f"runs/{name}/report.html"
-        state = "failed" if run.get("error") else "done" if run.get("finished") else "not finished"
-        rows.append([
-            Markup('<a href="{}">{}</a>').format(report, name) if (comparison.path / report).exists() else name,
-            f"{state}: {run['error']}" if run.get("error") else state,
-            f"{100 * found[1]:.1f} %" if found else MISSING, count(number(run, "samples_seen")),
-            duration(number(run, "training_seconds")), gigabytes(number(run, "peak_memory"))])
-    return rows
 
 
 def _difference(first: Sequence[float], second: Sequence[float], metric: Metric) -> Markup:

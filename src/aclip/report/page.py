@@ -97,6 +97,14 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def ratio(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    return MISSING if seconds is None else f"{compact(1e3 * seconds)} ms"
+
+
 def gigabytes(value: float | None) -> str:
     return MISSING if value is None else f"{value / 1e9:.2f} GB"
 
@@ -113,8 +121,8 @@ def _environment() -> "Environment":
 
     environment = Environment(loader=PackageLoader("aclip.report"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "count": count, "compact": compact, "duration": duration,
-                            "gigabytes": gigabytes, "data_uri": data_uri, "number": number, "mapping": mapping}
+    filters = (percent, count, compact, duration, ratio, milliseconds, gigabytes, data_uri, number, mapping)
+    environment.filters |= {function.__name__: function for function in filters}
     environment.globals["missing_value"] = MISSING
     return environment
 

@@ -23,7 +23,7 @@ INCIDENTS = {"non_finite": "step skipped", "damaged_checkpoint": "checkpoint dam
 
 MAX_CLASSES = 30  # in a confusion matrix; of more, those with the most errors
 MAX_ROWS = 12  # classes and confusions in a table
-MAX_SKIPPED, MAX_INCIDENTS, MAX_IMAGES = 200, 50, 10
+MAX_SKIPPED, MAX_IMAGES = 200, 10
 SIDE = 224  # pixels; more is not visible at the size shown
 
 SECTIONS = (
@@ -76,11 +76,14 @@ def write_report(folder: Path) -> Path:
         folder / "report.html", "run", name=str(mapping(run.config, "recipe").get("name") or label), folder=label,
         sections=[(anchor, title) for anchor, title in SECTIONS if optional.get(anchor, True)], notes=run.notes,
         configuration=json.dumps(shown, indent=2, ensure_ascii=False) if shown else "", run=run,
-        tiles=tiles(run.evaluations), results=results(run.evaluations),
+        # a model without text has the probes alone
+        leading=next(filter(None, (_leading(run.evaluations, evaluator) for evaluator in PRIMARY)), {}), results=results(run.evaluations),
         confusions=[_confusions(one) for one in run.details if "confusions" in one],
         diagrams=[_reliability(one) for one in run.details if "reliability" in one],
         robustness=robustness(run.robustness), looks=looks(run), curves=training_curves(run.metrics),
-        retrievals=retrievals(run), skipped=skipped(run.skipped), incidents=incidents(run.incidents))
+        retrievals=retrievals(run), skipped=skipped(run.skipped),
+        incident_kinds=Counter(record["kind"] for record in run.incidents).most_common(),
+        names={**INCIDENTS, **CLASSIFIERS})
 
 
 def report(folder: Path) -> Path:
@@ -97,12 +100,6 @@ def report(folder: Path) -> Path:
     path = write_report(folder)
     Console(highlight=False).print(f"report: {path}", markup=False, soft_wrap=True)
     return path
-
-
-def tiles(evaluations: Sequence[Record]) -> list[dict[str, str]]:
-    """Return the main number of every held-out set; a model without text has the probes alone."""
-    leading = next(filter(None, (_leading(evaluations, evaluator) for evaluator in PRIMARY)), {})
-    return [_tile(name, record) for name, record in leading.items()]
 
 
 def results(evaluations: Sequence[Record]) -> dict[str, Any]:
@@ -198,21 +195,6 @@ def skipped(records: Sequence[Record]) -> dict[str, Any]:
             "rows": list(names.items())[:MAX_SKIPPED], "more": max(0, len(names) - MAX_SKIPPED)}
 
 
-def incidents(records: Sequence[Record]) -> dict[str, Any]:
-    kinds = [INCIDENTS.get(str(record.get("kind")), str(record.get("kind"))) for record in records]
-    rows = []
-    for record, kind in zip(records[:MAX_INCIDENTS], kinds, strict=False):
-        if "reason" in record:
-            why = ": ".join(str(record[key]) for key in ("name", "reason") if key in record)
-        else:
-            known = ((words, record[key], number(record, key))
-                     for key, words in (("loss", "loss"), ("grad_norm", "gradient norm")) if key in record)
-            why = ", ".join(f"{words} {raw if value is None else compact(value)}" for words, raw, value in known)
-        rows.append([count(number(record, "step")), kind, why])
-    return {"often": ", ".join(f"{kind} ({count(n)})" for kind, n in Counter(kinds).most_common()), "rows": rows,
-            "more": max(0, len(records) - MAX_INCIDENTS)}
-
-
 def _last_by_set(evaluations: Sequence[Record], evaluator: str) -> dict[tuple[str, str], Record]:
     last: dict[tuple[str, str], Record] = {}
     for record in evaluations:
@@ -227,20 +209,6 @@ def _leading(evaluations: Sequence[Record], evaluator: str) -> dict[str, Record]
     for (name, _), record in _last_by_set(evaluations, evaluator).items():
         leading.setdefault(name, record)
     return leading
-
-
-def _tile(name: str, record: Record) -> dict[str, str]:
-    metrics, chance, counts = (mapping(record, part) for part in ("metrics", "chance", "counts"))
-    first, second, labels, among = "image_to_text_r1", "image_to_text_r5", ("R@1", "R@5"), "captions"
-    if first not in metrics:
-        title = CLASSIFIERS.get(str(record.get("evaluator")), "classification").lower()
-        first, second, labels, among = "top1", "top5", (f"top-1, {title}", "top-5"), "classes"
-    value, level = number(metrics, first), number(chance, first)
-    times = f"{compact(value / level, 2)} × " if value and level else ""  # noqa: RUF001
-    against = f"{times}chance ({percent(level)}, {count(number(counts, among))} {among})" if level else ""
-    return {"set": name, "value": percent(value), "label": labels[0],
-            "second": percent(number(metrics, second)) if number(metrics, second) is not None else "",
-            "second_label": labels[1], "chance": against}
 
 
 def _table(evaluations: Sequence[Record], evaluator: str) -> Table:

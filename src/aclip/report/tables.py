@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from aclip.report.journals import Metric, Record, mapping, number
-from aclip.report.page import MISSING, compact, count, duration, gigabytes, write_text
+from aclip.report.page import MISSING, compact, count, duration, gigabytes, milliseconds, ratio, write_text
 
 if TYPE_CHECKING:  # pandas takes long to import
     from pandas import DataFrame
@@ -154,14 +154,6 @@ def full_words(metric: Metric, *, with_set: bool = True) -> str:
     held, evaluator, name = metric
     words = [*([held] if with_set else []), *([] if evaluator == "retrieval" else [evaluator.replace("_", " ")])]
     return " ".join([*words, metric_words(name)])
-
-
-def ratio(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f}"
-
-
-def milliseconds(value: float | None) -> str:
-    return MISSING if value is None else f"{compact(1e3 * value)} ms"
 
 
 def to_rich(table: "DataFrame") -> "Table":
