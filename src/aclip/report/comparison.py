@@ -12,7 +12,7 @@ from markupsafe import Markup
 from aclip.errors import CheckpointError, ConfigError
 from aclip.report.figures import Points, Series, line_chart
 from aclip.report.journals import PRIMARY, Metric, Record, mapping, number, primary, read_journal, read_json
-from aclip.report.page import MISSING, count, write_page
+from aclip.report.page import count, write_page
 from aclip.report.tables import Tables, exceeds_spread, full_words, is_fraction, to_rich
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ class ComparisonFiles:
     raw: Record  # comparison.json, with the step times of timing.json
     tables: Tables
     runs: list[Record]  # finished or not
-    seeds: list[int]  # the first has searched for the learning rate
 
     def primary(self) -> Metric | None:
         found = [metric for metrics in self.tables.metrics.values() for metric in metrics]
@@ -72,7 +71,7 @@ def read_comparison(folder: Path) -> ComparisonFiles:
         raise ConfigError(f"there is no comparison in '{folder}': its comparison.json is "
                           f"{'damaged' if damaged else 'missing'}")
     raw["timing"] = read_json(folder / "timing.json", []) or {}  # may be newer than the one in comparison.json
-    return ComparisonFiles(folder, raw, Tables(raw), raw["runs"], raw["settings"]["seeds"])
+    return ComparisonFiles(folder, raw, Tables(raw), raw["runs"])
 
 
 def write_comparison(folder: Path) -> Path:
@@ -83,35 +82,21 @@ def write_comparison(folder: Path) -> Path:
     """
     comparison = read_comparison(folder)
     tables, metric, name = comparison.tables, comparison.primary(), folder.resolve().name
+    chosen = mapping(comparison.raw, "chosen_lr").values()
+    chosen_on = list(dict.fromkeys(str(one["set"]) for one in chosen if one.get("set")))
     tables.write(folder)
     return write_page(
         folder / "index.html", "comparison", name=f"{name}: a comparison", sections=SECTIONS, folder=name,
         notes=comparison.notes(), raw=comparison.raw, tables=tables, recipes=tables.recipes, baseline=tables.baseline,
         metric=metric, metric_words=full_words(metric) if metric else "", tiles=metric and len(tables.recipes) <= MANY,
-        differences=differences(tables), curves=curves(comparison), kept=kept(comparison),
-        lr=learning_rates(comparison), primary=partial(primary, sets=tables.sets),
+        difference=difference, full_words=full_words, many=MANY, curves=curves(comparison), kept=kept(comparison),
+        chosen_on=chosen_on, primary=partial(primary, sets=tables.sets),
+        searched=partial(primary, sets=[*chosen_on, *tables.sets]),
         reports={path.parent.name for path in folder.glob("runs/*/report.html")})
 
 
 def summary_table(folder: Path) -> "Table":
     return to_rich(read_comparison(folder).tables.summary(brief=True))
-
-
-def differences(tables: Tables) -> list[dict[str, Any]]:
-    found = []
-    for metric, *_ in tables.metrics.values():
-        values = {name: values for name in tables.recipes if (values := tables.values(name, metric))}
-        columns = titles = list(values)
-        if len(values) < 2:
-            continue
-        if len(values) > MANY:  # as wide as numbers, not as names
-            columns = [str(i) for i in range(1, len(values) + 1)]
-            titles = [" ".join(pair) for pair in zip(columns, titles, strict=True)]
-        rows = [[title, *(Markup('<span class="again">{}</span>').format(MISSING) if name == other else
-                          _difference(values[name], values[other], metric) for other in values)]
-                for title, name in zip(titles, values, strict=True)]
-        found.append({"title": full_words(metric), "head": ["", *columns], "rows": rows})
-    return found
 
 
 def curves(comparison: ComparisonFiles) -> list[Markup]:
@@ -186,28 +171,7 @@ def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
     return {"images": images, "whole": [name for name in shots if name not in masking], "figures": len(shown) + 1}
 
 
-def learning_rates(comparison: ComparisonFiles) -> dict[str, Any]:
-    lrs = sorted({float(run["lr"]) for run in comparison.runs})
-    if len(mapping(comparison.raw, "settings").get("lr") or []) < 2:
-        return {"rows": [], "single": f"{lrs[0]:g}" if len(lrs) == 1 else ""}
-    metric, tables, rows = comparison.primary(), comparison.tables, []
-    by_recipe = mapping(comparison.raw, "chosen_lr")
-    chosen_on = dict.fromkeys(str(held) for name in by_recipe if (held := mapping(by_recipe, name).get("set")))
-    for name in tables.recipes:
-        found = {run["lr"]: value[1] for run in comparison.runs
-                 if run.get("recipe") == name and run.get("finished") and run.get("seed") in comparison.seeds[:1]
-                 and (value := primary(run, [*chosen_on, *tables.sets])) is not None}
-        row = [name]
-        for lr in lrs:
-            text = f"{100 * found[lr]:.1f} %" if lr in found else MISSING
-            row.append(Markup("<b>{} ✓</b>").format(text) if lr == tables.cost(name, "lr") else text)
-        rows.append(row)
-    return {"rows": rows, "head": ["recipe", *(f"{lr:g}" for lr in lrs)], "seeds": comparison.seeds,
-            "metric": full_words(metric) if metric else "the first set",
-            "held_out": ", ".join(name for name in chosen_on if name not in tables.sets)}
-
-
-def _difference(first: Sequence[float], second: Sequence[float], metric: Metric) -> Markup:
+def difference(first: Sequence[float], second: Sequence[float], metric: Metric) -> Markup:
     points = round((100.0 if is_fraction(metric) else 1.0) * (fmean(first) - fmean(second)), 1)
     text = f"{points + 0.0:+.1f}"  # + 0.0: no negative zero
     return Markup("<b>{}</b>" if exceeds_spread(first, second) else '<span class="within">{}</span>').format(text)

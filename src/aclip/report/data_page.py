@@ -27,7 +27,7 @@ def write_data_page(examined: "Examination", folder: Path) -> Path:
     """Write `data.html`, with the images of the examples, and the same numbers in `data.json`; return the page."""
     shown = examined.load_examples()
     write_text(folder / "data.json", json.dumps(to_record(examined, shown), indent=2, ensure_ascii=False) + "\n")
-    name, *against = (_spec(one) for one in examined.measured)
+    name, *against = (str(one.source.spec) for one in examined.measured)
     return write_page(
         folder / "data.html", "data", name=f"{name}: data doctor", folder=name,
         title=Path(name).name or name,
@@ -62,20 +62,13 @@ def write_look_page(
 def to_record(examined: "Examination", shown: Groups) -> dict[str, Any]:
     source, *against = examined.measured
     return {
-        "source": _spec(source), "samples": len(source.source), "examined": len(source.samples),
+        "source": str(source.source.spec), "samples": len(source.source), "examined": len(source.samples),
         "usable": usable(examined), "captions": len(source.captions), "model": examined.limits.model,
-        "against": [_spec(one) for one in against],
-        "findings": [
-            {"name": finding.name, "severity": finding.severity, "title": finding.title, "count": finding.count,
-             "total": finding.total, "unit": finding.unit, "advice": finding.advice, "details": dict(finding.details),
-             "examples": [[{"source": one.source, "index": one.index, "key": one.key} for one in group]
-                          for group in groups]}
+        "against": [str(one.source.spec) for one in against],
+        "findings": [vars(finding) | {"details": dict(finding.details), "examples": [
+            [{"source": one.source, "index": one.index, "key": one.key} for one in group] for group in groups]}
             for finding, groups in zip(examined.findings, shown, strict=True)],
     }
-
-
-def _spec(measured: Any) -> str:
-    return str(measured.source.spec)
 
 
 def usable(examined: "Examination") -> int:

@@ -71,10 +71,8 @@ def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
     if not isinstance(config, dict):
         config = {}
         notes.append("The configuration (config.json) is missing.")
-    if not metrics:
-        notes.append("No training step has been logged yet.")
-    if not evaluations:
-        notes.append("Nothing has been evaluated yet.")
+    notes += ["No training step has been logged yet."] * (not metrics)
+    notes += ["Nothing has been evaluated yet."] * (not evaluations)
     memory = read_json(folder / "memory.json", notes)
     examples, details = ({} if journals_only else {
         path.stem: found for path in sorted((folder / name).glob("*.json")) if (found := read_json(path, notes))}

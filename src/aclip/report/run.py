@@ -23,7 +23,7 @@ INCIDENTS = {"non_finite": "step skipped", "damaged_checkpoint": "checkpoint dam
 
 MAX_CLASSES = 30  # in a confusion matrix; of more, those with the most errors
 MAX_ROWS = 12  # classes and confusions in a table
-MAX_SKIPPED, MAX_IMAGES = 200, 10
+MAX_IMAGES = 10
 SIDE = 224  # pixels; more is not visible at the size shown
 
 SECTIONS = (
@@ -71,17 +71,19 @@ def write_report(folder: Path) -> Path:
     run = read_run(folder)
     shown = {key: value for key, value in run.config.items() if key not in ("dataflow", "command", "versions")}
     optional = {"classes": run.details, "robustness": run.robustness, "incidents": run.incidents}
-    label = folder.resolve().name
+    label, bad = folder.resolve().name, {record["key"]: record["reason"] for record in reversed(run.skipped)}
     return write_page(
         folder / "report.html", "run", name=str(mapping(run.config, "recipe").get("name") or label), folder=label,
         sections=[(anchor, title) for anchor, title in SECTIONS if optional.get(anchor, True)], notes=run.notes,
         configuration=json.dumps(shown, indent=2, ensure_ascii=False) if shown else "", run=run,
         # a model without text has the probes alone
-        leading=next(filter(None, (_leading(run.evaluations, evaluator) for evaluator in PRIMARY)), {}), results=results(run.evaluations),
+        leading=next(filter(None, (_leading(run.evaluations, evaluator) for evaluator in PRIMARY)), {}),
+        results=results(run.evaluations),
         confusions=[_confusions(one) for one in run.details if "confusions" in one],
         diagrams=[_reliability(one) for one in run.details if "reliability" in one],
         robustness=robustness(run.robustness), looks=looks(run), curves=training_curves(run.metrics),
-        retrievals=retrievals(run), skipped=skipped(run.skipped),
+        retrievals=retrievals(run), skipped=bad,
+        reasons=Counter(map(category, bad.values())).most_common(8),
         incident_kinds=Counter(record["kind"] for record in run.incidents).most_common(),
         names={**INCIDENTS, **CLASSIFIERS})
 
@@ -142,15 +144,13 @@ def looks(run: RunFiles) -> dict[str, Any] | None:
 
     last = run.snapshots[-1]
     shots = [shot for shot in run.snapshots if shot.captions == last.captions]
-    times = [f"step {count(shot.step)}" for shot in shots]
-    if len(times) > 1:
-        times = [f"early · {times[0]}", *times[1:-1], f"late · {times[-1]}"]
     rows = [{"caption": caption, "image": to_image(last.images[i], SIDE), "columns": [
         {"step": shot.step, "heat": heat_layer(shot.scores[i], shot.grid),
          "veil": veil_layer(shot.keep_indices[i], shot.grid),
          "fraction": float(shot.scores[i][shot.keep_indices[i]].sum()) / (float(shot.scores[i].sum()) or math.nan)}
         for shot in shots]} for i, caption in enumerate(last.captions[:MAX_IMAGES])]
-    return {"times": times, "rows": rows, "kept": last.keep_indices.shape[1], "patches": last.scores.shape[1]}
+    return {"steps": [shot.step for shot in shots], "rows": rows, "kept": last.keep_indices.shape[1],
+            "patches": last.scores.shape[1]}
 
 
 def training_curves(records: Sequence[Record]) -> dict[str, list[Markup]]:
@@ -159,22 +159,20 @@ def training_curves(records: Sequence[Record]) -> dict[str, list[Markup]]:
     parts = [mapping(r, "parts") | {"samples_seen": r.get("samples_seen")} for r in records]
     terms = [line for i, name in enumerate(names) for line in _smoothed(name, _points(parts, name), 1 + i % 6)]
     terms.append(Series("chance", _points(records, "chance_loss"), 0, "dashed"))
-    large = [
-        line_chart("Loss", _smoothed("weighted sum", _points(records, "loss"), 1),
-                   note="smoothed; raw values behind it"),
+    logged = {name: _points(records, name) for name in (
+        "loss", "lr", "ema_momentum", "logit_scale", "grad_norm", "samples_per_second", "data_wait")}
+    return {"large": [
+        line_chart("Loss", _smoothed("weighted sum", logged["loss"], 1), note="smoothed; raw values behind it"),
         line_chart("Terms of the loss", terms, note="unweighted; chance is the contrastive term of a uniform guess: "
                                                     "ln(batch size), or less where captions are equal"),
-    ]
-    small = [
-        line_chart("Learning rate", [Series("learning rate", _points(records, "lr"))], from_zero=True),
-        line_chart("EMA momentum", [Series("momentum", _points(records, "ema_momentum"), 3)], digits=5),
-        line_chart("Logit scale", [Series("logit scale", _points(records, "logit_scale"), 4)]),
-        line_chart("Gradient norm", _smoothed("gradient norm", _points(records, "grad_norm"), 2), from_zero=True),
-        line_chart("Throughput", _smoothed("samples / s", _points(records, "samples_per_second"), 3), from_zero=True),
-        line_chart("Waiting for data", _smoothed("fraction of the time", _points(records, "data_wait"), 5), unit="%",
-                   from_zero=True),
-    ]
-    return {"large": large, "small": small}
+    ], "small": [
+        line_chart("Learning rate", [Series("learning rate", logged["lr"])], from_zero=True),
+        line_chart("EMA momentum", [Series("momentum", logged["ema_momentum"], 3)], digits=5),
+        line_chart("Logit scale", [Series("logit scale", logged["logit_scale"], 4)]),
+        line_chart("Gradient norm", _smoothed("gradient norm", logged["grad_norm"], 2), from_zero=True),
+        line_chart("Throughput", _smoothed("samples / s", logged["samples_per_second"], 3), from_zero=True),
+        line_chart("Waiting for data", _smoothed("fraction of the time", logged["data_wait"], 5), unit="%",
+                   from_zero=True)]}
 
 
 def retrievals(run: RunFiles) -> list[dict[str, Any]]:
@@ -184,15 +182,6 @@ def retrievals(run: RunFiles) -> list[dict[str, Any]]:
     files = sorted(run.examples, key=lambda file: order.index(file) if file in evaluated else len(order))
     return [{"set": evaluated.get(file, file), **{kind: [one for one in run.examples[file] if one["kind"] == kind]
                                                   for kind in ("best", "worst")}} for file in files]
-
-
-def skipped(records: Sequence[Record]) -> dict[str, Any]:
-    names: dict[str, str] = {}
-    for record in records:
-        names.setdefault(str(record.get("key", "?")), str(record.get("reason", "?")))
-    reasons = Counter(map(category, names.values())).most_common(8)
-    return {"total": len(names), "reasons": ", ".join(f"{reason} ({count(n)})" for reason, n in reasons),
-            "rows": list(names.items())[:MAX_SKIPPED], "more": max(0, len(names) - MAX_SKIPPED)}
 
 
 def _last_by_set(evaluations: Sequence[Record], evaluator: str) -> dict[tuple[str, str], Record]:
