@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from aclip.report.snapshots import Snapshot
 
 MANY = 8  # more recipes get no tiles, and numbers instead of names as columns
-COLOURS = 12
-IMAGES = 6
-SIDE = 160  # pixels
+COLOURS, IMAGES, SIDE = 12, 6, 160  # SIDE in pixels
 
 SECTIONS = (
     ("results", "Results"), ("differences", "Differences"), ("curves", "Curves"), ("kept", "What each recipe keeps"),
@@ -60,11 +58,6 @@ class ComparisonFiles:
 
 
 def read_comparison(folder: Path) -> ComparisonFiles:
-    """Read a comparison, finished or not.
-
-    Raises:
-        ConfigError: there is none in the folder, or its file is damaged.
-    """
     damaged: list[str] = []
     raw = read_json(folder / "comparison.json", damaged)
     if not isinstance(raw, dict):

@@ -18,7 +18,6 @@ _SIDES = (32, 64, 128, 224, 336, 512, 768, 1024, 2048)
 _RATIOS = {1 / 4: "taller than 4:1", 1 / 2: "4:1 to 2:1", 0.8: "2:1 to 5:4", 1.25: "about square",
            2: "5:4 to 2:1, wide", 4: "2:1 to 4:1, wide"}
 _TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_LOOK_SIDE = 320  # pixels
 
 Groups = Sequence[Sequence[Sequence["Example"]]]  # of each finding, groups of samples that belong together
 
@@ -52,7 +51,7 @@ def write_look_page(
     cards = []
     for image, name, captions in samples:
         small = image.convert("RGB")
-        small.thumbnail((_LOOK_SIDE, _LOOK_SIDE))
+        small.thumbnail((320, 320))
         cards.append({"image": small, "name": name, "captions": captions, "size": f"{image.width}x{image.height}"})
     sections = [("samples", "Samples"), *([("advice", "Advice")] if advice else [])]
     return write_page(path, "look", name=f"{title}: data look", folder=title, sections=sections, title=title,

@@ -14,8 +14,7 @@ from markupsafe import Markup
 
 from aclip.report.page import compact, count, percent, render
 
-SIZE = 1000  # units of the drawing, both ways
-MAX_POINTS = 320  # a screen cannot show more, and the page stays small
+SIZE, MAX_POINTS = 1000, 320  # units of the drawing, both ways; points of a line, more than a screen can show
 
 Points = list[tuple[float, float]]
 

@@ -14,12 +14,10 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-Metric = tuple[str, str, str]
-"""Set, evaluator, name of the metric."""
+Metric = tuple[str, str, str]  # set, evaluator, name
 
+# the first evaluator that was run on a set stands for the run, by this metric
 PRIMARY = {"retrieval": "image_to_text_r1", "zero_shot": "top1", "linear_probe": "top1", "knn": "top1"}
-"""Evaluator -> metric; the first evaluator that was run on a set stands for the run."""
-
 JOURNALS = ("metrics", "evaluations", "skipped", "robustness", "incidents")
 
 

@@ -23,8 +23,7 @@ INCIDENTS = {"non_finite": "step skipped", "damaged_checkpoint": "checkpoint dam
 
 MAX_CLASSES = 30  # in a confusion matrix; of more, those with the most errors
 MAX_ROWS = 12  # classes and confusions in a table
-MAX_IMAGES = 10
-SIDE = 224  # pixels; more is not visible at the size shown
+MAX_IMAGES, SIDE = 10, 224  # SIDE in pixels: more is not visible at the size shown
 
 SECTIONS = (
     ("results", "Results"), ("classes", "Class by class"), ("robustness", "With fewer patches"),
@@ -276,10 +275,10 @@ def _confusions(details: Record) -> dict[str, Any]:
     squares += [(place[j], place[i], "wrong", n / images[i],
                  f"{names[i]} taken for {names[j]}: {count(n)} of {count(images[i])}")
                 for i, j, n in wrong if n and i in place and j in place]
-    some = len(shown) < len(present)
     return {
         "title": f"{details.get('set', '?')}, {str(details.get('evaluator', '?')).replace('_', ' ')}",
-        "note": f"; the {len(shown)} of {count(len(present))} classes with the most errors" if some else "",
+        "note": f"; the {len(shown)} of {count(len(present))} classes with the most errors"
+        if len(shown) < len(present) else "",
         "labels": [names[i] for i in shown], "squares": squares,
         "worst": [[names[i], percent(right[i] / images[i]), count(images[i])] for i in worst[:MAX_ROWS]],
         "confused": [[names[i], names[j], count(n), percent(n / images[i])] for i, j, n in wrong[:MAX_ROWS]],
