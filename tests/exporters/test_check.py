@@ -15,8 +15,7 @@ from torch import Tensor
 from aclip.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedModelError
 from aclip.exporters import EXPORTERS, Readback, write_checked
 from aclip.exporters import open_clip as open_clip_exporter
-from aclip.exporters.base import logit_multiplier
-from aclip.exporters.check import TOKENS, check_differences, compare
+from aclip.exporters.base import TOKENS, check_differences, compare, logit_multiplier
 from aclip.models import LoadedModel, resize_images
 
 MODEL = tiny_model()

@@ -14,7 +14,7 @@ from tiny_models import TINY, changed, tiny_model, with_shifted
 
 from aclip.errors import ExportError
 from aclip.exporters import EXPORTERS, Exporter, Readback, write_checked
-from aclip.exporters.torch_export import write_metadata
+from aclip.exporters.programs import write_metadata
 from aclip.models import LoadedModel
 
 SHALLOW = changed("vision_cfg", layers=1) | {"text_cfg": changed("text_cfg", layers=1)["text_cfg"]}

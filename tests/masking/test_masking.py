@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import aclip.masking
+from aclip import config
 from aclip.errors import ConfigError
-from aclip.masking import MASKING, MaskingContext, MaskingStrategy, fitting_block_size, num_keep
+from aclip.masking import MASKING, TEXT_REDUCTIONS, MaskingContext, MaskingStrategy, fitting_block_size, num_keep
 
 GRIDS = [(14, 14), (7, 7), (5, 9), (1, 1), (4, 6), (1, 8)]
 
@@ -217,3 +218,12 @@ def test_options_of_a_users_own_strategy_are_constructor_arguments() -> None:
         pooled = context.images[:, channel].reshape(6, 2, 4, 4, 4).mean(dim=(2, 4)).flatten(1)
         expected = pooled.argsort(dim=1)[:, :4].sort(dim=1).values
         assert torch.equal(Dark(0.5, channel=channel)(context), expected)
+
+
+@pytest.mark.parametrize(("cls", "options"), [
+    (MASKING["gaussian"], {"variance": 0.0}), (MASKING["gaussian"], {"variance": math.inf}),
+    (MASKING["cluster"], {"anchor_ratio": 1.1}), (TEXT_REDUCTIONS["truncate"], {"num_keep": 0})])
+def test_options_out_of_range_are_refused(cls: type, options: dict[str, float]) -> None:
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"it: {name}"):
+        config.build(cls, {}, options, "it")

@@ -8,7 +8,7 @@ from open_clip.pos_embed import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from aclip.errors import ConfigError
-from aclip.objectives.decoder import PatchDecoder, missing_patches, sine_cosine
+from aclip.objectives.reconstruction import PatchDecoder, missing_patches, sine_cosine
 
 IN_WIDTH, B = 12, 3
 GRIDS = [(4, 4), (2, 3), (5, 2), (1, 4), (3, 1)]

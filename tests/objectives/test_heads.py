@@ -8,7 +8,7 @@ import torch
 from synthetic_passes import SHAPE
 from torch import nn
 
-from aclip.objectives.heads import BatchNorm1d, hidden_width, mlp
+from aclip.objectives.self_supervised import BatchNorm1d, hidden_width, mlp
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from aclip.config import TextPass
 from aclip.errors import ConfigError
-from aclip.objectives.masked_language import MaskedLanguage, max_hidden
+from aclip.objectives.maskclip import MaskedLanguage, max_hidden
 from aclip.recipes import RECIPES
 from aclip.structs import EncodedText, StepContext
 from tests_support import VIT_B_16, random_batch

@@ -1,19 +1,38 @@
-"""The interface of an export format."""
+"""What an export format is; an export is written, read back with its own library, and kept only if features agree."""
 
+import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from aclip.errors import MissingDependencyError
-from aclip.models import LoadedModel
+from aclip import rng
+from aclip.errors import AclipError, ConfigError, ExportError, MissingDependencyError
+from aclip.models import LoadedModel, preprocess_config
+
+RECORD = "aclip_export.json"
+CAPTIONS = (
+    "a photo of a dog", "two people walk along a beach at sunset", "red apple", "A Drawing of a LIGHTHOUSE on a cliff",
+    "it's 12 o'clock, isn't it?", "café 北京 – naïve façade 😀", "",  # noqa: RUF001
+    "rock &amp; roll", "“curly quotes” and a cat’s paw", "a very long caption " * 30,  # noqa: RUF001
+)
+"""Hard cases for a tokenizer: case, accents, emoji, entities, quotes, the empty text, more than the context."""
+
+PIXELS, TOKENS = "preprocessed pixels (of 255)", "captions tokenized differently"
+LIMITS = {PIXELS: 2.0, TOKENS: float("inf")}
+"""Limits other than the tolerance of features: libraries round pixels and clean texts differently."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +84,117 @@ class Exporter(ABC):
         """Return Python code for the model card that loads the export from `FOLDER` and computes features."""
 
 
+class Examples(NamedTuple):
+    """RGB images and uncleaned captions to compare features on."""
+
+    images: tuple[Image.Image, ...]
+    captions: tuple[str, ...] = CAPTIONS
+
+
+def synthetic_examples(image_size: tuple[int, int]) -> Examples:
+    """Return images for an input of (height, width), and captions, that are the same on every machine.
+
+    The images are coloured noise, smooth and sharp: one of twice the input's side, one much wider and one much taller
+    than the input, with even margins to crop, and a small one that has to be enlarged.
+    """
+    height, width = image_size
+    images = []
+    for i, (h, w) in enumerate(((2 * height, 2 * width), (height, 3 * width), (3 * height, width),
+                                (height // 2 + 1, width // 2 + 1))):
+        draw = partial(rng.generator(0, "export", i).integers, 0, 256, dtype=np.uint8)
+        smooth = Image.fromarray(draw((2 + 3 * i, 3 + 2 * i, 3))).resize((w, h), Image.Resampling.BICUBIC)
+        images.append(Image.blend(smooth, Image.fromarray(draw((h, w, 3))), 0.2))
+    return Examples(tuple(images))
+
+
+def write_checked(
+    exporter: Exporter, model: LoadedModel, config: Mapping[str, Any], folder: Path, *,
+    card: Callable[[dict[str, float]], str] = str, record: Mapping[str, Any] | None = None, tolerance: float = 1e-5,
+    overwrite: bool = False,
+) -> dict[str, float]:
+    """Write an export to `folder` if its own library computes the model's features from it.
+
+    Everything is written beside the folder first: on any error nothing is left, and an earlier export stays.
+
+    Args:
+        exporter, model, config: as `Exporter.write` has them.
+        folder, tolerance, overwrite: as `aclip.exporters.export` has them; it raises the same errors.
+        card: differences -> model card.
+        record: further entries of `aclip_export.json`.
+
+    Returns:
+        The differences, see `compare`.
+    """
+    if (folder / RECORD).is_file():
+        if not overwrite:
+            raise ConfigError(f"{folder} holds an earlier export: replace it with --overwrite, or choose another "
+                              "--output")
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an earlier export: choose another --output")
+    exporter.check_supported(model)
+    try:
+        with replace_folder(folder) as temporary:
+            exporter.write(model, config, temporary)
+            differences = compare(exporter.read(temporary, model), model)
+            check_differences(differences, tolerance, exporter.library)
+            (temporary / "README.md").write_text(card(differences), encoding="utf-8")
+            write_json(temporary / RECORD, {**(record or {}), "library": exporter.library, "tolerance": tolerance,
+                                            "differences": differences})
+    except AclipError:
+        raise
+    except Exception as error:  # a full disk, a tower that cannot be traced, a file that cannot be loaded
+        raise ExportError(f"the export to {folder} for {exporter.library} failed, so nothing was written: "
+                          f"{type(error).__name__}: {error}") from error
+    return differences
+
+
+@torch.inference_mode()
+def compare(readback: Readback, model: LoadedModel) -> dict[str, float]:
+    """Return the largest difference of each thing that an export computes, by its name; NaN for another shape."""
+    images, captions = synthetic_examples(model.image_size).images, list(CAPTIONS)
+    pixels = torch.stack([model.preprocess(image) for image in images])
+    found = {"image features": _difference(_normalized(readback.encode_image(pixels)), model.encode_image(pixels))}
+    if readback.encode_text is not None:
+        tokens = model.tokenizer(captions)
+        found["text features"] = _difference(_normalized(readback.encode_text(tokens)), model.encode_text(tokens))
+        if readback.tokenize is not None:
+            counted = torch.arange(tokens.shape[1]) <= tokens.argmax(dim=1)[:, None]  # up to the EOT, the highest id
+            found[TOKENS] = int(((readback.tokenize(captions) != tokens) & counted).any(dim=1).sum())
+    if readback.logit_scale is not None:
+        found["logit scale"] = abs(readback.logit_scale / logit_multiplier(model.model) - 1)
+    if readback.preprocess is not None:
+        levels = torch.tensor(preprocess_config(model.model)["std"])[:, None, None] * 255
+        differences = [_difference(readback.preprocess(image) * levels, ours * levels)
+                       for image, ours in zip(images, pixels, strict=True)]
+        found[PIXELS] = float(np.max(differences))  # unlike max(), NaN if any is
+    return found
+
+
+def check_differences(differences: Mapping[str, float], tolerance: float, library: str) -> None:
+    """Raise ExportError for a difference above the tolerance, or NaN."""
+    for name, value in differences.items():
+        limit = LIMITS.get(name, tolerance)
+        if not value <= limit:  # also true of NaN
+            raise ExportError(f"{name}: {library} differs from the model by {value:.1e}, more than {limit:g}; nothing "
+                              f"was written{'' if name in LIMITS else ' (--tolerance accepts more)'}")
+
+
 def logit_multiplier(model: Any) -> float:
     """Return the multiplier of similarities; open_clip and transformers store its logarithm."""
     return float(model.logit_scale.exp().item())
 
 
-def missing_package(package: str, extra: str) -> MissingDependencyError:
-    """Return the error for an optional package that is not installed."""
-    return MissingDependencyError(f"this export needs the package {package}: pip install 'attentive-clip[{extra}]'")
+def optional_package(name: str, extra: str) -> Any:
+    """Import a package that an extra of this one installs, or raise MissingDependencyError."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"this export needs the package {name}: pip install 'attentive-clip[{extra}]'") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -87,3 +209,11 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _normalized(features: Tensor) -> Tensor:
+    return F.normalize(features.float().cpu(), dim=-1)
+
+
+def _difference(theirs: Float[Tensor, "..."], ours: Float[Tensor, "..."]) -> float:
+    return float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("nan")

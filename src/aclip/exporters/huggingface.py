@@ -1,15 +1,12 @@
 """Export for transformers: a folder that `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` load.
 
 An image tower alone becomes a `CLIPVisionModel`, whose `pooler_output` are its features. CLIP's tokenizer is written
-from the vocabulary that open_clip bundles. open_clip cleans a text before it looks words up: ftfy repairs it (mojibake,
-curly quotes, ligatures, full-width letters, control characters), HTML entities are unescaped twice, white space is
-collapsed, letters are lowercased. `CLEANING` holds what `tokenizer.json` can express of this; docs/interop.md lists the
-rest.
+from the vocabulary that open_clip bundles, with what `tokenizer.json` can express of open_clip's cleaning of texts
+(`CLEANING`); docs/interop.md lists the rest.
 """
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aclip.errors import UnsupportedModelError
-from aclip.exporters.base import Exporter, Readback, logit_multiplier, missing_package
+from aclip.exporters.base import Exporter, Readback, logit_multiplier, optional_package, write_json
 from aclip.models import LoadedModel, can_cut, preprocess_config
 from aclip.models.clip_names import to_hugging_face
 from aclip.models.text import text_tower_of
-
-RESAMPLE = {"bilinear": 2, "bicubic": 3, "random": 3}
-"""Pillow's numbers of open_clip's interpolations; models trained with random ones are evaluated with bicubic."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SOT, EOT = 49406, 49407
@@ -55,7 +49,6 @@ class HuggingFaceExporter(Exporter):
     library = "transformers"
 
     def check_supported(self, model: LoadedModel) -> None:
-        """Refuse what `CLIPModel` cannot represent."""
         found = obstacle(model)
         if found is not None:
             raise UnsupportedModelError(f"transformers' CLIPModel cannot represent this model ({found}): use --to "
@@ -63,36 +56,35 @@ class HuggingFaceExporter(Exporter):
         _transformers()
 
     def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:
-        """Write weights, configuration, preprocessing and tokenizer."""
         weights = to_hugging_face(model.model.state_dict())
         # clones, because safetensors refuses tensors that share memory, as thirds of a stacked matrix do
         save_file({name: tensor.float().contiguous().clone() for name, tensor in weights.items()},
                   folder / "model.safetensors", metadata={"format": "pt"})
-        for name, content in (("config.json", clip_config(model)),
-                              ("preprocessor_config.json", image_processor_config(model))):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", clip_config(model))
+        write_json(folder / "preprocessor_config.json", image_processor_config(model))
         if model.has_text:
             write_tokenizer(folder, text_tower_of(model.model).context_length)
 
     def read(self, folder: Path, model: LoadedModel) -> Readback:
-        """Load with transformers, offline."""
-        transformers = _transformers()
+        names = ("CLIPModel", "CLIPProcessor") if model.has_text else ("CLIPVisionModel", "CLIPImageProcessor")
+        theirs, processor = (getattr(_transformers(), name).from_pretrained(folder, local_files_only=True)
+                             for name in names)
+        theirs.eval()
+
+        def preprocess(image: Image.Image) -> Tensor:
+            read = processor.image_processor if model.has_text else processor
+            return torch.as_tensor(read(images=image, return_tensors="pt")["pixel_values"])[0]
+
         if not model.has_text:
-            tower = transformers.CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()
-            processor = transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-            return Readback(lambda pixels: _pooled(tower(pixels)), preprocess=_preprocessing(processor))
-        theirs = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-        processor = transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True)
+            return Readback(lambda pixels: _pooled(theirs(pixels)), preprocess=preprocess)
         return Readback(
             lambda pixels: _pooled(theirs.get_image_features(pixels)),
-            lambda tokens: _pooled(theirs.get_text_features(tokens)),
-            _preprocessing(processor.image_processor),
+            lambda tokens: _pooled(theirs.get_text_features(tokens)), preprocess,
             lambda texts: processor(
                 text=texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"],
             logit_multiplier(theirs))
 
     def usage(self, model: LoadedModel) -> str:
-        """See `Exporter`."""
         return '''\
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
@@ -109,27 +101,20 @@ image_features = model(**processor(images=Image.open("cat.png"), return_tensors=
 
 def obstacle(model: LoadedModel) -> str | None:
     """Return what of a model `CLIPModel` cannot represent, or None; what is not named here fails the check."""
-    clip: Any = model.model
-    visual = clip.visual
+    clip, visual = model.model, model.model.visual
     if not isinstance(visual, VisionTransformer):
         return f"its image tower is a {type(visual).__name__}, not open_clip's own ViT"
-    if visual.pool_type != "tok":
-        return f"its image tower pools '{visual.pool_type}', not the class token"
-    if not isinstance(visual.ln_pre, nn.LayerNorm):
-        return "its image tower has no norm before the blocks"
-    if len(set(visual.image_size)) != 1:
-        return "its images are not square"
-    if model.has_text and not can_cut(clip):
-        return "its text tower is not causal, or does not pool at the end of the text"
-    if model.has_text and not is_clip_tokenizer(model.tokenizer):
-        return "it has a tokenizer of its own"
-    if getattr(clip, "logit_bias", None) is not None:
-        return "it has a logit bias"
     try:
         to_hugging_face(clip.state_dict())
     except UnsupportedModelError as error:
         return str(error)
-    return None
+    found = (
+        (visual.pool_type != "tok", f"its image tower pools '{visual.pool_type}', not the class token"),
+        (not isinstance(visual.ln_pre, nn.LayerNorm), "its image tower has no norm before the blocks"),
+        (len(set(visual.image_size)) != 1, "its images are not square"),
+        (model.has_text and not can_cut(clip), "its text tower is not causal, or does not pool at the end of the text"),
+        (model.has_text and not is_clip_tokenizer(model.tokenizer), "it has a tokenizer of its own"))
+    return next((words for obstructs, words in found if obstructs), None)
 
 
 def clip_config(model: LoadedModel) -> dict[str, Any]:
@@ -165,7 +150,7 @@ def image_processor_config(model: LoadedModel) -> dict[str, Any]:
     squash = config["resize_mode"] == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "resample": RESAMPLE[config["interpolation"]],
+        "do_resize": True, "resample": 2 if config["interpolation"] == "bilinear" else 3,  # as Pillow numbers them
         "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
         "do_center_crop": not squash, "crop_size": {"height": height, "width": width},
         "do_rescale": True, "rescale_factor": 1 / 255,
@@ -180,33 +165,16 @@ def _pooled(output: Any) -> Tensor:
     return features
 
 
-def _preprocessing(processor: Any) -> Callable[[Image.Image], Tensor]:
-    return lambda image: torch.as_tensor(processor(images=image, return_tensors="pt")["pixel_values"])[0]
-
-
 def _transformers() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would warn when data loaders fork
-    try:
-        import transformers
-    except ImportError as error:
-        raise missing_package("transformers", "transformers") from error
-    return transformers
+    return optional_package("transformers", "transformers")
 
 
 def write_tokenizer(folder: Path, context_length: int) -> None:
-    """Write `tokenizer.json`, `vocab.json`, `merges.txt` and `tokenizer_config.json`.
+    """Write `tokenizer.json`, `vocab.json`, `merges.txt` and `tokenizer_config.json`; transformers truncates to T."""
+    optional_package("tokenizers", "transformers")
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    Args:
-        folder: an existing folder.
-        context_length: T, to which transformers truncates.
-
-    Raises:
-        MissingDependencyError: the package tokenizers is not installed.
-    """
-    try:
-        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    except ImportError as error:
-        raise missing_package("tokenizers", "transformers") from error
     bundled = SimpleTokenizer()
     vocabulary = {token: number for token, number in bundled.encoder.items() if number < SOT}
     vocabulary |= {START: SOT, END: EOT}  # under other names in open_clip
@@ -225,26 +193,20 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
     bpe.save(str(folder))
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     # Not CLIPTokenizer: from transformers 5 on that class replaces this cleaning with its own, shorter one.
-    (folder / "tokenizer_config.json").write_text(json.dumps({
+    write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, "bos_token": START,
-        "eos_token": END, "pad_token": END, "unk_token": END,
-        "model_input_names": ["input_ids", "attention_mask"]}, indent=2) + "\n", encoding="utf-8")
+        "eos_token": END, "pad_token": END, "unk_token": END, "model_input_names": ["input_ids", "attention_mask"]})
 
 
 def is_clip_tokenizer(tokenizer: Any) -> bool:
     """Return whether a tokenizer is the one that `write_tokenizer` writes: open_clip's own, with default cleaning."""
-    inner = _innermost(tokenizer)
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # unwrapped from `aclip.data.CaptionTokenizer`
     return (isinstance(inner, SimpleTokenizer) and len(inner.all_special_ids) == 2 and inner.reduction_fn is None
             and inner.clean_fn.__name__ == "_clean_lower")
 
 
 def save_pretrained(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer of Hugging Face's as it is; open_clip's own needs no files."""
-    inner = _innermost(tokenizer)
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # unwrapped from `aclip.data.CaptionTokenizer`
     if isinstance(inner, HFTokenizer):
         inner.save_pretrained(folder)
-
-
-def _innermost(tokenizer: Any) -> Any:
-    """Return open_clip's tokenizer, unwrapped from `aclip.data.CaptionTokenizer`."""
-    return getattr(tokenizer, "_tokenizer", tokenizer)

@@ -1,6 +1,5 @@
 """Export for open_clip: a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from aclip.errors import UnsupportedModelError
-from aclip.exporters.base import Exporter, Readback, logit_multiplier, replace_folder
+from aclip.exporters.base import Exporter, Readback, logit_multiplier, replace_folder, write_json
 from aclip.exporters.huggingface import is_clip_tokenizer, save_pretrained
 from aclip.models import LoadedModel, Tokenizer, preprocess_config, tokenizer_of
-
-TRAINING_STATE = "aclip.json"
-"""Holds `step` and `samples_seen` of the weights, which `aclip.load` returns."""
 
 
 class OpenClipExporter(Exporter):
@@ -25,18 +21,15 @@ class OpenClipExporter(Exporter):
     library = "open_clip"
 
     def check_supported(self, model: LoadedModel) -> None:
-        """Refuse an image tower alone, which open_clip does not load."""
         if not model.has_text:
             raise UnsupportedModelError("this model has only an image tower, and open_clip loads models with both "
                                         "towers: use --to huggingface, onnx or torch-export")
 
     def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:
-        """See `save`."""
         save(model.model, config, preprocess_config(model.model), model.tokenizer, folder,
              step=model.step, samples_seen=model.samples_seen)
 
     def read(self, folder: Path, model: LoadedModel) -> Readback:
-        """Load with open_clip alone."""
         theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         theirs.eval()
         # Not open_clip.get_tokenizer: it would run a tokenizer's own code if its config asks for that.
@@ -45,7 +38,6 @@ class OpenClipExporter(Exporter):
         return Readback(theirs.encode_image, theirs.encode_text, preprocess, tokenizer, logit_multiplier(theirs))
 
     def usage(self, model: LoadedModel) -> str:
-        """See `Exporter`."""
         return '''\
 import open_clip
 from PIL import Image
@@ -65,22 +57,18 @@ def save(
 
     Args:
         model: the open_clip model (or `ImageTower`).
-        model_config: open_clip's `model_cfg`, complete, so that loading needs no registered name.
-        preprocess_config: open_clip's `preprocess_cfg`: mean, std, interpolation, resize_mode.
+        model_config, preprocess_config: open_clip's `model_cfg`, complete, and `preprocess_cfg`.
         tokenizer: the model's; one of Hugging Face's is written beside it, where open_clip looks for it.
         folder: may hold an earlier model.
-        step: optimizer steps behind the weights.
-        samples_seen: image-text pairs behind the weights.
+        step, samples_seen: optimizer steps and pairs behind the weights, in `aclip.json`; `aclip.load` returns them.
 
     Raises:
         OSError, SafetensorError: the folder cannot be written; an earlier model stays.
     """
     with replace_folder(folder) as temporary:
-        for name, content in (
-            (HF_CONFIG_NAME, {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)}),
-            (TRAINING_STATE, {"step": step, "samples_seen": samples_seen}),
-        ):
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / HF_CONFIG_NAME,
+                   {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)})
+        write_json(temporary / "aclip.json", {"step": step, "samples_seen": samples_seen})
         # clones, because safetensors refuses tensors that share memory
         save_file({name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous().clone()
                    for name, tensor in model.state_dict().items()}, temporary / HF_SAFE_WEIGHTS_NAME)

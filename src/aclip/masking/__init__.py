@@ -18,8 +18,7 @@ A pass of a recipe then names it: `masking="centre", mask_ratio=0.5`; further co
 
 from aclip.masking.attentive import AttentiveMasking, Keep, crop_scores
 from aclip.masking.base import MaskingContext, MaskingStrategy, NoMasking, fitting_block_size, num_keep
-from aclip.masking.content import ClusterMasking, EdgeMasking
-from aclip.masking.random import GaussianMasking, UniformMasking
+from aclip.masking.strategies import ClusterMasking, EdgeMasking, GaussianMasking, UniformMasking
 from aclip.masking.text import TEXT_REDUCTIONS, HiddenTokens, TextReduction, TextReductionContext, hide_tokens
 
 MASKING: dict[str, type[MaskingStrategy]] = {
@@ -31,23 +30,6 @@ MASKING: dict[str, type[MaskingStrategy]] = {
     "edge": EdgeMasking,
 }
 
-__all__ = [
-    "MASKING",
-    "TEXT_REDUCTIONS",
-    "AttentiveMasking",
-    "ClusterMasking",
-    "EdgeMasking",
-    "GaussianMasking",
-    "HiddenTokens",
-    "Keep",
-    "MaskingContext",
-    "MaskingStrategy",
-    "NoMasking",
-    "TextReduction",
-    "TextReductionContext",
-    "UniformMasking",
-    "crop_scores",
-    "fitting_block_size",
-    "hide_tokens",
-    "num_keep",
-]
+__all__ = ["MASKING", "TEXT_REDUCTIONS", "AttentiveMasking", "ClusterMasking", "EdgeMasking", "GaussianMasking",
+           "HiddenTokens", "Keep", "MaskingContext", "MaskingStrategy", "NoMasking", "TextReduction",
+           "TextReductionContext", "UniformMasking", "crop_scores", "fitting_block_size", "hide_tokens", "num_keep"]

@@ -11,7 +11,6 @@ from torch import Tensor
 from aclip.masking.base import MaskingContext, MaskingStrategy, best_first, keep_fraction
 
 Keep = Literal["highest", "lowest", "mixed", "sampled"]
-"""Which scores survive, see `AttentiveMasking`."""
 
 
 class AttentiveMasking(MaskingStrategy):
@@ -20,50 +19,37 @@ class AttentiveMasking(MaskingStrategy):
     Scores are averaged over blocks of `block_size` x `block_size` patches, and whole blocks are kept.
 
     Args:
-        mask_ratio: fraction of patches removed, in [0, 1).
-        block_size: side of a block, in patches.
+        mask_ratio, block_size: see `MaskingStrategy`.
         keep: which scores survive. "highest"; "lowest", the paper's control; "mixed", half of the kept blocks (rounded
             up) by score and the rest uniformly at random (our definition); "sampled" (not of the paper), blocks drawn
             without replacement in proportion to their scores: the K largest of log(u) / score, u uniform (Efraimidis
             and Spirakis 2006, "Weighted random sampling with a reservoir").
         rounding: of the number of kept blocks. "nearest" as `masking.num_keep`; "released" as in the authors' release,
             floor(blocks * (1 - mask_ratio)) + 1.
-
-    Raises:
-        ConfigError: a ratio outside [0, 1), or a block size below 1.
     """
 
     needs_scores = True
 
-    def __init__(
-        self,
-        mask_ratio: float = 0.5,
-        block_size: int = 2,
-        keep: Keep = "highest",
-        rounding: Literal["nearest", "released"] = "nearest",
-    ) -> None:
+    def __init__(self, mask_ratio: float = 0.5, block_size: int = 2, keep: Keep = "highest",
+                 rounding: Literal["nearest", "released"] = "nearest") -> None:
         super().__init__(mask_ratio, block_size)
-        self.keep = keep
-        self.rounding = rounding
+        self.keep, self.rounding = keep, rounding
 
     def kept_blocks(self, blocks: int) -> int:
-        """Return how many of `blocks` blocks are kept, under the chosen rounding."""
         if self.rounding == "nearest":
             return super().kept_blocks(blocks)
         return min(blocks, math.floor(blocks * keep_fraction(self.mask_ratio)) + 1)
 
     def scores(self, context: MaskingContext) -> Float[Tensor, "B M"]:
-        """Return `context.scores`, changed so that its highest values are those to keep."""
         scores = context.scores
         assert scores is not None
         if self.keep == "lowest":
             return -scores
         if self.keep == "mixed":
-            order = best_first(scores)
             by_score = math.ceil(self.kept_blocks(context.num_patches) / 2)
-            first = torch.ones_like(scores[:, :by_score])  # above every draw
             draws = context.uniform(context.num_patches - by_score)
-            return torch.empty_like(scores).scatter(1, order, torch.cat([first, draws], dim=1))
+            draws = F.pad(draws, (by_score, 0), value=1.0)  # 1 is above every draw
+            return torch.empty_like(scores).scatter(1, best_first(scores), draws)
         if self.keep == "sampled":
             draws = context.uniform(context.num_patches)
             return draws.log() / scores.clamp_min(torch.finfo(scores.dtype).tiny)
@@ -87,10 +73,9 @@ def crop_scores(
 
     Args:
         scores: (B, Nc) float, on the context's grid.
-        context_grid: patches (down, across) of the context.
-        context_box: (B, 4) float, the scored crop (top, left, height, width) in source pixels.
-        view_box: (B, 4) float, the view, in the same source pixels.
-        grid_size: patches (down, across) of the view.
+        context_grid, grid_size: patches (down, across) of the context and of the view.
+        context_box, view_box: (B, 4) float, (top, left, height, width) of the scored crop and of the view, in source
+            pixels.
         flipped: (B,) bool, views mirrored left to right; None means none.
         padding: scores beyond the context's outermost patch centres. "border" repeats the edge value; with "zeros",
             patches whose centre lies outside the context box score 0, as in the A-CLIP release.
@@ -98,11 +83,9 @@ def crop_scores(
     Returns:
         (B, N) float32.
     """
-    h, w = grid_size
     maps = scores.float().reshape(-1, 1, *context_grid)
     context, view = context_box.float(), view_box.float()
-    rows = (torch.arange(h, device=maps.device, dtype=torch.float32) + 0.5) / h
-    columns = (torch.arange(w, device=maps.device, dtype=torch.float32) + 0.5) / w
+    rows, columns = ((torch.arange(n, device=maps.device, dtype=torch.float32) + 0.5) / n for n in grid_size)
     y = view[:, 0, None] + rows * view[:, 2, None]
     x = view[:, 1, None] + columns * view[:, 3, None]
     # grid_sample without align_corners: -1 and 1 are the outer edges of the map's corner pixels

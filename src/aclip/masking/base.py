@@ -16,8 +16,7 @@ from aclip.errors import ConfigError
 
 def fitting_block_size(block_size: int, grid_size: tuple[int, int]) -> int:
     """Return `block_size` if blocks of that side tile the grid exactly, else 1."""
-    height, width = grid_size
-    return block_size if height % block_size == 0 and width % block_size == 0 else 1
+    return block_size if all(side % block_size == 0 for side in grid_size) else 1
 
 
 def num_keep(mask_ratio: float, grid_size: int | tuple[int, int], block_size: int = 1) -> int:
@@ -41,9 +40,9 @@ def num_keep(mask_ratio: float, grid_size: int | tuple[int, int], block_size: in
         raise ConfigError(f"mask_ratio is the fraction of patches removed, 0 <= ratio < 1, not {mask_ratio}")
     if block_size < 1:
         raise ConfigError(f"block_size is counted in patches, at least 1, not {block_size}")
-    height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    block = fitting_block_size(block_size, (height, width))
-    blocks = height * width // block**2
+    grid = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    block = fitting_block_size(block_size, grid)
+    blocks = math.prod(grid) // block**2
     return max(1, math.floor(blocks * keep_fraction(mask_ratio) + Fraction(1, 2))) * block**2
 
 
@@ -81,29 +80,13 @@ class MaskingContext:
     @property
     def num_patches(self) -> int:
         """N."""
-        return self.grid_size[0] * self.grid_size[1]
+        return math.prod(self.grid_size)
 
     def uniform(self, count: int) -> Float[Tensor, "B count"]:
         """Return (B, count) float32 draws in [0, 1)."""
         if self.seeds is not None:
             return rng.uniform(self.seeds, count, self.purpose)
         return torch.rand(self.batch_size, count, device=self.device, generator=self.generator)
-
-    def in_blocks(self, block_size: int) -> "MaskingContext":
-        """Return this context on the grid of blocks: a block is one large patch, its score the mean of its patches'.
-
-        Raises:
-            ConfigError: scores of another grid.
-        """
-        height, width = self.grid_size
-        grid = height // block_size, width // block_size
-        if self.scores is None:
-            return replace(self, grid_size=grid)
-        if self.scores.shape[1] != height * width:
-            raise ConfigError(f"{self.scores.shape[1]} scores do not fit the {height} x {width} grid: crop_scores "
-                              "resamples scores of another grid")
-        blocks = self.scores.float().unflatten(1, (grid[0], block_size, grid[1], block_size))
-        return replace(self, grid_size=grid, scores=blocks.mean(dim=(2, 4)).flatten(1))
 
 
 class MaskingStrategy(ABC):
@@ -117,12 +100,14 @@ class MaskingStrategy(ABC):
 
     Attributes:
         needs_scores: whether `MaskingContext.scores` must be given; a pass then needs `scores_from`.
+        needs_images: whether `MaskingContext.images` must be given.
 
     Raises:
-        ConfigError: a ratio outside [0, 1), or a block size below 1.
+        ConfigError: an argument out of its range.
     """
 
     needs_scores: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
 
     def __init__(self, mask_ratio: float = 0.5, block_size: int = 1) -> None:
         num_keep(mask_ratio, 1, block_size)  # checks both
@@ -131,10 +116,10 @@ class MaskingStrategy(ABC):
 
     @abstractmethod
     def scores(self, context: MaskingContext) -> Float[Tensor, "B M"]:
-        """Return a score for every patch of `context.grid_size`: (B, M) float.
+        """Return (B, M) float, a score for each of M blocks.
 
         Args:
-            context: on the grid of blocks, see `MaskingContext.in_blocks`.
+            context: on the grid of blocks: a block is one large patch, its score the mean of its patches'.
         """
 
     def kept_blocks(self, blocks: int) -> int:
@@ -143,29 +128,36 @@ class MaskingStrategy(ABC):
 
     def num_keep(self, grid_size: tuple[int, int]) -> int:
         """Return K on this grid."""
-        block = fitting_block_size(self.block_size, grid_size)
-        return self.kept_blocks(grid_size[0] * grid_size[1] // block**2) * block**2
+        patches = fitting_block_size(self.block_size, grid_size) ** 2
+        return self.kept_blocks(math.prod(grid_size) // patches) * patches
 
     def __call__(self, context: MaskingContext) -> Int[Tensor, "B K"]:
         """Return `keep_indices`: (B, K) int64, ascending, without repeats, CLS not counted.
 
         Raises:
-            ConfigError: scores or images that the strategy needs are missing or do not fit the grid.
+            ConfigError: scores or images that the strategy needs are missing, or scores do not fit the grid.
         """
-        if self.needs_scores and context.scores is None:
+        scores, (height, width) = context.scores, context.grid_size
+        if self.needs_scores and scores is None:
             raise ConfigError(f"{type(self).__name__} ranks patches by their scores: pass MaskingContext(scores=...)")
-        block = fitting_block_size(self.block_size, context.grid_size)
-        in_blocks = context.in_blocks(block)
-        best = best_first(self.scores(in_blocks))[:, : self.kept_blocks(in_blocks.num_patches)]
-        return blocks_to_patches(best, context.grid_size, block)
+        if self.needs_images and context.images is None:
+            raise ConfigError(f"{type(self).__name__} reads pixels: pass MaskingContext(images=...)")
+        block = fitting_block_size(self.block_size, (height, width))
+        rows, columns = height // block, width // block
+        if scores is not None:
+            if scores.shape[1] != height * width:
+                raise ConfigError(f"{scores.shape[1]} scores do not fit the {height} x {width} grid: crop_scores "
+                                  "resamples scores of another grid")
+            scores = scores.float().unflatten(1, (rows, block, columns, block)).mean(dim=(2, 4)).flatten(1)
+        ranked = best_first(self.scores(replace(context, grid_size=(rows, columns), scores=scores)))
+        kept = ranked[:, : self.kept_blocks(rows * columns)]
+        patches = torch.arange(height * width, device=kept.device).view(rows, block, columns, block)
+        patches_of_blocks = patches.transpose(1, 2).reshape(rows * columns, block**2)
+        return patches_of_blocks[kept].flatten(1).sort(dim=1).values
 
 
 class NoMasking(MaskingStrategy):
-    """Keeps every patch.
-
-    Raises:
-        ConfigError: a mask ratio other than 0, which would have no effect.
-    """
+    """Keeps every patch; `mask_ratio`, which would have no effect, must be 0."""
 
     def __init__(self, mask_ratio: float = 0.0, block_size: int = 1) -> None:
         if mask_ratio != 0.0:
@@ -174,25 +166,9 @@ class NoMasking(MaskingStrategy):
         super().__init__(mask_ratio, block_size)
 
     def scores(self, context: MaskingContext) -> Float[Tensor, "B M"]:
-        """Return zeros."""
         return torch.zeros(context.batch_size, context.num_patches, device=context.device)
 
 
 def best_first(scores: Float[Tensor, "B M"]) -> Int[Tensor, "B M"]:
     """Return indices by descending score; ties go to the lower index, on every device."""
     return scores.argsort(dim=1, descending=True, stable=True)
-
-
-def blocks_to_patches(
-    blocks: Int[Tensor, "B k"], grid_size: tuple[int, int], block_size: int
-) -> Int[Tensor, "B K"]:
-    """Return the patches of the chosen blocks, ascending; K = k * block_size^2."""
-    if block_size == 1:
-        return blocks.sort(dim=1).values
-    across = grid_size[1]
-    row = blocks // (across // block_size) * block_size
-    column = blocks % (across // block_size) * block_size
-    step = torch.arange(block_size, device=blocks.device)
-    rows = row[:, :, None, None] + step[:, None]
-    columns = column[:, :, None, None] + step
-    return (rows * across + columns).flatten(1).sort(dim=1).values

@@ -1,8 +1,4 @@
-"""Masking of captions: text reductions keep a few tokens; `hide_tokens` hides some, as BERT does.
-
-A reduction scores the tokens of a caption; its base class keeps the `num_keep` highest, in their order. A user's own is
-a subclass of `TextReduction` with a `score`, added to `TEXT_REDUCTIONS`.
-"""
+"""Masking of captions: text reductions keep a few tokens; `hide_tokens` hides some, as BERT does."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,15 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from aclip import rng
-from aclip.errors import ConfigError
+from aclip.config import Count
 from aclip.masking.base import best_first
 from aclip.tokens import is_word
-
-# t of frequency masking: words with a smaller share of all words are never suppressed.
-_THRESHOLD = 1e-6
-
-# BERT: of the hidden tokens, 80 % become the mask token, 10 % a random one, and 10 % stay as they are.
-_MASKED, _RANDOM = 0.8, 0.1
 
 
 @dataclass(frozen=True)
@@ -29,41 +19,34 @@ class TextReductionContext:
     """What a reduction may read besides the tokens.
 
     Attributes:
-        seeds: (B,) int64. Each row's draws then depend on its own seed alone, not on the batch or its padding.
+        seeds: (B,) int64; each row's draws depend on its own seed alone, not on the batch or its padding.
         frequencies: (vocabulary,) float, the share of each token id in the training captions, on the tokens' device
             (`aclip.data.token_frequencies`).
-        generator: source of randomness where `seeds` is None; None is torch's default generator.
     """
 
-    seeds: Int[Tensor, " B"] | None = None
+    seeds: Int[Tensor, " B"]
     frequencies: Float[Tensor, " V"] | None = None
-    generator: torch.Generator | None = None
 
     def uniform(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Return one draw in [0, 1) for every token."""
-        if self.seeds is not None:
-            return rng.uniform(self.seeds, tokens.shape[1], "text")
-        return torch.rand(tokens.shape, device=tokens.device, generator=self.generator)
+        return rng.uniform(self.seeds, tokens.shape[1], "text")
 
 
 class TextReduction(ABC):
     """Shortens captions to the `num_keep` tokens with the highest `score`; SOT and EOT stay and are not counted.
 
+    A user's own is a subclass with a `score`, added to `TEXT_REDUCTIONS`.
+
     Args:
         num_keep: tokens of a caption that stay, at least 1.
 
     Attributes:
-        needs_frequencies: whether `TextReductionContext.frequencies` must be given.
-
-    Raises:
-        ConfigError: `num_keep` below 1.
+        needs_frequencies: whether `score` reads `TextReductionContext.frequencies`.
     """
 
     needs_frequencies: ClassVar[bool] = False
 
-    def __init__(self, num_keep: int) -> None:
-        if num_keep < 1:
-            raise ConfigError(f"num_keep is the number of tokens of a caption that stay, at least 1, not {num_keep}")
+    def __init__(self, num_keep: Count) -> None:
         self.num_keep = num_keep
 
     @abstractmethod
@@ -75,17 +58,11 @@ class TextReduction(ABC):
 
         Args:
             tokens: (B, T) int64, rows of SOT, the caption, EOT (the highest id of the row), then zeros.
-            context: draws and frequencies.
+            context: seeds and frequencies.
 
         Returns:
             (B, S) int64 of the same layout, S = min(T, num_keep + 2). Captions that are short enough are unchanged.
-
-        Raises:
-            ConfigError: no frequencies for a reduction that needs them.
         """
-        if self.needs_frequencies and context.frequencies is None:
-            raise ConfigError(f"{type(self).__name__} needs token frequencies: pass "
-                              "TextReductionContext(frequencies=...)")
         width = self.num_keep + 2
         if tokens.shape[1] <= width:
             return tokens
@@ -101,7 +78,6 @@ class Truncation(TextReduction):
     """Keeps the first tokens (Li et al., "An Inverse Scaling Law for CLIP Training", arXiv 2305.07017)."""
 
     def score(self, tokens: Int[Tensor, "B T"], context: TextReductionContext) -> Float[Tensor, "B T"]:
-        """Return zeros."""
         return torch.zeros(tokens.shape, device=tokens.device)
 
 
@@ -109,7 +85,6 @@ class RandomReduction(TextReduction):
     """Keeps a uniformly random subset of tokens ("random masking" of arXiv 2305.07017)."""
 
     def score(self, tokens: Int[Tensor, "B T"], context: TextReductionContext) -> Float[Tensor, "B T"]:
-        """Return independent uniform draws."""
         return context.uniform(tokens)
 
 
@@ -117,7 +92,6 @@ class BlockReduction(TextReduction):
     """Keeps consecutive tokens from a uniformly random start ("block masking" of arXiv 2305.07017)."""
 
     def score(self, tokens: Int[Tensor, "B T"], context: TextReductionContext) -> Float[Tensor, "B T"]:
-        """Return 1 inside the block, 0 outside."""
         num_words = tokens.argmax(dim=1) - 1
         starts = (num_words - self.num_keep + 1).clamp(min=1)
         skipped = (context.uniform(tokens)[:, 0] * starts).floor()[:, None]
@@ -138,9 +112,8 @@ class FrequencyReduction(TextReduction):
     needs_frequencies = True
 
     def score(self, tokens: Int[Tensor, "B T"], context: TextReductionContext) -> Float[Tensor, "B T"]:
-        """Return u - p."""
         assert context.frequencies is not None
-        suppressed = (1.0 - (_THRESHOLD / context.frequencies[tokens]).sqrt()).clamp(min=0.0)
+        suppressed = (1.0 - (1e-6 / context.frequencies[tokens]).sqrt()).clamp(min=0.0)
         return context.uniform(tokens) - suppressed
 
 
@@ -153,13 +126,7 @@ TEXT_REDUCTIONS: dict[str, type[TextReduction]] = {
 
 
 class HiddenTokens(NamedTuple):
-    """Captions with some tokens hidden.
-
-    Attributes:
-        tokens: (B, T) int64, the ids that the encoder sees.
-        masked: (B, T) bool, where it sees the mask token instead.
-        hidden: (B, T) bool, the tokens to predict.
-    """
+    """Captions with `hidden` tokens to predict; of the `tokens`, the encoder sees the `masked` as the mask token."""
 
     tokens: Int[Tensor, "B T"]
     masked: Bool[Tensor, "B T"]
@@ -184,7 +151,7 @@ def hide_tokens(
     length = tokens.shape[1]
     chosen, fate, other = (rng.uniform(seeds, length, f"{purpose}/{draw}") for draw in ("hide", "fate", "other"))
     hidden = is_word(tokens) & (chosen < mask_ratio)
-    masked = hidden & (fate < _MASKED)
-    replaced = hidden & ~masked & (fate < _MASKED + _RANDOM)
+    masked = hidden & (fate < 0.8)
+    replaced = hidden & ~masked & (fate < 0.8 + 0.1)
     drawn = (other * (vocab_size - 2)).long()
     return HiddenTokens(torch.where(replaced, drawn, tokens), masked, hidden)

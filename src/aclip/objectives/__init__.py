@@ -25,12 +25,10 @@ an objective that compares samples gathers those of other ranks with `aclip.dist
 from aclip.objectives import functional
 from aclip.objectives.bag_of_words import BagOfWords
 from aclip.objectives.base import Objective
-from aclip.objectives.byol import Byol
 from aclip.objectives.contrastive import Contrastive, Sigmoid
-from aclip.objectives.masked_distillation import MaskedDistillation
-from aclip.objectives.masked_language import MaskedLanguage
-from aclip.objectives.ntxent import NtXent
+from aclip.objectives.maskclip import MaskedDistillation, MaskedLanguage
 from aclip.objectives.reconstruction import Reconstruction
+from aclip.objectives.self_supervised import Byol, NtXent
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
@@ -43,16 +41,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "bag_of_words": BagOfWords,
 }
 
-__all__ = [
-    "OBJECTIVES",
-    "BagOfWords",
-    "Byol",
-    "Contrastive",
-    "MaskedDistillation",
-    "MaskedLanguage",
-    "NtXent",
-    "Objective",
-    "Reconstruction",
-    "Sigmoid",
-    "functional",
-]
+__all__ = ["OBJECTIVES", "BagOfWords", "Byol", "Contrastive", "MaskedDistillation", "MaskedLanguage", "NtXent",
+           "Objective", "Reconstruction", "Sigmoid", "functional"]

@@ -33,21 +33,14 @@ class BagOfWords(Objective):
     the text pass leaves of a caption, in the model's own vocabulary.
 
     Reads the image pass, then the text pass.
-
-    Attributes:
-        captions_seen: () int64, N.
-        captions_with: (vocabulary,) int64, n_c.
-
-    Raises:
-        ConfigError: a text tower that is not pooled at EOT, the highest id: its padding cannot be recognised.
     """
 
     takes = (Pass, TextPass)
     needs_patches = True
     needs_pooled = False
 
-    captions_seen: Tensor
-    captions_with: Tensor
+    captions_seen: Tensor  # N, () int64
+    captions_with: Tensor  # n_c, (vocabulary,) int64
 
     def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape) -> None:
         super().__init__(reads, shape)
@@ -59,7 +52,6 @@ class BagOfWords(Objective):
         self.register_buffer("captions_with", torch.zeros(shape.vocab_size, dtype=torch.int64))
 
     def forward(self, context: StepContext) -> Float[Tensor, ""]:
-        """Read the patch tokens of the image pass and the tokens of the text pass."""
         image_pass, text_pass = self.reads
         patches, tokens = context.passes[image_pass].patches, context.texts[text_pass].tokens
         assert patches is not None

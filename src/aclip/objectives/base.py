@@ -1,4 +1,4 @@
-"""What every objective is."""
+"""What every objective is, and the cost of a transformer block."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Objective(nn.Module, ABC):
         max_logit_scale: the model's logit multiplier is clamped to this after every step; None: it is not.
 
     Raises:
-        ConfigError: other passes than it reads.
+        ConfigError: passes that it does not read, or that do not fit each other or its options.
     """
 
     takes: ClassVar[tuple[type[Pass | TextPass], ...]] = (Pass,)
@@ -39,7 +39,7 @@ class Objective(nn.Module, ABC):
     needs_pixels: ClassVar[bool] = False
     needs_masking: ClassVar[bool] = False
     needs_pooled: bool = True
-    max_logit_scale: ClassVar[float | None] = None
+    max_logit_scale: float | None = None
 
     def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Objective(nn.Module, ABC):
         return False
 
     def decoder_macs(self, images: Sequence[tuple[int, int, int]], text_tokens: float) -> float:
-        """Return multiply-accumulates of a decoder's forward pass per pair; MLP heads are not counted.
+        """Return multiply-accumulates of a decoder's forward pass per pair; heads are not counted.
 
         Args:
             images: (views, N patches, K kept) of each image pass that it reads.

@@ -13,15 +13,18 @@ from aclip.objectives.functional import clip_loss, sigmoid_loss
 from aclip.structs import StepContext, TowerShape
 
 
-class ImageTextObjective(Objective):
-    """A contrast of the features of an image pass with those of a text pass, which it reads in this order.
+class Contrastive(Objective):
+    """The mean over the V views of a pass of the symmetric InfoNCE with the captions (`functional.clip_loss`).
 
-    Raises:
-        ConfigError: a text pass that hides tokens, which has no feature of the caption.
+    A-CLIP, equation 2: 1/2 NCE(v1, t) + 1/2 NCE(v2, t); with one view it is CLIP's loss. Pairs that share a caption are
+    not each other's negatives. The logit multiplier is clamped to 100 (CLIP, arXiv 2103.00020, section 2.5).
+
+    Reads the image pass, then the text pass.
     """
 
     takes = (Pass, TextPass)
     needs_text = True
+    max_logit_scale: float | None = 100.0
 
     def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape) -> None:
         super().__init__(reads, shape)
@@ -30,33 +33,20 @@ class ImageTextObjective(Objective):
             raise ConfigError(f"text pass '{name}' hides {text.mask_ratio:.0%} of the tokens and has no feature of the "
                               "caption: contrast with a text pass whose mask_ratio is 0")
 
-    def features(
-        self, context: StepContext
-    ) -> tuple[Float[Tensor, "V B D"], Float[Tensor, "B D"], Float[Tensor, ""]]:
-        """Return image features of every view, text features, and the logit multiplier."""
+    def forward(self, context: StepContext) -> Float[Tensor, ""]:
         image_pass, text_pass = self.reads
         captions = context.texts[text_pass].features
         assert captions is not None
+        return torch.stack([self.contrast(view, captions, context)
+                            for view in context.passes[image_pass].features]).mean()
+
+    def contrast(self, image: Float[Tensor, "B D"], text: Float[Tensor, "B D"], context: StepContext) -> Tensor:
+        """Return the loss of one view."""
         assert context.logit_scale is not None
-        return context.passes[image_pass].features, captions, context.logit_scale
+        return clip_loss(image, text, context.logit_scale, context.caption_ids)
 
 
-class Contrastive(ImageTextObjective):
-    """The mean over the V views of a pass of the symmetric InfoNCE with the captions (`functional.clip_loss`).
-
-    A-CLIP, equation 2: 1/2 NCE(v1, t) + 1/2 NCE(v2, t); with one view it is CLIP's loss. Pairs that share a caption are
-    not each other's negatives. The logit multiplier is clamped to 100 (CLIP, arXiv 2103.00020, section 2.5).
-    """
-
-    max_logit_scale = 100.0
-
-    def forward(self, context: StepContext) -> Float[Tensor, ""]:
-        """Read the features of both passes."""
-        images, captions, scale = self.features(context)
-        return torch.stack([clip_loss(view, captions, scale, context.caption_ids) for view in images]).mean()
-
-
-class Sigmoid(ImageTextObjective):
+class Sigmoid(Contrastive):
     """The mean over the V views of a pass of SigLIP's sigmoid loss with the captions (`functional.sigmoid_loss`).
 
     The multiplier is the model's `logit_scale`, from the value that the model has (1/0.07 in a fresh one; the paper
@@ -65,29 +55,27 @@ class Sigmoid(ImageTextObjective):
     this objective and is not exported: it shifts all similarities alike and changes no ranking.
 
     Args:
-        reads, shape: see `Objective`.
         init_bias: first value of the bias. None is the model's own if it has one, else the paper's -10, which says that
             nearly all pairs are negative.
     """
 
-    def __init__(
-        self, reads: Mapping[str, Pass | TextPass], shape: TowerShape, init_bias: float | None = None
-    ) -> None:
+    max_logit_scale = None
+
+    def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape,
+                 init_bias: float | None = None) -> None:
         super().__init__(reads, shape)
         self.init_bias = init_bias
         first = torch.tensor(-10.0 if init_bias is None else float(init_bias))
         self.logit_bias: nn.Parameter | None = nn.Parameter(first)
 
     def adopt_bias(self, bias: nn.Parameter) -> bool:
-        """See `Objective.adopt_bias`."""
         if self.init_bias is not None:
             nn.init.constant_(bias, self.init_bias)
         self.logit_bias = None
         return True
 
-    def forward(self, context: StepContext) -> Float[Tensor, ""]:
-        """Read the features of both passes."""
-        images, captions, scale = self.features(context)
+    def contrast(self, image: Float[Tensor, "B D"], text: Float[Tensor, "B D"], context: StepContext) -> Tensor:
         bias = context.logit_bias if self.logit_bias is None else self.logit_bias
         assert bias is not None
-        return torch.stack([sigmoid_loss(view, captions, scale, bias, context.caption_ids) for view in images]).mean()
+        assert context.logit_scale is not None
+        return sigmoid_loss(image, text, context.logit_scale, bias, context.caption_ids)

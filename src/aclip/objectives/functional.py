@@ -18,27 +18,15 @@ from torch.utils.checkpoint import checkpoint
 
 from aclip import dist
 
-__all__ = [
-    "byol_loss",
-    "chance_loss",
-    "clip_loss",
-    "codeword_loss",
-    "hidden_token_loss",
-    "ntxent_loss",
-    "sigmoid_loss",
-    "sum_over_rows",
-]
+__all__ = ["byol_loss", "chance_loss", "clip_loss", "codeword_loss", "hidden_token_loss", "ntxent_loss",
+           "sigmoid_loss", "sum_over_rows"]
 
 # Logits held at a time, 64 MiB in float32; softmax and masks take about three times as much on top.
 LOGITS_AT_ONCE = 2**24
 
-_IGNORED = -1
-
 
 def clip_loss(
-    image_features: Float[Tensor, "B D"],
-    text_features: Float[Tensor, "B D"],
-    logit_scale: Float[Tensor, ""] | float,
+    image_features: Float[Tensor, "B D"], text_features: Float[Tensor, "B D"], logit_scale: Float[Tensor, ""] | float,
     caption_ids: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the symmetric InfoNCE of CLIP (Radford et al., arXiv 2103.00020, figure 3).
@@ -48,8 +36,7 @@ def clip_loss(
     Across ranks, j runs over the rows of all ranks, i over this rank's; the mean over ranks is the loss of the batch.
 
     Args:
-        image_features: (B, D) float, L2-normalised rows v.
-        text_features: (B, D) float, L2-normalised rows t.
+        image_features, text_features: (B, D) float, L2-normalised rows v and t.
         logit_scale: s > 0, the multiplier itself and not its log (CLIP's parameter holds the log).
         caption_ids: (B,) int64. Different pairs with equal ids are not each other's negatives: they are left out of
             the denominators. None: all pairs differ.
@@ -78,14 +65,8 @@ def clip_loss(
 def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
     """Return `clip_loss` for features that are all equal: the loss of a model that has learned nothing.
 
-    mean_i log(1 + number of pairs j whose caption differs from that of i), j over the pairs of all ranks; log(batch)
-    where all captions differ. No host synchronisation.
-
-    Args:
-        caption_ids: (B,) int64, as for `clip_loss`.
-
-    Returns:
-        () float32, the mean over this rank's rows.
+    mean_i log(1 + number of pairs j whose caption differs from that of i), i over this rank's pairs, j over those of
+    all ranks; log(batch) where all captions differ. `caption_ids` as for `clip_loss`. No host synchronisation.
     """
     everyone = dist.gather(caption_ids).sort().values
     own = caption_ids.contiguous()
@@ -94,11 +75,8 @@ def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
 
 
 def sigmoid_loss(
-    image_features: Float[Tensor, "B D"],
-    text_features: Float[Tensor, "B D"],
-    logit_scale: Float[Tensor, ""] | float,
-    logit_bias: Float[Tensor, ""] | float,
-    caption_ids: Int[Tensor, " B"] | None = None,
+    image_features: Float[Tensor, "B D"], text_features: Float[Tensor, "B D"], logit_scale: Float[Tensor, ""] | float,
+    logit_bias: Float[Tensor, ""] | float, caption_ids: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343, equation 1).
 
@@ -107,8 +85,7 @@ def sigmoid_loss(
     Across ranks, j runs over the rows of all ranks, i over this rank's; the mean over ranks is the loss of the batch.
 
     Args:
-        image_features: (B, D) float, L2-normalised rows v.
-        text_features: (B, D) float, L2-normalised rows t.
+        image_features, text_features: (B, D) float, L2-normalised rows v and t.
         logit_scale: s > 0, the multiplier itself and not its log.
         logit_bias: b.
         caption_ids: (B,) int64. Cross terms of different pairs with equal ids are left out of the sum. None: all pairs
@@ -142,8 +119,7 @@ def ntxent_loss(z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature:
     Across ranks, k runs over the rows of all ranks, i over this rank's; the mean over ranks is the loss of the batch.
 
     Args:
-        z1: (B, D) float, projections of one view; normalised here.
-        z2: (B, D) float, those of the other view, in the same order.
+        z1, z2: (B, D) float, projections of the two views, in the same order; normalised here.
         temperature: tau > 0.
 
     Returns:
@@ -171,8 +147,7 @@ def byol_loss(prediction: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) ->
     Across ranks it is local; the mean over ranks is the loss of the batch.
 
     Args:
-        prediction: (B, D) float, normalised here.
-        target: (B, D) float, normalised here; receives no gradient.
+        prediction, target: (B, D) float, normalised here; `target` receives no gradient.
 
     Returns:
         () float32 in [0, 4].
@@ -182,11 +157,8 @@ def byol_loss(prediction: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) ->
 
 
 def codeword_loss(
-    logits: Float[Tensor, "M W"],
-    teacher_logits: Float[Tensor, "M W"],
-    centre: Float[Tensor, " W"],
-    temperature: float,
-    teacher_temperature: float,
+    logits: Float[Tensor, "M W"], teacher_logits: Float[Tensor, "M W"], centre: Float[Tensor, " W"],
+    temperature: float, teacher_temperature: float,
 ) -> Float[Tensor, ""]:
     """Return the cross-entropy between soft codewords, as in DINO (Caron et al., arXiv 2104.14294, section 3.1).
 
@@ -196,11 +168,9 @@ def codeword_loss(
     Across ranks it is local, apart from `centre`, which the caller computes over all of them.
 
     Args:
-        logits: (M, W) float, the student's s over W codewords.
-        teacher_logits: (M, W) float, the teacher's t; receive no gradient.
+        logits, teacher_logits: (M, W) float, s and t over W codewords; t receive no gradient.
         centre: (W,) float, the teacher's mean logits.
-        temperature: tau > 0 of the student.
-        teacher_temperature: tau_teacher > 0, below tau so that the targets are sharp.
+        temperature, teacher_temperature: tau > tau_teacher > 0, so that the targets are sharp.
 
     Returns:
         () float32, the sum over rows; 0 with a gradient of 0 for M = 0.
@@ -229,8 +199,8 @@ def hidden_token_loss(
         () float32, at least 0; 0 with a gradient of 0 if nothing is hidden.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        targets = tokens.masked_fill(~hidden, _IGNORED)
-        total = F.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="sum")
+        targets = tokens.masked_fill(~hidden, -100)  # which cross_entropy ignores
+        total = F.cross_entropy(logits.float(), targets, reduction="sum")
         return total * dist.world_size() / dist.sum_over_ranks(hidden.sum()).clamp(min=1)
 
 
@@ -244,8 +214,7 @@ def sum_over_rows(
 
     Args:
         loss: maps some rows and their labels to the sum of their losses, by way of (rows, columns) logits.
-        rows: (B, D) float32.
-        labels: (B,) int64.
+        rows, labels: split alike.
         columns: logits per row.
     """
     chunk = max(1, LOGITS_AT_ONCE // columns)

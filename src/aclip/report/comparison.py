@@ -1,8 +1,8 @@
 """The tables and the page of a comparison: `table.md`, `table.csv` and `index.html`."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 from aclip.errors import CheckpointError, ConfigError
 from aclip.report.figures import Points, Series, line_chart
-from aclip.report.journals import PRIMARY, Metric, Record, mapping, number, primary, read_run
-from aclip.report.page import MISSING, compact, count, duration, gigabytes, write_page
-from aclip.report.tables import Tables, exceeds_spread, full_words, is_fraction, milliseconds, ratio, to_rich
+from aclip.report.journals import PRIMARY, Metric, Record, mapping, number, primary, read_journal, read_json
+from aclip.report.page import count, write_page
+from aclip.report.tables import Tables, exceeds_spread, full_words, is_fraction, to_rich
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from aclip.report.snapshots import Snapshot
 
 MANY = 8  # more recipes get no tiles, and numbers instead of names as columns
-COLOURS = 12
-IMAGES = 6
-SIDE = 160  # pixels
+COLOURS, IMAGES, SIDE = 12, 6, 160  # SIDE in pixels
 
 SECTIONS = (
     ("results", "Results"), ("differences", "Differences"), ("curves", "Curves"), ("kept", "What each recipe keeps"),
@@ -33,119 +31,68 @@ SECTIONS = (
 
 @dataclass(frozen=True)
 class ComparisonFiles:
-    """The contents of a comparison's folder.
-
-    Attributes:
-        path: the folder.
-        raw: `comparison.json`, with the step times of `timing.json`.
-        tables: the results.
-        runs: all of them, finished or not.
-        seeds: the first has searched for the learning rate.
-    """
+    """The contents of a comparison's folder."""
 
     path: Path
-    raw: Record
+    raw: Record  # comparison.json, with the step times of timing.json
     tables: Tables
-    runs: list[Record]
-    seeds: list[int]
+    runs: list[Record]  # finished or not
 
     def primary(self) -> Metric | None:
-        """Return the metric that stands for the recipes: on the first set, the first of `PRIMARY` that any has."""
         found = [metric for metrics in self.tables.metrics.values() for metric in metrics]
         wanted = ((held, *metric) for held in self.tables.sets for metric in PRIMARY.items())
         return next((metric for metric in wanted if metric in found), None)
 
     def notes(self) -> list[str]:
-        """Return what is missing, and what lies in the folder without being part of the comparison."""
-        known = {str(run.get("name")) for run in self.runs}
-        found = (
-            ("Failed, and left out: {}.", [run for run in self.runs if run.get("error") and not run.get("finished")]),
-            ("Not finished yet, and left out: {}.",
-             [run for run in self.runs if not run.get("finished") and not run.get("error")]),
-            ("Trained, but not measured with every evaluator; what was measured counts: {}.",
-             [run for run in self.runs if run.get("finished") and not run.get("complete", True)]),
-            ("Runs in the folder that the command does not name, not shown: {}.",
-             [{"name": path.name} for path in sorted((self.path / "runs").glob("*")) if path.name not in known]),
-        )
-        return [sentence.format(", ".join(str(run.get("name")) for run in some)) for sentence, some in found if some]
+        found: dict[str, list[str]] = {"Failed, and left out": [], "Not finished yet, and left out": [],
+                                       "Trained, but not measured with every evaluator; what was measured counts": []}
+        failed, unfinished, in_part = found.values()
+        for run in self.runs:
+            if not run.get("finished"):
+                (failed if run.get("error") else unfinished).append(run["name"])
+            elif not run.get("complete", True):
+                in_part.append(run["name"])
+        found["Runs in the folder that the command does not name, not shown"] = sorted(
+            {path.name for path in (self.path / "runs").glob("*")} - {run["name"] for run in self.runs})
+        return [f"{sentence}: {', '.join(names)}." for sentence, names in found.items() if names]
 
 
 def read_comparison(folder: Path) -> ComparisonFiles:
-    """Read a comparison, finished or not.
-
-    Raises:
-        ConfigError: there is none in the folder, or its file is damaged.
-    """
-    raw = _read(folder / "comparison.json")
-    if raw is None:
-        raise ConfigError(f"there is no comparison in '{folder}': it has no comparison.json")
-    raw["timing"] = _read(folder / "timing.json") or {}  # may be newer than the one in comparison.json
-    return ComparisonFiles(folder, raw, Tables(raw), list(raw.get("runs") or []),
-                           list(mapping(raw, "settings").get("seeds") or []))
+    damaged: list[str] = []
+    raw = read_json(folder / "comparison.json", damaged)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"there is no comparison in '{folder}': its comparison.json is "
+                          f"{'damaged' if damaged else 'missing'}")
+    raw["timing"] = read_json(folder / "timing.json", []) or {}  # may be newer than the one in comparison.json
+    return ComparisonFiles(folder, raw, Tables(raw), raw["runs"])
 
 
 def write_comparison(folder: Path) -> Path:
-    """Write `table.md`, `table.csv` and the page `index.html` into a comparison's folder.
-
-    Returns:
-        The page.
+    """Write `table.md`, `table.csv` and the page `index.html` into a comparison's folder; return the page.
 
     Raises:
         ConfigError: there is no comparison in the folder, or its file is damaged.
     """
     comparison = read_comparison(folder)
-    raw, tables, metric, name = comparison.raw, comparison.tables, comparison.primary(), folder.resolve().name
+    tables, metric, name = comparison.tables, comparison.primary(), folder.resolve().name
+    chosen = mapping(comparison.raw, "chosen_lr").values()
+    chosen_on = list(dict.fromkeys(str(one["set"]) for one in chosen if one.get("set")))
     tables.write(folder)
-    data = raw.get("data")
-    about = {"model": raw.get("model"), "data": ", ".join(map(str, data)) if isinstance(data, list) else data,
-             "metric": full_words(metric) if metric else "", "seeds": ", ".join(map(str, comparison.seeds)),
-             "budget": budget(mapping(raw, "settings")), "num_pairs": number(raw, "num_pairs"),
-             "batch_size": number(raw, "batch_size"), "precision": raw.get("precision", MISSING),
-             "device": f"{raw.get('device', MISSING)}, {threads(raw.get('threads'))} a run"}
     return write_page(
         folder / "index.html", "comparison", name=f"{name}: a comparison", sections=SECTIONS, folder=name,
-        notes=comparison.notes(), recipes=tables.recipes, baseline=tables.baseline, about=about,
-        command=str(raw.get("command", "")), tiles=tiles(comparison), summary=tables.summary(brief=True),
-        details=tables.details(), differences=differences(tables), curves=curves(comparison), kept=kept(comparison),
-        cost=cost(comparison), lr=learning_rates(comparison), runs=runs(comparison))
+        notes=comparison.notes(), raw=comparison.raw, tables=tables, recipes=tables.recipes, baseline=tables.baseline,
+        metric=metric, metric_words=full_words(metric) if metric else "", tiles=metric and len(tables.recipes) <= MANY,
+        difference=difference, full_words=full_words, many=MANY, curves=curves(comparison), kept=kept(comparison),
+        chosen_on=chosen_on, primary=partial(primary, sets=tables.sets),
+        searched=partial(primary, sets=[*chosen_on, *tables.sets]),
+        reports={path.parent.name for path in folder.glob("runs/*/report.html")})
 
 
 def summary_table(folder: Path) -> "Table":
-    """Return the summary of a comparison for the terminal."""
     return to_rich(read_comparison(folder).tables.summary(brief=True))
 
 
-def tiles(comparison: ComparisonFiles) -> list[dict[str, str]]:
-    """Return the main number of every recipe, unless there are many."""
-    tables, metric = comparison.tables, comparison.primary()
-    if metric is None or len(tables.recipes) > MANY:
-        return []
-    cells = {name: tables.cell(name, metric).partition(" (n")[0] for name in tables.recipes}
-    return [{"name": name, "value": cell.partition(" ± ")[0] + (" %" if "±" in cell and "%" in cell else ""),
-             "spread": cell.partition(" ± ")[2].removesuffix(" %"), "time": ratio(tables.cost(name, "relative_time")),
-             "macs": ratio(tables.cost(name, "relative_cost"))} for name, cell in cells.items()]
-
-
-def differences(tables: Tables) -> list[dict[str, Any]]:
-    """Return a matrix of differences for the leading metric of every set and evaluator."""
-    found = []
-    for metric, *_ in tables.metrics.values():
-        values = {name: values for name in tables.recipes if (values := tables.values(name, metric))}
-        columns = titles = list(values)
-        if len(values) < 2:
-            continue
-        if len(values) > MANY:  # as wide as numbers, not as names
-            columns = [str(i) for i in range(1, len(values) + 1)]
-            titles = [" ".join(pair) for pair in zip(columns, titles, strict=True)]
-        rows = [[title, *(Markup('<span class="again">{}</span>').format(MISSING) if name == other else
-                          _difference(values[name], values[other], metric) for other in values)]
-                for title, name in zip(titles, values, strict=True)]
-        found.append({"title": full_words(metric), "head": ["", *columns], "rows": rows})
-    return found
-
-
 def curves(comparison: ComparisonFiles) -> list[Markup]:
-    """Return two charts of the primary metric, each seed faint behind the mean of its recipe."""
     metric, tables = comparison.primary(), comparison.tables
     if metric is None:
         return []
@@ -217,98 +164,16 @@ def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
     return {"images": images, "whole": [name for name in shots if name not in masking], "figures": len(shown) + 1}
 
 
-def cost(comparison: ComparisonFiles) -> dict[str, Any]:
-    """Return measured step times with their quartiles, the arithmetic, and peak memory."""
-    timing = mapping(comparison.raw, "timing")
-    shown = {comparison.tables.baseline, *comparison.tables.recipes}
-    steps = {label: step for label, step in mapping(timing, "steps").items() if label.split(", ")[0] in shown}
-    rows = []
-    for label, step in steps.items():
-        low, median, high = (milliseconds(number(step, key)) for key in ("first_quartile", "median", "third_quartile"))
-        rows.append([label, median, f"{low} to {high}", count(number(step, "rounds"))])
-    return {"table": comparison.tables.costs(), "steps": rows,
-            "warmup": timing.get("warmup_rounds", "?"), "device": timing.get("device", comparison.raw.get("device")),
-            "threads": threads(timing.get("threads")), "batch_size": count(number(comparison.raw, "batch_size")),
-            "text_tokens": compact(number(comparison.raw, "text_tokens"))}
-
-
-def learning_rates(comparison: ComparisonFiles) -> dict[str, Any]:
-    """Return every learning rate that was tried with its result, and which one was chosen."""
-    lrs = sorted({float(run["lr"]) for run in comparison.runs})
-    if len(mapping(comparison.raw, "settings").get("lr") or []) < 2:
-        return {"rows": [], "single": f"{lrs[0]:g}" if len(lrs) == 1 else ""}
-    metric, tables, rows = comparison.primary(), comparison.tables, []
-    by_recipe = mapping(comparison.raw, "chosen_lr")
-    chosen_on = dict.fromkeys(str(held) for name in by_recipe if (held := mapping(by_recipe, name).get("set")))
-    for name in tables.recipes:
-        found = {run["lr"]: value[1] for run in comparison.runs
-                 if run.get("recipe") == name and run.get("finished") and run.get("seed") in comparison.seeds[:1]
-                 and (value := primary(run, [*chosen_on, *tables.sets])) is not None}
-        row = [name]
-        for lr in lrs:
-            text = f"{100 * found[lr]:.1f} %" if lr in found else MISSING
-            row.append(Markup("<b>{} ✓</b>").format(text) if lr == tables.cost(name, "lr") else text)
-        rows.append(row)
-    return {"rows": rows, "head": ["recipe", *(f"{lr:g}" for lr in lrs)], "seeds": comparison.seeds,
-            "metric": full_words(metric) if metric else "the first set",
-            "held_out": ", ".join(name for name in chosen_on if name not in tables.sets)}
-
-
-def runs(comparison: ComparisonFiles) -> list[list[str]]:
-    """Return every run with its state, and a link to its own report."""
-    rows = []
-    for run in comparison.runs:
-        name, found = str(run.get("name")), primary(run, comparison.tables.sets)
-        report = f"runs/{name}/report.html"
-        state = "failed" if run.get("error") else "done" if run.get("finished") else "not finished"
-        rows.append([
-            Markup('<a href="{}">{}</a>').format(report, name) if (comparison.path / report).exists() else name,
-            f"{state}: {run['error']}" if run.get("error") else state,
-            f"{100 * found[1]:.1f} %" if found else MISSING, count(number(run, "samples_seen")),
-            duration(number(run, "training_seconds")), gigabytes(number(run, "peak_memory"))])
-    return rows
-
-
-def budget(settings: Record) -> str:
-    """Return what every recipe was given."""
-    epochs, samples, minutes = (number(settings, key) for key in ("epochs", "samples", "minutes"))
-    if minutes is not None:
-        return f"{minutes:g} minutes of training steps"
-    return f"{samples:,.0f} pairs" if samples is not None else f"{epochs or 0:g} epochs"
-
-
-def threads(number_of: object) -> str:
-    """Return a number of threads in words."""
-    return f"{MISSING if number_of is None else number_of} {'thread' if number_of == 1 else 'threads'}"
-
-
-def _read(path: Path) -> Record | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} is damaged: it holds no object")
-    return found
-
-
-def _difference(first: Sequence[float], second: Sequence[float], metric: Metric) -> Markup:
+def difference(first: Sequence[float], second: Sequence[float], metric: Metric) -> Markup:
     points = round((100.0 if is_fraction(metric) else 1.0) * (fmean(first) - fmean(second)), 1)
     text = f"{points + 0.0:+.1f}"  # + 0.0: no negative zero
     return Markup("<b>{}</b>" if exceeds_spread(first, second) else '<span class="within">{}</span>').format(text)
 
 
 def _history(comparison: ComparisonFiles, run: Record, metric: Metric) -> Points:
-    """Return (samples seen, value) of a run's evaluations."""
-    try:
-        evaluations = read_run(comparison.path / "runs" / str(run["name"]), journals_only=True).evaluations
-    except ConfigError:
-        return []
     held, evaluator, name = metric
     found: dict[float, float] = {}
-    for record in evaluations:
+    for record in read_journal(comparison.path / "runs" / str(run["name"]) / "evaluations.jsonl", []):
         if (record.get("set"), record.get("evaluator"), record.get("weights")) == (held, evaluator, "online"):
             seen, value = number(record, "samples_seen"), number(mapping(record, "metrics"), name)
             if seen is not None and value is not None:
@@ -317,7 +182,6 @@ def _history(comparison: ComparisonFiles, run: Record, metric: Metric) -> Points
 
 
 def _series(name: str, histories: list[Points], colour: int) -> list[Series]:
-    """Return the seeds, and their mean where all of them were evaluated."""
     histories = [points for points in histories if points]
     if len(histories) < 2:
         return [Series(name, points, colour) for points in histories]

@@ -18,23 +18,15 @@ _SIDES = (32, 64, 128, 224, 336, 512, 768, 1024, 2048)
 _RATIOS = {1 / 4: "taller than 4:1", 1 / 2: "4:1 to 2:1", 0.8: "2:1 to 5:4", 1.25: "about square",
            2: "5:4 to 2:1, wide", 4: "2:1 to 4:1, wide"}
 _TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_LOOK_SIDE = 320  # pixels
 
-Groups = Sequence[Sequence[Sequence["Example"]]]
-"""The examples of each finding, in groups of samples that belong together."""
+Groups = Sequence[Sequence[Sequence["Example"]]]  # of each finding, groups of samples that belong together
 
 
 def write_data_page(examined: "Examination", folder: Path) -> Path:
-    """Write `data.html`, and the same numbers in `data.json`, into a folder.
-
-    The images of the examples are read again, and are in the page. All text from data is escaped.
-
-    Returns:
-        The page.
-    """
+    """Write `data.html`, with the images of the examples, and the same numbers in `data.json`; return the page."""
     shown = examined.load_examples()
     write_text(folder / "data.json", json.dumps(to_record(examined, shown), indent=2, ensure_ascii=False) + "\n")
-    name, *against = (_spec(one) for one in examined.measured)
+    name, *against = (str(one.source.spec) for one in examined.measured)
     return write_page(
         folder / "data.html", "data", name=f"{name}: data doctor", folder=name,
         title=Path(name).name or name,
@@ -48,22 +40,18 @@ def write_look_page(
     path: Path, title: str, facts: list[tuple[str, str]],
     samples: list[tuple[Image.Image, str, tuple[str, ...]]], advice: list[str],
 ) -> Path:
-    """Write the page of `aclip data look`: what a source was read as, with a few of its samples.
+    """Write the page of `aclip data look`, what a source was read as, to `path`, and return it.
 
     Args:
-        path: the file.
         title: name of the source.
         facts: names and values, shown below the title.
-        samples: image, name and captions of each; shown no larger than 320 pixels.
+        samples: image, name and captions of each.
         advice: sentences about the source; none leaves the section out.
-
-    Returns:
-        `path`.
     """
     cards = []
     for image, name, captions in samples:
         small = image.convert("RGB")
-        small.thumbnail((_LOOK_SIDE, _LOOK_SIDE))
+        small.thumbnail((320, 320))
         cards.append({"image": small, "name": name, "captions": captions, "size": f"{image.width}x{image.height}"})
     sections = [("samples", "Samples"), *([("advice", "Advice")] if advice else [])]
     return write_page(path, "look", name=f"{title}: data look", folder=title, sections=sections, title=title,
@@ -71,33 +59,23 @@ def write_look_page(
 
 
 def to_record(examined: "Examination", shown: Groups) -> dict[str, Any]:
-    """Return counts, findings and the names of their examples, as JSON has them."""
     source, *against = examined.measured
     return {
-        "source": _spec(source), "samples": len(source.source), "examined": len(source.samples),
+        "source": str(source.source.spec), "samples": len(source.source), "examined": len(source.samples),
         "usable": usable(examined), "captions": len(source.captions), "model": examined.limits.model,
-        "against": [_spec(one) for one in against],
-        "findings": [
-            {"name": finding.name, "severity": finding.severity, "title": finding.title, "count": finding.count,
-             "total": finding.total, "unit": finding.unit, "advice": finding.advice, "details": dict(finding.details),
-             "examples": [[{"source": one.source, "index": one.index, "key": one.key} for one in group]
-                          for group in groups]}
+        "against": [str(one.source.spec) for one in against],
+        "findings": [vars(finding) | {"details": dict(finding.details), "examples": [
+            [{"source": one.source, "index": one.index, "key": one.key} for one in group] for group in groups]}
             for finding, groups in zip(examined.findings, shown, strict=True)],
     }
 
 
-def _spec(measured: Any) -> str:
-    return str(measured.source.spec)
-
-
 def usable(examined: "Examination") -> int:
-    """Return the number of examined samples that training can use."""
     samples = examined.measured[0].samples
     return int((samples["decoded"] & (samples["captions"] > 0)).sum())
 
 
 def image_histograms(examined: "Examination") -> list[dict[str, Any]]:
-    """Return histograms of the sizes and shapes of the images that could be decoded."""
     samples = examined.measured[0].samples
     samples = samples[samples["decoded"]]
     if not len(samples):
@@ -115,7 +93,6 @@ def image_histograms(examined: "Examination") -> list[dict[str, Any]]:
 
 
 def caption_histograms(examined: "Examination") -> list[dict[str, Any]]:
-    """Return histograms of captions for each image and of their lengths in tokens."""
     source, context = examined.measured[0], examined.limits.context_length
     each = source.samples["captions"][source.samples["decoded"]]
     charts = [_histogram("Captions of an image", "empty ones not counted",
@@ -131,7 +108,6 @@ def caption_histograms(examined: "Examination") -> list[dict[str, Any]]:
 
 
 def _histogram(title: str, about: str, words: list[str], bins: np.ndarray) -> dict[str, Any]:
-    """Return bars of the number of values in each bin; empty bins at either end are left out."""
     counts = np.bincount(bins, minlength=len(words))
     filled = np.flatnonzero(counts)
     bars = [(f"{100 * counts[i] / counts.max():.1f}", words[i],

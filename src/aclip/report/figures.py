@@ -1,7 +1,6 @@
 """Line charts as inline SVG.
 
-The lines are drawn in an SVG that stretches with the page (strokes keep their width); ticks and legend are
-HTML beside it, so that text keeps its size on any screen. `report.js` adds a cursor that reads out values.
+The SVG stretches with the page; ticks and legend are HTML beside it, so that text keeps its size on any screen.
 """
 
 import json
@@ -15,31 +14,22 @@ from markupsafe import Markup
 
 from aclip.report.page import compact, count, percent, render
 
-SIZE = 1000  # units of the drawing, both ways
-MAX_POINTS = 320  # a screen cannot show more, and the page stays small
+SIZE, MAX_POINTS = 1000, 320  # units of the drawing, both ways; points of a line, more than a screen can show
 
 Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart.
-
-    Attributes:
-        name: shown in the legend.
-        points: (x, y), x ascending; a y that is None, NaN or infinite leaves a gap.
-        colour: index into the palette of `style.css`, 0 is grey.
-        style: "line"; "faint" for raw values behind a smoothed line (not in the legend); "dashed" for a reference.
-    """
+    """One line of a chart; "faint" is for raw values behind a smoothed line, "dashed" for a reference."""
 
     name: str
-    points: Sequence[tuple[float, float | None]]
-    colour: int = 1
+    points: Sequence[tuple[float, float | None]]  # x ascending; a y that is None, NaN or infinite leaves a gap
+    colour: int = 1  # index into the palette of style.css, 0 is grey
     style: Literal["line", "faint", "dashed"] = "line"
 
     @property
     def mark(self) -> str:
-        """CSS classes of the line."""
         return f"{self.style} c{self.colour}"
 
 
@@ -52,18 +42,11 @@ class Axis:
     ticks: tuple[float, ...]
 
     def place(self, value: float) -> float:
-        """Return the position of `value`: 0 at `low`, 1 at `high`."""
         return (value - self.low) / (self.high - self.low)
 
 
 def nice_axis(low: float, high: float, intervals: int = 4, widen: bool = True) -> Axis:
-    """Return an axis around [low, high] whose ticks are multiples of 1, 2, 2.5 or 5 times a power of ten.
-
-    Args:
-        low, high: finite; nearly equal values get room on both sides.
-        intervals: the number of intervals aimed at.
-        widen: whether the axis grows to the next tick on either side, or ends at `low` and `high`.
-    """
+    """Return an axis around [low, high] whose ticks are multiples of 1, 2, 2.5 or 5 times a power of ten."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = abs(low) / 2 or 0.5
         low, high = low - room, high + room
@@ -81,10 +64,7 @@ def nice_axis(low: float, high: float, intervals: int = 4, widen: bool = True) -
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> Points:
-    """Return at most `limit` points: means over runs of neighbours, and the last point.
-
-    The mean is over finite values; a run without any stays a gap.
-    """
+    """Return at most `limit` points: means of finite values over runs of neighbours, and the last point."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil((len(points) - 1) / (limit - 1))
@@ -97,12 +77,7 @@ def thin(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> Poin
 
 
 def smooth(points: Sequence[tuple[float, float]], width: float = 0.015) -> Points:
-    """Return the points averaged with weights exp(-distance / width) to both sides, hence without lag.
-
-    Args:
-        points: (x, y); values that are not finite are left out.
-        width: of the average, as a fraction of the number of points.
-    """
+    """Return the finite points averaged with weights exp(-distance / (width n)) to both sides, hence without lag."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     decay = math.exp(-1.0 / max(1.0, width * len(finite)))
 
@@ -119,25 +94,17 @@ def smooth(points: Sequence[tuple[float, float]], width: float = 0.015) -> Point
 
 
 def line_chart(
-    title: str,
-    series: Sequence[Series],
-    *,
-    unit: Literal["", "%"] = "",
-    from_zero: bool = False,
-    digits: int = 3,
-    note: str = "",
-    x_label: str = "samples seen",
-    last_values: bool = True,
+    title: str, series: Sequence[Series], *, unit: Literal["", "%"] = "", from_zero: bool = False, digits: int = 3,
+    note: str = "", x_label: str = "samples seen", last_values: bool = True,
 ) -> Markup:
     """Return a chart as a `<figure>`; series without a finite point are left out, and without any it is empty.
 
     Args:
-        title: what is drawn.
+        title, note: the heading, and small print beside it.
         series: the lines.
         unit: "%" for fractions in [0, 1], else plain numbers.
         from_zero: whether the vertical axis must include 0.
         digits: significant digits of values in legend and cursor.
-        note: small print beside the title.
         x_label: what the horizontal axis counts.
         last_values: whether the legend shows each line's last finite value.
     """
@@ -169,11 +136,6 @@ def line_chart(
 
 
 def tick_label(value: float, step: float, unit: str) -> str:
-    """Return a tick's label, with as many decimals as its step needs.
-
-    >>> tick_label(0.15, 0.05, "%"), tick_label(2.0, 0.5, ""), tick_label(150000, 50000, "count")
-    ('15 %', '2.0', '150k')
-    """
     if value == 0.0:
         return "0"
     if unit == "%":
@@ -184,7 +146,7 @@ def tick_label(value: float, step: float, unit: str) -> str:
 
 
 def _path(points: Points, x_axis: Axis, y_axis: Axis) -> str:
-    """Return path data; a lone point becomes a line of length 0, which round caps show as a dot."""
+    # a lone point becomes a line of length 0, which round caps show as a dot
     parts, pen_down = [], False
     for x, y in points:
         if not math.isfinite(y):
@@ -202,5 +164,4 @@ def _ticks(axis: Axis, unit: str) -> list[tuple[str, str]]:
 
 
 def _decimals(step: float) -> int:
-    """Return the decimals of multiples of `step`, which is 1, 2, 2.5 or 5 times a power of ten."""
     return next((d for d in range(6) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * step * 10**d), 6)

@@ -14,50 +14,32 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-Metric = tuple[str, str, str]
-"""Set, evaluator, name of the metric."""
+Metric = tuple[str, str, str]  # set, evaluator, name
 
+# the first evaluator that was run on a set stands for the run, by this metric
 PRIMARY = {"retrieval": "image_to_text_r1", "zero_shot": "top1", "linear_probe": "top1", "knn": "top1"}
-"""Evaluator -> metric; the first evaluator that was run on a set stands for the run."""
-
-
 JOURNALS = ("metrics", "evaluations", "skipped", "robustness", "incidents")
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The contents of a run folder, as far as they could be read.
+    """The contents of a run folder, as far as they could be read."""
 
-    Attributes:
-        path: the folder.
-        config: `config.json`, or empty.
-        metrics, evaluations, skipped, robustness, incidents: the lines of the journals of these names, in order.
-        peak_memory: in bytes, measured; None if it was not.
-        examples: name of a file of `examples/`, which is its set's (`as_file_name`) -> the images in it.
-        details: the files of `details/`: class by class numbers, reliability diagrams.
-        snapshots: of the first, the middle and the last step that has one.
-        notes: sentences about what is missing or damaged.
-    """
-
-    path: Path
     config: Record
     metrics: list[Record]
     evaluations: list[Record]
     skipped: list[Record]
     robustness: list[Record]
     incidents: list[Record]
-    peak_memory: float | None
-    examples: dict[str, list[Record]]
-    details: list[Record]
-    snapshots: "list[Snapshot]"
-    notes: list[str]
+    peak_memory: float | None  # bytes
+    examples: dict[str, list[Record]]  # file name of a set -> images
+    details: list[Record]  # class by class numbers, reliability diagrams
+    snapshots: "list[Snapshot]"  # of the first, the middle and the last step that has one
+    notes: list[str]  # sentences about what is missing or damaged
 
     @property
     def training_seconds(self) -> float | None:
-        """Time spent in training steps, without evaluation, or None if it was not logged.
-
-        Summed over the logged intervals as samples / rate, so that a resumed run counts each step once.
-        """
+        """Time in training steps: the sum of samples / rate, so that a resumed run counts each step once."""
         total, before = 0.0, 0.0
         for record in self.metrics:
             seen, rate = number(record, "samples_seen"), number(record, "samples_per_second")
@@ -69,11 +51,7 @@ class RunFiles:
 
 
 def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
-    """Read a run folder in any state.
-
-    Args:
-        folder: the run's folder.
-        journals_only: leave out images, details and snapshots.
+    """Read a run folder in any state; `journals_only` leaves out images, details and snapshots.
 
     Raises:
         ConfigError: the folder does not exist, or holds no run.
@@ -81,9 +59,9 @@ def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
     if not folder.is_dir():
         raise ConfigError(f"there is no run folder '{folder}'")
     notes: list[str] = []
-    config = _json(folder / "config.json", notes)
+    config = read_json(folder / "config.json", notes)
     metrics, evaluations, skipped, robustness, incidents = (
-        _journal(folder / f"{name}.jsonl", notes) for name in JOURNALS)
+        read_journal(folder / f"{name}.jsonl", notes) for name in JOURNALS)
     recorded = any((folder / f"{name}.jsonl").exists() for name in JOURNALS[:3])
     if not recorded and not (isinstance(config, dict) and mapping(config, "recipe")):
         raise ConfigError(f"'{folder}' is no run: it has neither a config.json of aclip nor journals; give the "
@@ -91,26 +69,21 @@ def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
     if not isinstance(config, dict):
         config = {}
         notes.append("The configuration (config.json) is missing.")
-    if not metrics:
-        notes.append("No training step has been logged yet.")
-    if not evaluations:
-        notes.append("Nothing has been evaluated yet.")
-    memory = _json(folder / "memory.json", notes)
-    details = [] if journals_only else [_json(path, notes) for path in sorted((folder / "details").glob("*.json"))]
-    return RunFiles(folder, config, metrics, evaluations, skipped, robustness, incidents,
-                    number(memory, "peak_memory") if isinstance(memory, dict) else None,
-                    {} if journals_only else _examples(folder / "examples", notes),
-                    [found for found in details if isinstance(found, dict)],
+    notes += ["No training step has been logged yet."] * (not metrics)
+    notes += ["Nothing has been evaluated yet."] * (not evaluations)
+    memory = read_json(folder / "memory.json", notes)
+    examples, details = ({} if journals_only else {
+        path.stem: found for path in sorted((folder / name).glob("*.json")) if (found := read_json(path, notes))}
+        for name in ("examples", "details"))
+    return RunFiles(config, metrics, evaluations, skipped, robustness, incidents, number(memory or {}, "peak_memory"),
+                    examples, list(details.values()),
                     [] if journals_only else _snapshots(folder / "snapshots", notes), notes)
 
 
 def outcome(folder: Path) -> Record:
-    """Return the final state of a run as plain JSON values.
+    """Return the final state of a run as plain JSON values; what is not known is None, or missing among the metrics.
 
-    Returns:
-        `samples_seen` and `steps` so far; `training_seconds` of the steps, without evaluation; `peak_memory` in bytes;
-        `metrics` and `chance`, each set -> evaluator -> metric -> value, of the last evaluation of the online
-        weights. What is not known is None, or missing among the metrics.
+    `metrics` and `chance` are set -> evaluator -> metric -> value, of the last evaluation of the online weights.
     """
     run = read_run(folder, journals_only=True)
     # a last step that was skipped has no line among the metrics, but is evaluated
@@ -128,7 +101,7 @@ def outcome(folder: Path) -> Record:
 
 
 def primary(result: Record, sets: Sequence[str]) -> tuple[Metric, float] | None:
-    """Return the first metric of `PRIMARY` on the first set where any was measured, and its value; None without any."""
+    """Return the first metric of `PRIMARY` on the first set where any was measured, and its value."""
     for name in sets:
         measured = mapping(mapping(result, "metrics"), name)
         for evaluator, metric in PRIMARY.items():
@@ -141,24 +114,16 @@ def primary(result: Record, sets: Sequence[str]) -> tuple[Metric, float] | None:
 def number(record: Record, name: str) -> float | None:
     """Return a finite number of a record, or None for anything else."""
     value = record.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def mapping(record: Record, name: str) -> Record:
-    """Return an object of a record, or an empty one for anything else."""
+    """Return an object of a record, or an empty one."""
     value = record.get(name)
     return value if isinstance(value, dict) else {}
 
 
-def objects(record: Record, name: str) -> list[Record]:
-    """Return the objects of a list in a record."""
-    value = record.get(name)
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _json(path: Path, notes: list[str]) -> Any:
+def read_json(path: Path, notes: list[str]) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -168,7 +133,7 @@ def _json(path: Path, notes: list[str]) -> Any:
         return None
 
 
-def _journal(path: Path, notes: list[str]) -> list[Record]:
+def read_journal(path: Path, notes: list[str]) -> list[Record]:
     """Read JSON lines; truncated ones, which an interruption leaves, are left out and counted."""
     try:
         # Not splitlines: a caption may hold U+2028 and its like, which JSON does not escape.
@@ -188,11 +153,6 @@ def _journal(path: Path, notes: list[str]) -> list[Record]:
     if damaged:
         notes.append(f"{path.name}: {damaged} truncated {'line was' if damaged == 1 else 'lines were'} left out.")
     return records
-
-
-def _examples(folder: Path, notes: list[str]) -> dict[str, list[Record]]:
-    found = {path.stem: {"images": _json(path, notes)} for path in sorted(folder.glob("*.json"))}
-    return {name: images for name, record in found.items() if (images := objects(record, "images"))}
 
 
 def _snapshots(folder: Path, notes: list[str]) -> "list[Snapshot]":

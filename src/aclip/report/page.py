@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from markupsafe import Markup
 
 from aclip.files import write_atomically
+from aclip.report.journals import mapping, number
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from PIL import Image
 
-MISSING = "–"  # noqa: RUF001 - an en dash
-"""Shown where there is no number."""
+MISSING = "–"  # noqa: RUF001 - an en dash, shown where there is no number
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -34,16 +34,8 @@ def write_page(
 ) -> Path:
     """Write one self-contained HTML file; its content policy forbids requests and scripts other than its own.
 
-    Args:
-        path: the file.
-        template: extends `page.html.j2` and defines a block `header` and one block for each section.
-        name: the page's title.
-        sections: (block and anchor, title) of each section.
-        folder: where the numbers come from, for the footer.
-        **context: what the template shows.
-
-    Returns:
-        `path`.
+    The template extends `page.html.j2` and defines a block `header` and a block for each section (name, title).
+    `name` is the page's title, `folder` where its numbers come from.
     """
     script = _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
@@ -59,18 +51,13 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def data_uri(image: "Image.Image", kind: Literal["PNG", "JPEG"] = "PNG") -> str:
-    """Return an image as a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **({"optimize": True} if kind == "PNG" else {"quality": 85}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def percent(fraction: float | None, digits: int | None = None) -> str:
-    """Return a fraction as a percentage, with enough digits not to read 0.
-
-    >>> percent(0.4213), percent(0.000576), percent(1.0)
-    ('42.1 %', '0.06 %', '100 %')
-    """
+    """Return a fraction as a percentage, with enough digits not to read 0."""
     if fraction is None or math.isnan(fraction):
         return MISSING
     value = 100.0 * fraction
@@ -80,20 +67,11 @@ def percent(fraction: float | None, digits: int | None = None) -> str:
 
 
 def count(value: float | None) -> str:
-    """Return a whole number with thousands separated.
-
-    >>> count(12720)
-    '12,720'
-    """
     return MISSING if value is None else f"{round(value):,}"
 
 
 def compact(value: float | None, digits: int = 3) -> str:
-    """Return a number in `digits` significant digits: k, M, G from ten thousand, powers of ten below 0.01.
-
-    >>> compact(5.53718), compact(153600), compact(0.0005), compact(0.0)
-    ('5.54', '154k', '5×10⁻⁴', '0')
-    """
+    """Return a number in `digits` significant digits: k, M, G from ten thousand, powers of ten below 0.01."""
     if value is None:
         return MISSING
     size = abs(value)
@@ -108,11 +86,7 @@ def compact(value: float | None, digits: int = 3) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return a time span in its two leading units.
-
-    >>> duration(45.2), duration(725), duration(3 * 3600 + 59)
-    ('45 s', '12 min 05 s', '3 h 00 min')
-    """
+    """Return a time span in its two leading units."""
     if seconds is None:
         return MISSING
     whole = round(seconds)
@@ -123,8 +97,15 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def ratio(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    return MISSING if seconds is None else f"{compact(1e3 * seconds)} ms"
+
+
 def gigabytes(value: float | None) -> str:
-    """Return bytes as GB, 10^9."""
     return MISSING if value is None else f"{value / 1e9:.2f} GB"
 
 
@@ -140,8 +121,9 @@ def _environment() -> "Environment":
 
     environment = Environment(loader=PackageLoader("aclip.report"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "count": count, "compact": compact, "duration": duration,
-                            "gigabytes": gigabytes, "data_uri": data_uri}
+    filters = (percent, count, compact, duration, ratio, milliseconds, gigabytes, data_uri, number, mapping)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.globals["missing_value"] = MISSING
     return environment
 
 

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from aclip.errors import category
 from aclip.files import as_file_name
 from aclip.report.figures import Points, Series, line_chart, smooth
-from aclip.report.journals import PRIMARY, Record, RunFiles, mapping, number, objects, read_run
-from aclip.report.page import MISSING, compact, count, duration, gigabytes, percent, write_page
+from aclip.report.journals import PRIMARY, Record, RunFiles, mapping, number, read_run
+from aclip.report.page import MISSING, compact, count, percent, write_page
 
 DIRECTIONS = {"image_to_text": "image → caption", "text_to_image": "caption → image"}
 CLASSIFIERS = {"zero_shot": "Zero-shot classification", "linear_probe": "Linear probe", "knn": "Nearest neighbours"}
@@ -23,10 +23,7 @@ INCIDENTS = {"non_finite": "step skipped", "damaged_checkpoint": "checkpoint dam
 
 MAX_CLASSES = 30  # in a confusion matrix; of more, those with the most errors
 MAX_ROWS = 12  # classes and confusions in a table
-MAX_SKIPPED = 200
-MAX_INCIDENTS = 50
-MAX_IMAGES = 10
-SIDE = 224  # pixels; more is not visible at the size shown
+MAX_IMAGES, SIDE = 10, 224  # SIDE in pixels: more is not visible at the size shown
 
 SECTIONS = (
     ("results", "Results"), ("classes", "Class by class"), ("robustness", "With fewer patches"),
@@ -35,10 +32,8 @@ SECTIONS = (
     ("environment", "Environment"),
 )
 
-_WEIGHTS = ("online", "ema")  # the first that was evaluated leads
-
+# title, part of an evaluation's record, key in it, format
 Column = tuple[str, str, str, Callable[[float | None], str]]
-"""Title, part of an evaluation's record, key in it, format."""
 
 _IMAGES: Column = ("images", "counts", "pictures", count)
 _OF_CLASSES: list[Column] = [
@@ -57,20 +52,13 @@ TABLES: dict[str, tuple[str, list[Column]]] = {
         ("chance NLL", "chance", "nll", compact), _IMAGES, ("classes", "counts", "classes", count)]),
 }
 
-Table = tuple[str, list[str], list[list[str]], int]
-"""Title, head, rows, first numeric column."""
+Table = tuple[str, list[str], list[list[str]], int]  # title, head, rows, first numeric column
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of a run, `report.html`, or of a comparison, `index.html`, into its folder.
+    """Write the page of a run, `report.html`, or of a comparison, `index.html`, into its folder; return its path.
 
-    What is missing or damaged is named on the page. All text from data is escaped.
-
-    Args:
-        folder: of a run or a comparison, in any state.
-
-    Returns:
-        The path of the page.
+    The folder may be in any state: what is missing or damaged is named on the page.
 
     Raises:
         ConfigError: the folder holds neither.
@@ -80,15 +68,23 @@ def write_report(folder: Path) -> Path:
 
         return write_comparison(folder)
     run = read_run(folder)
+    shown = {key: value for key, value in run.config.items() if key not in ("dataflow", "command", "versions")}
     optional = {"classes": run.details, "robustness": run.robustness, "incidents": run.incidents}
-    label = folder.resolve().name
+    label, bad = folder.resolve().name, {record["key"]: record["reason"] for record in reversed(run.skipped)}
     return write_page(
         folder / "report.html", "run", name=str(mapping(run.config, "recipe").get("name") or label), folder=label,
         sections=[(anchor, title) for anchor, title in SECTIONS if optional.get(anchor, True)], notes=run.notes,
-        headline=headline(run), results=results(run.evaluations), classes=class_by_class(run.details),
+        configuration=json.dumps(shown, indent=2, ensure_ascii=False) if shown else "", run=run,
+        # a model without text has the probes alone
+        leading=next(filter(None, (_leading(run.evaluations, evaluator) for evaluator in PRIMARY)), {}),
+        results=results(run.evaluations),
+        confusions=[_confusions(one) for one in run.details if "confusions" in one],
+        diagrams=[_reliability(one) for one in run.details if "reliability" in one],
         robustness=robustness(run.robustness), looks=looks(run), curves=training_curves(run.metrics),
-        retrievals=retrievals(run), recipe=recipe(run.config), skipped=skipped(run.skipped),
-        incidents=incidents(run.incidents), versions=mapping(run.config, "versions"))
+        retrievals=retrievals(run), skipped=bad,
+        reasons=Counter(map(category, bad.values())).most_common(8),
+        incident_kinds=Counter(record["kind"] for record in run.incidents).most_common(),
+        names={**INCIDENTS, **CLASSIFIERS})
 
 
 def report(folder: Path) -> Path:
@@ -107,47 +103,14 @@ def report(folder: Path) -> Path:
     return path
 
 
-def headline(run: RunFiles) -> dict[str, Any]:
-    """Return what was trained, the main number of every held-out set, and the time it took."""
-    about, sources = mapping(run.config, "recipe"), run.config.get("data")
-    named = [run.config.get("model"), *(sources if isinstance(sources, list) else [sources])]
-    # a model without text has the probes alone
-    abilities = (_leading(run.evaluations, evaluator) for evaluator in PRIMARY)
-    last = run.metrics[-1] if run.metrics else {}
-    seconds, seen = run.training_seconds, number(last, "samples_seen")
-    facts = [
-        ("training time", duration(seconds)),
-        ("samples seen", count(seen)),
-        ("samples / s", compact(seen / seconds if seconds and seen else None)),
-        ("steps", count(number(last, "step"))),
-        ("batch size", count(number(run.config, "batch_size"))),
-        ("loss", compact(number(last, "loss"))),
-        ("peak memory", gigabytes(run.peak_memory)),
-    ]
-    return {
-        "name": str(about.get("name") or "A run"), "title": about.get("title") or "",
-        "what": " on ".join(str(one) for one in named if one),
-        "tiles": [_tile(name, record) for name, record in next(filter(None, abilities), {}).items()],
-        "facts": [(name, value) for name, value in facts if value != MISSING],
-    }
-
-
 def results(evaluations: Sequence[Record]) -> dict[str, Any]:
-    """Return the tables of final results and the metric curves of every set."""
     others = dict.fromkeys(str(record.get("evaluator", "?")) for record in evaluations)
     tables = [*(_table(evaluations, evaluator) for evaluator in TABLES),
               *(_plain_table(evaluations, evaluator) for evaluator in others if evaluator not in TABLES)]
     return {"tables": [table for table in tables if table[2]], "curves": _metric_curves(evaluations)}
 
 
-def class_by_class(details: Sequence[Record]) -> dict[str, Any]:
-    """Return the confusions and the worst classes of every set and classifier, and the reliability diagrams."""
-    return {"confusions": [block for one in details if (block := _confusions(one))],
-            "diagrams": [diagram for one in details if (diagram := _reliability(one))]}
-
-
 def robustness(records: Sequence[Record]) -> dict[str, Any]:
-    """Return a chart for each set and evaluator, with one line for each way of choosing patches, and the numbers."""
     curves: dict[tuple[str, str, str], dict[str, dict[float, Record]]] = {}
     for record in records:  # later ones replace earlier ones
         keep = number(record, "keep")
@@ -174,47 +137,41 @@ def robustness(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def looks(run: RunFiles) -> dict[str, Any] | None:
-    """Return the images that all snapshots hold, each with its scores and kept patches at each step."""
     if not run.snapshots:
         return None
     from aclip.report.snapshots import heat_layer, to_image, veil_layer
 
     last = run.snapshots[-1]
     shots = [shot for shot in run.snapshots if shot.captions == last.captions]
-    times = [f"step {count(shot.step)}" for shot in shots]
-    if len(times) > 1:
-        times = [f"early · {times[0]}", *times[1:-1], f"late · {times[-1]}"]
     rows = [{"caption": caption, "image": to_image(last.images[i], SIDE), "columns": [
         {"step": shot.step, "heat": heat_layer(shot.scores[i], shot.grid),
          "veil": veil_layer(shot.keep_indices[i], shot.grid),
-         "fraction": _fraction(float(shot.scores[i][shot.keep_indices[i]].sum()), float(shot.scores[i].sum()))}
+         "fraction": float(shot.scores[i][shot.keep_indices[i]].sum()) / (float(shot.scores[i].sum()) or math.nan)}
         for shot in shots]} for i, caption in enumerate(last.captions[:MAX_IMAGES])]
-    return {"times": times, "rows": rows, "kept": last.keep_indices.shape[1], "patches": last.scores.shape[1]}
+    return {"steps": [shot.step for shot in shots], "rows": rows, "kept": last.keep_indices.shape[1],
+            "patches": last.scores.shape[1]}
 
 
 def training_curves(records: Sequence[Record]) -> dict[str, list[Markup]]:
-    """Return the charts of `metrics.jsonl`; what a recipe does not log is left out."""
     names = list(dict.fromkeys(name for record in records for name in mapping(record, "parts")))
     # placed at their step: a part holds its value alone
     parts = [mapping(r, "parts") | {"samples_seen": r.get("samples_seen")} for r in records]
     terms = [line for i, name in enumerate(names) for line in _smoothed(name, _points(parts, name), 1 + i % 6)]
     terms.append(Series("chance", _points(records, "chance_loss"), 0, "dashed"))
-    large = [
-        line_chart("Loss", _smoothed("weighted sum", _points(records, "loss"), 1),
-                   note="smoothed; raw values behind it"),
+    logged = {name: _points(records, name) for name in (
+        "loss", "lr", "ema_momentum", "logit_scale", "grad_norm", "samples_per_second", "data_wait")}
+    return {"large": [
+        line_chart("Loss", _smoothed("weighted sum", logged["loss"], 1), note="smoothed; raw values behind it"),
         line_chart("Terms of the loss", terms, note="unweighted; chance is the contrastive term of a uniform guess: "
                                                     "ln(batch size), or less where captions are equal"),
-    ]
-    small = [
-        line_chart("Learning rate", [Series("learning rate", _points(records, "lr"))], from_zero=True),
-        line_chart("EMA momentum", [Series("momentum", _points(records, "ema_momentum"), 3)], digits=5),
-        line_chart("Logit scale", [Series("logit scale", _points(records, "logit_scale"), 4)]),
-        line_chart("Gradient norm", _smoothed("gradient norm", _points(records, "grad_norm"), 2), from_zero=True),
-        line_chart("Throughput", _smoothed("samples / s", _points(records, "samples_per_second"), 3), from_zero=True),
-        line_chart("Waiting for data", _smoothed("fraction of the time", _points(records, "data_wait"), 5), unit="%",
-                   from_zero=True),
-    ]
-    return {"large": large, "small": small}
+    ], "small": [
+        line_chart("Learning rate", [Series("learning rate", logged["lr"])], from_zero=True),
+        line_chart("EMA momentum", [Series("momentum", logged["ema_momentum"], 3)], digits=5),
+        line_chart("Logit scale", [Series("logit scale", logged["logit_scale"], 4)]),
+        line_chart("Gradient norm", _smoothed("gradient norm", logged["grad_norm"], 2), from_zero=True),
+        line_chart("Throughput", _smoothed("samples / s", logged["samples_per_second"], 3), from_zero=True),
+        line_chart("Waiting for data", _smoothed("fraction of the time", logged["data_wait"], 5), unit="%",
+                   from_zero=True)]}
 
 
 def retrievals(run: RunFiles) -> list[dict[str, Any]]:
@@ -222,79 +179,24 @@ def retrievals(run: RunFiles) -> list[dict[str, Any]]:
     evaluated = {as_file_name(name): name for name in (str(record.get("set", "?")) for record in run.evaluations)}
     order = list(evaluated)
     files = sorted(run.examples, key=lambda file: order.index(file) if file in evaluated else len(order))
-    return [{"set": evaluated.get(file, file),
-             **{kind: [_retrieved(one) for one in run.examples[file] if one.get("kind") == kind]
-                for kind in ("best", "worst")}} for file in files]
-
-
-def recipe(config: Record) -> dict[str, Any]:
-    """Return the command, the dataflow as text, and the whole configuration."""
-    rest = {key: value for key, value in config.items() if key not in ("dataflow", "command", "versions")}
-    return {"command": config.get("command"), "paper": mapping(config, "recipe").get("paper"),
-            "dataflow": config.get("dataflow"), "rest": json.dumps(rest, indent=2, ensure_ascii=False) if rest else ""}
-
-
-def skipped(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the samples that could not be used, by name, and the number for each reason."""
-    names: dict[str, str] = {}
-    for record in records:
-        names.setdefault(str(record.get("key", "?")), str(record.get("reason", "?")))
-    reasons = Counter(map(category, names.values())).most_common(8)
-    return {"total": len(names), "reasons": ", ".join(f"{reason} ({count(n)})" for reason, n in reasons),
-            "rows": list(names.items())[:MAX_SKIPPED], "more": max(0, len(names) - MAX_SKIPPED)}
-
-
-def incidents(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the number of incidents of each kind, and the first ones in their order."""
-    kinds = [INCIDENTS.get(str(record.get("kind")), str(record.get("kind"))) for record in records]
-    rows = []
-    for record, kind in zip(records[:MAX_INCIDENTS], kinds, strict=False):
-        if "reason" in record:
-            why = ": ".join(str(record[key]) for key in ("name", "reason") if key in record)
-        else:
-            known = ((words, record[key], number(record, key))
-                     for key, words in (("loss", "loss"), ("grad_norm", "gradient norm")) if key in record)
-            why = ", ".join(f"{words} {raw if value is None else compact(value)}" for words, raw, value in known)
-        rows.append([count(number(record, "step")), kind, why])
-    return {"often": ", ".join(f"{kind} ({count(n)})" for kind, n in Counter(kinds).most_common()), "rows": rows,
-            "more": max(0, len(records) - MAX_INCIDENTS)}
-
-
-def _fraction(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 else None
+    return [{"set": evaluated.get(file, file), **{kind: [one for one in run.examples[file] if one["kind"] == kind]
+                                                  for kind in ("best", "worst")}} for file in files]
 
 
 def _last_by_set(evaluations: Sequence[Record], evaluator: str) -> dict[tuple[str, str], Record]:
-    """Return the last evaluation of every (set, weights), sets in the order of their first evaluation."""
     last: dict[tuple[str, str], Record] = {}
     for record in evaluations:
         if record.get("evaluator") == evaluator:
             last[str(record.get("set", "?")), str(record.get("weights", "online"))] = record
-    sets = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in last))}
-    rank = {weights: i for i, weights in enumerate(_WEIGHTS)}
-    return dict(sorted(last.items(), key=lambda item: (sets[item[0][0]], rank.get(item[0][1], len(rank)), item[0][1])))
+    sets = list(dict.fromkeys(name for name, _ in last))  # in the order of their evaluation; of each, online leads
+    return dict(sorted(last.items(), key=lambda item: (sets.index(item[0][0]), item[0][1] != "online")))
 
 
 def _leading(evaluations: Sequence[Record], evaluator: str) -> dict[str, Record]:
-    """Return each set's last evaluation with the weights that lead."""
     leading: dict[str, Record] = {}
     for (name, _), record in _last_by_set(evaluations, evaluator).items():
         leading.setdefault(name, record)
     return leading
-
-
-def _tile(name: str, record: Record) -> dict[str, str]:
-    metrics, chance, counts = (mapping(record, part) for part in ("metrics", "chance", "counts"))
-    first, second, labels, among = "image_to_text_r1", "image_to_text_r5", ("R@1", "R@5"), "captions"
-    if first not in metrics:
-        title = CLASSIFIERS.get(str(record.get("evaluator")), "classification").lower()
-        first, second, labels, among = "top1", "top5", (f"top-1, {title}", "top-5"), "classes"
-    value, level = number(metrics, first), number(chance, first)
-    times = f"{compact(value / level, 2)} × " if value and level else ""  # noqa: RUF001
-    against = f"{times}chance ({percent(level)}, {count(number(counts, among))} {among})" if level else ""
-    return {"set": name, "value": percent(value), "label": labels[0],
-            "second": percent(number(metrics, second)) if number(metrics, second) is not None else "",
-            "second_label": labels[1], "chance": against}
 
 
 def _table(evaluations: Sequence[Record], evaluator: str) -> Table:
@@ -313,8 +215,7 @@ def _table(evaluations: Sequence[Record], evaluator: str) -> Table:
     return title, [head[i] for i in shown], [[row[i] for i in shown] for row in rows], sum(i < 5 for i in shown)
 
 
-def _plain_table(evaluations: Sequence[Record], evaluator: str) -> Table:
-    """Return all metrics of an evaluator without a table of its own, such as a user's."""
+def _plain_table(evaluations: Sequence[Record], evaluator: str) -> Table:  # such as a user's
     rows = [[name, weights, metric, compact(number(mapping(record, "metrics"), metric))]
             for (name, weights), record in _last_by_set(evaluations, evaluator).items()
             for metric in mapping(record, "metrics")]
@@ -346,7 +247,6 @@ def _metric_curves(evaluations: Sequence[Record]) -> list[Markup]:
 
 
 def _points(records: Sequence[Record], key: str) -> Points:
-    """Return (samples seen, value); a value that is not finite stays as a gap, a missing one is left out."""
     points = []
     for record in records:
         x = number(record, "samples_seen")
@@ -362,16 +262,10 @@ def _smoothed(name: str, points: Points, colour: int) -> list[Series]:
     return [Series(name, points, colour, "faint"), Series(name, smooth(points), colour)]
 
 
-def _confusions(details: Record) -> dict[str, Any] | None:
+def _confusions(details: Record) -> dict[str, Any]:
     """Return the confusion matrix of the classes with the most errors, the worst classes, and the worst confusions."""
-    listed = details.get("classes")
-    names = [str(name) for name in listed] if isinstance(listed, list) else []
-    images, right = (_integers(details.get(key)) for key in ("pictures", "right"))
-    if not names or not len(names) == len(images) == len(right):
-        return None
-    cells = details.get("confusions")
-    wrong = [cell for cell in map(_integers, cells if isinstance(cells, list) else [])
-             if len(cell) == 3 and max(cell[:2]) < len(names) and images[cell[0]]]
+    names, images, right = (details[key] for key in ("classes", "pictures", "right"))
+    wrong = [cell for cell in details["confusions"] if images[cell[0]]]
     present = [i for i, n in enumerate(images) if n]
     worst = sorted(present, key=lambda i: (right[i] / images[i], -images[i], i))
     shown = sorted(sorted(present, key=lambda i: (right[i] - images[i], i))[:MAX_CLASSES])
@@ -381,41 +275,20 @@ def _confusions(details: Record) -> dict[str, Any] | None:
     squares += [(place[j], place[i], "wrong", n / images[i],
                  f"{names[i]} taken for {names[j]}: {count(n)} of {count(images[i])}")
                 for i, j, n in wrong if n and i in place and j in place]
-    some = len(shown) < len(present)
     return {
         "title": f"{details.get('set', '?')}, {str(details.get('evaluator', '?')).replace('_', ' ')}",
-        "note": f"; the {len(shown)} of {count(len(present))} classes with the most errors" if some else "",
+        "note": f"; the {len(shown)} of {count(len(present))} classes with the most errors"
+        if len(shown) < len(present) else "",
         "labels": [names[i] for i in shown], "squares": squares,
         "worst": [[names[i], percent(right[i] / images[i]), count(images[i])] for i in worst[:MAX_ROWS]],
         "confused": [[names[i], names[j], count(n), percent(n / images[i])] for i, j, n in wrong[:MAX_ROWS]],
     }
 
 
-def _integers(value: object) -> list[int]:
-    """Return a list of non-negative integers, or an empty one for anything else."""
-    good = isinstance(value, list) and all(isinstance(n, int) and n >= 0 for n in value)
-    return list(value) if good and isinstance(value, list) else []
-
-
-def _reliability(details: Record) -> Markup | None:
-    points = [(100.0 * confidence, accuracy) for one in objects(details, "reliability")
-              if (confidence := number(one, "confidence")) is not None
-              and (accuracy := number(one, "accuracy")) is not None]
-    if not points:
-        return None
+def _reliability(details: Record) -> Markup:
+    points = [(100.0 * one["confidence"], one["accuracy"]) for one in details["reliability"]]
     return line_chart(
         str(details.get("set", "?")),
         [Series("accuracy", points), Series("perfectly calibrated", [(0.0, 0.0), (100.0, 1.0)], 0, "dashed")],
         unit="%", from_zero=True, note=f"logit_scale {compact(number(details, 'logit_scale'))}",
         x_label="confidence, %", last_values=False)
-
-
-def _retrieved(example: Record) -> dict[str, Any]:
-    """Return one image with its caption, the rank of that, and the captions that came out first."""
-    caption, rank = str(example.get("caption", "")), number(example, "rank")
-    top = [{"caption": words, "similarity": similarity, "width": f"{100.0 * min(max(similarity, 0.0), 1.0):.1f}",
-            "right": words.casefold().split() == caption.casefold().split()}
-           for words, similarity in ((str(item.get("caption", "")), number(item, "similarity") or 0.0)
-                                     for item in objects(example, "top"))]
-    return {"caption": caption, "key": str(example.get("key", "")), "rank": count(rank), "right": rank == 1,
-            "thumbnail": str(example.get("thumbnail") or ""), "top": top}

@@ -1,8 +1,7 @@
 """What a model looks at: snapshots over training, and scores and masks drawn over an image.
 
-A snapshot file holds the tensors `images`, `scores` and `keep_indices`, and in its header the captions, the
-patch grid and the step. Layers have one pixel a patch; a page lays them over an image and lets the browser
-enlarge them, `heat_map` and `kept_patches` do the same in Pillow.
+Layers have one pixel a patch; a page lays them over an image and lets the browser enlarge them, `heat_map` and
+`kept_patches` do the same in Pillow.
 """
 
 import json
@@ -25,14 +24,10 @@ from aclip.method import Method, resized
 from aclip.plan import PassPlan
 from aclip.structs import Batch, Encoded, ViewBatch
 
-HEAT_OPACITY = 0.72
-"""Opacity of the heat over the grey image."""
+HEAT_OPACITY = 0.72  # over the grey image
+VEIL_OPACITY = 0.86  # over a removed patch
 
-VEIL_OPACITY = 0.86
-"""Opacity of the veil over a removed patch."""
-
-# Nine anchors of Inferno (van der Walt and Smith, 2015; CC0): lightness rises evenly with the score, so it
-# also reads in grey and for colour-blind eyes.
+# Nine anchors of Inferno (van der Walt and Smith, 2015; CC0), whose lightness rises evenly with the score.
 _HEAT = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85),
     (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
@@ -43,46 +38,24 @@ _VEIL = (134, 139, 150)  # mid-grey: differs from white and from black
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One file of `snapshots/`.
+    """One file of `snapshots/`: what the masking read and kept of some images after a step."""
 
-    Attributes:
-        images: (n, 3, H, W) uint8, without augmentation.
-        scores: (n, N) float32, attention of CLS to each patch, as the masking reads it.
-        keep_indices: (n, K) int64 ascending, the patches that survive.
-        grid: patches (down, across), N = down x across.
-        captions: one for each image.
-        step: optimizer steps done when it was taken.
-    """
-
-    images: UInt8[Tensor, "n 3 H W"]
-    scores: Float[Tensor, "n N"]
-    keep_indices: Int[Tensor, "n K"]
-    grid: tuple[int, int]
+    images: UInt8[Tensor, "n 3 H W"]  # without augmentation
+    scores: Float[Tensor, "n N"]  # attention of CLS to each patch
+    keep_indices: Int[Tensor, "n K"]  # ascending
+    grid: tuple[int, int]  # patches (down, across)
     captions: tuple[str, ...]
     step: int
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
-    """Return the path of a step's snapshot in `folder`; names sort by step."""
     return folder / f"step-{step:08d}.safetensors"
 
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
-    """Write a snapshot atomically.
-
-    Raises:
-        ValueError: the shapes do not fit each other.
-    """
-    n, (down, across) = len(snapshot.captions), snapshot.grid
-    if len(snapshot.images) != n or len(snapshot.keep_indices) != n or snapshot.scores.shape != (n, down * across):
-        raise ValueError(f"a snapshot of {n} captions on a {down}x{across} grid cannot hold {len(snapshot.images)} "
-                         f"images, scores {tuple(snapshot.scores.shape)} and {len(snapshot.keep_indices)} rows of "
-                         "indices")
-    tensors = {
-        "images": snapshot.images.to("cpu", torch.uint8).contiguous(),
-        "scores": snapshot.scores.detach().to("cpu", torch.float32).contiguous(),
-        "keep_indices": snapshot.keep_indices.to("cpu", torch.int64).contiguous(),
-    }
+    """Write a snapshot atomically."""
+    dtypes = {"images": torch.uint8, "scores": torch.float32, "keep_indices": torch.int64}
+    tensors = {name: getattr(snapshot, name).detach().to("cpu", dtype).contiguous() for name, dtype in dtypes.items()}
     header = {"captions": json.dumps(snapshot.captions), "grid": json.dumps(snapshot.grid), "step": str(snapshot.step)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -110,20 +83,10 @@ def read_snapshot(path: Path) -> Snapshot:
 def take_snapshot(
     method: Method, images: Sequence[Image.Image], captions: Sequence[str], step: int, folder: Path
 ) -> Path:
-    """Write what `method` scores and keeps of whole, unaugmented images.
+    """Write what `method` scores and keeps of whole, unaugmented RGB images after `step` steps; return the file.
 
     The passes run as in training, on views that each show the whole image. The pass that masks most is shown; a
-    recipe without masking shows the online encoder's attention, and keeps everything.
-
-    Args:
-        method: unchanged; nothing is trained, no statistics move.
-        images: RGB.
-        captions: one for each image.
-        step: optimizer steps done.
-        folder: the run's `snapshots`.
-
-    Returns:
-        The file written.
+    recipe without masking shows the online encoder's attention, and keeps everything. The method is unchanged.
     """
     batch = _whole_images(images, method.plan.view_sizes).to(method.mean.device)
     with torch.no_grad():
@@ -139,25 +102,17 @@ def take_snapshot(
 
 
 def heat_colours(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
-    """Map values in [0, 1] (clipped) to sRGB colours."""
+    """Return sRGB colours of values in [0, 1] (clipped)."""
     position = np.clip(values, 0.0, 1.0) * (len(_HEAT) - 1)
-    anchors = np.arange(len(_HEAT))
-    channels = [np.interp(position, anchors, _HEAT[:, c]) for c in range(3)]
+    channels = [np.interp(position, np.arange(len(_HEAT)), anchors) for anchors in _HEAT.T]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def heat_layer(scores: Float[Tensor, " N"], grid: tuple[int, int]) -> Image.Image:
-    """Return the scores of one image as colours, one pixel a patch.
+    """Return the scores of one image as RGB colours, one pixel a patch.
 
     Scores are stretched from their minimum to their 98th percentile, so that a single patch with most of the
     attention, which ViTs have, does not leave all others black. Equal scores give the darkest colour.
-
-    Args:
-        scores: (N,) float, N = grid[0] x grid[1].
-        grid: patches (down, across).
-
-    Returns:
-        RGB, `grid[1]` wide and `grid[0]` high.
     """
     values = np.nan_to_num(scores.detach().cpu().double().numpy()).reshape(grid)
     low, high = values.min(), np.quantile(values, 0.98)
@@ -166,22 +121,13 @@ def heat_layer(scores: Float[Tensor, " N"], grid: tuple[int, int]) -> Image.Imag
 
 
 def veil_layer(keep_indices: Int[Tensor, " K"], grid: tuple[int, int]) -> Image.Image:
-    """Return a grey veil over the removed patches of one image, one pixel a patch, clear where kept.
-
-    Args:
-        keep_indices: (K,) int64 on the patch grid, CLS not counted.
-        grid: patches (down, across).
-
-    Returns:
-        RGBA, `grid[1]` wide and `grid[0]` high.
-    """
+    """Return a grey RGBA veil over the removed patches of one image, one pixel a patch, clear where kept."""
     layer = np.full((grid[0] * grid[1], 4), (*_VEIL, round(255 * VEIL_OPACITY)), dtype=np.uint8)
     layer[keep_indices.cpu().numpy()] = 0
     return Image.fromarray(layer.reshape(*grid, 4))
 
 
 def to_image(pixels: UInt8[Tensor, "3 H W"], side: int | None = None) -> Image.Image:
-    """Return uint8 RGB pixels as a Pillow image, no side longer than `side`."""
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
     if side is not None:
         image.thumbnail((side, side))
@@ -189,21 +135,13 @@ def to_image(pixels: UInt8[Tensor, "3 H W"], side: int | None = None) -> Image.I
 
 
 def heat_map(image: Image.Image, scores: Float[Tensor, " N"], grid: tuple[int, int]) -> Image.Image:
-    """Lay the smoothed `heat_layer` over a grey copy of `image`.
-
-    Returns:
-        RGB of the size of `image`.
-    """
+    """Return the smoothed `heat_layer` over a grey copy of `image`, RGB."""
     heat = heat_layer(scores, grid).resize(image.size, Image.Resampling.BICUBIC)
     return Image.blend(image.convert("L").convert("RGB"), heat, HEAT_OPACITY)
 
 
 def kept_patches(image: Image.Image, keep_indices: Int[Tensor, " K"], grid: tuple[int, int]) -> Image.Image:
-    """Show the kept patches of `image` unchanged, and veil the removed ones in grey.
-
-    Returns:
-        RGB of the size of `image`.
-    """
+    """Return `image` with the removed patches veiled in grey, RGB."""
     veil = veil_layer(keep_indices, grid).resize(image.size, Image.Resampling.NEAREST)
     veiled = Image.alpha_composite(image.convert("L").convert("RGBA"), veil).convert("RGB")
     removed = veil.getchannel("A").point(lambda alpha: 255 if alpha else 0)
@@ -211,7 +149,6 @@ def kept_patches(image: Image.Image, keep_indices: Int[Tensor, " K"], grid: tupl
 
 
 def _scores(method: Method, batch: Batch, passes: dict[str, Encoded], shown: PassPlan) -> Tensor:
-    """Return the scores that a pass used, on its grid, or the online encoder's if it used none."""
     used = method.scores_for(method.plan, shown, shown.spec.views[0], batch.views, passes)
     if used is not None:
         return used
@@ -225,7 +162,6 @@ def _scores(method: Method, batch: Batch, passes: dict[str, Encoded], shown: Pas
 
 
 def _whole_images(images: Sequence[Image.Image], sizes: Mapping[str, tuple[int, int]]) -> Batch:
-    """Return a batch whose views all show the whole image, each at its size."""
     n = len(images)
     box = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(n, 4)
     views = {}

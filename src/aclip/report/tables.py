@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from aclip.report.journals import Metric, Record, mapping, number
-from aclip.report.page import MISSING, compact, count, duration, gigabytes, write_text
+from aclip.report.page import MISSING, compact, count, duration, gigabytes, milliseconds, ratio, write_text
 
 if TYPE_CHECKING:  # pandas takes long to import
     from pandas import DataFrame
@@ -18,15 +18,10 @@ _WORDS = {"image_to_text": "to caption", "text_to_image": "to image", "median_ra
 
 
 class Tables:
-    """The results of a comparison, as numbers over seeds and as tables of text.
-
-    Args:
-        raw: `comparison.json`, with the step times of `timing.json`.
+    """The results of a comparison (`comparison.json`), as numbers over seeds and as tables of text.
 
     Attributes:
-        recipes: in the order asked for.
-        runs: of each recipe the finished ones that count, by seed.
-        baseline: the recipe that times and arithmetic are relative to.
+        runs: of each recipe, in the order asked for, the finished ones that count, by seed.
         frame: a row for each recipe, set, evaluator and metric; columns mean, standard_deviation (of the sample, NaN of
             a single value), max, n, and values, the list over seeds. Costs have no set and no evaluator.
         metrics: (set, evaluator) -> its metrics, in the order of the sets; the first of each leads.
@@ -49,17 +44,14 @@ class Tables:
             self.metrics.setdefault(metric[:2], []).append(metric)
 
     def values(self, recipe: str, metric: Metric) -> list[float]:
-        """Return a metric of a recipe over seeds."""
         row = self._rows.get((recipe, metric))
         return [] if row is None else list(row["values"])
 
     def cost(self, recipe: str, key: str, statistic: str = "mean") -> float | None:
-        """Return a cost of a recipe over seeds, or None where it was not measured."""
         row = self._rows.get((recipe, ("", "", key)))
         return None if row is None else float(row[statistic])
 
     def cell(self, recipe: str, metric: Metric) -> str:
-        """Return mean ± sample standard deviation, fractions in per cent; a single value has no deviation."""
         row, (scale, unit) = self._rows.get((recipe, metric)), (100.0, " %") if is_fraction(metric) else (1.0, "")
         if row is None:
             return MISSING
@@ -68,11 +60,6 @@ class Tables:
         return f"{scale * row['mean']:.1f}{spread}{unit}{some}"
 
     def summary(self, *, brief: bool = False) -> "DataFrame":
-        """Return the first metric of every set and evaluator, costs, learning rate and number of seeds.
-
-        Args:
-            brief: of the costs, only time and arithmetic relative to the baseline, and memory.
-        """
         several = len(self.sets) > 1
         columns = {full_words(metrics[0], with_set=several): partial(self.cell, metric=metrics[0])
                    for metrics in self.metrics.values()}
@@ -81,7 +68,6 @@ class Tables:
             "seeds": lambda recipe: str(len(self.runs[recipe]))})
 
     def details(self) -> "dict[str, DataFrame]":
-        """Return all metrics of each set and evaluator, of the recipes that were measured so."""
         found = {}
         for (held, evaluator), metrics in self.metrics.items():
             table = self._table({metric_words(metric[2]): partial(self.cell, metric=metric) for metric in metrics})
@@ -89,11 +75,9 @@ class Tables:
         return found
 
     def costs(self) -> "DataFrame":
-        """Return samples, time, arithmetic and memory."""
         return self._table(self._costs())
 
     def write(self, folder: Path) -> None:
-        """Write `table.md`, the tables as text, and `table.csv`, plain numbers with every seed's value."""
         parts = [_markdown(self.summary()), *(f"## {title}\n\n{_markdown(table)}"
                                               for title, table in self.details().items())]
         write_text(folder / "table.md", "\n".join(parts))
@@ -139,10 +123,7 @@ class Tables:
 
 
 def pooled_spread(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return sqrt(((n - 1) s^2 + (m - 1) t^2) / (n + m - 2)), s and t the sample standard deviations of n and m values.
-
-    None where either has fewer than two values.
-    """
+    """Return sqrt(((n - 1) s^2 + (m - 1) t^2) / (n + m - 2)), s and t the standard deviations of n and m > 1 values."""
     if len(first) < 2 or len(second) < 2:
         return None
     squares = sum((x - fmean(values)) ** 2 for values in (first, second) for x in values)
@@ -156,16 +137,11 @@ def exceeds_spread(first: Sequence[float], second: Sequence[float]) -> bool | No
 
 
 def is_fraction(metric: Metric) -> bool:
-    """Return whether a metric lies in [0, 1]: all do but ranks and nats."""
     return "rank" not in metric[2] and metric[2] != "nll"
 
 
 def metric_words(name: str) -> str:
-    """Return a metric in words.
-
-    >>> metric_words("image_to_text_r1"), metric_words("text_to_image_median_rank"), metric_words("top1")
-    ('R@1 to caption', 'median rank to image', 'top-1')
-    """
+    """Return a metric in words, such as "R@1 to caption", "median rank to image", "top-1"."""
     for direction in ("image_to_text", "text_to_image"):
         if name.startswith(f"{direction}_"):
             rest = name.removeprefix(f"{direction}_")
@@ -174,28 +150,13 @@ def metric_words(name: str) -> str:
 
 
 def full_words(metric: Metric, *, with_set: bool = True) -> str:
-    """Return a metric in words, with its set and, unless it is retrieval, its evaluator.
-
-    >>> full_words(("val", "retrieval", "image_to_text_r1")), full_words(("val", "linear_probe", "top1"))
-    ('val R@1 to caption', 'val linear probe top-1')
-    """
+    """Return a metric in words, with its set and, unless it is retrieval, its evaluator: "val linear probe top-1"."""
     held, evaluator, name = metric
     words = [*([held] if with_set else []), *([] if evaluator == "retrieval" else [evaluator.replace("_", " ")])]
     return " ".join([*words, metric_words(name)])
 
 
-def ratio(value: float | None) -> str:
-    """Return a ratio with two decimals."""
-    return MISSING if value is None else f"{value:.2f}"
-
-
-def milliseconds(value: float | None) -> str:
-    """Return seconds as milliseconds."""
-    return MISSING if value is None else f"{compact(1e3 * value)} ms"
-
-
 def to_rich(table: "DataFrame") -> "Table":
-    """Return a table of text for the terminal."""
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False)
