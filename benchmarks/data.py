@@ -191,7 +191,7 @@ def ours(shards: str, images: int, workers: int, *, views: str, on_cpu: bool) ->
     def run() -> Batches:
         first = next(passes) * steps
         for batch in data.build_loader(dataset, batch_size=BATCH, start_step=first, total_steps=first + steps,
-                                       workers=workers, prefetch=2):
+                                       workers=workers):
             for view in batch.views.values() if on_cpu else ():
                 augment.apply(view, MEAN, STD)
             yield len(batch.keys)

@@ -22,7 +22,7 @@ from aclip import models
 from aclip.data import CaptionTokenizer
 from aclip.errors import AclipError, UnsupportedModelError
 from aclip.exporters import EXPORTERS
-from aclip.exporters.check import compare
+from aclip.exporters.base import compare
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-B-16-SigLIP", "vit_medium_patch16_gap_256")
 FORMATS = ("open_clip", "huggingface", "onnx")
