@@ -12,18 +12,8 @@ from PIL import Image
 from aclip import data
 from aclip.data import CaptionTokenizer, RawSample, Source, decode_image, open_source
 from aclip.errors import BadSampleError, ConfigError
-from aclip.examination import (
-    Examination,
-    Finding,
-    Limits,
-    check_fix,
-    diagnosis,
-    doctor,
-    examine,
-    load_example,
-    write_fix,
-)
-from aclip.examination.diagnosis import left_out
+from aclip.examination import Examination, Finding, Limits, diagnosis, doctor, examine
+from aclip.examination.diagnosis import check_fix, left_out, load_example, write_fix
 from aclip.examination.duplicates import find_duplicates, look_alikes
 from aclip.examination.findings import find_all
 from aclip.examination.measure import hash_images, jpeg_size, look_at, measure

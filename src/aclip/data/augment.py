@@ -21,17 +21,12 @@ from torch import Tensor
 from aclip.structs import ViewBatch
 
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "grey", "blur_sigma", "solarize_threshold")
-"""Columns of `ViewBatch.augmentation`:
+"""Columns of `ViewBatch.augmentation`: three factors; a shift in turns of the colour circle, -0.5 to 0.5; 1 for luma
+instead of colours; the standard deviation of a Gaussian in pixels of the view; and the value in [0, 1] from which on
+values are inverted."""
 
-    brightness, contrast, saturation: factors, 1 changes nothing.
-    hue: shift in turns of the colour circle, -0.5 to 0.5.
-    grey: 1 replaces the colours by their luma, 0 does not.
-    blur_sigma: standard deviation of a Gaussian in pixels of the view, 0 is no blur.
-    solarize_threshold: values in [0, 1] at or above it are inverted; 2 is never.
-"""
-
-# Parameters that change nothing, in the order of COLUMNS.
 IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 2.0)
+"""Parameters that change nothing."""
 
 # PIL inverts 8-bit values from 128 on; half-way between 127 and 128 is robust in floats.
 _SOLARIZE_THRESHOLD = 127.5 / 255

@@ -203,11 +203,8 @@ class CropAndTwoAugs(ViewPipeline):
 
 
 VIEWS: dict[str, type[ViewPipeline]] = {
-    "one_crop": OneCrop,
-    "two_augs": TwoAugs,
-    "two_crops_in_context": TwoCropsInContext,
-    "three_crops_in_context": ThreeCropsInContext,
-    "crop_and_two_augs": CropAndTwoAugs,
+    "one_crop": OneCrop, "two_augs": TwoAugs, "two_crops_in_context": TwoCropsInContext,
+    "three_crops_in_context": ThreeCropsInContext, "crop_and_two_augs": CropAndTwoAugs,
 }
 """View pipelines by the name that a recipe gives; a recipe's `view_options` are their keyword arguments."""
 

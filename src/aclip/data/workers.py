@@ -104,21 +104,16 @@ def _read_ahead(
         spawned = workers and multiprocessing.get_start_method() != "fork"
         reader = _Reader(_shared_by_file(read, stack) if spawned else read)
         answers.append(_start(reader, requests, workers, prefetch, pin_memory, start))
-        killed = None
-        while killed is None:
+        while True:
             try:
                 answer = next(answers[0])
             except StopIteration:
                 return
             except RuntimeError as error:
-                killed = _killed(error)
-                if killed is None:
-                    raise
-                continue
+                raise _killed(error) or error from None
             if isinstance(answer, AclipError):
                 raise answer
             yield answer.open() if isinstance(answer, _Packed) else answer
-        raise killed
 
 
 def _start(reader: "_Reader", requests: Iterable[Any], workers: int, prefetch: int, pin_memory: bool,

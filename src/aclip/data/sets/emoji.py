@@ -1,7 +1,6 @@
 """The set `emoji`: 12,720 images of 1,914 concepts in ten drawing styles, with names and keywords.
 
-One concept drawn by many designers makes an honest test: an image in an unseen style, of an unseen concept, or both. A
-tenth of the concepts and three styles are held out, by a stable hash, so that results stay comparable:
+A tenth of the concepts, by a stable hash, and three styles are held out:
 
 | split | concepts | styles | images |
 |---|---|---|---|
@@ -10,10 +9,8 @@ tenth of the concepts and three styles are held out, by a stable hash, so that r
 | val_concept | held out | known | 706 |
 | val_both | held out | held out | 490 |
 
-Which icon shows which concept is decided by `match`. Its second rule follows names, and the packs' renames are
-generous: seven images show a neighbour of their concept (noto-v1: the cricket bat also for the insect, an upwards arrow
-for "UP! button", one blank key for "keycap: #" and for "keycap: *"; emojione: the bat and the arrow; emojione-v1: the
-arrow). They are kept: the counts above define the set.
+Which icon shows which concept is decided by `match`. Its second rule follows names: seven images show a neighbour of
+their concept, such as the cricket bat for the insect. They are kept: the counts above define the set.
 
 A *concept* is a sequence of code points in lower-case hex joined by "-", without the variation selector fe0f, e.g.
 "2764" or "1f468-200d-1f373". Entries of emojibase without a group (bare regional letters) and those of the group of
@@ -122,11 +119,7 @@ def read_concepts(path: Path) -> dict[str, Concept]:
 
 
 def read_pack(path: Path) -> Pack:
-    """Read an Iconify package.
-
-    Of the aliases only plain renames are taken: one that also turns or mirrors its parent is another image, and often
-    another concept (a hand pointing left is no hand pointing right).
-    """
+    """Read an Iconify package; of the aliases only plain renames: one that also mirrors its parent is another image."""
     members = {name: json.loads(data) for name, data in read_npm(path, ["icons.json", "chars.json"])}
     pack = members["icons.json"]
     icons = {name: icon_of(pack, name) for name in pack["icons"]}

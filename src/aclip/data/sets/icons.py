@@ -14,9 +14,8 @@ characters; in each family it belongs to the icon with the shortest name.
 | val_vendor | 2,929 of those | 6 held out | 3,785 |
 | val_both | 4,748 others | the same 6 | 4,768 |
 
-The splits are named as those of `emoji`, a family being the vendor. Families copy each other now and then: five
-drawings of the families held out are, line by line, also in `train`. Animated icons show their still image; the 13
-that begin with nothing are left out.
+The splits are named as those of `emoji`, a family being the vendor. Five drawings of the families held out are also in
+`train`. Animated icons show their still image; the 13 that begin with nothing are left out.
 """
 
 import json

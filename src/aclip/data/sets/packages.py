@@ -35,15 +35,7 @@ _Client = Callable[..., "subprocess.CompletedProcess[str]"]  # called as subproc
 
 @dataclass(frozen=True)
 class Package:
-    """One version of one package, pinned.
-
-    Attributes:
-        name: as in the registry, e.g. "@iconify-json/noto".
-        version: exact, never a range.
-        sha256: of the package's file, 64 hex digits.
-        size: of the file in bytes, for the progress bar.
-        client: what downloads it.
-    """
+    """One version of one package, pinned by the SHA-256 of its file; the size in bytes serves the progress bar."""
 
     name: str
     version: str
@@ -163,7 +155,7 @@ def read_debian(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """Return the files of a Debian package for which `wanted(path)` is true, by path and in the package's order.
 
     Raises:
-        DataError: not a Debian package, truncated, or with a compression that this Python does not know.
+        DataError: not a Debian package, truncated, or of an unknown compression.
     """
     try:
         with path.open("rb") as package:

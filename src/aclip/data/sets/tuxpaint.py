@@ -6,11 +6,9 @@ and never rescaled (19 to 2,348 pixels a side, half of them below 200); decoded 
 white. Stamps that come as a vector drawing alone are rendered at 256 pixels; 16 of those state no size that the
 renderer understands and are left out.
 
-The package does not say which stamps are photos. A stamp has the label `photo` by a rule of ours: there is no vector
-drawing of it, it lies neither below `symbols` nor in a folder `cartoon`, and its opaque pixels, 1,000 or more, have
-at least half as many distinct colours. By that rule 259 stamps are photos. Seen by eye, fewer than ten of these are
-drawings, and about a hundred photos are missed: small, smooth or stored with few colours, and the coins, which lie
-below `symbols`. The others have the label `drawing`.
+A stamp has the label `photo` if there is no vector drawing of it, it lies neither below `symbols` nor in a folder
+`cartoon`, and its opaque pixels, 1,000 or more, have at least half as many distinct colours: 259 stamps, of which fewer
+than ten are drawings by eye; about a hundred photos are missed. The others have the label `drawing`.
 
 There is one split, `all`: the set is for evaluation.
 """
