@@ -4,8 +4,6 @@ A bad sample is neither fatal nor silent: a good one drawn from (seed, epoch, sa
 reason travel with the batch.
 """
 
-import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -90,44 +88,46 @@ class PairDataset:
         return len(self.source)
 
     def __getitem__(self, request: Request) -> Item:
-        """Return the sample for `request`, or a good one in its place.
+        """Return the sample for `request`, or a good one in its place."""
+        return next(self.items([request]))
 
-        Everything drawn for a replacement depends on the place it fills, numbered after all regular samples, so that
-        it does not repeat the crops of its own regular appearance in this epoch.
+    def items(self, requests: Sequence[Request]) -> Iterator[Item]:
+        """Yield the sample for every request, or a good one in its place.
+
+        The small work of several samples, reading, drawing and tokenising captions, is done in one go: between two
+        images, each of which fills the processor's cache, it takes three times as long.
 
         Raises:
             DataError: `MAX_REPLACEMENTS` samples in a row are bad.
         """
-        epoch, sample = request
-        skipped: dict[str, str] = {}
-        for number in itertools.chain([sample], self._replacements(request)):
+        for first in range(0, len(requests), _TOGETHER):
+            some = requests[first : first + _TOGETHER]
+            starts = list(map(self._start_or_error, some))
+            tokens = iter(self.tokenizer([start.text for start in starts if isinstance(start, _Start)]))
+            for request, start in zip(some, starts, strict=True):
+                try:
+                    if isinstance(start, BadSampleError):
+                        raise start
+                    yield self._finish(start, next(tokens))
+                except BadSampleError as error:
+                    yield self._replacement(request, error.reason)
+
+    def _replacement(self, request: Request, reason: str) -> Item:
+        """Return a good sample for a request whose own is bad.
+
+        Everything drawn for it depends on the place it fills, numbered after all regular samples, so that it does not
+        repeat the crops of its own regular appearance in this epoch.
+        """
+        name = self.source.name(request.sample)
+        skipped = {name: reason}
+        for number in self._replacements(request):
             try:
-                start = self._start(number, epoch, place=len(self) + sample if skipped else sample)
+                start = self._start(number, request.epoch, place=len(self) + request.sample)
                 return self._finish(start, self.tokenizer([start.text])[0], tuple(skipped.items()))
             except BadSampleError as error:
                 skipped[self.source.name(number)] = error.reason
-        name, reason = next(iter(skipped.items()))
         raise DataError(f"no usable sample in {self.source.spec}: {MAX_REPLACEMENTS + 1} in a row are bad, the first "
                         f"is {name} ({reason})")
-
-    def items(self, requests: Sequence[Request]) -> Iterator[Item]:
-        """Yield `self[request]` for every request, in less time.
-
-        The small work of several samples, reading, drawing and tokenising captions, is done in one go: between two
-        images, each of which fills the processor's cache, it takes three times as long.
-        """
-        for first in range(0, len(requests), _TOGETHER):
-            starts: dict[Request, _Start] = {}
-            for request in requests[first : first + _TOGETHER]:
-                with contextlib.suppress(BadSampleError):
-                    starts[request] = self._start(request.sample, request.epoch, place=request.sample)
-            tokens = dict(zip(starts, self.tokenizer([start.text for start in starts.values()]), strict=True))
-            for request in requests[first : first + _TOGETHER]:
-                item = None
-                if request in starts:
-                    with contextlib.suppress(BadSampleError):
-                        item = self._finish(starts[request], tokens[request])
-                yield self[request] if item is None else item
 
     def _replacements(self, request: Request) -> Iterator[int]:
         """Yield candidates to replace the sample of a request, the first ones from its own window."""
@@ -138,6 +138,12 @@ class PairDataset:
             group = int(np.searchsorted(ends, drawn, side="right"))
             yield window[group][drawn - int(ends[group])]  # counted from the end of the group
         yield from generator.integers(len(self), size=MAX_REPLACEMENTS - _NEARBY).tolist()
+
+    def _start_or_error(self, request: Request) -> _Start | BadSampleError:
+        try:
+            return self._start(request.sample, request.epoch, place=request.sample)
+        except BadSampleError as error:
+            return error
 
     def _start(self, number: int, epoch: int, *, place: int) -> _Start:
         """Do all of sample `number` but its image and tokens, everything random drawn for (`epoch`, `place`)."""

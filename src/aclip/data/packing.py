@@ -26,25 +26,8 @@ _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _Bad = tuple[str, str]  # name of a sample, and what is wrong
 
 
-@dataclass(frozen=True)
-class Packed:
-    """What `write_shards` wrote: samples, bad samples (named in `skipped.jsonl`), and the bytes of all shards."""
-
-    samples: int
-    skipped: int
-    bytes: int
-
-
-def pack(
-    source: str | Sequence[str],
-    *,
-    output: str,
-    side: int | None = 336,
-    quality: int = 90,
-    shard_size: int = 1000,
-    leave_out: str | None = None,
-    workers: int | None = None,
-) -> Path:
+def pack(source: str | Sequence[str], *, output: str, side: int | None = 336, quality: int = 90, shard_size: int = 1000,
+         leave_out: str | None = None, workers: int | None = None) -> Path:
     """Write a source as WebDataset shards whose images are shrunk to what training needs.
 
     Bad samples are left out and named in `skipped.jsonl`. An interrupted call is continued by the next one. The
@@ -79,17 +62,19 @@ def pack(
         if value is not None and not least <= value <= most:
             raise ConfigError(f"{name} must be {least} to {most}, not {value}")
     opened, folder = open_training(source), Path(output)
-    packed = write_shards(opened, folder, side=side, quality=quality, shard_size=shard_size, workers=workers,
-                          leave_out=_read_names(leave_out) if leave_out is not None else ())
+    left = _read_names(leave_out) if leave_out is not None else frozenset()
+    samples = write_shards(opened, folder, side=side, quality=quality, shard_size=shard_size, workers=workers,
+                           leave_out=left)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    if packed.skipped:
-        console.print(f"{packed.skipped:,} bad samples were skipped: see {folder / SKIPPED}")
-    console.print(f"done. {packed.samples:,} of {len(opened):,} samples, {packed.bytes / 1e6:,.1f} MB: {output}")
+    if skipped := len(opened) - len(left) - samples:
+        console.print(f"{skipped:,} bad samples were skipped: see {folder / SKIPPED}")
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    console.print(f"done. {samples:,} of {len(opened):,} samples, {size / 1e6:,.1f} MB: {output}")
     return folder
 
 
 def write_shards(source: Source, folder: Path, *, side: int | None = None, quality: int = 90, shard_size: int = 1000,
-                 leave_out: Collection[str] = (), workers: int | None = None, keep_names: bool = False) -> Packed:
+                 leave_out: Collection[str] = (), workers: int | None = None, keep_names: bool = False) -> int:
     """Write `source` to shards `000000.tar` ... in `folder`, in its order.
 
     An image that is small enough is copied if it is a JPEG; others are decoded (alpha on white, upright), shrunk and
@@ -103,6 +88,9 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
         side, quality, shard_size, workers: see `pack`, also for errors.
         leave_out: names of samples.
         keep_names: name the members of a shard as the samples, whose names have no dot or slash, instead of by number.
+
+    Returns:
+        Number of samples in all shards; the others are named in `skipped.jsonl`.
     """
     left = _find(source, leave_out)
     settings = {"source": source.spec, "samples": len(source), "left_out": sorted(left), "side": side,
@@ -115,13 +103,12 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
         sizes = _finished(folder)
         _write_missing(source, folder, {name: some for name, some in shards.items() if name not in sizes}, sizes,
                        _Pack(source, side, quality, keep_names), workers)
-        write_atomically(folder / SIZES, json.dumps({name: sizes[name] for name in shards}, indent=1) + "\n")
-        size = sum((folder / name).stat().st_size for name in shards)
+        write_atomically(folder / SIZES, json.dumps(dict(sorted(sizes.items())), indent=1) + "\n")
     except OSError as error:
         full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
         raise DataError(f"cannot write to {folder}: {full}; finished shards stay, and the same command continues after "
                         "them") from error
-    return Packed(sum(sizes[name] for name in shards), sum(1 for _ in _read_lines(folder / SKIPPED)), size)
+    return sum(sizes.values())
 
 
 def _write_missing(source: Source, folder: Path, missing: dict[str, list[int]], sizes: dict[str, int],

@@ -53,16 +53,8 @@ class Examination:
                 for finding in self.findings]
 
 
-def doctor(
-    source: str,
-    *,
-    against: Sequence[str] = (),
-    model: str = "vit-tiny",
-    output: str = "data-doctor",
-    fix: str | None = None,
-    workers: int | None = None,
-    limit: int | None = None,
-) -> Examination:
+def doctor(source: str, *, against: Sequence[str] = (), model: str = "vit-tiny", output: str = "data-doctor",
+           fix: str | None = None, workers: int | None = None, limit: int | None = None) -> Examination:
     """Look for what is wrong with a source: every sample is read once, and nothing of the source is changed.
 
     Finds images that cannot be read, duplicates, images shared with an evaluation set, and captions that are missing,

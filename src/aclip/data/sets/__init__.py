@@ -109,6 +109,6 @@ def _build(dataset: DataSet, target: Path, packages: Path, workers: int | None) 
                         f"{error!r}") from error
     facts: dict[str, Any] = {"name": dataset.name, "packages": _pins(dataset), "splits": {}}
     for split, source in sources.items():
-        packed = write_shards(source, target / split, shard_size=dataset.shard_size, workers=workers, keep_names=True)
-        facts["splits"][split] = {"samples": packed.samples}
+        samples = write_shards(source, target / split, shard_size=dataset.shard_size, workers=workers, keep_names=True)
+        facts["splits"][split] = {"samples": samples}
     write_atomically(target / DESCRIPTION, json.dumps(facts, indent=1) + "\n")
