@@ -104,16 +104,21 @@ def _read_ahead(
         spawned = workers and multiprocessing.get_start_method() != "fork"
         reader = _Reader(_shared_by_file(read, stack) if spawned else read)
         answers.append(_start(reader, requests, workers, prefetch, pin_memory, start))
-        while True:
+        killed = None
+        while killed is None:
             try:
                 answer = next(answers[0])
             except StopIteration:
                 return
             except RuntimeError as error:
-                raise _killed(error) or error from None
+                killed = _killed(error)
+                if killed is None:
+                    raise
+                continue
             if isinstance(answer, AclipError):
                 raise answer
             yield answer.open() if isinstance(answer, _Packed) else answer
+        raise killed  # outside of the handler: the context would keep torch's iterator
 
 
 def _start(reader: "_Reader", requests: Iterable[Any], workers: int, prefetch: int, pin_memory: bool,

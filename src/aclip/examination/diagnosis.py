@@ -236,11 +236,7 @@ def left_out(examined: Examination) -> dict[int, str]:
 
 
 def check_fix(path: Path, source: Source) -> None:
-    """Refuse a fix that cannot be written, before anything is read.
-
-    Raises:
-        ConfigError: another ending; a file that exists; a manifest of images inside other files.
-    """
+    """Raise ConfigError for a fix that cannot be written, before anything is read."""
     if path.suffix.lower() not in (*_LISTS, _NAMES):
         raise ConfigError(f"--fix {path}: give it the ending {_NAMES} (names to leave out), or {', '.join(_LISTS)} "
                           "(a list of the other samples)")

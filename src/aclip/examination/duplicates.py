@@ -85,6 +85,7 @@ def look_alikes(across: np.ndarray, down: np.ndarray, fingerprints: np.ndarray) 
 
 
 def _confirmed(first: np.ndarray, second: np.ndarray, fingerprints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs whose fingerprints agree."""
     agree = np.zeros(len(first), dtype=bool)
     for start in range(0, len(first), 4096):
         part = slice(start, start + 4096)

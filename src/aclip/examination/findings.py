@@ -70,20 +70,28 @@ def find_all(measured: Sequence[Measurements], duplicates: Duplicates, limits: L
     return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
 
 
+def _of_samples(
+    source: Measurements, rows: np.ndarray, name: str, severity: Severity, title: str, advice: str, *,
+    details: tuple[tuple[str, int], ...] = (), first: np.ndarray | None = None,
+) -> Iterator[Finding]:
+    """Yield the finding about some rows, if there are any; `first` are its examples."""
+    if len(rows):
+        examples = _singly(rows) if first is None else tuple(((0, row),) for row in first[:_EXAMPLES].tolist())
+        yield Finding(name, severity, title, len(rows), len(source.samples), "samples", advice, details, examples)
+
+
 def _bad_samples(source: Measurements) -> Iterator[Finding]:
-    samples = source.samples
-    unreadable = np.flatnonzero((samples["reason"] != GOOD) & ~samples["decoded"])
-    if len(unreadable):
-        _, first_of_each = np.unique(samples["reason"][unreadable], return_index=True)
-        yield Finding(
-            "unreadable", "error", "Images that cannot be read", len(unreadable), len(samples), "samples",
-            "Training skips them and takes others in their place: repair or fetch them again, or leave them out.",
-            _count_reasons(source, unreadable), _singly(unreadable[first_of_each], first=True))
-    without = np.flatnonzero((samples["reason"] != GOOD) & samples["decoded"])
-    if len(without):
-        yield Finding(
-            "no-caption", "error", "Images without a caption", len(without), len(samples), "samples",
-            "Training skips them: caption them, or leave them out.", _count_reasons(source, without), _singly(without))
+    reasons, decoded = source.samples["reason"], source.samples["decoded"]
+    rows = np.flatnonzero((reasons != GOOD) & ~decoded)
+    _, first_of_each = np.unique(reasons[rows], return_index=True)
+    yield from _of_samples(
+        source, rows, "unreadable", "error", "Images that cannot be read",
+        "Training skips them and takes others in their place: repair or fetch them again, or leave them out.",
+        details=_count_reasons(source, rows), first=rows[first_of_each])
+    rows = np.flatnonzero((reasons != GOOD) & decoded)
+    yield from _of_samples(
+        source, rows, "no-caption", "error", "Images without a caption",
+        "Training skips them: caption them, or leave them out.", details=_count_reasons(source, rows))
 
 
 def _leaks(measured: Sequence[Measurements], duplicates: Duplicates) -> Iterator[Finding]:
@@ -121,27 +129,21 @@ def captions_of(source: Measurements, row: int) -> set[int]:
 
 
 def _pixels(source: Measurements, limits: Limits) -> Iterator[Finding]:
-    samples = source.samples
-    rows = np.flatnonzero(samples["blank"] & samples["decoded"])
-    if len(rows):
-        yield Finding(
-            "blank", "warning", "Images of a single colour", len(rows), len(samples), "samples",
-            "There is nothing to see in them; often they stand for an image that could not be loaded: leave them out.",
-            examples=_singly(rows))
-    rows = np.flatnonzero(samples["dark"])
-    if len(rows):
-        yield Finding(
-            "dark", "error", "16-bit grey images that come out nearly black", len(rows), len(samples), "samples",
-            "Their values use a small part of the range: put '?stretch=4095' behind the source for 12 bits, or "
-            "'?stretch=1' to stretch each image on its own.", examples=_singly(rows))
-    (least_height, least_width), width, height = limits.image_size, samples["width"], samples["height"]
+    samples, (least_height, least_width) = source.samples, limits.image_size
+    width, height = samples["width"], samples["height"]
+    yield from _of_samples(
+        source, np.flatnonzero(samples["blank"] & samples["decoded"]), "blank", "warning", "Images of a single colour",
+        "There is nothing to see in them; often they stand for an image that could not be loaded: leave them out.")
+    yield from _of_samples(
+        source, np.flatnonzero(samples["dark"]), "dark", "error", "16-bit grey images that come out nearly black",
+        "Their values use a small part of the range: put '?stretch=4095' behind the source for 12 bits, or "
+        "'?stretch=1' to stretch each image on its own.")
     rows = np.flatnonzero(samples["decoded"] & ((height < least_height) | (width < least_width)))
-    if len(rows):
-        yield Finding(
-            "small", "warning" if len(rows) > 0.1 * len(samples) else "note",
-            f"Images smaller than the input of {limits.model}, {least_width} x {least_height}", len(rows), len(samples),
-            "samples", "They are enlarged, which adds cost and no detail: take larger originals, or a model with a "
-            "smaller input.", examples=_singly(rows[np.argsort(width[rows] * height[rows], kind="stable")], first=True))
+    yield from _of_samples(
+        source, rows, "small", "warning" if len(rows) > 0.1 * len(samples) else "note",
+        f"Images smaller than the input of {limits.model}, {least_width} x {least_height}",
+        "They are enlarged, which adds cost and no detail: take larger originals, or a model with a smaller input.",
+        first=rows[np.argsort(width[rows] * height[rows], kind="stable")])
 
 
 def _duplicates(source: Measurements, duplicates: Duplicates) -> Iterator[Finding]:
@@ -203,10 +205,9 @@ def _repeated(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[int, 
     return len(values) - len(counts), tuple(tuple((0, row) for row in group.tolist()) for group in groups)
 
 
-def _singly(rows: np.ndarray, *, first: bool = False) -> tuple[tuple[Place, ...], ...]:
-    """Return some rows as groups of one: the first ones, or some from all over."""
-    chosen = rows[:_EXAMPLES].tolist() if first else _spread(rows.tolist())
-    return tuple(((0, row),) for row in chosen)
+def _singly(rows: np.ndarray) -> tuple[tuple[Place, ...], ...]:
+    """Return some rows from all over as groups of one."""
+    return tuple(((0, row),) for row in _spread(rows.tolist()))
 
 
 def _spread(items: list[T]) -> list[T]:

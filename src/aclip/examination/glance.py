@@ -18,18 +18,9 @@ _WIDTH = 200  # characters of a caption that are printed
 
 @dataclass(frozen=True)
 class Look:
-    """What `look` printed.
-
-    Attributes:
-        summary: how the source was read, in one line.
-        count: number of samples.
-        samples: some of them.
-        advice: what makes training on it slow or useless, each with what to do.
-        page: the page with the images, if one was asked for.
-    """
+    """What `look` printed: how the source was read, some samples, advice, and the page if one was asked for."""
 
     summary: str
-    count: int
     samples: tuple[RawSample, ...]
     advice: tuple[str, ...]
     page: Path | None = None
@@ -85,7 +76,7 @@ def look(source: str, *, output: str | None = None, samples: int = 5) -> Look:
         page = write_look_page(Path(output), opened.spec, facts,
                                [(image, sample.name, sample.captions) for image, sample in shown], advice)
         console.print(f"page: {page}")
-    return Look(str(summary), len(opened), tuple(sample for _, sample in shown), tuple(advice), page)
+    return Look(str(summary), tuple(sample for _, sample in shown), tuple(advice), page)
 
 
 def _evenly(source: Source, wanted: int) -> list[int]:
