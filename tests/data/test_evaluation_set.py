@@ -1,4 +1,4 @@
-"""Evaluation sees every good picture once, whole, in order, with its own caption."""
+"""Evaluation sees every good image once, whole, in order, with its own caption."""
 
 from pathlib import Path
 

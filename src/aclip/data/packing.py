@@ -217,13 +217,13 @@ def _find(source: Source, names: Collection[str]) -> frozenset[int]:
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write down what is packed into `folder`, or refuse to mix it with something else."""
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = next(_read_lines(folder / SETTINGS), {})
+    earlier = json.loads((folder / SETTINGS).read_bytes()) if (folder / SETTINGS).is_file() else {}
     if not earlier and any(folder.glob("*.tar")):
         raise ConfigError(f"{folder} holds shards that `aclip data pack` did not write: name a new folder")
     changed = [name for name, value in settings.items() if earlier and earlier.get(name) != value]
     if changed:
         raise ConfigError(f"{folder} was begun with another value of {', '.join(changed)}: name a new folder")
-    write_atomically(folder / SETTINGS, _json_lines([settings]))
+    write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
 def _finished(folder: Path) -> dict[str, int]:

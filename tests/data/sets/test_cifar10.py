@@ -1,4 +1,4 @@
-"""The set `cifar10` on a small made-up package: splits, pixels, captions, resuming."""
+"""The set `cifar10` on a small synthetic package: splits, pixels, captions, resuming."""
 
 import io
 from dataclasses import replace

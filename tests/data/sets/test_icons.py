@@ -1,4 +1,4 @@
-"""The set `icons` on a small made-up collection: captions, families, splits."""
+"""The set `icons` on a small synthetic collection: captions, families, splits."""
 
 import io
 import json

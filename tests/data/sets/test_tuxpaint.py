@@ -1,4 +1,4 @@
-"""The set `tuxpaint` on a small some-up package: pictures, masks, captions, labels."""
+"""The set `tuxpaint` on a small synthetic package: images, masks, captions, labels."""
 
 import io
 import json
