@@ -142,18 +142,6 @@ def sum_over_ranks(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     return total
 
 
-def sum_with_gradient(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Return the sum of `x` over all ranks, the same on each of them; gradients flow back to every rank's share.
-
-    The backward pass sums over ranks what each computed for the sum, as `gather` does. Every rank must pass the same
-    shape.
-    """
-    if world_size() == 1:
-        return x
-    total: Tensor = _Sum.apply(x)
-    return total
-
-
 def collect(value: Any) -> list[Any]:
     """Return every rank's `value`, in rank order, on all ranks; for small objects that are not tensors.
 
@@ -194,20 +182,6 @@ class Flag:
         self._flag = torch.tensor(int(raised), dtype=torch.int32)
         self._pending = torch_dist.all_reduce(self._flag, torch_dist.ReduceOp.MAX, async_op=True)
         return before
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        torch_dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone()
-        torch_dist.all_reduce(grad)
-        return grad
 
 
 class _Gather(torch.autograd.Function):

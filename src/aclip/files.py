@@ -15,23 +15,15 @@ _log = logging.getLogger(__name__)
 
 
 def as_file_name(name: str) -> str:
-    """Return a name with "_" for what does not belong in a file name.
-
-    >>> as_file_name("val[0:60], karpathy")
-    'val_0_60_karpathy'
-    """
+    """Return a name with "_" for what does not belong in a file name: "a/b, c" becomes "a_b_c"."""
     return re.sub(r"[^\w-]+", "_", name)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name whole or not at all, also after a crash.
+    """Open a file for writing that replaces `path` when the block ends, whole or not at all, also after a crash.
 
-    Args:
-        path: replaced when the block ends without an exception; its folder is created.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; what was there before stays.
+    Its folder is created. An OSError (the disk is full, the folder cannot be written) leaves what was there before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random, because process ids repeat between containers that share a folder.
@@ -47,15 +39,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file whole or not at all, see `atomic_file`.
-
-    Args:
-        path: replaced if it exists; its folder is created.
-        data: the content; text is written as UTF-8, with escapes for the undecodable bytes of file names.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; what was there before stays.
-    """
+    """Write a file as `atomic_file` does; text as UTF-8, with escapes for the undecodable bytes of file names."""
     with atomic_file(path) as file:
         file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
 

@@ -57,7 +57,6 @@ def test_a_folder_of_bad_samples_trains_to_the_end(mixed_folder: Path, workers: 
     data = dataset(mixed_folder)
     assert len(data) == 112
     loader = build_loader(data, batch_size=16, total_steps=14, workers=workers)  # two epochs
-    assert loader.steps_per_epoch == 7
     batches = list(loader)
     assert [batch.size for batch in batches] == [16] * 14
     check_skipped({bad for batch in batches for bad in batch.skipped})
@@ -303,7 +302,7 @@ def cut(tokens: torch.Tensor) -> torch.Tensor:
 def test_batches_do_not_depend_on_workers(rough_folder: Path, workers: int) -> None:
     def batches(count: int) -> list[object]:
         loader = build_loader(
-            pairs(rough_folder), batch_size=8, total_steps=9, workers=count, cut_text=cut, prefetch=1
+            pairs(rough_folder), batch_size=8, total_steps=9, workers=count, cut_text=cut
         )
         return [flat(batch) for batch in loader]
 

@@ -13,14 +13,14 @@ from PIL import Image
 
 from aclip import data
 from aclip.data import open_source, packing
-from aclip.data.packing import SIZES, Packed, write_shards
+from aclip.data.packing import SIZES, write_shards
 from aclip.data.sources.base import Source
 from aclip.errors import ConfigError, DataError
 from bad_samples import SKIPPED, make_mixed_folder
 from made_pictures import encode, picture
 
 
-def write_small(source: Source, folder: Path, *, workers: int = 0, side: int | None = 10) -> Packed:
+def write_small(source: Source, folder: Path, *, workers: int = 0, side: int | None = 10) -> int:
     return write_shards(source, folder, side=side, shard_size=15, workers=workers)
 
 
@@ -44,9 +44,8 @@ def content_of_one_process(source: Source, folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_pairs_but_smaller(source: Source, tmp_path: Path, workers: int) -> None:
-    packed = write_small(source, tmp_path / "packed", workers=workers)
+    assert write_small(source, tmp_path / "packed", workers=workers) == 39
     again = open_source(str(tmp_path / "packed"))
-    assert packed == Packed(39, 1, sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.tar")))
     good = [index for index in range(40) if index != 3]
     assert len(again) == 39
     for new, old in enumerate(good):
@@ -108,7 +107,6 @@ def test_an_interrupted_call_continues(source: Source, tmp_path: Path, monkeypat
 
 def test_what_a_crash_cut_off_is_dropped(source: Source, tmp_path: Path) -> None:
     whole = content_of_one_process(source, tmp_path / "packed")
-    (tmp_path / "packed" / SIZES).unlink()
     (tmp_path / "packed/.finished.jsonl").write_text('{"shard": "000000.tar", "samples": 14}\n{"shard": "00')
     (tmp_path / "packed/skipped.jsonl").write_text(whole["skipped.jsonl"].decode() + '{"shard": "000001.tar", "key"')
     (tmp_path / "packed/.000001.tar.0123456789ab.part").write_bytes(b"half")
@@ -146,7 +144,7 @@ def test_a_full_disk_is_reported_and_finished_shards_stay(
         with pytest.raises(DataError, match="the disk is full; finished shards stay"):
             write_small(source, tmp_path / "packed")
     assert [path.name for path in (tmp_path / "packed").glob("*.tar")] == ["000000.tar"]
-    assert write_small(source, tmp_path / "packed").samples == 39
+    assert write_small(source, tmp_path / "packed") == 39
 
 
 def test_other_options_do_not_mix(source: Source, tmp_path: Path) -> None:

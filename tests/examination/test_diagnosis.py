@@ -12,8 +12,8 @@ from PIL import Image
 from aclip import data
 from aclip.data import CaptionTokenizer, RawSample, Source, decode_image, open_source
 from aclip.errors import BadSampleError, ConfigError
-from aclip.examination import Examination, Finding, Limits, check_fix, diagnosis, examine, load_example, write_fix
-from aclip.examination.diagnosis import left_out
+from aclip.examination import Examination, Finding, Limits, diagnosis, doctor, examine
+from aclip.examination.diagnosis import check_fix, left_out, load_example, write_fix
 from aclip.examination.duplicates import find_duplicates, look_alikes
 from aclip.examination.findings import find_all
 from aclip.examination.measure import hash_images, jpeg_size, look_at, measure
@@ -238,7 +238,7 @@ def _light(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_light")
 def test_the_verb(spoiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fix = tmp_path / "names.txt"
-    examined = data.doctor(str(spoiled), output=str(tmp_path / "out"), fix=str(fix), workers=0)
+    examined = doctor(str(spoiled), output=str(tmp_path / "out"), fix=str(fix), workers=0)
     out = capsys.readouterr().out
     assert "20 of 20 samples examined, 18 usable" in out
     assert "Images that cannot be read" in out
@@ -249,7 +249,7 @@ def test_the_verb(spoiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for options, said in (({"workers": -1}, "workers -1: give 0 or more"), ({"limit": 0}, "limit 0"),
                           ({"fix": "a.txt", "limit": 3}, "leave out the limit")):
         with pytest.raises(ConfigError, match=said):
-            data.doctor(str(spoiled), **options)  # type: ignore[arg-type]
+            doctor(str(spoiled), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("progressive", [False, True])

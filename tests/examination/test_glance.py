@@ -11,14 +11,14 @@ from PIL import Image
 from aclip import data
 from aclip.data import RawSample, Source
 from aclip.errors import ConfigError
+from aclip.examination import look
 from aclip.examination.glance import _evenly
 from made_pictures import encode, picture
 
 
 def test_a_source_is_summed_up_with_some_samples(pair_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pair_folder / "020.png").write_bytes(b"")
-    found = data.look(str(pair_folder), samples=3)
-    assert found.count == 40
+    found = look(str(pair_folder), samples=3)
     assert [sample.name for sample in found.samples] == ["000.png", "039.png"]
     assert found.advice == ()
     out = capsys.readouterr().out
@@ -37,7 +37,7 @@ def test_a_page_with_the_images(pair_folder: Path, tmp_path: Path, monkeypatch: 
         return path
 
     monkeypatch.setitem(sys.modules, "aclip.report.data_page", SimpleNamespace(write_look_page=write_look_page))
-    found = data.look(str(pair_folder), output=str(tmp_path / "look.html"))
+    found = look(str(pair_folder), output=str(tmp_path / "look.html"))
     assert found.page == tmp_path / "look.html"
     ((title, facts, samples, advice),) = written
     assert title == str(pair_folder)
@@ -52,11 +52,11 @@ def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
         values = np.random.default_rng(number).integers(0, 4096, (24, 24), dtype=np.uint16)
         (tmp_path / f"{number}.png").write_bytes(encode(Image.fromarray(values)))
         (tmp_path / f"{number}.txt").write_text("Product")
-    dark, same = data.look(str(tmp_path)).advice
+    dark, same = look(str(tmp_path)).advice
     assert "nearly black" in dark
     assert "one caption for every image, 'Product'" in same
     assert capsys.readouterr().out.count("advice: ") == 2
-    assert len(data.look(f"{tmp_path}?stretch=4095").advice) == 1
+    assert len(look(f"{tmp_path}?stretch=4095").advice) == 1
 
 
 class Grouped(Source):
@@ -82,7 +82,7 @@ class Grouped(Source):
 def test_only_the_first_shard_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Grouped()
     monkeypatch.setattr("aclip.data.sources.open_training", lambda _: source)
-    assert len(data.look("grouped").samples) == 5
+    assert len(look("grouped").samples) == 5
     assert max(source.indices) < 10
 
 
@@ -97,4 +97,4 @@ def test_every_part_of_a_mixture_is_shown(pair_folder: Path, tmp_path: Path) -> 
 
 def test_no_samples_are_refused(pair_folder: Path) -> None:
     with pytest.raises(ConfigError, match="samples 0: give 1 or more"):
-        data.look(str(pair_folder), samples=0)
+        look(str(pair_folder), samples=0)

@@ -1,16 +1,11 @@
 """Colour, blur and solarisation: drawn per sample in the loader, applied per batch on the device.
 
-A worker calls `draw` once per view of a sample; the row of numbers travels with the uint8 pixels in
-`ViewBatch.augmentation`, and `apply` turns the batch into the normalised float images that a tower reads.
-The draws depend on (seed, epoch, sample, view) alone, so they are the same at any batch position.
-
 Settings are those of the A-CLIP release (arXiv 2212.08653) and of SLIP (arXiv 2112.12750), with two deviations:
 the colour jitter applies its four parts in a fixed order (brightness, contrast, saturation, hue) where
 torchvision permutes them per image, and values stay float between operations where PIL truncates to 8 bits.
 
-The operations are plain torch rather than kornia's: measured on one CPU thread over 256 x 3 x 64 x 64 and
-64 x 3 x 224 x 224, they take 1/5 to 3/4 of the time for brightness, contrast and saturation and 1/3 for hue; and
-kornia's blur reads its sigmas on the host, which would stall a GPU in every step.
+Plain torch rather than kornia: on a CPU thread it takes 1/5 to 3/4 of the time, and kornia's blur reads its sigmas on
+the host, which would stall a GPU in every step.
 """
 
 from collections.abc import Callable
@@ -26,17 +21,12 @@ from torch import Tensor
 from aclip.structs import ViewBatch
 
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "grey", "blur_sigma", "solarize_threshold")
-"""Columns of `ViewBatch.augmentation`:
+"""Columns of `ViewBatch.augmentation`: three factors; a shift in turns of the colour circle, -0.5 to 0.5; 1 for luma
+instead of colours; the standard deviation of a Gaussian in pixels of the view; and the value in [0, 1] from which on
+values are inverted."""
 
-    brightness, contrast, saturation: factors, 1 changes nothing.
-    hue: shift in turns of the colour circle, -0.5 to 0.5.
-    grey: 1 replaces the colours by their luma, 0 does not.
-    blur_sigma: standard deviation of a Gaussian in pixels of the view, 0 is no blur.
-    solarize_threshold: values in [0, 1] at or above it are inverted; 2 is never.
-"""
-
-# Parameters that change nothing, in the order of COLUMNS.
 IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 2.0)
+"""Parameters that change nothing."""
 
 # PIL inverts 8-bit values from 128 on; half-way between 127 and 128 is robust in floats.
 _SOLARIZE_THRESHOLD = 127.5 / 255
@@ -44,9 +34,6 @@ _SOLARIZE_THRESHOLD = 127.5 / 255
 # Three times the largest sigma, 2: 0.3 % of the mass lies beyond. Fixed, because a kernel size that followed the drawn
 # sigmas would have to be read from the device.
 _BLUR_RADIUS = 6
-
-# Rec. 601 luma, as in PIL and torchvision.
-_RED, _GREEN, _BLUE = 0.299, 0.587, 0.114
 
 # On a CPU, values per piece: half a megabyte of floats stays in the cache through the chain of operations.
 _PIECE = 2**17
@@ -86,10 +73,9 @@ AUGMENTATIONS: dict[AugmentationName, Augmentation] = {
 
 
 def draw(augmentation: Augmentation, generator: np.random.Generator) -> Float32[np.ndarray, " A"]:
-    """Draw one sample's parameters, in the order of `COLUMNS`; always takes the same number of draws.
+    """Draw the parameters of one view of a sample: (A,) float32 in the order of `COLUMNS`.
 
-    Returns:
-        (A,) float32, equal to `IDENTITY` where an operation is not applied.
+    They equal `IDENTITY` where an operation is not applied. Always takes the same number of draws.
     """
     u = generator.random(9).tolist()
     values = list(IDENTITY)
@@ -108,9 +94,7 @@ def draw(augmentation: Augmentation, generator: np.random.Generator) -> Float32[
     return np.array(values, dtype=np.float32)
 
 
-def apply(
-    view: ViewBatch, mean: Float[Tensor, " 3"], std: Float[Tensor, " 3"]
-) -> Float[Tensor, "B 3 h w"]:
+def apply(view: ViewBatch, mean: Float[Tensor, " 3"], std: Float[Tensor, " 3"]) -> Float[Tensor, "B 3 h w"]:
     """Augment a view with its own parameters and normalise it: (augmented(pixels / 255) - mean) / std.
 
     The order is brightness, contrast, saturation, hue, grey, blur, solarisation. Each sample's result depends on that
@@ -130,9 +114,7 @@ def apply(
     return images.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
-def _augmented(
-    images: Float[Tensor, "B 3 h w"], parameters: Float[Tensor, "B A"]
-) -> Float[Tensor, "B 3 h w"]:
+def _augmented(images: Float[Tensor, "B 3 h w"], parameters: Float[Tensor, "B A"]) -> Float[Tensor, "B 3 h w"]:
     """Run the chain of operations; may write into `images`."""
     for operation, columns in _OPERATIONS:
         values = parameters[:, columns]
@@ -165,15 +147,8 @@ def _shift_hue(images: Float[Tensor, "n 3 h w"], shift: Float[Tensor, "n 1 1"]) 
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    sector = torch.where(
-        value == red,
-        green - blue,
-        torch.where(
-            value == green,
-            torch.add(blue - red, chroma, alpha=2),
-            torch.add(red - green, chroma, alpha=4),
-        ),
-    )
+    other = torch.where(value == green, torch.add(blue - red, chroma, alpha=2), torch.add(red - green, chroma, alpha=4))
+    sector = torch.where(value == red, green - blue, other)
     # Greys have no hue: chroma 0 gives sector 0 here and is ignored below.
     hue = sector.div_(chroma.clamp_min(1e-8)).div_(6).add_(shift)
     shifted = torch.empty_like(images)
@@ -186,7 +161,6 @@ def _shift_hue(images: Float[Tensor, "n 3 h w"], shift: Float[Tensor, "n 1 1"]) 
 
 
 def _to_grey(images: Float[Tensor, "n 3 h w"], values: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3 h w"]:
-    """Replace colours by their luma where the value is 1."""
     return torch.lerp(images, _luma(images).expand_as(images), values[:, :, None, None])
 
 
@@ -208,13 +182,13 @@ def _blur(images: Float[Tensor, "n 3 h w"], values: Float[Tensor, "n 1"]) -> Flo
 
 
 def _solarize(images: Float[Tensor, "n 3 h w"], values: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3 h w"]:
-    """Invert values at or above the threshold."""
     return torch.where(images >= values[:, :, None, None], 1 - images, images)
 
 
 def _luma(images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
+    """Return Rec. 601 luma, as in PIL and torchvision."""
     red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]
-    return (red * _RED).add_(green, alpha=_GREEN).add_(blue, alpha=_BLUE)
+    return (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 # In order of application, with the columns that each reads.

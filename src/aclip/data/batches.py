@@ -4,9 +4,6 @@ A bad sample is neither fatal nor silent: a good one drawn from (seed, epoch, sa
 reason travel with the batch.
 """
 
-import contextlib
-import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from aclip import rng
 from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
@@ -27,14 +23,10 @@ from aclip.data.workers import check_workers, empty_shared, read_ahead
 from aclip.errors import BadSampleError, DataError
 from aclip.structs import Batch, ViewBatch
 
-_log = logging.getLogger(__name__)
-
 MAX_REPLACEMENTS = 1000
 """Samples that are tried in place of a bad one before the source counts as unusable."""
 
-READ_AHEAD = 8
-"""Batches that all workers together read before they are needed, held in memory."""
-
+_READ_AHEAD = 8  # batches that all workers together read before they are needed, held in memory
 _NEARBY = 100  # of the replacements, drawn from the window of the bad sample; the rest from the whole source
 _TOGETHER = 32  # samples whose small work is done in one go; their files are in memory meanwhile
 
@@ -63,116 +55,6 @@ class Item:
     skipped: tuple[tuple[str, str], ...] = ()
 
 
-class PairDataset(Dataset[Item]):
-    """The training samples of a source, by `Request`; a pure function of the request, in any process.
-
-    Attributes:
-        source: where the pairs come from.
-        tokenizer: turns captions into tokens.
-        seed: of everything that is drawn for a sample, and of the order.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        views: ViewPipeline,
-        tokenizer: CaptionTokenizer,
-        *,
-        sizes: Mapping[str, tuple[int, int]],
-        seed: int,
-    ) -> None:
-        """Combine the parts.
-
-        Args:
-            source: the pairs.
-            views: draws and cuts the views of an image.
-            tokenizer: turns captions into tokens.
-            sizes: view name -> (height, width) in pixels.
-            seed: of the run.
-        """
-        self.source = source
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self._views = views
-        self._sizes = dict(sizes)
-        self._min_side = views.least_side(self._sizes)  # JPEGs are decoded no larger than that takes
-
-    def __len__(self) -> int:
-        """Return the number of samples in the source, bad ones included."""
-        return len(self.source)
-
-    def __getitem__(self, request: Request) -> Item:
-        """Return the sample for `request`, or a good one in its place.
-
-        Everything drawn for a replacement depends on the place it fills, numbered after all regular samples, so that
-        it does not repeat the crops of its own regular appearance in this epoch.
-
-        Raises:
-            DataError: `MAX_REPLACEMENTS` samples in a row are bad.
-        """
-        epoch, sample = request
-        skipped: dict[str, str] = {}
-        for number in itertools.chain([sample], self._replacements(request)):
-            try:
-                start = self._start(number, epoch, place=len(self) + sample if skipped else sample)
-                return self._finish(start, self.tokenizer([start.text])[0], tuple(skipped.items()))
-            except BadSampleError as error:
-                skipped[self.source.name(number)] = error.reason
-        name, reason = next(iter(skipped.items()))
-        raise DataError(f"no usable sample in {self.source.spec}: {MAX_REPLACEMENTS + 1} in a row are bad, the first "
-                        f"is {name} ({reason})")
-
-    def items(self, requests: Sequence[Request]) -> Iterator[Item]:
-        """Yield `self[request]` for every request, in less time.
-
-        The small work of several samples, reading, drawing and tokenising captions, is done in one go: between two
-        images, each of which fills the processor's cache, it takes three times as long.
-
-        Raises:
-            DataError: as `self[request]`.
-        """
-        for first in range(0, len(requests), _TOGETHER):
-            some = requests[first : first + _TOGETHER]
-            starts = [self._start_or_none(request) for request in some]
-            tokens = iter(self.tokenizer([start.text for start in starts if start is not None]))
-            for request, start in zip(some, starts, strict=True):
-                item = None
-                if start is not None:
-                    own = next(tokens)
-                    with contextlib.suppress(BadSampleError):
-                        item = self._finish(start, own)
-                yield self[request] if item is None else item
-
-    def _replacements(self, request: Request) -> Iterator[int]:
-        """Yield candidates to replace the sample of a request, the first ones from its own window."""
-        generator = rng.generator(self.seed, "replacement", *request)
-        window = self.source.window(self.seed, *request)
-        ends = np.cumsum([len(samples) for samples in window])
-        for drawn in generator.integers(ends[-1], size=_NEARBY).tolist():
-            group = int(np.searchsorted(ends, drawn, side="right"))
-            yield window[group][drawn - int(ends[group])]  # counted from the end of the group
-        yield from generator.integers(len(self), size=MAX_REPLACEMENTS - _NEARBY).tolist()
-
-    def _start_or_none(self, request: Request) -> "_Start | None":
-        try:
-            return self._start(request.sample, request.epoch, place=request.sample)
-        except BadSampleError:
-            return None
-
-    def _start(self, number: int, epoch: int, *, place: int) -> "_Start":
-        """Do all of sample `number` but its image and tokens, everything random drawn for (`epoch`, `place`)."""
-        raw = self.source.read(number)
-        captions = clean_captions(raw.captions)  # before the image: cheaper to find bad
-        caption = draw_caption(captions, raw.tags, seed=self.seed, epoch=epoch, sample=place)
-        concept = caption.caption_id if raw.concept is None else caption_id(raw.concept)
-        return _Start(raw, epoch, place, caption.text, concept, rng.sample_seed(self.seed, epoch, place))
-
-    def _finish(self, start: "_Start", tokens: Int[Tensor, " T"], skipped: tuple[tuple[str, str], ...] = ()) -> Item:
-        image = decode_pixels(start.raw.image, min_side=self._min_side)
-        views = self._views(image, seed=self.seed, epoch=start.epoch, sample=start.place, sizes=self._sizes)
-        return Item(views, tokens, start.caption_id, start.seed, start.raw.name, skipped)
-
-
 class _Start(NamedTuple):
     """A sample without its image and tokens, see `Item`."""
 
@@ -184,64 +66,132 @@ class _Start(NamedTuple):
     seed: int
 
 
-class BatchLoader:
-    """The batches of a run's steps, in order; iterating again starts from the first of them.
+class PairDataset:
+    """The training samples of a source, by `Request`; a pure function of the request, in any process.
 
-    Attributes:
-        steps_per_epoch: whole batches in an epoch.
+    Args:
+        source: the pairs.
+        views: draws and cuts the views of an image.
+        tokenizer: turns captions into tokens.
+        sizes: view name -> (height, width) in pixels.
+        seed: of everything that is drawn for a sample, and of the order.
     """
 
-    def __init__(
-        self, read: "ReadBatch", sampler: BatchSampler, *, workers: int, prefetch: int, pin_memory: bool
-    ) -> None:
-        """Combine the parts; see `build_loader`."""
-        self.steps_per_epoch = sampler.steps_per_epoch
-        self._read = read
-        self._sampler = sampler
-        self._workers = workers
-        self._prefetch = prefetch
-        self._pin_memory = pin_memory
+    def __init__(self, source: Source, views: ViewPipeline, tokenizer: CaptionTokenizer, *,
+                 sizes: Mapping[str, tuple[int, int]], seed: int) -> None:
+        self.source, self.tokenizer, self.seed = source, tokenizer, seed
+        self._views, self._sizes = views, dict(sizes)
+        self._min_side = views.least_side(self._sizes)  # JPEGs are decoded no larger than that takes
+
+    def __len__(self) -> int:
+        """Return the number of samples in the source, bad ones included."""
+        return len(self.source)
+
+    def __getitem__(self, request: Request) -> Item:
+        """Return the sample for `request`, or a good one in its place."""
+        return next(self.items([request]))
+
+    def items(self, requests: Sequence[Request]) -> Iterator[Item]:
+        """Yield the sample for every request, or a good one in its place.
+
+        The small work of several samples, reading, drawing and tokenising captions, is done in one go: between two
+        images, each of which fills the processor's cache, it takes three times as long.
+
+        Raises:
+            DataError: `MAX_REPLACEMENTS` samples in a row are bad.
+        """
+        for first in range(0, len(requests), _TOGETHER):
+            some = requests[first : first + _TOGETHER]
+            starts = list(map(self._start_or_error, some))
+            tokens = iter(self.tokenizer([start.text for start in starts if isinstance(start, _Start)]))
+            for request, start in zip(some, starts, strict=True):
+                try:
+                    if isinstance(start, BadSampleError):
+                        raise start
+                    yield self._finish(start, next(tokens))
+                except BadSampleError as error:
+                    yield self._replacement(request, error.reason)
+
+    def _replacement(self, request: Request, reason: str) -> Item:
+        """Return a good sample for a request whose own is bad.
+
+        Everything drawn for it depends on the place it fills, numbered after all regular samples, so that it does not
+        repeat the crops of its own regular appearance in this epoch.
+        """
+        name = self.source.name(request.sample)
+        skipped = {name: reason}
+        for number in self._replacements(request):
+            try:
+                start = self._start(number, request.epoch, place=len(self) + request.sample)
+                return self._finish(start, self.tokenizer([start.text])[0], tuple(skipped.items()))
+            except BadSampleError as error:
+                skipped[self.source.name(number)] = error.reason
+        raise DataError(f"no usable sample in {self.source.spec}: {MAX_REPLACEMENTS + 1} in a row are bad, the first "
+                        f"is {name} ({reason})")
+
+    def _replacements(self, request: Request) -> Iterator[int]:
+        """Yield candidates to replace the sample of a request, the first ones from its own window."""
+        generator = rng.generator(self.seed, "replacement", *request)
+        window = self.source.window(self.seed, *request)
+        ends = np.cumsum([len(samples) for samples in window])
+        for drawn in generator.integers(ends[-1], size=_NEARBY).tolist():
+            group = int(np.searchsorted(ends, drawn, side="right"))
+            yield window[group][drawn - int(ends[group])]  # counted from the end of the group
+        yield from generator.integers(len(self), size=MAX_REPLACEMENTS - _NEARBY).tolist()
+
+    def _start_or_error(self, request: Request) -> _Start | BadSampleError:
+        try:
+            return self._start(request.sample, request.epoch, place=request.sample)
+        except BadSampleError as error:
+            return error
+
+    def _start(self, number: int, epoch: int, *, place: int) -> _Start:
+        """Do all of sample `number` but its image and tokens, everything random drawn for (`epoch`, `place`)."""
+        raw = self.source.read(number)
+        captions = clean_captions(raw.captions)  # before the image: cheaper to find bad
+        caption = draw_caption(captions, raw.tags, seed=self.seed, epoch=epoch, sample=place)
+        concept = caption.caption_id if raw.concept is None else caption_id(raw.concept)
+        return _Start(raw, epoch, place, caption.text, concept, rng.sample_seed(self.seed, epoch, place))
+
+    def _finish(self, start: _Start, tokens: Int[Tensor, " T"], skipped: tuple[tuple[str, str], ...] = ()) -> Item:
+        image = decode_pixels(start.raw.image, min_side=self._min_side)
+        views = self._views(image, seed=self.seed, epoch=start.epoch, sample=start.place, sizes=self._sizes)
+        return Item(views, tokens, start.caption_id, start.seed, start.raw.name, skipped)
+
+
+@dataclass(frozen=True)
+class ReadBatch:
+    """Answers the requests of one step with the batch whose row b answers `requests[b]`."""
+
+    dataset: PairDataset
+    cut_text: CutText | None
+
+    def __call__(self, requests: Sequence[Request]) -> Batch:
+        return collate(self.dataset.items(requests), len(requests), self.dataset.tokenizer, self.cut_text)
+
+
+@dataclass(frozen=True)
+class BatchLoader:
+    """The batches of a run's steps, in order; iterating again starts from the first of them. See `build_loader`."""
+
+    read: ReadBatch
+    sampler: BatchSampler
+    workers: int
+    prefetch: int
+    pin_memory: bool
 
     def __len__(self) -> int:
         """Return the number of steps."""
-        return len(self._sampler)
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield this rank's share of every step's batch.
-
-        Raises:
-            DataError: a source without usable samples, or a worker that was killed.
-        """
-        return read_ahead(self._read, self._sampler, workers=self._workers, prefetch=self._prefetch,
-                          pin_memory=self._pin_memory)
+        return read_ahead(self.read, self.sampler, workers=self.workers, prefetch=self.prefetch,
+                          pin_memory=self.pin_memory)
 
 
-class ReadBatch:
-    """Answers the requests of one step with their batch; picklable if its parts are."""
-
-    def __init__(self, dataset: PairDataset, cut_text: CutText | None) -> None:
-        """Read from `dataset` and shorten tokens with `cut_text`."""
-        self._dataset = dataset
-        self._cut_text = cut_text
-
-    def __call__(self, requests: Sequence[Request]) -> Batch:
-        """Return the batch whose row b answers `requests[b]`."""
-        return collate(self._dataset.items(requests), len(requests), self._dataset.tokenizer, self._cut_text)
-
-
-def build_loader(
-    dataset: PairDataset,
-    *,
-    batch_size: int,
-    total_steps: int,
-    start_step: int = 0,
-    workers: int = 0,
-    prefetch: int | None = None,
-    device: torch.device | None = None,
-    cut_text: CutText | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> BatchLoader:
+def build_loader(dataset: PairDataset, *, batch_size: int, total_steps: int, start_step: int = 0, workers: int = 0,
+                 device: torch.device | None = None, cut_text: CutText | None = None, rank: int = 0,
+                 world_size: int = 1) -> BatchLoader:
     """Return the loader of the optimizer steps [`start_step`, `total_steps`).
 
     The batches are the same for any number of workers, and for any `start_step` the rest of the same stream. Neither
@@ -252,7 +202,6 @@ def build_loader(
         batch_size: pairs in a step, over all ranks.
         total_steps, start_step: the step after the last, and the first.
         workers: processes that read ahead; 0 reads in this one.
-        prefetch: batches that each worker reads ahead; None: at least one, and `READ_AHEAD` over all workers.
         device: where batches will go; for CUDA they come in page-locked memory.
         cut_text: shortens the tokens of a batch, see `CutText`; None leaves them at full length.
         rank, world_size: the contiguous slice of every batch that is delivered.
@@ -263,18 +212,12 @@ def build_loader(
     """
     sampler = BatchSampler(dataset.source, batch_size=batch_size, seed=dataset.seed, start_step=start_step,
                            total_steps=total_steps, rank=rank, world_size=world_size)
-    return BatchLoader(
-        ReadBatch(dataset, cut_text),
-        sampler,
-        workers=check_workers(workers),
-        prefetch=prefetch or max(1, READ_AHEAD // max(1, workers)),
-        pin_memory=device is not None and device.type == "cuda",
-    )
+    return BatchLoader(ReadBatch(dataset, cut_text), sampler, workers=check_workers(workers),
+                       prefetch=max(1, _READ_AHEAD // max(1, workers)),
+                       pin_memory=device is not None and device.type == "cuda")
 
 
-def collate(
-    items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_text: CutText | None = None
-) -> Batch:
+def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_text: CutText | None = None) -> Batch:
     """Return the batch of `count` items, row b of every tensor from item b.
 
     An item's pixels are copied before the next item is asked for, while they are in the processor's cache.
@@ -308,22 +251,18 @@ class _Rows:
     def __init__(self, count: int, first: Crop) -> None:
         _, height, width = first.pixels.shape
         self._pixels = empty_shared((count, height, width, 3), torch.uint8)
-        self._pixel_rows = self._pixels.numpy()
-        self._boxes = np.empty((count, 4), dtype=np.float32)
-        self._flipped = np.empty(count, dtype=np.bool_)
-        drawn = first.augmentation
-        self._augmentation = None if drawn is None else np.empty((count, len(drawn)), dtype=np.float32)
+        self._rows = self._pixels.numpy()
+        self._crops: list[Crop] = []
 
     def put(self, row: int, crop: Crop) -> None:
-        self._pixel_rows[row] = crop.pixels.transpose(1, 2, 0)
-        self._boxes[row], self._flipped[row] = crop.box, crop.flipped
-        if self._augmentation is not None:
-            self._augmentation[row] = crop.augmentation
+        self._rows[row] = crop.pixels.transpose(1, 2, 0)
+        self._crops.append(crop._replace(pixels=self._rows[row]))
 
     def batch(self) -> ViewBatch:
+        _, boxes, flipped, drawn = zip(*self._crops, strict=True)
         return ViewBatch(
             pixels=self._pixels.permute(0, 3, 1, 2),
-            boxes=torch.from_numpy(self._boxes),
-            flipped=torch.from_numpy(self._flipped),
-            augmentation=None if self._augmentation is None else torch.from_numpy(self._augmentation),
+            boxes=torch.tensor(boxes, dtype=torch.float32),
+            flipped=torch.tensor(flipped),
+            augmentation=None if drawn[0] is None else torch.from_numpy(np.stack(drawn)),
         )

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from aclip.data.captions import caption_id, clean_captions
+from aclip.data.captions import clean_captions
 from aclip.data.decode import decode_image
-from aclip.data.sources.base import RawSample, Source
+from aclip.data.sources.base import Source
 from aclip.data.workers import check_workers, empty_shared, read_ahead
 from aclip.errors import BadSampleError, DataError
 
@@ -28,62 +28,52 @@ class EvaluationBatch:
 
     Attributes:
         pixels: (B, 3, h, w) float32, preprocessed.
-        captions: the first caption of each image, without tags; empty where there is none, or a label is the target.
-        all_captions: all captions of each image, the first included.
-        caption_ids: (B,) int64, see `aclip.data.captions.caption_id`.
+        all_captions: the captions of each image, without tags; none where there are none, or a label is the target.
         labels: the class of each image, or None.
         keys: the samples' names.
-        indices: the samples' numbers in the source.
+        indices: their numbers in the source.
     """
 
     pixels: Float[Tensor, "B 3 h w"]
-    captions: tuple[str, ...]
     all_captions: tuple[tuple[str, ...], ...]
-    caption_ids: Int[Tensor, " B"]
     labels: tuple[str | None, ...]
     keys: tuple[str, ...]
     indices: tuple[int, ...]
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The first caption of each image, or an empty one."""
+        return tuple(captions[0] if captions else "" for captions in self.all_captions)
 
 
 class EvaluationSet:
     """The images of a source for evaluation, in batches: every good one once, in the source's order.
 
-    Bad samples are left out, with nothing in their place; `skipped` names them. The batches are the same for any number
-    of workers. Captions are cleaned and never drawn, so iterating twice gives the same.
+    Bad samples are left out, with nothing in their place. The batches are the same for any number of workers. Captions
+    are cleaned and never drawn, so iterating twice gives the same.
+
+    Args:
+        source: the images.
+        preprocess: maps an RGB image to (3, h, w) float32, all of one size; open_clip's evaluation transform.
+        batch_size: samples read for a batch, so at most this many images in it.
+        workers: processes that read ahead; 0 reads in this one.
+        target: an image without it is a bad sample.
+        share: (i, n) reads the i-th of n runs of whole batches, i from 0; the batches are the same for any n.
 
     Attributes:
         source: where the images come from.
         skipped: (name, reason) of the samples that the latest iteration has left out so far.
+
+    Raises:
+        ConfigError: a negative number of workers.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        preprocess: Callable[[Image.Image], Tensor],
-        *,
-        batch_size: int = 64,
-        workers: int = 0,
-        target: Target = "caption",
-        share: tuple[int, int] = (0, 1),
-    ) -> None:
-        """Evaluate `source`.
-
-        Args:
-            source: the images.
-            preprocess: maps an RGB image to (3, h, w) float32, all of one size; open_clip's evaluation transform.
-            batch_size: samples read for a batch, so at most this many images in it.
-            workers: processes that read ahead; 0 reads in this one.
-            target: an image without it is a bad sample.
-            share: (i, n) reads the i-th of n runs of whole batches, i from 0; the batches are the same for any n.
-
-        Raises:
-            ConfigError: a negative number of workers.
-        """
+    def __init__(self, source: Source, preprocess: Callable[[Image.Image], Tensor], *, batch_size: int = 64,
+                 workers: int = 0, target: Target = "caption", share: tuple[int, int] = (0, 1)) -> None:
         self.source = source
         self.skipped: list[tuple[str, str]] = []
         self._read = _ReadImages(source, preprocess, target)
-        self._batch_size = batch_size
-        self._workers = check_workers(workers)
+        self._batch_size, self._workers = batch_size, check_workers(workers)
         index, count = share
         batches = -(-len(source) // batch_size)
         first, last = (batches * i // count * batch_size for i in (index, index + 1))
@@ -94,14 +84,6 @@ class EvaluationSet:
         """Return the number of samples in the share, bad ones included."""
         return len(self._numbers)
 
-    def image(self, index: int) -> Image.Image:
-        """Return image `index` of the source as it is, upright and in RGB.
-
-        Raises:
-            BadSampleError: it cannot be used.
-        """
-        return decode_image(self.source.read(index).image)
-
     def __iter__(self) -> Iterator[EvaluationBatch]:
         """Yield the good images.
 
@@ -109,8 +91,7 @@ class EvaluationSet:
             DataError: there is none in the whole source (a share may be empty), or a worker was killed.
         """
         self.skipped = []
-        numbers = self._numbers
-        chunks = (numbers[first : first + self._batch_size] for first in range(0, len(numbers), self._batch_size))
+        chunks = (self._numbers[i : i + self._batch_size] for i in range(0, len(self), self._batch_size))
         for batch, skipped in read_ahead(self._read, chunks, workers=self._workers):
             self.skipped.extend(skipped)
             if batch is not None:
@@ -121,13 +102,13 @@ class EvaluationSet:
                 f"no usable sample in {self.source.spec}: all {len(self)} are bad, the first is {name} ({reason})")
 
 
-def limit_aspect(image: Image.Image, aspect: int = MAX_ASPECT) -> Image.Image:
-    """Return the central part of an image that is longer than `aspect` times its short side, others as they are.
+def limit_aspect(image: Image.Image) -> Image.Image:
+    """Return the central part of an image that is longer than `MAX_ASPECT` times its short side, others as they are.
 
     An evaluation transform scales the short side to its size and then crops the centre: an image of 1 x 12,000 pixels
     would be 224 x 2,688,000 in between, gigabytes for a square of which nothing but the centre is kept.
     """
-    longest = aspect * min(image.size)
+    longest = MAX_ASPECT * min(image.size)
     width, height = (min(side, longest) for side in image.size)
     if (width, height) == image.size:
         return image
@@ -135,21 +116,13 @@ def limit_aspect(image: Image.Image, aspect: int = MAX_ASPECT) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-class _Read(NamedTuple):
-    pixels: Float[Tensor, "3 h w"]
-    captions: tuple[str, ...]
-    label: str | None
-    key: str
-    number: int
-
-
+@dataclass(frozen=True)
 class _ReadImages:
     """What a worker does for one batch: the good images, and (name, reason) of the bad samples."""
 
-    def __init__(self, source: Source, preprocess: Callable[[Image.Image], Tensor], target: Target) -> None:
-        self._source = source
-        self._preprocess = preprocess
-        self._target = target
+    source: Source
+    preprocess: Callable[[Image.Image], Tensor]
+    target: Target
 
     def __call__(self, indices: range) -> tuple[EvaluationBatch | None, list[tuple[str, str]]]:
         images, skipped = [], []
@@ -157,37 +130,23 @@ class _ReadImages:
             try:
                 images.append(self._read(index))
             except BadSampleError as error:
-                skipped.append((self._source.name(index), error.reason))
-        return _collate(images) if images else None, skipped
+                skipped.append((self.source.name(index), error.reason))
+        if not images:
+            return None, skipped
+        pixels, captions, labels, keys, numbers = zip(*images, strict=True)
+        shared = empty_shared((len(pixels), *pixels[0].shape), pixels[0].dtype)
+        return EvaluationBatch(torch.stack(pixels, out=shared), captions, labels, keys, numbers), skipped
 
-    def _read(self, index: int) -> _Read:
-        raw = self._source.read(index)
-        if self._target == "label" and raw.label is None:
-            raise BadSampleError("missing label")
-        captions = self._captions(raw)
-        pixels = self._preprocess(limit_aspect(decode_image(raw.image)))
-        return _Read(pixels, captions, raw.label, raw.name, index)
-
-    def _captions(self, raw: RawSample) -> tuple[str, ...]:
-        if self._target == "label":
-            return ()
-        try:
-            return clean_captions(raw.captions)
-        except BadSampleError:
-            if self._target == "either" and raw.label is not None:
-                return ()
-            raise
-
-
-def _collate(images: list[_Read]) -> EvaluationBatch:
-    pixels, all_captions, labels, keys, indices = zip(*images, strict=True)
-    captions = tuple(some[0] if some else "" for some in all_captions)
-    return EvaluationBatch(
-        pixels=torch.stack(pixels, out=empty_shared((len(pixels), *pixels[0].shape), pixels[0].dtype)),
-        captions=captions,
-        all_captions=all_captions,
-        caption_ids=torch.tensor([caption_id(caption) for caption in captions], dtype=torch.int64),
-        labels=labels,
-        keys=keys,
-        indices=indices,
-    )
+    def _read(self, index: int) -> tuple[Float[Tensor, "3 h w"], tuple[str, ...], str | None, str, int]:
+        raw = self.source.read(index)
+        captions: tuple[str, ...] = ()
+        if self.target == "label":
+            if raw.label is None:
+                raise BadSampleError("missing label")
+        else:
+            try:
+                captions = clean_captions(raw.captions)
+            except BadSampleError:
+                if self.target == "caption" or raw.label is None:
+                    raise
+        return self.preprocess(limit_aspect(decode_image(raw.image))), captions, raw.label, raw.name, index

@@ -26,41 +26,26 @@ class BatchSampler:
     """The requests of the optimizer steps [`start_step`, `total_steps`), for one rank.
 
     An epoch is `steps_per_epoch` batches of its own order; the last places, which do not fill a batch, are dropped.
-    Epochs follow one another in one stream, without a stop between them. A global batch is cut into contiguous slices,
-    one per rank: together the ranks see exactly what one process would.
+    A global batch is cut into contiguous slices, one per rank: together the ranks see what one process would.
 
     In one source an epoch has every sample at most once, and drops others every time. In a mixture the same holds for
     each pass over a source, which may span several epochs: the places dropped at the end of an epoch (fewer than
     `batch_size` over all sources) are not made up for, so their samples come again only in the source's next pass.
 
-    Attributes:
-        steps_per_epoch: whole batches in an epoch.
+    Args:
+        source: its samples are requested, in the order of `source.order`.
+        batch_size: pairs in a step, over all ranks.
+        seed: of the order.
+        start_step, total_steps: first step, and the one after the last.
+        rank, world_size: of this process.
+
+    Raises:
+        ConfigError: a batch size that is not positive or not divisible by the number of ranks.
+        DataError: fewer samples than one batch.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        total_steps: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Plan the steps.
-
-        Args:
-            source: its samples are requested, in the order of `source.order`.
-            batch_size: pairs in a step, over all ranks.
-            seed: of the order.
-            start_step, total_steps: first step, and the one after the last.
-            rank, world_size: of this process.
-
-        Raises:
-            ConfigError: a batch size that is not positive or not divisible by the number of ranks.
-            DataError: fewer samples than one batch.
-        """
+    def __init__(self, source: Source, *, batch_size: int, seed: int, total_steps: int, start_step: int = 0,
+                 rank: int = 0, world_size: int = 1) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ConfigError(
                 f"batch_size must be a positive multiple of the number of processes, not {batch_size} for {world_size}")
@@ -68,12 +53,9 @@ class BatchSampler:
             raise DataError(
                 f"{len(source)} pairs do not fill one batch of {batch_size}: lower the batch size or add pairs")
         self.steps_per_epoch = len(source) // batch_size
-        self._source = source
-        self._batch_size = batch_size
-        self._seed = seed
+        self._source, self._seed, self._batch_size = source, seed, batch_size
         self._steps = range(start_step, total_steps)
-        local = batch_size // world_size
-        self._slice = range(rank * local, (rank + 1) * local)
+        self._start, self._end = rank * batch_size // world_size, (rank + 1) * batch_size // world_size
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -88,5 +70,5 @@ class BatchSampler:
             if epoch != ordered_epoch:
                 (samples, passes), ordered_epoch = self._source.order(self._seed, epoch), epoch
             first = position * self._batch_size
-            mine = slice(first + self._slice.start, first + self._slice.stop)
+            mine = slice(first + self._start, first + self._end)
             yield list(map(Request, passes[mine].tolist(), samples[mine].tolist()))

@@ -1,9 +1,10 @@
 """`aclip data pack`: write any source as WebDataset shards of images that are no larger than training needs."""
 
+import contextlib
 import errno
 import io
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,38 +13,21 @@ from typing import Any
 from PIL import Image
 
 from aclip.data.progress import progress
-from aclip.data.sources.base import RawSample, Source
+from aclip.data.sources.base import Source
 from aclip.data.tar_files import Sample, write_tar
 from aclip.errors import BadSampleError, ConfigError, DataError
 from aclip.files import atomic_file, write_atomically
 
 SETTINGS, SIZES, SKIPPED = "pack.json", "sizes.json", "skipped.jsonl"
 
-_JOURNAL = ".finished.jsonl"  # a line per shard, until `sizes.json` takes its place
+_JOURNAL = ".finished.jsonl"  # a line per shard
 _CHUNK = 50  # samples per request to a worker
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-_Answer = tuple[int, RawSample | tuple[str, str]]  # a sample with its image encoded, or its name and what is wrong
+_Bad = tuple[str, str]  # name of a sample, and what is wrong
 
 
-@dataclass(frozen=True)
-class Packed:
-    """What `write_shards` wrote: samples, bad samples (named in `skipped.jsonl`), and the bytes of all shards."""
-
-    samples: int
-    skipped: int
-    bytes: int
-
-
-def pack(
-    source: str | Sequence[str],
-    *,
-    output: str,
-    side: int | None = 336,
-    quality: int = 90,
-    shard_size: int = 1000,
-    leave_out: str | None = None,
-    workers: int | None = None,
-) -> Path:
+def pack(source: str | Sequence[str], *, output: str, side: int | None = 336, quality: int = 90, shard_size: int = 1000,
+         leave_out: str | None = None, workers: int | None = None) -> Path:
     """Write a source as WebDataset shards whose images are shrunk to what training needs.
 
     Bad samples are left out and named in `skipped.jsonl`. An interrupted call is continued by the next one. The
@@ -77,28 +61,20 @@ def pack(
                                      ("shard_size", shard_size, 1, 10**7), ("workers", workers, 0, 1024)):
         if value is not None and not least <= value <= most:
             raise ConfigError(f"{name} must be {least} to {most}, not {value}")
-    opened = open_training(source)
-    folder = Path(output)
-    packed = write_shards(opened, folder, side=side, quality=quality, shard_size=shard_size, workers=workers,
-                          leave_out=_read_names(leave_out) if leave_out is not None else ())
+    opened, folder = open_training(source), Path(output)
+    left = _read_names(leave_out) if leave_out is not None else frozenset()
+    samples = write_shards(opened, folder, side=side, quality=quality, shard_size=shard_size, workers=workers,
+                           leave_out=left)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    if packed.skipped:
-        console.print(f"{packed.skipped:,} bad samples were skipped: see {folder / SKIPPED}")
-    console.print(f"done. {packed.samples:,} of {len(opened):,} samples, {packed.bytes / 1e6:,.1f} MB: {output}")
+    if skipped := len(opened) - len(left) - samples:
+        console.print(f"{skipped:,} bad samples were skipped: see {folder / SKIPPED}")
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    console.print(f"done. {samples:,} of {len(opened):,} samples, {size / 1e6:,.1f} MB: {output}")
     return folder
 
 
-def write_shards(
-    source: Source,
-    folder: Path,
-    *,
-    side: int | None = None,
-    quality: int = 90,
-    shard_size: int = 1000,
-    leave_out: Collection[str] = (),
-    workers: int | None = None,
-    keep_names: bool = False,
-) -> Packed:
+def write_shards(source: Source, folder: Path, *, side: int | None = None, quality: int = 90, shard_size: int = 1000,
+                 leave_out: Collection[str] = (), workers: int | None = None, keep_names: bool = False) -> int:
     """Write `source` to shards `000000.tar` ... in `folder`, in its order.
 
     An image that is small enough is copied if it is a JPEG; others are decoded (alpha on white, upright), shrunk and
@@ -109,75 +85,94 @@ def write_shards(
     Args:
         source: the pairs.
         folder: new, or of an earlier call with the same source and options.
-        side, quality, shard_size, workers: see `pack`.
+        side, quality, shard_size, workers: see `pack`, also for errors.
         leave_out: names of samples.
         keep_names: name the members of a shard as the samples, whose names have no dot or slash, instead of by number.
 
-    Raises:
-        ConfigError: a folder of another source or other options, or names to leave out that are not in the source.
-        DataError: the disk is full or the folder cannot be written; finished shards stay.
+    Returns:
+        Number of samples in all shards; the others are named in `skipped.jsonl`.
     """
-    from aclip.data.workers import read_ahead
-    from aclip.devices import usable_cores
-
     left = _find(source, leave_out)
     settings = {"source": source.spec, "samples": len(source), "left_out": sorted(left), "side": side,
                 "quality": quality, "shard_size": shard_size}
-    shards = {f"{first // shard_size:06}.tar": range(first, min(first + shard_size, len(source)))
-              for first in range(0, len(source), shard_size)}
+    indices = range(len(source))
+    shards = {f"{first // shard_size:06}.tar": [i for i in indices[first : first + shard_size] if i not in left]
+              for first in indices[::shard_size]}
     try:
         _check_settings(folder, settings)
-        sizes, skipped = _finished(folder)
-        missing = {name: [index for index in indices if index not in left]
-                   for name, indices in shards.items() if name not in sizes}
-        requests = (chunk for indices in missing.values() for chunk in _chunks(indices))
-        answers = read_ahead(_PackSamples(source, side, quality), requests,
-                             workers=usable_cores() if workers is None else workers)
-        with (
-            (folder / _JOURNAL).open("a") as journal,
-            (folder / SKIPPED).open("a") as skips,
-            progress(f"packing {source.spec}", sum(map(len, missing.values()))) as advance,
-        ):
-            for name, indices in missing.items():
-                bad: list[tuple[str, str]] = []
-                samples = _good(islice(answers, len(_chunks(indices))), bad, advance)
-                with atomic_file(folder / name) as file:
-                    sizes[name] = write_tar(file, (_shard_sample(*sample, keep_names) for sample in samples))
-                for sample_name, reason in bad:
-                    skips.write(json.dumps({"shard": name, "key": sample_name, "reason": reason}) + "\n")
-                skips.flush()
-                journal.write(json.dumps({"shard": name, "samples": sizes[name]}) + "\n")
-                journal.flush()
-                skipped += len(bad)
-        write_atomically(folder / SIZES, json.dumps({name: sizes[name] for name in shards}, indent=1) + "\n")
-        (folder / _JOURNAL).unlink()
-        size = sum((folder / name).stat().st_size for name in shards)
+        sizes = _finished(folder)
+        _write_missing(source, folder, {name: some for name, some in shards.items() if name not in sizes}, sizes,
+                       _Pack(source, side, quality, keep_names), workers)
+        write_atomically(folder / SIZES, json.dumps(dict(sorted(sizes.items())), indent=1) + "\n")
     except OSError as error:
         full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
         raise DataError(f"cannot write to {folder}: {full}; finished shards stay, and the same command continues after "
                         "them") from error
-    return Packed(sum(sizes[name] for name in shards), skipped, size)
+    return sum(sizes.values())
 
 
-class _PackSamples:
-    """What a worker does."""
+def _write_missing(source: Source, folder: Path, missing: dict[str, list[int]], sizes: dict[str, int],
+                   pack_samples: "_Pack", workers: int | None) -> None:
+    """Write some shards, add them to `sizes`, and note each and its bad samples in the journals."""
+    from aclip.data.workers import read_ahead
+    from aclip.devices import usable_cores
 
-    def __init__(self, source: Source, side: int | None, quality: int) -> None:
-        self._source, self._side, self._quality = source, side, quality
+    requests = {name: [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
+                for name, indices in missing.items()}
+    answers = read_ahead(pack_samples, (chunk for chunks in requests.values() for chunk in chunks),
+                         workers=usable_cores() if workers is None else workers)
+    with (
+        (folder / _JOURNAL).open("a") as journal,
+        (folder / SKIPPED).open("a") as skips,
+        progress(f"packing {source.spec}", sum(map(len, missing.values()))) as advance,
+    ):
+        for name, chunks in requests.items():
+            bad: list[_Bad] = []
+            with atomic_file(folder / name) as file:
+                sizes[name] = write_tar(file, _good(islice(answers, len(chunks)), bad, advance))
+            skips.write(_json_lines({"shard": name, "key": key, "reason": reason} for key, reason in bad))
+            skips.flush()
+            journal.write(_json_lines([{"shard": name, "samples": sizes[name]}]))
+            journal.flush()
 
-    def __call__(self, indices: list[int]) -> list[_Answer]:
-        return [(index, self._pack(index)) for index in indices]
 
-    def _pack(self, index: int) -> RawSample | tuple[str, str]:
+def _good(answers: Iterator[list[Sample | _Bad]], bad: list[_Bad], advance: Callable[[int], None]) -> Iterator[Sample]:
+    """Yield the good samples, and add the others to `bad`."""
+    for samples in answers:
+        for sample in samples:
+            if isinstance(sample, Sample):
+                yield sample
+            else:
+                bad.append(sample)
+        advance(len(samples))
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """What a worker does: a sample of a shard, or the name of a bad one and what is wrong."""
+
+    source: Source
+    side: int | None
+    quality: int
+    keep_names: bool
+
+    def __call__(self, indices: list[int]) -> list[Sample | _Bad]:
+        return list(map(self._pack, indices))
+
+    def _pack(self, index: int) -> Sample | _Bad:
         from aclip.data.captions import clean_captions
 
         try:
-            raw = self._source.read(index)
+            raw = self.source.read(index)
             captions = clean_captions(raw.captions)
-            image = shrink(raw.image, self._side, self._quality)
+            image = shrink(raw.image, self.side, self.quality)
         except BadSampleError as error:
-            return self._source.name(index), error.reason
-        return RawSample(raw.name, image, captions, raw.tags, raw.label, raw.concept)
+            return self.source.name(index), error.reason
+        fields = {"captions": captions, "tags": raw.tags, "label": raw.label, "concept": raw.concept,
+                  "key": None if self.keep_names else raw.name}
+        text = json.dumps({name: value for name, value in fields.items() if value})
+        ending = "png" if image.startswith(_PNG) else "jpg"
+        return Sample(raw.name if self.keep_names else f"{index:09}", {ending: image, "json": text.encode()})
 
 
 def shrink(data: bytes, side: int | None, quality: int) -> bytes:
@@ -203,31 +198,6 @@ def shrink(data: bytes, side: int | None, quality: int) -> bytes:
     return content.getvalue()
 
 
-def _good(
-    answers: Iterator[list[_Answer]], bad: list[tuple[str, str]], advance: Callable[[int], None]
-) -> Iterator[tuple[int, RawSample]]:
-    """Yield number and sample of the good ones, and add name and reason of the others to `bad`."""
-    for samples in answers:
-        for index, sample in samples:
-            if isinstance(sample, RawSample):
-                yield index, sample
-            else:
-                bad.append(sample)
-        advance(len(samples))
-
-
-def _shard_sample(index: int, sample: RawSample, keep_names: bool) -> Sample:
-    fields: dict[str, Any] = {"captions": sample.captions, "tags": sample.tags, "label": sample.label,
-                              "concept": sample.concept, "key": None if keep_names else sample.name}
-    text = json.dumps({name: value for name, value in fields.items() if value})
-    ending = "png" if sample.image.startswith(_PNG) else "jpg"
-    return Sample(sample.name if keep_names else f"{index:09}", {ending: sample.image, "json": text.encode()})
-
-
-def _chunks(indices: list[int]) -> list[list[int]]:
-    return [indices[first : first + _CHUNK] for first in range(0, len(indices), _CHUNK)]
-
-
 def _read_names(path: str) -> frozenset[str]:
     try:
         return frozenset(Path(path).read_text("utf-8", errors="surrogateescape").splitlines())
@@ -247,7 +217,7 @@ def _find(source: Source, names: Collection[str]) -> frozenset[int]:
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write down what is packed into `folder`, or refuse to mix it with something else."""
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = _read_object(folder / SETTINGS)
+    earlier = json.loads((folder / SETTINGS).read_bytes()) if (folder / SETTINGS).is_file() else {}
     if not earlier and any(folder.glob("*.tar")):
         raise ConfigError(f"{folder} holds shards that `aclip data pack` did not write: name a new folder")
     changed = [name for name, value in settings.items() if earlier and earlier.get(name) != value]
@@ -256,33 +226,24 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
-def _finished(folder: Path) -> tuple[dict[str, int], int]:
-    """Return the sizes of finished shards and how many bad samples they had; drop other lines of the journals."""
-    sizes = {name: samples for name, samples in _read_object(folder / SIZES).items() if isinstance(samples, int)}
-    sizes |= {line["shard"]: line["samples"] for line in _read_lines(folder / _JOURNAL)}
-    sizes = {name: samples for name, samples in sizes.items() if (folder / name).is_file()}
-    skipped = [line for line in _read_lines(folder / SKIPPED) if line.get("shard") in sizes]
-    lines = [{"shard": name, "samples": samples} for name, samples in sizes.items()]
-    for part in folder.glob(".*.tar.*.part"):  # of a call that was killed
+def _finished(folder: Path) -> dict[str, int]:
+    """Return the sizes of finished shards; drop other lines of the journals, and what a killed call left."""
+    sizes = {line["shard"]: line["samples"] for line in _read_lines(folder / _JOURNAL)
+             if (folder / line["shard"]).is_file()}
+    for part in folder.glob(".*.tar.*.part"):
         part.unlink()
-    for path, kept in ((folder / SKIPPED, skipped), (folder / _JOURNAL, lines)):
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return sizes, len(skipped)
+    for name in (_JOURNAL, SKIPPED):
+        write_atomically(folder / name, _json_lines(
+            line for line in _read_lines(folder / name) if line["shard"] in sizes))
+    return sizes
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one if the file is missing or damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _json_lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file of JSON lines, without a last line that was cut off."""
+    """Yield the objects in a file of JSON lines, if there is one, without a last line that was cut off."""
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
+        with contextlib.suppress(ValueError):
             yield json.loads(line)
-        except ValueError:
-            continue

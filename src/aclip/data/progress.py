@@ -6,20 +6,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
-DELAY = 2.0
-"""Seconds before anything is shown."""
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
-PAUSE = 30.0
-"""Seconds between two log lines."""
+_DELAY = 2.0  # seconds before anything is shown
+_PAUSE = 30.0  # seconds between two log lines
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
 def progress(doing: str, total: int, unit: str = "samples") -> Iterator[Callable[[int], None]]:
-    """Report how far an operation is, once it has taken two seconds.
+    """Report how far an operation is, on rank 0 and once it has taken two seconds.
 
     Args:
         doing: what is done, e.g. "packing pairs.csv".
@@ -31,68 +31,39 @@ def progress(doing: str, total: int, unit: str = "samples") -> Iterator[Callable
     """
     from aclip import dist
 
-    report = _ignore if dist.rank() else _Bar(doing, total, unit) if sys.stderr.isatty() else _Lines(doing, total, unit)
-    try:
-        yield report
-    finally:
-        if isinstance(report, _Bar):
-            report.stop()
+    done, start = 0, time.monotonic()
+    bar: Progress | None = None
+    next_report = start + _DELAY
 
-
-def _ignore(_: int) -> None:
-    pass
-
-
-class _Lines:
-    def __init__(self, doing: str, total: int, unit: str) -> None:
-        self._doing, self._total, self._unit = doing, total, unit
-        self._done = 0
-        self._start = time.monotonic()
-        self._next = self._start + DELAY
-
-    def __call__(self, amount: int) -> None:
-        self._done += amount
+    def advance(amount: int) -> None:
+        nonlocal bar, done, next_report
+        done += amount
         now = time.monotonic()
-        if now >= self._next:
-            self._next = now + PAUSE
-            left = timedelta(seconds=round((now - self._start) * (self._total - self._done) / max(1, self._done)))
-            _log.info("%s: %s of %s %s, %s left", self._doing, f"{self._done:,}", f"{self._total:,}", self._unit, left)
+        if now < next_report or dist.rank():
+            return
+        if sys.stderr.isatty():
+            bar = bar or _start_bar(doing, total, unit)
+            bar.update(bar.task_ids[0], completed=done)
+            return
+        next_report = now + _PAUSE
+        left = timedelta(seconds=round((now - start) * (total - done) / max(1, done)))
+        _log.info("%s: %s of %s %s, %s left", doing, f"{done:,}", f"{total:,}", unit, left)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
-class _Bar:
-    def __init__(self, doing: str, total: int, unit: str) -> None:
-        self._doing, self._total, self._unit = doing, total, unit
-        self._done = 0
-        self._start = time.monotonic()
-        self._bar: Any = None
+def _start_bar(doing: str, total: int, unit: str) -> "Progress":
+    from rich import progress as rich
+    from rich.console import Console
 
-    def __call__(self, amount: int) -> None:
-        self._done += amount
-        if self._bar is None and time.monotonic() - self._start >= DELAY:
-            self._bar = self._show()
-        if self._bar is not None:
-            self._bar.update(0, completed=self._done)
-
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _show(self) -> Any:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        counts = ([DownloadColumn(), TransferSpeedColumn()] if self._unit == "bytes"
-                  else [MofNCompleteColumn(), TextColumn(self._unit)])
-        bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn(),
-                       console=Console(stderr=True))
-        bar.add_task(self._doing, total=self._total)
-        bar.start()
-        return bar
+    counts = ([rich.DownloadColumn(), rich.TransferSpeedColumn()] if unit == "bytes"
+              else [rich.MofNCompleteColumn(), rich.TextColumn(unit)])
+    bar = rich.Progress(rich.TextColumn("{task.description}", markup=False), rich.BarColumn(), *counts,
+                        rich.TimeRemainingColumn(), console=Console(stderr=True))
+    bar.add_task(doing, total=total)
+    bar.start()
+    return bar

@@ -6,9 +6,9 @@ sample gets the same views in any process and at any batch position.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,41 +42,9 @@ class Crop(NamedTuple):
     augmentation: Float32[np.ndarray, " A"] | None
 
 
-class ViewPipeline(Protocol):
-    """What every entry of `VIEWS` builds.
-
-    Attributes:
-        names: the views it returns.
-    """
-
-    names: ClassVar[tuple[str, ...]]
-
-    def __call__(
-        self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int,
-        sizes: Mapping[str, tuple[int, int]],
-    ) -> dict[str, Crop]:
-        """Return the crops of one decoded image.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            seed, epoch, sample: what the draws depend on, with the view's name.
-            sizes: view name -> (height, width) of the crop in pixels. A view without a size is drawn, so that
-                the others stay the same, but not cut.
-
-        Raises:
-            ConfigError: a size for a view that this pipeline does not have.
-        """
-
-    def boxes(self, height: int, width: int, *, seed: int, epoch: int, sample: int) -> dict[str, Box]:
-        """Return the boxes that `__call__` cuts from an image of this size in pixels."""
-
-    def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
-        """Return the smallest short side of an image, in pixels, with which no crop is enlarged to its size."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class RandomCrops:
-    """Independent random crops, one for each of the class's view names; the base of all pipelines.
+class ViewPipeline:
+    """Independent random crops, one for each of the class's view `names`; the base of all pipelines.
 
     Attributes:
         scale: fraction of the image's area, drawn uniformly from this interval.
@@ -89,6 +57,7 @@ class RandomCrops:
     """
 
     names: ClassVar[tuple[str, ...]]
+    plain: ClassVar[tuple[str, ...]] = ()  # views that are never augmented
 
     scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -101,63 +70,69 @@ class RandomCrops:
         if not 0 <= self.flip <= 1:
             raise ConfigError(f"view option 'flip' must be a probability between 0 and 1, not {self.flip}")
 
-    def __call__(
-        self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int,
-        sizes: Mapping[str, tuple[int, int]],
-    ) -> dict[str, Crop]:
-        """See `ViewPipeline`."""
+    def __call__(self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int,
+                 sizes: Mapping[str, tuple[int, int]]) -> dict[str, Crop]:
+        """Return the crops of one decoded image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            seed, epoch, sample: what the draws depend on, with the view's name.
+            sizes: view name -> (height, width) of the crop in pixels. A view without a size is drawn, so that
+                the others stay the same, but not cut.
+
+        Raises:
+            ConfigError: a size for a view that this pipeline does not have.
+        """
         for name in sizes:
             if name not in self.names:
                 raise ConfigError(unknown_name("view", name, self.names))
-        views = self._draw(image.shape[0], image.shape[1], (seed, epoch, sample))
-        return {
-            name: Crop(
-                cut(image, box, sizes[name], flipped),
-                box,
-                flipped,
-                self._draw_augmentation(name, (seed, epoch, sample)),
-            )
-            for name, (box, flipped) in views.items()
-            if name in sizes
-        }
+        draw_for = seed, epoch, sample
+        return {name: Crop(cut(image, box, sizes[name], flipped), box, flipped, self._draw_augmentation(name, draw_for))
+                for name, (box, flipped) in self._draw(image.shape[0], image.shape[1], draw_for).items()
+                if name in sizes}
 
     def boxes(self, height: int, width: int, *, seed: int, epoch: int, sample: int) -> dict[str, Box]:
-        """See `ViewPipeline`."""
+        """Return the boxes that `__call__` cuts from an image of this size in pixels."""
         return {name: box for name, (box, _) in self._draw(height, width, (seed, epoch, sample)).items()}
 
     def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
-        """See `ViewPipeline`; up to rounding, and for boxes of the drawn area and ratio."""
+        """Return the smallest short side of an image, in pixels, with which no crop is enlarged to its size.
+
+        Up to rounding, and for boxes of the drawn area and ratio.
+        """
         height, width = (max(size[axis] for size in sizes.values()) for axis in (0, 1))
-        fraction = min(self._scales())
+        fraction = self._least_scale()
         return math.ceil(max(height * math.sqrt(self.ratio[1] / fraction), width / math.sqrt(self.ratio[0] * fraction)))
 
-    def _scales(self) -> tuple[float, ...]:
-        """Return the smallest fractions of the area that are drawn."""
-        return (self.scale[0],)
+    def _least_scale(self) -> float:
+        return self.scale[0]
 
     def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
         """Return each view's box and whether it is flipped."""
-        return {name: self._draw_crop(name, height, width, draw_for) for name in self.names}
+        return {name: self._draw_crop(name, height, width, draw_for, self.scale, self.flip) for name in self.names}
 
-    def _draw_crop(self, name: str, height: int, width: int, draw_for: _DrawFor) -> tuple[Box, bool]:
-        return random_crop(name, height, width, draw_for, self.scale, self.ratio, self.flip)
+    def _draw_crop(self, name: str, height: int, width: int, draw_for: _DrawFor, scale: tuple[float, float],
+                   flip: float) -> tuple[Box, bool]:
+        generator = _generator("crop", name, draw_for)
+        flipped = generator.random() < flip
+        return random_box(generator, height, width, scale, self.ratio), flipped
 
     def _draw_augmentation(self, name: str, draw_for: _DrawFor) -> Float32[np.ndarray, " A"] | None:
-        if self.augmentation == "none":
+        if self.augmentation == "none" or name in self.plain:
             return None
         return draw(AUGMENTATIONS[self.augmentation], _generator("augment", name, draw_for))
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneCrop(RandomCrops):
-    """View "a": one random crop, as CLIP and FLIP train on; options as in `RandomCrops`."""
+class OneCrop(ViewPipeline):
+    """View "a": one random crop, as CLIP and FLIP train on."""
 
     names: ClassVar[tuple[str, ...]] = ("a",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoAugs(RandomCrops):
-    """Views "a" and "b": two crops, each with an augmentation of its own; options as in `RandomCrops`."""
+class TwoAugs(ViewPipeline):
+    """Views "a" and "b": two crops, each with an augmentation of its own."""
 
     names: ClassVar[tuple[str, ...]] = ("a", "b")
 
@@ -165,7 +140,7 @@ class TwoAugs(RandomCrops):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoCropsInContext(RandomCrops):
+class TwoCropsInContext(ViewPipeline):
     """Views "a" and "b" as in `TwoAugs`, and "context", the plain crop that A-CLIP's EMA encoder scores.
 
     The context is only resized, never augmented or flipped.
@@ -177,30 +152,29 @@ class TwoCropsInContext(RandomCrops):
     """
 
     names: ClassVar[tuple[str, ...]] = ("a", "b", "context")
+    plain: ClassVar[tuple[str, ...]] = ("context",)
 
     augmentation: AugmentationName = "a-clip"
     context: Literal["paper", "released"] = "paper"
 
     def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
-        crops = {name: self._draw_crop(name, height, width, draw_for) for name in self.names if name != "context"}
-        context_box = _CONTEXT_BOXES[self.context]
+        crops = {name: self._draw_crop(name, height, width, draw_for, self.scale, self.flip)
+                 for name in self.names if name != "context"}
+        draw_box = enclosing_box if self.context == "paper" else released_context_box
         boxes = [box for box, _ in crops.values()]
-        box = context_box(_generator("crop", "context", draw_for), height, width, *boxes)
-        return {**crops, "context": (box, False)}
-
-    def _draw_augmentation(self, name: str, draw_for: _DrawFor) -> Float32[np.ndarray, " A"] | None:
-        return None if name == "context" else super()._draw_augmentation(name, draw_for)
+        context = draw_box(_generator("crop", "context", draw_for), height, width, *boxes)
+        return {**crops, "context": (context, False)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThreeCropsInContext(TwoCropsInContext):
-    """Views "a", "b" and "c", and the "context" that contains all three; options as in `TwoCropsInContext`."""
+    """Views "a", "b" and "c", and the "context" that contains all three."""
 
     names: ClassVar[tuple[str, ...]] = ("a", "b", "c", "context")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CropAndTwoAugs(RandomCrops):
+class CropAndTwoAugs(ViewPipeline):
     """View "a", a plain random crop, and "b" and "c", two augmented ones, as SLIP trains on (arXiv 2112.12750).
 
     Attributes:
@@ -209,6 +183,7 @@ class CropAndTwoAugs(RandomCrops):
     """
 
     names: ClassVar[tuple[str, ...]] = ("a", "b", "c")
+    plain: ClassVar[tuple[str, ...]] = ("a",)
 
     augmentation: AugmentationName = "slip"
     flip: float = 0.5
@@ -218,53 +193,28 @@ class CropAndTwoAugs(RandomCrops):
         super().__post_init__()
         _check_interval("augmented_scale", self.augmented_scale, largest=1.0)
 
-    def _scales(self) -> tuple[float, ...]:
-        return self.scale[0], self.augmented_scale[0]
+    def _least_scale(self) -> float:
+        return min(self.scale[0], self.augmented_scale[0])
 
-    def _draw_crop(self, name: str, height: int, width: int, draw_for: _DrawFor) -> tuple[Box, bool]:
-        if name != "a":
-            return random_crop(name, height, width, draw_for, self.augmented_scale, self.ratio, self.flip)
-        return random_crop(name, height, width, draw_for, self.scale, self.ratio, flip=0.0)
-
-    def _draw_augmentation(self, name: str, draw_for: _DrawFor) -> Float32[np.ndarray, " A"] | None:
-        return None if name == "a" else super()._draw_augmentation(name, draw_for)
+    def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
+        options = {"a": (self.scale, 0.0), "b": (self.augmented_scale, self.flip),
+                   "c": (self.augmented_scale, self.flip)}
+        return {name: self._draw_crop(name, height, width, draw_for, *some) for name, some in options.items()}
 
 
-VIEWS: dict[str, type[RandomCrops]] = {
-    "one_crop": OneCrop,
-    "two_augs": TwoAugs,
-    "two_crops_in_context": TwoCropsInContext,
-    "three_crops_in_context": ThreeCropsInContext,
-    "crop_and_two_augs": CropAndTwoAugs,
+VIEWS: dict[str, type[ViewPipeline]] = {
+    "one_crop": OneCrop, "two_augs": TwoAugs, "two_crops_in_context": TwoCropsInContext,
+    "three_crops_in_context": ThreeCropsInContext, "crop_and_two_augs": CropAndTwoAugs,
 }
 """View pipelines by the name that a recipe gives; a recipe's `view_options` are their keyword arguments."""
 
 
-def random_crop(
-    view: str, height: int, width: int, draw_for: _DrawFor,
-    scale: tuple[float, float], ratio: tuple[float, float], flip: float,
-) -> tuple[Box, bool]:
-    """Draw a view's box, see `random_box`, and whether it is mirrored."""
-    generator = _generator("crop", view, draw_for)
-    flipped = generator.random() < flip
-    return random_box(generator, height, width, scale, ratio), flipped
-
-
-def random_box(
-    generator: np.random.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Box:
-    """Draw a crop as torchvision's `RandomResizedCrop` does.
+def random_box(generator: np.random.Generator, height: int, width: int, scale: tuple[float, float],
+               ratio: tuple[float, float]) -> Box:
+    """Draw a crop of an image as torchvision's `RandomResizedCrop` does, by four draws a try.
 
     Fraction of the area uniform in `scale`, width / height log-uniform in `ratio`, both sides rounded to whole pixels,
     position uniform. After ten boxes that do not fit, the largest central box with an allowed ratio.
-
-    Args:
-        generator: advanced by four draws a try.
-        height, width: of the image, at least 1 pixel.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_TRIES):
@@ -315,12 +265,8 @@ def released_context_box(generator: np.random.Generator, height: int, width: int
     return top, left, h, w
 
 
-_CONTEXT_BOXES = {"paper": enclosing_box, "released": released_context_box}
-
-
-def cut(
-    image: UInt8[np.ndarray, "H W 3"], box: Box, size: tuple[int, int], flipped: bool
-) -> UInt8[np.ndarray, "3 h w"]:
+def cut(image: UInt8[np.ndarray, "H W 3"], box: Box, size: tuple[int, int], flipped: bool
+        ) -> UInt8[np.ndarray, "3 h w"]:
     """Return the part of an image inside `box`, resized (bicubic, antialiased) and mirrored if asked.
 
     Equal to torchvision's `RandomResizedCrop` up to rounding: pixels outside the box have no influence.
@@ -339,18 +285,15 @@ def cut(
     pixels = np.empty((1, *size, 3), dtype=np.uint8)
     # The kernel behind `functional.interpolate`, vectorised for 8-bit channels_last pixels: a sixth of Pillow's time.
     # With `out` it keeps that layout and saves a fifth of its own.
-    _resize(part, size, False, None, None, out=torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    torch.ops.aten._upsample_bicubic2d_aa.out(
+        part, size, False, None, None, out=torch.from_numpy(pixels).permute(0, 3, 1, 2))
     return (pixels[0, :, ::-1] if flipped else pixels[0]).transpose(2, 0, 1)
 
 
-_resize = torch.ops.aten._upsample_bicubic2d_aa.out
-
-
-def _union(boxes: Sequence[Box]) -> tuple[int, int, int, int]:
+def _union(boxes: tuple[Box, ...]) -> tuple[int, int, int, int]:
     """Return (top, left, bottom, right) of the smallest box around all of them."""
-    tops, lefts, heights, widths = zip(*boxes, strict=True)
-    return min(tops), min(lefts), max(map(sum, zip(tops, heights, strict=True))), max(
-        map(sum, zip(lefts, widths, strict=True)))
+    return (min(box[0] for box in boxes), min(box[1] for box in boxes),
+            max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes))
 
 
 def _generator(purpose: str, view: str, draw_for: _DrawFor) -> np.random.Generator:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import errno
+import functools
 import logging
 import math
 import mmap
@@ -20,7 +21,7 @@ from dataclasses import fields, is_dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,9 +36,7 @@ _log = logging.getLogger(__name__)
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
-MAX_WORKERS = 8
-"""Default limit on worker processes: each holds whole batches in memory."""
-
+_MAX_WORKERS = 8
 _GRACE = 0.5  # seconds in which a worker may finish what it reads before it exits
 _ALIGNMENT = 64  # bytes, of arrays in a file that workers map
 
@@ -49,7 +48,7 @@ def suitable_workers(device: torch.device, workers: int | None = None) -> int:
     """Return how many processes should read for one that computes on `device`; `workers`, unless it is None.
 
     Beside a GPU all cores but one; on a CPU, where readers take cores from training, a quarter of them. The ranks on
-    this machine share its cores. At least 1, at most `MAX_WORKERS`.
+    this machine share its cores. At least 1, at most 8: each holds whole batches in memory.
 
     Raises:
         ConfigError: a negative number.
@@ -57,28 +56,18 @@ def suitable_workers(device: torch.device, workers: int | None = None) -> int:
     if workers is not None:
         return check_workers(workers)
     cores = usable_cores() // dist.processes_here()
-    return min(MAX_WORKERS, max(1, cores // 4 if device.type == "cpu" else cores - 1))
+    return min(_MAX_WORKERS, max(1, cores // 4 if device.type == "cpu" else cores - 1))
 
 
 def check_workers(workers: int) -> int:
-    """Return `workers`.
-
-    Raises:
-        ConfigError: a negative number.
-    """
+    """Return `workers`, or raise ConfigError for a negative number."""
     if workers < 0:
         raise ConfigError(f"workers must be 0 (read in the main process) or more, not {workers}")
     return workers
 
 
-def read_ahead(
-    read: Callable[[Request], Answer],
-    requests: Iterable[Request],
-    *,
-    workers: int,
-    prefetch: int = 2,
-    pin_memory: bool = False,
-) -> Iterator[Answer]:
+def read_ahead(read: Callable[[Request], Answer], requests: Iterable[Request], *, workers: int, prefetch: int = 2,
+               pin_memory: bool = False) -> Iterator[Answer]:
     """Yield `read(request)` for every request, in order, whatever the number of processes.
 
     Touches no global random generator, and may be called from any thread. Workers run torch on one thread, ignore
@@ -111,10 +100,9 @@ def _read_ahead(
         # Stops the workers, once they are told to. The traceback of an error keeps this frame: torch's iterator would
         # live on in a reference cycle, and a worker forked later that collects it would wait for processes not its own.
         stack.callback(answers.clear)
-        reader: _Reader[Request, Answer] = _Reader(read)
         start = _StartWorker(stack.enter_context(_stopping())) if workers else None
-        if workers and multiprocessing.get_start_method() != "fork":
-            reader.share(stack)
+        spawned = workers and multiprocessing.get_start_method() != "fork"
+        reader = _Reader(_shared_by_file(read, stack) if spawned else read)
         answers.append(_start(reader, requests, workers, prefetch, pin_memory, start))
         killed = None
         while killed is None:
@@ -130,30 +118,23 @@ def _read_ahead(
             if isinstance(answer, AclipError):
                 raise answer
             yield answer.open() if isinstance(answer, _Packed) else answer
-        raise killed
+        raise killed  # outside of the handler: the context would keep torch's iterator
 
 
-def _start(
-    reader: "_Reader[Any, Any]", requests: Iterable[Any], workers: int, prefetch: int, pin_memory: bool,
-    start: "_StartWorker | None",
-) -> Iterator[Any]:
+def _start(reader: "_Reader", requests: Iterable[Any], workers: int, prefetch: int, pin_memory: bool,
+           start: "_StartWorker | None") -> Iterator[Any]:
     with warnings.catch_warnings():
         # Torch's wording of too many workers; and that forking beside threads can deadlock (Python 3.12): a worker
         # waits for no lock of the threads left behind.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         try:
+            # Without a batch size a request is answered whole. Without a generator torch draws the workers' base seed
+            # from the global one.
             answers = iter(DataLoader(
-                reader,
-                sampler=requests,
-                batch_size=None,  # a request is answered whole
-                collate_fn=_unchanged,
-                num_workers=workers,
-                prefetch_factor=prefetch if workers else None,
-                worker_init_fn=start,
-                pin_memory=pin_memory,
-                generator=torch.Generator(),  # or torch draws the workers' base seed from the global one
-            ))  # fmt: skip
+                reader, sampler=requests, batch_size=None, collate_fn=_unchanged, num_workers=workers,
+                prefetch_factor=prefetch if workers else None, worker_init_fn=start, pin_memory=pin_memory,
+                generator=torch.Generator()))
         except OSError as error:  # the semaphores of queues lie in shared memory, too
             remedy = _SMALL_SHM if error.errno == errno.ENOSPC else "lower '--workers'"
             raise DataError(f"workers cannot be started ({error.strerror}): {remedy}") from error
@@ -240,7 +221,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
         sys.__excepthook__(kind, error, trace)
 
 
-class _Reader(Dataset[Any], Generic[Request, Answer]):
+class _Reader(Dataset[Any]):
     """Answers requests in a worker.
 
     An error that the user can cause is returned, not raised: torch would wrap its one sentence in the worker's
@@ -248,10 +229,10 @@ class _Reader(Dataset[Any], Generic[Request, Answer]):
     it for ever.
     """
 
-    def __init__(self, read: Callable[[Request], Answer]) -> None:
+    def __init__(self, read: Callable[[Any], Any]) -> None:
         self._read = read
 
-    def __getitem__(self, request: Request) -> "Answer | AclipError | _Packed":
+    def __getitem__(self, request: Any) -> Any:
         try:
             answer = self._read(request)
         except AclipError as error:
@@ -265,22 +246,22 @@ class _Reader(Dataset[Any], Generic[Request, Answer]):
             return _Packed(answer)
         return answer
 
-    def share(self, stack: contextlib.ExitStack) -> None:
-        """Pickle `read` once for all workers, its arrays into a file that they map and that `stack` removes."""
-        arrays: list[pickle.PickleBuffer] = []
-        rest = pickle.dumps(self._read, protocol=5, buffer_callback=arrays.append)
-        spans, end = [], 0
-        file, path = tempfile.mkstemp(prefix="aclip-", suffix=".arrays")
-        stack.callback(lambda: Path(path).unlink(missing_ok=True))
-        with open(file, "wb") as out:
-            for array in arrays:
-                content = array.raw()
-                out.seek(end)
-                out.write(content)
-                spans.append((end, end + content.nbytes))
-                end += -(-content.nbytes // _ALIGNMENT) * _ALIGNMENT
-            out.truncate(max(end, 1))
-        self._read = _Mapped(path, rest, spans)
+
+def _shared_by_file(function: Callable[[Any], Any], stack: contextlib.ExitStack) -> "_Mapped":
+    """Pickle a function once for all workers, its arrays into a file that they map and that `stack` removes."""
+    arrays: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(function, protocol=5, buffer_callback=arrays.append)
+    spans = []
+    file, path = tempfile.mkstemp(prefix="aclip-", suffix=".arrays")
+    stack.callback(lambda: Path(path).unlink(missing_ok=True))
+    with open(file, "wb") as out:
+        for array in arrays:
+            start = out.tell()
+            out.write(array.raw())
+            spans.append((start, out.tell()))
+            out.write(bytes(-out.tell() % _ALIGNMENT))
+        out.write(bytes(not arrays))  # an empty file cannot be mapped
+    return _Mapped(path, rest, spans)
 
 
 class _Mapped:
@@ -288,36 +269,37 @@ class _Mapped:
 
     def __init__(self, path: str, rest: bytes, spans: list[tuple[int, int]]) -> None:
         self._path, self._rest, self._spans = path, rest, spans
-        self._function: Callable[[Any], Any] | None = None
 
     def __call__(self, request: Any) -> Any:
-        if self._function is None:
-            with open(self._path, "rb") as file:  # copied on write, so that arrays are as writable as they were
-                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-            self._function = pickle.loads(self._rest, buffers=[content[first:last] for first, last in self._spans])
-        assert self._function is not None
         return self._function(request)
+
+    @functools.cached_property
+    def _function(self) -> Callable[[Any], Any]:
+        with open(self._path, "rb") as file:  # copied on write, so that arrays are as writable as they were
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        function: Callable[[Any], Any] = pickle.loads(self._rest, buffers=[content[a:b] for a, b in self._spans])
+        return function
 
 
 class _Packed:
     """An answer as bytes, which needs no shared memory."""
 
-    _told = False
-
     def __init__(self, answer: Any) -> None:
         self._content = pickle.dumps(answer, protocol=5)
 
     def open(self) -> Any:
-        """Return the answer; log, once in a process, that this way is slow."""
-        if not _Packed._told:
-            _Packed._told = True
-            _log.warning("batches travel through a pipe, which is slower: %s", _SMALL_SHM)
+        _warn_of_the_pipe()
         return pickle.loads(self._content)
 
     def pin_memory(self) -> Any:
         """Return the answer in page-locked memory (torch calls this by name)."""
         answer = self.open()
         return answer.pin_memory() if hasattr(answer, "pin_memory") else answer
+
+
+@functools.cache
+def _warn_of_the_pipe() -> None:
+    _log.warning("batches travel through a pipe, which is slower: %s", _SMALL_SHM)
 
 
 def empty_shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aclip.data import EvaluationSet
+from aclip.data import EvaluationSet, decode_image
 from aclip.errors import CheckpointError, ConfigError, DataError, unknown_name
 from aclip.evaluation import sharding
 from aclip.masking import AttentiveMasking, MaskingContext, MaskingStrategy, UniformMasking, crop_scores
@@ -88,7 +88,8 @@ def encode_image_set(
         raise DataError(f"nothing to evaluate: the set has no usable image ({len(skipped)} skipped)")
     _check_finite(found, "images")
     captions, labels, keys, indices = zip(*(one for part, _ in parts for one in part), strict=True)
-    return ImageFeatures(found, captions, labels, keys, skipped, lambda i: images.image(indices[i]))
+    return ImageFeatures(found, captions, labels, keys, skipped,
+                         lambda i: decode_image(images.source.read(indices[i]).image))
 
 
 class TextEncoder:

@@ -1,21 +1,7 @@
 """A source looked at before training: `doctor` reads all of it, `look` a few samples."""
 
-from aclip.examination.diagnosis import Examination, Example, check_fix, doctor, examine, load_example, write_fix
+from aclip.examination.diagnosis import Examination, Example, doctor, examine
 from aclip.examination.findings import Finding, Limits
-from aclip.examination.glance import Look, look
-from aclip.examination.measure import Measurements
+from aclip.examination.glance import look
 
-__all__ = [
-    "Examination",
-    "Example",
-    "Finding",
-    "Limits",
-    "Look",
-    "Measurements",
-    "check_fix",
-    "doctor",
-    "examine",
-    "load_example",
-    "look",
-    "write_fix",
-]
+__all__ = ["Examination", "Example", "Finding", "Limits", "doctor", "examine", "look"]

@@ -23,21 +23,21 @@ from aclip.examination.measure import GOOD, Measurements, measure
 from aclip.files import write_atomically
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from aclip.data.captions import CaptionTokenizer
 
-MANIFESTS, NAMES = (".jsonl", ".csv", ".tsv"), ".txt"
-"""Endings of what `fix` writes: the samples that are left, or the names of the others."""
-
+_LISTS, _NAMES = (".jsonl", ".csv", ".tsv"), ".txt"  # what `fix` writes: the samples that are left, or the others
+_EXAMPLE_SIDE = 160  # pixels
 _LONGER = 4  # times the model's context that captions are counted to
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What is known of a source after it was examined.
+    """What was found in a source.
 
     Attributes:
-        measured: the source, then those that it was compared with.
-        duplicates: of all of these.
+        measured: the source, then those that it was compared with; `duplicates` are of all of these.
         limits: of the model that the data is for.
         findings: errors first.
     """
@@ -53,16 +53,8 @@ class Examination:
                 for finding in self.findings]
 
 
-def doctor(
-    source: str,
-    *,
-    against: Sequence[str] = (),
-    model: str = "vit-tiny",
-    output: str = "data-doctor",
-    fix: str | None = None,
-    workers: int | None = None,
-    limit: int | None = None,
-) -> Examination:
+def doctor(source: str, *, against: Sequence[str] = (), model: str = "vit-tiny", output: str = "data-doctor",
+           fix: str | None = None, workers: int | None = None, limit: int | None = None) -> Examination:
     """Look for what is wrong with a source: every sample is read once, and nothing of the source is changed.
 
     Finds images that cannot be read, duplicates, images shared with an evaluation set, and captions that are missing,
@@ -109,21 +101,15 @@ def doctor(
         left_out = write_fix(examined, Path(fix))
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "nothing"
         say(f"{fix}: {len(opened) - sum(left_out.values()):,} samples are kept, left out: {reasons}")
-        if Path(fix).suffix.lower() == NAMES:
+        if Path(fix).suffix.lower() == _NAMES:
             say(f"next: aclip data pack '{opened.spec}' --leave-out {fix} --output FOLDER")
     say(f"done. page: {page}")
     return examined
 
 
-def examine(
-    source: Source,
-    against: Sequence[Source] = (),
-    *,
-    limits: Limits,
-    tokenizer: "CaptionTokenizer | None" = None,
-    workers: int | None = None,
-    limit: int | None = None,
-) -> Examination:
+def examine(source: Source, against: Sequence[Source] = (), *, limits: Limits,
+            tokenizer: "CaptionTokenizer | None" = None, workers: int | None = None, limit: int | None = None
+            ) -> Examination:
     """Read every sample once and report what was found; nothing is written.
 
     Args:
@@ -159,7 +145,7 @@ def _needs(model: str) -> "tuple[Limits, CaptionTokenizer | None]":
     return Limits(model, size, context), CaptionTokenizer(partial(tokenizer, context_length=_LONGER * context))
 
 
-def print_findings(console: Any, examined: Examination) -> None:
+def print_findings(console: "Console", examined: Examination) -> None:
     """Print a line for each finding."""
     from rich.markup import escape
     from rich.table import Table
@@ -172,10 +158,7 @@ def print_findings(console: Any, examined: Examination) -> None:
         console.print("no findings")
         return
     # Title and advice share a column, so that both stay readable at 80 columns.
-    table = Table("", box=None, pad_edge=False)
-    for title in ("number", "share"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("finding, and advice")
+    table = Table("", "number", "share", "finding, and advice", box=None, pad_edge=False)
     colours = {"error": "red", "warning": "yellow", "note": "dim"}
     for finding in examined.findings:
         table.add_row(f"[{colours[finding.severity]}]{finding.severity}", f"{finding.count:,}", f"{finding.share:.1%}",
@@ -188,12 +171,9 @@ class Example:
     """One sample of a finding, read again.
 
     Attributes:
-        source: spec of its source.
-        index: its number there.
-        key: its name there.
+        source, index, key: spec of its source, its number and its name there.
         captions: usable ones.
-        size: the image's upright (width, height) in pixels, or None where there is none.
-        picture: the image, small, or None where it cannot be decoded.
+        size: the image's upright (width, height) in pixels; picture: the image, small; None if it cannot be decoded.
         problem: why it cannot be used, in full; empty for a usable one.
     """
 
@@ -206,8 +186,8 @@ class Example:
     problem: str = ""
 
 
-def load_example(examined: Examination, place: Place, *, side: int = 160) -> Example:
-    """Read the sample at `place` again; its image gets no longer than `side` pixels."""
+def load_example(examined: Examination, place: Place) -> Example:
+    """Read the sample at `place` again."""
     from aclip.data.captions import clean_captions
     from aclip.data.decode import decode_image
 
@@ -222,8 +202,8 @@ def load_example(examined: Examination, place: Place, *, side: int = 160) -> Exa
             captions = clean_captions(raw.captions)
         except BadSampleError as error:
             problem = error.reason
-        image = decode_image(raw.image, min_side=side)
-        image.thumbnail((side, side))
+        image = decode_image(raw.image, min_side=_EXAMPLE_SIDE)
+        image.thumbnail((_EXAMPLE_SIDE, _EXAMPLE_SIDE))
     except BadSampleError as error:
         problem = error.reason
     size = (int(row["width"]), int(row["height"])) if row["decoded"] else None
@@ -256,39 +236,31 @@ def left_out(examined: Examination) -> dict[int, str]:
 
 
 def check_fix(path: Path, source: Source) -> None:
-    """Refuse a fix that cannot be written, before anything is read.
-
-    Raises:
-        ConfigError: another ending; a file that exists; a manifest of images inside other files.
-    """
-    if path.suffix.lower() not in (*MANIFESTS, NAMES):
-        raise ConfigError(f"--fix {path}: give it the ending {NAMES} (names to leave out), or {', '.join(MANIFESTS)} "
+    """Raise ConfigError for a fix that cannot be written, before anything is read."""
+    if path.suffix.lower() not in (*_LISTS, _NAMES):
+        raise ConfigError(f"--fix {path}: give it the ending {_NAMES} (names to leave out), or {', '.join(_LISTS)} "
                           "(a list of the other samples)")
     if path.exists():
         raise ConfigError(f"--fix {path} exists already: name a new file")
-    if path.suffix.lower() != NAMES and not any(source.path(index) for index in range(min(len(source), 100))):
-        names = path.with_suffix(NAMES)
+    if path.suffix.lower() != _NAMES and not any(source.path(index) for index in range(min(len(source), 100))):
+        names = path.with_suffix(_NAMES)
         raise ConfigError(f"the images of {source.spec} are not files of their own, which a list could name: --fix "
                           f"{names} writes the names to leave out, and `aclip data pack {source.spec} --leave-out "
                           f"{names} --output FOLDER` shards without them")
 
 
 def write_fix(examined: Examination, path: Path) -> dict[str, int]:
-    """Write the names of the samples to leave out, or a list of the others, see `doctor`.
+    """Write the names of the samples to leave out, or a list of the others, see `doctor` and `check_fix`.
 
     A list has a row for each caption, with paths relative to the list where the image lies below its folder, and
     absolute ones elsewhere.
-
-    Args:
-        examined: the whole source, not some of its samples.
-        path: see `check_fix`.
 
     Returns:
         Number of samples left out by reason, the most frequent first.
     """
     measured, reasons = examined.measured[0], left_out(examined)
     text, ending = io.StringIO(), path.suffix.lower()
-    if ending == NAMES:
+    if ending == _NAMES:
         text.writelines(f"{measured.source.name(int(measured.samples['index'][row]))}\n" for row in sorted(reasons))
     elif ending == ".jsonl":
         text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in _kept(measured, reasons, path))

@@ -7,29 +7,23 @@ import numpy as np
 
 from aclip.examination.measure import Measurements
 
-RADIUS = 10
-"""Bits of 128 by which the hashes of two copies may differ."""
+RADIUS = 10  # bits of 128 by which the hashes of two copies may differ
 
+# Levels of 255 by which the fingerprints of two copies may differ: brightness on average, any cell's brightness,
+# any cell's colour. Wider limits find more strongly compressed copies, and join drawings such as keycap # and *.
 LUMA_MEAN, LUMA_MAX, CHROMA_MAX = 4.0, 20, 12
-"""Levels of 255 by which the fingerprints of two copies may differ: brightness on average, any cell's brightness,
-any cell's colour. Wider limits find more strongly compressed copies, and join drawings such as keycap # and *."""
 
-WINDOW = 64
-"""Neighbours in sorted order that an image is compared with, for each of the bands."""
-
+_WINDOW = 64  # neighbours in sorted order that an image is compared with, for each of the bands
 _LUMA_CELLS = 16 * 16
-_BANDS = 4
-_BITS = 16
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The images of all sources, numbered consecutively, in groups of the same.
+    """The images of all sources, numbered consecutively: each has the smallest number of its group, -1 if undecodable.
 
     Attributes:
         starts: (sources + 1,) the number of each source's first sample.
-        by_file: (n,) the smallest number among samples of the same bytes; -1 where the image cannot be decoded.
-        by_look: (n,) likewise among those that look the same, or have the same bytes.
+        by_file, by_look: (n,) groups of the same bytes, and of those that look the same or have the same bytes.
     """
 
     starts: np.ndarray
@@ -59,24 +53,22 @@ def look_alikes(across: np.ndarray, down: np.ndarray, fingerprints: np.ndarray) 
     """Return the group of every image: groups are the connected components of pairs that look the same.
 
     The images are sorted by their hash, rotated so that each of its four 16-bit bands leads once, and each is compared
-    with the next `WINDOW` that share the band. Hashes across that differ in up to three bits share a band, so a pair
+    with the next 64 that share the band. Hashes across that differ in up to three bits share a band, so a pair
     is missed only where a band has more images than the window. Time and memory grow as n log n and n.
 
     Args:
-        across: (n,) uint64 hashes; see `ImageHashes`.
-        down: (n,) uint64.
+        across, down: (n,) uint64 hashes; see `hash_images`.
         fingerprints: (n, PRINT_BYTES) uint8; they confirm what the hashes propose.
 
     Returns:
         (n,) int64: the smallest number of an image in the same group.
     """
     groups = np.arange(len(across), dtype=np.int64)
-    for band in range(_BANDS):
-        turn, back = np.uint64(band * _BITS), np.uint64((64 - band * _BITS) % 64)
-        turned = across if band == 0 else (across << turn) | (across >> back)
+    for turn in (0, 16, 32, 48):
+        turned = (across << np.uint64(turn)) | (across >> np.uint64((64 - turn) % 64))
         order = np.lexsort((down, turned))
-        lead = turned[order] >> np.uint64(64 - _BITS)
-        for step in range(1, min(WINDOW, len(order) - 1) + 1):
+        lead = turned[order] >> np.uint64(48)
+        for step in range(1, min(_WINDOW, len(order) - 1) + 1):
             at = np.flatnonzero(lead[:-step] == lead[step:])
             if not len(at):
                 break

@@ -15,8 +15,7 @@ T = TypeVar("T")
 Severity = Literal["error", "warning", "note"]
 """An error spoils results or is lost to training; a warning costs quality; a note is good to know."""
 
-EXAMPLES, GROUP = 8, 4
-"""Examples of a finding that are kept, single samples or groups; samples of a group that are kept."""
+_EXAMPLES, _GROUP = 8, 4  # examples of a finding that are kept, single samples or groups; samples of a group
 
 Place = tuple[int, int]
 """A sample: number of its source (0 is the one examined), row in that one's measurements."""
@@ -27,12 +26,8 @@ class Finding:
     """One thing that was found.
 
     Attributes:
-        name: short and stable, for programs.
-        severity: how much it matters.
-        title: what was found.
-        count: samples or captions that it concerns.
-        total: of how many.
-        unit: what is counted.
+        name: short and stable, for programs; `title` for people.
+        count, total, unit: how many samples or captions it concerns, and of how many.
         advice: what to do, in one line.
         details: parts of `count` with their numbers.
         examples: groups of samples that belong together, of one sample each where none do.
@@ -67,36 +62,36 @@ class Limits:
 
 
 def find_all(measured: Sequence[Measurements], duplicates: Duplicates, limits: Limits) -> tuple[Finding, ...]:
-    """Return the findings about the first source, errors first; the others are what it is compared with.
-
-    Args:
-        measured: the source examined, then those that it must share no image with.
-        duplicates: of all of them.
-        limits: what the model takes.
-    """
+    """Return the findings about the first source, errors first; it must share no image with the others."""
     source = measured[0]
-    found = [
-        *_bad_samples(source), *_leaks(measured, duplicates), *_pixels(source), *_duplicates(source, duplicates),
-        *_sizes(source, limits), *_captions(source, limits),
-    ]
+    found = [*_bad_samples(source), *_leaks(measured, duplicates), *_pixels(source, limits),
+             *_duplicates(source, duplicates), *_captions(source, limits)]
     order = ("error", "warning", "note")
     return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
 
 
+def _of_samples(
+    source: Measurements, rows: np.ndarray, name: str, severity: Severity, title: str, advice: str, *,
+    details: tuple[tuple[str, int], ...] = (), first: np.ndarray | None = None,
+) -> Iterator[Finding]:
+    """Yield the finding about some rows, if there are any; `first` are its examples."""
+    if len(rows):
+        examples = _singly(rows) if first is None else tuple(((0, row),) for row in first[:_EXAMPLES].tolist())
+        yield Finding(name, severity, title, len(rows), len(source.samples), "samples", advice, details, examples)
+
+
 def _bad_samples(source: Measurements) -> Iterator[Finding]:
-    samples = source.samples
-    unreadable = np.flatnonzero((samples["reason"] != GOOD) & ~samples["decoded"])
-    if len(unreadable):
-        _, first_of_each = np.unique(samples["reason"][unreadable], return_index=True)
-        yield Finding(
-            "unreadable", "error", "Images that cannot be read", len(unreadable), len(samples), "samples",
-            "Training skips them and takes others in their place: repair or fetch them again, or leave them out.",
-            _count_reasons(source, unreadable), _singly(unreadable[first_of_each], first=True))
-    without = np.flatnonzero((samples["reason"] != GOOD) & samples["decoded"])
-    if len(without):
-        yield Finding(
-            "no-caption", "error", "Images without a caption", len(without), len(samples), "samples",
-            "Training skips them: caption them, or leave them out.", _count_reasons(source, without), _singly(without))
+    reasons, decoded = source.samples["reason"], source.samples["decoded"]
+    rows = np.flatnonzero((reasons != GOOD) & ~decoded)
+    _, first_of_each = np.unique(reasons[rows], return_index=True)
+    yield from _of_samples(
+        source, rows, "unreadable", "error", "Images that cannot be read",
+        "Training skips them and takes others in their place: repair or fetch them again, or leave them out.",
+        details=_count_reasons(source, rows), first=rows[first_of_each])
+    rows = np.flatnonzero((reasons != GOOD) & decoded)
+    yield from _of_samples(
+        source, rows, "no-caption", "error", "Images without a caption",
+        "Training skips them: caption them, or leave them out.", details=_count_reasons(source, rows))
 
 
 def _leaks(measured: Sequence[Measurements], duplicates: Duplicates) -> Iterator[Finding]:
@@ -133,19 +128,22 @@ def captions_of(source: Measurements, row: int) -> set[int]:
     return set(source.captions["exact"][first:last].tolist())
 
 
-def _pixels(source: Measurements) -> Iterator[Finding]:
-    rows = np.flatnonzero(source.samples["blank"] & source.samples["decoded"])
-    if len(rows):
-        yield Finding(
-            "blank", "warning", "Images of a single colour", len(rows), len(source.samples), "samples",
-            "There is nothing to see in them; often they stand for an image that could not be loaded: leave them out.",
-            examples=_singly(rows))
-    rows = np.flatnonzero(source.samples["dark"])
-    if len(rows):
-        yield Finding(
-            "dark", "error", "16-bit grey images that come out nearly black", len(rows), len(source.samples),
-            "samples", "Their values use a small part of the range: put '?stretch=4095' behind the source for 12 bits, "
-            "or '?stretch=1' to stretch each image on its own.", examples=_singly(rows))
+def _pixels(source: Measurements, limits: Limits) -> Iterator[Finding]:
+    samples, (least_height, least_width) = source.samples, limits.image_size
+    width, height = samples["width"], samples["height"]
+    yield from _of_samples(
+        source, np.flatnonzero(samples["blank"] & samples["decoded"]), "blank", "warning", "Images of a single colour",
+        "There is nothing to see in them; often they stand for an image that could not be loaded: leave them out.")
+    yield from _of_samples(
+        source, np.flatnonzero(samples["dark"]), "dark", "error", "16-bit grey images that come out nearly black",
+        "Their values use a small part of the range: put '?stretch=4095' behind the source for 12 bits, or "
+        "'?stretch=1' to stretch each image on its own.")
+    rows = np.flatnonzero(samples["decoded"] & ((height < least_height) | (width < least_width)))
+    yield from _of_samples(
+        source, rows, "small", "warning" if len(rows) > 0.1 * len(samples) else "note",
+        f"Images smaller than the input of {limits.model}, {least_width} x {least_height}",
+        "They are enlarged, which adds cost and no detail: take larger originals, or a model with a smaller input.",
+        first=rows[np.argsort(width[rows] * height[rows], kind="stable")])
 
 
 def _duplicates(source: Measurements, duplicates: Duplicates) -> Iterator[Finding]:
@@ -165,19 +163,6 @@ def _duplicates(source: Measurements, duplicates: Duplicates) -> Iterator[Findin
             "same-look", "warning", "Images that look like another", extra, len(source.samples), "samples",
             "Copies in another size, format or quality, or variants of one drawing: keep one where they are copies.",
             examples=examples)
-
-
-def _sizes(source: Measurements, limits: Limits) -> Iterator[Finding]:
-    samples = source.samples
-    width, height = samples["width"], samples["height"]
-    rows = np.flatnonzero(samples["decoded"] & ((height < limits.image_size[0]) | (width < limits.image_size[1])))
-    if len(rows):
-        needed = f"{limits.image_size[1]} x {limits.image_size[0]}"
-        yield Finding(
-            "small", "warning" if len(rows) > 0.1 * len(samples) else "note",
-            f"Images smaller than the input of {limits.model}, {needed}", len(rows), len(samples), "samples",
-            "They are enlarged, which adds cost and no detail: take larger originals, or a model with a smaller input.",
-            examples=_singly(rows[np.argsort(width[rows] * height[rows], kind="stable")], first=True))
 
 
 def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
@@ -215,22 +200,21 @@ def _repeated(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[int, 
     values, rows = values[known], rows[known]
     order = np.argsort(values, kind="stable")
     _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
-    largest = np.argsort(-counts, kind="stable")[:EXAMPLES]
-    groups = (rows[order[first[i] : first[i] + min(counts[i], GROUP)]] for i in largest if counts[i] > 1)
+    largest = np.argsort(-counts, kind="stable")[:_EXAMPLES]
+    groups = (rows[order[first[i] : first[i] + min(counts[i], _GROUP)]] for i in largest if counts[i] > 1)
     return len(values) - len(counts), tuple(tuple((0, row) for row in group.tolist()) for group in groups)
 
 
-def _singly(rows: np.ndarray, *, first: bool = False) -> tuple[tuple[Place, ...], ...]:
-    """Return some rows as groups of one: the first ones, or some from all over."""
-    chosen = rows[:EXAMPLES].tolist() if first else _spread(rows.tolist())
-    return tuple(((0, row),) for row in chosen)
+def _singly(rows: np.ndarray) -> tuple[tuple[Place, ...], ...]:
+    """Return some rows from all over as groups of one."""
+    return tuple(((0, row),) for row in _spread(rows.tolist()))
 
 
 def _spread(items: list[T]) -> list[T]:
-    """Return `EXAMPLES` of the items, evenly spread over them."""
-    if len(items) <= EXAMPLES:
+    """Return `_EXAMPLES` of the items, evenly spread over them."""
+    if len(items) <= _EXAMPLES:
         return items
-    return [items[i * len(items) // EXAMPLES] for i in range(EXAMPLES)]
+    return [items[i * len(items) // _EXAMPLES] for i in range(_EXAMPLES)]
 
 
 def _count_reasons(source: Measurements, rows: np.ndarray) -> tuple[tuple[str, int], ...]:

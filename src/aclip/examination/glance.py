@@ -18,18 +18,9 @@ _WIDTH = 200  # characters of a caption that are printed
 
 @dataclass(frozen=True)
 class Look:
-    """What `look` printed.
-
-    Attributes:
-        summary: how the source was read, in one line.
-        count: number of samples.
-        samples: some of them.
-        advice: what makes training on it slow or useless, each with what to do.
-        page: the page with the images, if one was asked for.
-    """
+    """What `look` printed: how the source was read, some samples, advice, and the page if one was asked for."""
 
     summary: str
-    count: int
     samples: tuple[RawSample, ...]
     advice: tuple[str, ...]
     page: Path | None = None
@@ -57,9 +48,9 @@ def look(source: str, *, output: str | None = None, samples: int = 5) -> Look:
     if samples < 1:
         raise ConfigError(f"samples {samples}: give 1 or more")
     opened = open_training(source)
-    advice = tuple(opened.advice())
+    summary, advice = opened.summary, opened.advice()
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(str(opened.summary))
+    console.print(str(summary))
     shown: list[tuple[Image.Image, RawSample]] = []
     for index in _evenly(opened, samples):
         try:
@@ -75,10 +66,17 @@ def look(source: str, *, output: str | None = None, samples: int = 5) -> Look:
             console.print(f"    {_one_line(caption)}")
     for sentence in advice:
         console.print(f"advice: {sentence}")
-    page = _write_page(Path(output), opened, shown, advice) if output is not None else None
-    if page is not None:
+    page = None
+    if output is not None:
+        from aclip.report.data_page import write_look_page
+
+        facts = [("samples", f"{len(opened):,}"), ("images found", f"{summary.found:,}"),
+                 *((f"left out: {reason}", f"{count:,}") for reason, count in summary.left_out.items() if count),
+                 *(("read as", note) for note in summary.notes)]
+        page = write_look_page(Path(output), opened.spec, facts,
+                               [(image, sample.name, sample.captions) for image, sample in shown], advice)
         console.print(f"page: {page}")
-    return Look(str(opened.summary), len(opened), tuple(sample for _, sample in shown), advice, page)
+    return Look(str(summary), tuple(sample for _, sample in shown), tuple(advice), page)
 
 
 def _evenly(source: Source, wanted: int) -> list[int]:
@@ -95,16 +93,3 @@ def _evenly(source: Source, wanted: int) -> list[int]:
 def _one_line(text: str) -> str:
     line = " ".join(text.encode(errors="backslashreplace").decode().split())
     return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}..."
-
-
-def _write_page(
-    path: Path, source: Source, shown: "list[tuple[Image.Image, RawSample]]", advice: tuple[str, ...]
-) -> Path:
-    from aclip.report.data_page import write_look_page
-
-    summary = source.summary
-    facts = [("samples", f"{len(source):,}"), ("images found", f"{summary.found:,}"),
-             *((f"left out: {reason}", f"{count:,}") for reason, count in summary.left_out.items() if count),
-             *(("read as", note) for note in summary.notes)]
-    samples = [(image, sample.name, sample.captions) for image, sample in shown]
-    return write_look_page(path, source.spec, facts, samples, list(advice))

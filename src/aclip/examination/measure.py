@@ -3,13 +3,12 @@
 import hashlib
 import io
 import warnings
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from aclip import rng
 from aclip.data.sources.base import Source
@@ -20,20 +19,19 @@ if TYPE_CHECKING:
 
 SAMPLE = np.dtype([
     ("index", np.int64), ("content", np.uint64), ("across", np.uint64), ("down", np.uint64), ("bytes", np.int64),
-    ("width", np.int32), ("height", np.int32), ("captions", np.int32), ("reason", np.int32),
-    ("decoded", np.bool_), ("blank", np.bool_), ("dark", np.bool_),
+    ("width", np.int32), ("height", np.int32), ("captions", np.int32), ("reason", np.int32), ("decoded", np.bool_),
+    ("blank", np.bool_), ("dark", np.bool_),
 ])
-"""What is kept of a sample: its index in the source; a hash of the file; see `ImageHashes`; file size; upright size in
-pixels; number of usable captions; why it cannot be used, an index into `Measurements.reasons` or `GOOD`; whether it has
-one colour; whether it is a 16-bit grey image that comes out nearly black."""
+"""What is kept of a sample: its index in the source; a hash of the file; see `hash_images`; file size; upright size in
+pixels; number of usable captions; why it cannot be used, an index into `Measurements.reasons` or `GOOD`; whether it
+could be decoded, has one colour, is a 16-bit grey image that comes out nearly black."""
 
 CAPTION = np.dtype([("sample", np.int64), ("exact", np.uint64), ("tokens", np.int32)])
 """What is kept of a usable caption: its sample's row; `caption_id`; its length in tokens."""
 
 GOOD = -1
 
-PRINT_BYTES = 16 * 16 + 2 * 4 * 4
-"""Cells of a fingerprint."""
+PRINT_BYTES = 16 * 16 + 2 * 4 * 4  # cells of a fingerprint
 
 _CHUNK = 64  # samples per request to a worker
 _DECODED_SIDE = 64  # a JPEG is decoded at the smallest scale that leaves both sides so many pixels
@@ -42,7 +40,7 @@ _SIDE = 16  # cells of the shrunk image
 _MARGIN = 2.0  # levels of 255 that a cell must be brighter by: in flat areas noise decides about less
 _BLANK = 8  # levels of 255
 _TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
-_ORIENTATION_TAG, _SWAPPED = 0x0112, frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
+_SWAPPED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,8 @@ class Measurements:
     """What was measured of a source.
 
     Attributes:
-        source: the source.
-        samples: (n,) of `SAMPLE`, in the source's order.
-        captions: (m,) of `CAPTION`, in the samples' order.
-        fingerprints: (n, PRINT_BYTES) uint8, see `ImageHashes`.
+        samples: (n,) of `SAMPLE`, in the source's order. captions: (m,) of `CAPTION`, in the samples' order.
+        fingerprints: (n, PRINT_BYTES) uint8, see `hash_images`.
         reasons: why samples cannot be used, each once.
     """
 
@@ -64,14 +60,8 @@ class Measurements:
     reasons: tuple[str, ...]
 
 
-def measure(
-    source: Source,
-    *,
-    tokenizer: "CaptionTokenizer | None" = None,
-    workers: int = 0,
-    limit: int | None = None,
-    advance: Callable[[int], object] = lambda _: None,
-) -> Measurements:
+def measure(source: Source, *, tokenizer: "CaptionTokenizer | None" = None, workers: int = 0, limit: int | None = None,
+            advance: Callable[[int], object] = lambda _: None) -> Measurements:
     """Read, hash, decode and tokenise the samples of `source` once each; takes 360 bytes a sample and 20 a caption.
 
     Args:
@@ -88,22 +78,22 @@ def measure(
         chosen = np.sort(rng.generator(0, "doctor").choice(len(source), size=limit, replace=False))
     chunks = [chosen[first : first + _CHUNK] for first in range(0, len(chosen), _CHUNK)]
     samples, fingerprints = np.empty(len(chosen), SAMPLE), np.empty((len(chosen), PRINT_BYTES), np.uint8)
-    captions = array("b")
+    captions = [np.empty(0, CAPTION)]
     reasons: dict[str, int] = {}
     done = 0
-    for chunk in read_ahead(MeasureSamples(source, tokenizer), chunks, workers=workers, prefetch=4):
+    for chunk in read_ahead(_Measure(source, tokenizer), chunks, workers=workers, prefetch=4):
         for row, reason in chunk.bad.items():
             chunk.samples["reason"][row] = reasons.setdefault(reason, len(reasons))
         chunk.captions["sample"] += done
+        captions.append(chunk.captions)
         rows = slice(done, done + len(chunk.samples))
         samples[rows], fingerprints[rows] = chunk.samples, chunk.fingerprints
-        captions.frombytes(chunk.captions.tobytes())
         done = rows.stop
         advance(len(chunk.samples))
-    return Measurements(source, samples, np.frombuffer(captions, CAPTION), fingerprints, tuple(reasons))
+    return Measurements(source, samples, np.concatenate(captions), fingerprints, tuple(reasons))
 
 
-class Chunk(NamedTuple):
+class _Chunk(NamedTuple):
     """What a worker sends back: as in `Measurements`, rows counted from the chunk's first; row -> reason."""
 
     samples: np.ndarray
@@ -112,48 +102,44 @@ class Chunk(NamedTuple):
     bad: dict[int, str]
 
 
-class MeasureSamples:
-    """What a worker does; picklable if the source and the tokenizer are."""
+class _Measure:
+    """What a worker does."""
 
     def __init__(self, source: Source, tokenizer: "CaptionTokenizer | None") -> None:
-        """Measure samples of `source`; without a tokenizer, tokens are not counted."""
-        self._source = source
-        self._tokenizer = tokenizer
+        self._source, self._tokenizer = source, tokenizer
         self._padding = None if tokenizer is None else int(tokenizer([""])[0, -1])
 
-    def __call__(self, indices: np.ndarray) -> Chunk:
-        """Measure the samples `indices`."""
+    def __call__(self, indices: np.ndarray) -> _Chunk:
         from aclip.data.captions import clean_captions
 
         samples = np.zeros(len(indices), SAMPLE)
         samples["index"], samples["reason"] = indices, GOOD
         shrunk = np.zeros((len(indices), _SIDE, _SIDE, 3), np.uint8)
         bad: dict[int, str] = {}
-        owners: list[int] = []
         texts: list[str] = []
         for row, index in enumerate(indices.tolist()):
             sample = samples[row]
-            usable: tuple[str, ...] = ()
             try:
                 raw = self._source.read(index)
-                sample["bytes"], sample["content"] = len(raw.image), _hash(raw.image)
+                sample["bytes"] = len(raw.image)
+                sample["content"] = int.from_bytes(hashlib.blake2b(raw.image, digest_size=8).digest(), "little")
                 try:
                     usable = clean_captions(raw.captions)
+                    texts += usable
+                    sample["captions"] = len(usable)
                 except BadSampleError as error:
                     bad[row] = category(error.reason)
-                sample["captions"] = len(usable)
                 sample["width"], sample["height"], sample["dark"], shrunk[row] = look_at(raw.image)
                 sample["decoded"] = True
             except BadSampleError as error:
                 bad[row] = category(error.reason)  # takes precedence over a missing caption
-            owners += [row] * len(usable)
-            texts += usable
         hashes = hash_images(shrunk)
         samples["across"], samples["down"] = hashes.across, hashes.down
         samples["blank"] = hashes.blank & ~samples["dark"]
-        return Chunk(samples, self._measure_captions(owners, texts), hashes.fingerprints, bad)
+        owners = np.repeat(np.arange(len(samples)), samples["captions"])
+        return _Chunk(samples, self._measure_captions(owners, texts), hashes.fingerprints, bad)
 
-    def _measure_captions(self, owners: list[int], texts: list[str]) -> np.ndarray:
+    def _measure_captions(self, owners: np.ndarray, texts: list[str]) -> np.ndarray:
         from aclip.data.captions import caption_id
 
         captions = np.zeros(len(texts), CAPTION)
@@ -192,22 +178,14 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
             width, height = header.size
             try:
-                swapped = header.getexif().get(_ORIENTATION_TAG) in _SWAPPED
+                swapped = header.getexif().get(ExifTags.Base.Orientation) in _SWAPPED
             except (OSError, SyntaxError, TypeError, ValueError, KeyError):
                 swapped = False  # damaged metadata of a sound image
     return (height, width) if swapped else (width, height)
 
 
 class ImageHashes(NamedTuple):
-    """What is kept of B images, to find them again in another size, format or quality.
-
-    Attributes:
-        across, down: (B,) uint64 difference hashes: bit (r, c) says whether cell (r, c) of 8 x 8 is brighter than the
-            next to the right, or below; the last cell's next is the first.
-        fingerprints: (B, PRINT_BYTES) uint8: 16 x 16 cells of brightness, then 4 x 4 of Cb and of Cr (ITU-T T.871,
-            section 7).
-        blank: (B,) whether no cell differs from another by more than 8 levels of 255: the hashes then say nothing.
-    """
+    """What is kept of B images, see `hash_images`."""
 
     across: np.ndarray
     down: np.ndarray
@@ -216,19 +194,25 @@ class ImageHashes(NamedTuple):
 
 
 def hash_images(shrunk: np.ndarray) -> ImageHashes:
-    """Return hashes and fingerprints of (B, 16, 16, 3) uint8 images from `look_at`."""
+    """Return what finds images again in another size, format or quality.
+
+    Args:
+        shrunk: (B, 16, 16, 3) uint8 images from `look_at`.
+
+    Returns:
+        across, down: (B,) uint64 difference hashes: bit (r, c) says whether cell (r, c) of 8 x 8 is brighter than the
+        next to the right, or below; the last cell's next is the first. fingerprints: (B, PRINT_BYTES) uint8, 16 x 16
+        cells of brightness, then 4 x 4 of Cb and of Cr (ITU-T T.871, section 7). blank: (B,) whether no cell differs
+        from another by more than 8 levels of 255: the hashes then say nothing.
+    """
     colours = shrunk.astype(np.float32) @ _TO_YCC.T + np.array([0, 128, 128], np.float32)
     luma = colours[..., 0]
-    chroma = [_cells(colours[..., i], 4).reshape(len(shrunk), -1) for i in (1, 2)]
-    fingerprints = np.concatenate([luma.reshape(len(shrunk), -1), *chroma], axis=1)
-    fingerprints = fingerprints.round().clip(0, 255).astype(np.uint8)
-    spread = np.stack([np.ptp(part, axis=1) for part in np.split(fingerprints, [256, 272], axis=1)])
+    parts = [luma, _cells(colours[..., 1], 4), _cells(colours[..., 2], 4)]
+    prints = [part.reshape(len(shrunk), -1).round().clip(0, 255).astype(np.uint8) for part in parts]
+    blank = np.max([np.ptp(part, axis=1) for part in prints], axis=0) <= _BLANK
     coarse = _cells(luma, 8)
-    return ImageHashes(
-        _pack_bits(coarse > np.roll(coarse, -1, axis=2) + _MARGIN),
-        _pack_bits(coarse > np.roll(coarse, -1, axis=1) + _MARGIN),
-        fingerprints, spread.max(axis=0) <= _BLANK,
-    )
+    across, down = (_pack_bits(coarse > np.roll(coarse, -1, axis=axis) + _MARGIN) for axis in (2, 1))
+    return ImageHashes(across, down, np.concatenate(prints, axis=1), blank)
 
 
 def _cells(values: np.ndarray, side: int) -> np.ndarray:
@@ -240,7 +224,3 @@ def _cells(values: np.ndarray, side: int) -> np.ndarray:
 
 def _pack_bits(bits: np.ndarray) -> np.ndarray:
     return np.packbits(bits.reshape(len(bits), 64), axis=1).view(np.uint64)[:, 0]
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""The set `cifar10` on a small made-up package: splits, pixels, captions, resuming."""
+"""The set `cifar10` on a small synthetic package: splits, pixels, captions, resuming."""
 
 import io
 from dataclasses import replace
@@ -55,7 +55,7 @@ def test_every_photo_is_there_with_its_own_pixels_and_class(
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), photos[first + index])
             name = CLASSES[number]
             assert fields == {"captions": list(captions(name)), "label": name, "concept": name}
-    assert "no licence is stated" in (folder / "licences/licences.csv").read_text()
+    assert "No licence is stated" in (folder / "licences/photos.txt").read_text()
     assert (folder / "licences/README.md").read_bytes() == b"see elsewhere"
 
 

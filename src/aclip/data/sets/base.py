@@ -1,8 +1,6 @@
 """A data set made of packages: what it needs, and the source of each split."""
 
-import csv
 import hashlib
-import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +8,9 @@ from typing import Any
 
 from aclip.data.sets.packages import Package
 from aclip.data.sources.base import RawSample, Source
-from aclip.files import write_atomically
 
 Files = Mapping[str, Path]
 """Downloaded packages: name -> file."""
-
-Licences = tuple[list[tuple[str, str, Mapping[str, Any]]], dict[str, bytes]]
-"""Rows of style or family, its package, and `name`, `author`, `license` as Iconify packs say them; files by path."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class DataSet:
         licence: one line.
         packages: what it is made of.
         open: returns the source of each split, whose samples' names have no dot or slash.
-        licences: returns what `write_licences` writes.
+        licences: returns what the packages say of authors and licences: files by path.
         shard_size: samples per shard.
         drawn: whether images are rendered from vector drawings, which needs resvg-py.
     """
@@ -39,51 +33,34 @@ class DataSet:
     licence: str
     packages: tuple[Package, ...]
     open: Callable[[Files], dict[str, Source]]
-    licences: Callable[[Files], Licences]
+    licences: Callable[[Files], dict[str, bytes]]
     shard_size: int = 1000
     drawn: bool = False
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A sample whose image file is made when it is read; the other fields are those of `RawSample`."""
-
-    name: str
-    image: Any
-    captions: tuple[str, ...]
-    tags: tuple[str, ...] = ()
-    label: str | None = None
-    concept: str | None = None
-
-
 class Entries(Source):
-    """The samples of a split, shuffled by a hash of their names."""
+    """The samples of a split, shuffled by a hash of their names.
 
-    def __init__(self, spec: str, entries: Iterable[Entry], encode: Callable[[Any], bytes]) -> None:
-        """Keep `entries`; `encode` turns what an entry has as its image into a file, or raises BadSampleError."""
+    Args:
+        spec: name of the split.
+        entries: samples without their images, each with what its image is made from.
+        finish: returns a sample with its image, or raises BadSampleError.
+    """
+
+    def __init__(self, spec: str, entries: Iterable[tuple[RawSample, Any]],
+                 finish: Callable[[RawSample, Any], RawSample]) -> None:
         self.spec = spec
-        self._entries = sorted(entries, key=lambda entry: shuffle_key(entry.name))
-        self._encode = encode
+        self._entries = sorted(entries, key=lambda entry: shuffle_key(entry[0].name))
+        self._finish = finish
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def name(self, index: int) -> str:
-        """Return the name of a sample."""
-        return self._entries[index].name
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a sample."""
-        return self._entries[index].captions
+        return self._entries[index][0].name
 
     def read(self, index: int) -> RawSample:
-        """Return a sample.
-
-        Raises:
-            BadSampleError: its image cannot be made.
-        """
-        one = self._entries[index]
-        return RawSample(one.name, self._encode(one.image), one.captions, one.tags, one.label, one.concept)
+        return self._finish(*self._entries[index])
 
 
 def unit_hash(text: str) -> float:
@@ -94,18 +71,3 @@ def unit_hash(text: str) -> float:
 def shuffle_key(name: str) -> tuple[float, str]:
     """Return the sort key that shuffles a split deterministically."""
     return unit_hash(f"order{name}"), name
-
-
-def write_licences(folder: Path, dataset: DataSet, files: Files) -> None:
-    """Write `licences.csv` and what the packages themselves say into `folder`."""
-    rows, texts = dataset.licences(files)
-    versions = {package.name: package.version for package in dataset.packages}
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("style", "package", "version", "title", "author", "author_url", "licence", "licence_url"))
-    for style, package, info in rows:
-        author, licence = info.get("author", {}), info.get("license", {})
-        writer.writerow((style, package, versions[package], info.get("name"), author.get("name"), author.get("url"),
-                         licence.get("spdx") or licence.get("title"), licence.get("url")))
-    for name, data in {**texts, "licences.csv": table.getvalue().encode()}.items():
-        write_atomically(folder / name, data)

@@ -1,21 +1,20 @@
 """Vector drawings: icons in the Iconify JSON format, and their rendering."""
 
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+from aclip.data.sources.base import RawSample
 from aclip.errors import BadSampleError
 
 PIXELS = 128
 """Width and height of a rendered icon."""
 
-_DEFAULT_SIDE = 16.0  # of the format, where a pack states neither width nor height
+_DEFAULTS = {"left": 0.0, "top": 0.0, "width": 16.0, "height": 16.0}  # of the format
 
 
-@dataclass(frozen=True)
-class Icon:
+class Icon(NamedTuple):
     """The inside of an svg element and the rectangle it is drawn in."""
 
     body: str
@@ -28,13 +27,11 @@ class Icon:
 def icon_of(pack: Mapping[str, Any], name: str) -> Icon:
     """Return one icon of a pack: `icons{name:{body, left, top, width, height}}`, and defaults for the last four."""
     icon = pack["icons"][name]
-    left, top = (float(icon.get(key, pack.get(key, 0.0))) for key in ("left", "top"))
-    width, height = (float(icon.get(key, pack.get(key, _DEFAULT_SIDE))) for key in ("width", "height"))
-    return Icon(icon["body"], left, top, width, height)
+    return Icon(icon["body"], *(float(icon.get(key, pack.get(key, value))) for key, value in _DEFAULTS.items()))
 
 
-def render_icon(icon: Icon) -> bytes:
-    """Return a PNG of an icon in the smallest square around its rectangle, transparent where nothing is drawn.
+def draw_icon(sample: RawSample, icon: Icon) -> RawSample:
+    """Return a sample with a PNG of an icon in the smallest square around it, transparent where nothing is drawn.
 
     The same bytes on every call with the same version of the renderer.
 
@@ -49,7 +46,7 @@ def render_icon(icon: Icon) -> bytes:
         width=PIXELS, height=PIXELS)
     if image == _empty():
         raise BadSampleError("nothing is drawn")
-    return image
+    return replace(sample, image=image)
 
 
 @cache
@@ -70,9 +67,3 @@ def render(document: str, *, width: int | None = None, height: int | None = None
         return bytes(svg_to_bytes(svg_string=document, width=width, height=height, skip_system_fonts=True))
     except ValueError as error:
         raise BadSampleError(f"cannot be rendered: {error}") from None
-
-
-def png_size(png: bytes) -> tuple[int, int]:
-    """Return width and height, the start of a PNG's first chunk."""
-    width, height = struct.unpack(">II", png[16:24])
-    return width, height

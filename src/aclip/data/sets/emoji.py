@@ -1,7 +1,6 @@
 """The set `emoji`: 12,720 images of 1,914 concepts in ten drawing styles, with names and keywords.
 
-One concept drawn by many designers makes an honest test: an image in an unseen style, of an unseen concept, or both. A
-tenth of the concepts and three styles are held out, by a stable hash, so that results stay comparable:
+A tenth of the concepts, by a stable hash, and three styles are held out:
 
 | split | concepts | styles | images |
 |---|---|---|---|
@@ -10,10 +9,8 @@ tenth of the concepts and three styles are held out, by a stable hash, so that r
 | val_concept | held out | known | 706 |
 | val_both | held out | held out | 490 |
 
-Which icon shows which concept is decided by `match`. Its second rule follows names, and the packs' renames are
-generous: seven images show a neighbour of their concept (noto-v1: the cricket bat also for the insect, an upwards arrow
-for "UP! button", one blank key for "keycap: #" and for "keycap: *"; emojione: the bat and the arrow; emojione-v1: the
-arrow). They are kept: the counts above define the set.
+Which icon shows which concept is decided by `match`. Its second rule follows names: seven images show a neighbour of
+their concept, such as the cricket bat for the insect. They are kept: the counts above define the set.
 
 A *concept* is a sequence of code points in lower-case hex joined by "-", without the variation selector fe0f, e.g.
 "2764" or "1f468-200d-1f373". Entries of emojibase without a group (bare regional letters) and those of the group of
@@ -26,12 +23,11 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from aclip.data.sets.base import DataSet, Entries, Entry, Files, Licences, unit_hash
-from aclip.data.sets.drawings import Icon, icon_of, render_icon
+from aclip.data.sets.base import DataSet, Entries, Files, unit_hash
+from aclip.data.sets.drawings import Icon, draw_icon, icon_of
 from aclip.data.sets.packages import Package, read_npm
-from aclip.data.sources.base import Source
+from aclip.data.sources.base import RawSample, Source
 
 HELD_OUT_STYLES = ("openmoji", "fluent-emoji-flat", "fluent-emoji")
 HELD_OUT_FRACTION = 0.10
@@ -73,30 +69,23 @@ class Concept:
 
 @dataclass(frozen=True)
 class Pack:
-    """One icon pack.
-
-    Attributes:
-        icons: drawings by name, plain renames included (one drawing may have several names).
-        codes: code points -> name, from `chars.json`; empty where the pack has none.
-        info: title, author, licence.
-    """
+    """Drawings by name, plain renames included, and code points -> name, empty where a pack has no `chars.json`."""
 
     icons: Mapping[str, Icon]
     codes: Mapping[str, str]
-    info: Mapping[str, Any]
 
 
 def open_emoji(files: Files) -> dict[str, Source]:
     """Return the source of each split."""
     concepts = read_concepts(files[LABELS])
-    packs = _read_packs(files)
-    splits: dict[str, list[Entry]] = {split: [] for split in SPLITS}
+    packs = {_style(package): read_pack(path) for package, path in files.items() if package != LABELS}
+    splits: dict[str, list[tuple[RawSample, Icon]]] = {split: [] for split in SPLITS}
     for style, icons in match(packs, concepts).items():
         for code, icon in icons.items():
             label, tags = concepts[code].label, concepts[code].tags
-            entry = Entry(f"{style}-{code}", icon, (label,), tags, label, code)
-            splits[split_of(code, style in HELD_OUT_STYLES)].append(entry)
-    return {split: Entries(f"emoji:{split}", entries, render_icon) for split, entries in splits.items()}
+            sample = RawSample(f"{style}-{code}", b"", (label,), tags, label, code)
+            splits[split_of(code, style in HELD_OUT_STYLES)].append((sample, icon))
+    return {split: Entries(f"emoji:{split}", entries, draw_icon) for split, entries in splits.items()}
 
 
 def split_of(code: str, style_held_out: bool) -> str:
@@ -106,29 +95,18 @@ def split_of(code: str, style_held_out: bool) -> str:
     return "val_vendor" if style_held_out else "train"
 
 
-def licences(files: Files) -> Licences:
-    """Return a row for each style, and what the packages say."""
-    texts = {f"{_style(package)}/{name}": data
-             for package, path in files.items() for name, data in read_npm(path, _LICENCE_FILES)}
-    rows = [(_style(package), package, json.loads(texts.get(f"{_style(package)}/info.json", b"{}")))
-            for package in files if package != LABELS]
-    return [*rows, ("labels", LABELS, {"license": {"spdx": "MIT"}})], texts
+def licences(files: Files) -> dict[str, bytes]:
+    """Return what the packages say, in a folder for each style."""
+    return {f"{_style(package)}/{name}": data
+            for package, path in files.items() for name, data in read_npm(path, _LICENCE_FILES)}
 
 
 def _style(package: str) -> str:
     return "labels" if package == LABELS else package.rpartition("/")[2]
 
 
-def _read_packs(files: Files) -> dict[str, Pack]:
-    return {_style(package): read_pack(path) for package, path in files.items() if package != LABELS}
-
-
 def concept_code(hexcode: str) -> str:
-    """Return code points in the spelling of a concept.
-
-    >>> concept_code("2764-FE0F-200D-1F525")
-    '2764-200d-1f525'
-    """
+    """Return code points in the spelling of a concept: "2764-FE0F-200D-1F525" becomes "2764-200d-1f525"."""
     return "-".join(point for point in hexcode.lower().split("-") if point != "fe0f")
 
 
@@ -141,27 +119,20 @@ def read_concepts(path: Path) -> dict[str, Concept]:
 
 
 def read_pack(path: Path) -> Pack:
-    """Read an Iconify package.
-
-    Of the aliases only plain renames are taken: one that also turns or mirrors its parent is another image, and often
-    another concept (a hand pointing left is no hand pointing right).
-    """
-    members = {name: json.loads(data) for name, data in read_npm(path, ["icons.json", "chars.json", "info.json"])}
+    """Read an Iconify package; of the aliases only plain renames: one that also mirrors its parent is another image."""
+    members = {name: json.loads(data) for name, data in read_npm(path, ["icons.json", "chars.json"])}
     pack = members["icons.json"]
     icons = {name: icon_of(pack, name) for name in pack["icons"]}
     for name, alias in pack.get("aliases", {}).items():
         if set(alias) == {"parent"} and alias["parent"] in pack["icons"]:
             icons.setdefault(name, icons[alias["parent"]])
-    return Pack(icons, members.get("chars.json", {}), members.get("info.json", {}))
+    return Pack(icons, members.get("chars.json", {}))
 
 
 def letters(text: str) -> str:
     """Return a label or an icon's name reduced to its letters and digits, without accents.
 
     Packs spell names with dashes, without, and with other apostrophes; reduced they agree.
-
-    >>> letters("twelve o’clock"), letters("oclock-twelve"), letters("piñata")
-    ('twelveoclock', 'oclocktwelve', 'pinata')
     """
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]", "", plain.lower())
@@ -176,10 +147,6 @@ def match(packs: Mapping[str, Pack], concepts: Mapping[str, Concept]) -> dict[st
        names (`letters`).
     3. A concept still without an icon takes the one whose name has the concept's code in the `chars.json` of another
        pack, in the order of `packs`.
-
-    Args:
-        packs: by style.
-        concepts: by code.
 
     Returns:
         For each style the icon of each concept it has, in the order of `concepts`.

@@ -1,7 +1,6 @@
 """The set `icons`: 130,375 images of 54,793 short captions in 192 families of icons.
 
-Mostly black glyphs on nothing, named by their designers in one to three words ("bell off", "monkey wrench"): many more
-words and many more styles than emoji, each image much simpler.
+Mostly black glyphs on nothing, named by their designers in one to three words ("bell off", "monkey wrench").
 
 Of the collection @iconify/json these families are left out: emoji (they are the set `emoji`), logos (names, not
 things), families that a newer release has replaced, and those whose licence forbids commercial use. The caption of an
@@ -15,9 +14,8 @@ characters; in each family it belongs to the icon with the shortest name.
 | val_vendor | 2,929 of those | 6 held out | 3,785 |
 | val_both | 4,748 others | the same 6 | 4,768 |
 
-The splits are named as those of `emoji`, a family being the vendor. Families copy each other now and then: five
-drawings of the families held out are, line by line, also in `train`. Animated icons show their still image; the 13
-that begin with nothing are left out.
+The splits are named as those of `emoji`, a family being the vendor. Five drawings of the families held out are also in
+`train`. Animated icons show their still image; the 13 that begin with nothing are left out.
 """
 
 import json
@@ -26,10 +24,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aclip.data.sets.base import DataSet, Entries, Entry, Files, Licences
-from aclip.data.sets.drawings import icon_of, render_icon
+from aclip.data.sets.base import DataSet, Entries, Files
+from aclip.data.sets.drawings import Icon, draw_icon, icon_of
 from aclip.data.sets.packages import Package, read_npm
-from aclip.data.sources.base import Source
+from aclip.data.sources.base import RawSample, Source
 
 HELD_OUT = ("ph", "iconoir", "solar", "game-icons", "healthicons", "meteocons")
 """Families that are never trained on."""
@@ -46,33 +44,31 @@ PACKAGE = Package(
 _LEFT_OUT = frozenset({"Emoji", "Logos"})
 _VARIANT = re.compile(rf"-(?:{'|'.join(VARIANTS)}|\d+(?:px)?)$")
 _CAPTION = re.compile(r"(?=.{3})[a-z]+(?: [a-z]+){0,2}")
-_LICENCE_FILES = ("package.json", "readme.md", "lib/license.txt")
+_LICENCE_FILES = ("collections.json", "package.json", "readme.md", "lib/license.txt")
 
 
 def open_icons(files: Files) -> dict[str, Source]:
     """Return the source of each split."""
-    splits: dict[str, list[Entry]] = {"train": [], "val_vendor": [], "val_both": []}
-    held_out: list[Entry] = []
+    splits: dict[str, list[tuple[RawSample, Icon]]] = {"train": [], "val_vendor": [], "val_both": []}
+    held_out: list[tuple[RawSample, Icon]] = []
     path = files[PACKAGE.name]
-    for family, entry in _entries(path, families(path)):
-        (held_out if family in HELD_OUT else splits["train"]).append(entry)
-    known = {entry.label for entry in splits["train"]}
-    for entry in held_out:
-        splits["val_vendor" if entry.label in known else "val_both"].append(entry)
-    return {split: Entries(f"icons:{split}", entries, render_icon) for split, entries in splits.items()}
+    for family, sample, icon in _entries(path, families(path)):
+        (held_out if family in HELD_OUT else splits["train"]).append((sample, icon))
+    known = {sample.label for sample, _ in splits["train"]}
+    for sample, icon in held_out:
+        splits["val_vendor" if sample.label in known else "val_both"].append((sample, icon))
+    return {split: Entries(f"icons:{split}", entries, draw_icon) for split, entries in splits.items()}
 
 
-def licences(files: Files) -> Licences:
-    """Return a row for each family, and what the package says."""
-    path = files[PACKAGE.name]
-    rows = [(family, PACKAGE.name, info) for family, info in sorted(families(path).items())]
-    return rows, {f"package/{name}": data for name, data in read_npm(path, _LICENCE_FILES)}
+def licences(files: Files) -> dict[str, bytes]:
+    """Return what the package says, `collections.json` of each family."""
+    return dict(read_npm(files[PACKAGE.name], _LICENCE_FILES))
 
 
-def families(path: Path) -> dict[str, Mapping[str, Any]]:
-    """Return what the collection says of the families that are used, by family."""
-    (content,) = (data for _, data in read_npm(path, ["collections.json"]))
-    return {family: info for family, info in json.loads(content).items() if is_used(info)}
+def families(path: Path) -> list[str]:
+    """Return the families of the collection that are used."""
+    ((_, content),) = read_npm(path, ["collections.json"])
+    return [family for family, info in json.loads(content).items() if is_used(info)]
 
 
 def is_used(info: Mapping[str, Any]) -> bool:
@@ -81,13 +77,13 @@ def is_used(info: Mapping[str, Any]) -> bool:
     return info.get("category") not in _LEFT_OUT and not info.get("hidden") and "-NC" not in licence
 
 
-def _entries(path: Path, used: Collection[str]) -> Iterator[tuple[str, Entry]]:
-    """Yield family and entry of every icon; the file of one family is in memory at a time."""
+def _entries(path: Path, used: Collection[str]) -> Iterator[tuple[str, RawSample, Icon]]:
+    """Yield family, sample and drawing of every icon; the file of one family is in memory at a time."""
     for member, content in read_npm(path, [f"json/{family}.json" for family in used]):
         family, pack = Path(member).stem, json.loads(content)
         for caption, name in _captioned(pack).items():
-            entry_name = f"{family}--{caption.replace(' ', '-')}"
-            yield family, Entry(entry_name, icon_of(pack, name), (caption,), label=caption)
+            sample = RawSample(f"{family}--{caption.replace(' ', '-')}", b"", (caption,), label=caption)
+            yield family, sample, icon_of(pack, name)
 
 
 def _captioned(pack: Mapping[str, Any]) -> dict[str, str]:
@@ -105,22 +101,14 @@ def caption_of(name: str, prefixes: Collection[str] = (), suffixes: Collection[s
     """Return the caption of an icon, or None if its name makes none.
 
     Args:
-        name: of the icon.
-        prefixes: what its family puts before a name for a variant, without the dash.
-        suffixes: what it puts behind.
-
-    >>> caption_of("baseline-bell-off-outline-24px", prefixes=["baseline"]), caption_of("file-type-c2")
-    ('bell off', None)
+        name: of the icon: "baseline-bell-off-outline-24px" becomes "bell off", "file-type-c2" None.
+        prefixes, suffixes: what its family puts before and behind a name for a variant, without the dash.
     """
-    # The longest first: "bold-duotone" is one variant, not a thing called bold.
-    for prefix in sorted(filter(None, prefixes), key=len, reverse=True):
-        if name.startswith(f"{prefix}-"):
-            name = name.removeprefix(f"{prefix}-")
-            break
-    for suffix in sorted(filter(None, suffixes), key=len, reverse=True):
-        if name.endswith(f"-{suffix}"):
-            name = name.removesuffix(f"-{suffix}")
-            break
+    # The longest: "bold-duotone" is one variant, not a thing called bold.
+    before = max((f"{one}-" for one in prefixes if one and name.startswith(f"{one}-")), key=len, default="")
+    name = name.removeprefix(before)
+    behind = max((f"-{one}" for one in suffixes if one and name.endswith(f"-{one}")), key=len, default="")
+    name = name.removesuffix(behind)
     while (shorter := _VARIANT.sub("", name)) != name:
         name = shorter
     caption = name.replace("-", " ")

@@ -5,9 +5,10 @@ The client does the talking: `npm` on the PATH, else the one in the PyPI package
 of an archive are read into memory: nothing of a package is installed, run, or written under a name of its choosing.
 """
 
+import functools
 import hashlib
-import logging
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
 from aclip.data.progress import progress
 from aclip.errors import DataError, MissingDependencyError
@@ -26,25 +27,15 @@ TIMEOUT = 300.0
 # One retry instead of two: with npm's own back-off a missing network is reported after 10 seconds, not 70.
 _NPM_OPTIONS = ("--ignore-scripts", "--loglevel=error", "--logs-max=0", "--no-update-notifier", "--fetch-retries=1")
 
-# Starts of lines in npm's error messages that name a symptom, not the cause.
-_NPM_NOISE = ("code ", "syscall ", "errno ", "path ", "npm warn", "(")
+# A line of npm's or apt's errors; those that name a symptom are left out.
+_ERROR = re.compile(r"^(?:npm (?:error|ERR!)|E:) (?:network )?(?!code |syscall |errno |path )(\S+ .*)", re.MULTILINE)
 
-_log = logging.getLogger(__name__)
-
-_Done = subprocess.CompletedProcess[str]
+_Client = Callable[..., "subprocess.CompletedProcess[str]"]  # called as subprocess.run
 
 
 @dataclass(frozen=True)
 class Package:
-    """One version of one package, pinned.
-
-    Attributes:
-        name: as in the registry, e.g. "@iconify-json/noto".
-        version: exact, never a range.
-        sha256: of the package's file, 64 hex digits.
-        size: of the file in bytes, for the progress bar.
-        client: what downloads it.
-    """
+    """One version of one package, pinned by the SHA-256 of its file; the size in bytes serves the progress bar."""
 
     name: str
     version: str
@@ -66,14 +57,7 @@ class Package:
 
 
 def download(packages: Sequence[Package], folder: Path) -> dict[str, Path]:
-    """Download packages, except those that are in `folder` already.
-
-    Args:
-        packages: what is needed.
-        folder: created if missing; a file appears in it whole or not at all.
-
-    Returns:
-        The file of each package by the package's name.
+    """Download packages into a folder, except those that it has, and return the file of each by the package's name.
 
     Raises:
         MissingDependencyError: the client of a package is not installed.
@@ -81,21 +65,12 @@ def download(packages: Sequence[Package], folder: Path) -> dict[str, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {package.name: folder / package.filename for package in packages}
-    missing = [package for package in packages if not _is_intact(paths[package.name], package)]
+    missing = [one for one in packages if not paths[one.name].is_file() or file_sha256(paths[one.name]) != one.sha256]
     with progress("downloading", sum(package.size for package in missing), "bytes") as advance:
         for package in missing:
             _download(package, paths[package.name])
             advance(package.size)
     return paths
-
-
-def _is_intact(path: Path, package: Package) -> bool:
-    if not path.is_file():
-        return False
-    if file_sha256(path) == package.sha256:
-        return True
-    _log.warning("%s is damaged: downloading it again", path)
-    return False
 
 
 def file_sha256(path: Path) -> str:
@@ -118,8 +93,8 @@ def _download(package: Package, path: Path) -> None:
             raise DataError(f"{package.client} could not be started to download {package.spec}: {error}") from None
         files = list(Path(folder).glob(f"*{path.suffix}"))
         if done.returncode != 0 or len(files) != 1:
-            cause = _apt_cause(done.stderr) if package.client == "apt" else _npm_cause(done.stderr)
-            raise DataError(f"{package.client} could not download {package.spec}: {cause}")
+            advice = " (`apt-get update` refreshes its list of packages)" if package.client == "apt" else ""
+            raise DataError(f"{package.client} could not download {package.spec}: {_cause(done.stderr)}{advice}")
         found = file_sha256(files[0])
         if found != package.sha256:
             raise DataError(f"{package.spec} has sha256 {found} where {package.sha256} was expected: the download was "
@@ -127,7 +102,7 @@ def _download(package: Package, path: Path) -> None:
         os.replace(files[0], path)
 
 
-def _npm(package: Package) -> tuple[Callable[..., _Done], list[str]]:
+def _npm(package: Package) -> tuple[_Client, list[str]]:
     arguments = ["pack", package.spec, *_NPM_OPTIONS]
     executable = shutil.which("npm")
     if executable is not None:
@@ -137,14 +112,11 @@ def _npm(package: Package) -> tuple[Callable[..., _Done], list[str]]:
     except ImportError:
         raise MissingDependencyError(
             "no npm on the PATH and none from PyPI: pip install 'attentive-clip[demo]' brings one") from None
-
-    def run(arguments: list[str], **options: Any) -> _Done:
-        return cast(_Done, npm(arguments, return_completed_process=True, **options))
-
+    run: Any = functools.partial(npm, return_completed_process=True)
     return run, arguments
 
 
-def _apt(package: Package) -> tuple[Callable[..., _Done], list[str]]:
+def _apt(package: Package) -> tuple[_Client, list[str]]:
     executable = shutil.which("apt-get")
     if executable is None:
         raise MissingDependencyError(
@@ -153,29 +125,16 @@ def _apt(package: Package) -> tuple[Callable[..., _Done], list[str]]:
     return subprocess.run, [executable, "download", "--quiet", package.spec]
 
 
-def _npm_cause(stderr: str) -> str:
-    """Return the first line of npm's errors that is a sentence."""
-    for line in stderr.splitlines():
-        text = line.removeprefix("npm error").removeprefix("npm ERR!").strip().removeprefix("network ")
-        if " " in text and not text.startswith(_NPM_NOISE):
-            return text
-    return "it gave no reason"
-
-
-def _apt_cause(stderr: str) -> str:
-    """Return the first of apt's errors, else its first line, and what may help."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    errors = [line.removeprefix("E: ") for line in lines if line.startswith("E: ")]
-    cause = (errors or lines or ["it gave no reason"])[0].rstrip(".")
-    return f"{cause} (`apt-get update` refreshes its list of packages)"
+def _cause(stderr: str) -> str:
+    """Return the first line of a client's errors that is a sentence."""
+    cause = _ERROR.search(stderr)
+    return cause[1] if cause else "it gave no reason"
 
 
 def read_npm(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of those `names` that an npm package has, in the package's order.
 
-    Args:
-        path: the tarball, whose members lie below `package/`.
-        names: paths below `package/`.
+    Names are paths below `package/`, where all members of the tarball lie.
 
     Raises:
         DataError: not a tarball, or a truncated one.
@@ -196,7 +155,7 @@ def read_debian(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """Return the files of a Debian package for which `wanted(path)` is true, by path and in the package's order.
 
     Raises:
-        DataError: not a Debian package, truncated, or with a compression that this Python does not know.
+        DataError: not a Debian package, truncated, or of an unknown compression.
     """
     try:
         with path.open("rb") as package:

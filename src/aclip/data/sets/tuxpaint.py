@@ -6,18 +6,16 @@ and never rescaled (19 to 2,348 pixels a side, half of them below 200); decoded 
 white. Stamps that come as a vector drawing alone are rendered at 256 pixels; 16 of those state no size that the
 renderer understands and are left out.
 
-The package does not say which stamps are photos. A stamp has the label `photo` by a rule of ours: there is no vector
-drawing of it, it lies neither below `symbols` nor in a folder `cartoon`, and its opaque pixels, 1,000 or more, have
-at least half as many distinct colours. By that rule 259 stamps are photos. Seen by eye, fewer than ten of these are
-drawings, and about a hundred photos are missed: small, smooth or stored with few colours, and the coins, which lie
-below `symbols`. The others have the label `drawing`.
+A stamp has the label `photo` if there is no vector drawing of it, it lies neither below `symbols` nor in a folder
+`cartoon`, and its opaque pixels, 1,000 or more, have at least half as many distinct colours: 259 stamps, of which fewer
+than ten are drawings by eye; about a hundred photos are missed. The others have the label `drawing`.
 
 There is one split, `all`: the set is for evaluation.
 """
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -25,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from aclip.data.sets.base import DataSet, Entries, Entry, Files, Licences
-from aclip.data.sets.drawings import png_size, render
+from aclip.data.sets.base import DataSet, Entries, Files
+from aclip.data.sets.drawings import render
 from aclip.data.sets.packages import Package, read_debian
 from aclip.data.sources.base import RawSample, Source
 from aclip.errors import BadSampleError
@@ -39,7 +37,6 @@ PACKAGE = Package(
     "tuxpaint-stamps-default", "2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
     160_880_444, client="apt")
 
-_LICENCE = "GPL-2.0-or-later"
 _STAMPS = PurePosixPath("usr/share/tuxpaint/stamps")
 _COPYRIGHT = "usr/share/doc/tuxpaint-stamps-default/copyright"
 _EMBEDDED = re.compile(r"<image\b[^>]*?(/>|>.*?</image>)", re.DOTALL)
@@ -52,42 +49,28 @@ class Stamp(NamedTuple):
     png: bytes | None
     svg: bytes | None
 
-    def image(self) -> Image.Image:
-        """Return its RGBA image.
 
-        Raises:
-            BadSampleError: its vector drawing cannot be rendered.
-        """
-        data = self.png
-        if data is None:
-            assert self.svg is not None
-            document = _EMBEDDED.sub("", self.svg.decode("utf-8", errors="replace"))  # one drawing has bitmaps in it
-            data = render(document, width=DRAWING_PIXELS)
-            if png_size(data)[1] > DRAWING_PIXELS:
-                data = render(document, height=DRAWING_PIXELS)
-        try:
-            return Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadSampleError(f"damaged PNG: {error}") from None
+def _finish(sample: RawSample, stamp: Stamp) -> RawSample:
+    """Return a sample with a PNG of its stamp, centred in a transparent square, and the label its pixels decide."""
+    try:
+        file = stamp.png if stamp.png is not None else _render(stamp.svg or b"")
+        image = Image.open(io.BytesIO(file), formats=["PNG"]).convert("RGBA")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadSampleError(f"damaged PNG: {error}") from None
+    square = Image.new("RGBA", (max(image.size),) * 2, (255, 255, 255, 0))
+    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+    png = io.BytesIO()
+    square.save(png, "PNG")
+    drawn = stamp.svg is not None or stamp.path.parts[0] == "symbols" or "cartoon" in stamp.path.parts
+    return replace(sample, image=png.getvalue(), label="drawing" if drawn or not _is_colourful(image) else "photo")
 
 
-class Stamps(Entries):
-    """Stamps as square PNGs, with the label that their pixels decide."""
-
-    def __init__(self, spec: str, entries: Iterable[Entry]) -> None:
-        """Keep `entries`, whose images are `Stamp`."""
-        super().__init__(spec, entries, _square_png)
-
-    def read(self, index: int) -> RawSample:
-        """Return a stamp.
-
-        Raises:
-            BadSampleError: its vector drawing cannot be rendered.
-        """
-        stamp: Stamp = self._entries[index].image
-        drawn = stamp.svg is not None or stamp.path.parts[0] == "symbols" or "cartoon" in stamp.path.parts
-        label = "drawing" if drawn or not _is_colourful(stamp.image()) else "photo"
-        return replace(super().read(index), label=label)
+def _render(svg: bytes) -> bytes:
+    """Return a PNG whose longer side has `DRAWING_PIXELS`."""
+    document = _EMBEDDED.sub("", svg.decode("utf-8", errors="replace"))  # one drawing has bitmaps in it
+    png = render(document, width=DRAWING_PIXELS)
+    too_high = int.from_bytes(png[20:24], "big") > DRAWING_PIXELS  # the height in a PNG's first chunk
+    return render(document, height=DRAWING_PIXELS) if too_high else png
 
 
 def _is_colourful(image: Image.Image) -> bool:
@@ -98,23 +81,12 @@ def _is_colourful(image: Image.Image) -> bool:
     return len(opaque) >= PHOTO_PIXELS and colours >= PHOTO_COLOURS * len(opaque)
 
 
-def _square_png(stamp: Stamp) -> bytes:
-    """Return a PNG of the stamp, centred in the smallest square, which is transparent around it."""
-    image = stamp.image()
-    side = max(image.size)
-    square = Image.new("RGBA", (side, side), (255, 255, 255, 0))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    png = io.BytesIO()
-    square.save(png, "PNG")
-    return png.getvalue()
-
-
 def open_tuxpaint(files: Files) -> dict[str, Source]:
     """Return the source of the split `all`."""
-    return {"all": Stamps("tuxpaint:all", read_stamps(files[PACKAGE.name]))}
+    return {"all": Entries("tuxpaint:all", read_stamps(files[PACKAGE.name]), _finish)}
 
 
-def read_stamps(path: Path) -> Iterator[Entry]:
+def read_stamps(path: Path) -> Iterator[tuple[RawSample, Stamp]]:
     """Yield the stamps of a package that have a sentence."""
     files = read_debian(path, lambda name: name.endswith((".png", ".svg", ".txt")) and "/stamps/" in name)
     for file, text in files.items():
@@ -124,19 +96,18 @@ def read_stamps(path: Path) -> Iterator[Entry]:
             place = PurePosixPath(stem).relative_to(_STAMPS)
             # English first, then a line for each translation.
             lines = [line for line in text.decode("utf-8-sig", errors="replace").splitlines() if line.strip()]
-            yield Entry(str(place).replace("/", "--").replace(".", "_"), Stamp(place, png, svg), tuple(lines[:1]))
+            name = str(place).replace("/", "--").replace(".", "_")
+            yield RawSample(name, b"", tuple(lines[:1])), Stamp(place, png, svg)
 
 
-def licences(files: Files) -> Licences:
-    """Return the licence of all stamps, and the package's copyright file."""
-    info = {"name": "Tux Paint stamps", "author": {"name": "Bill Kendrick and others"}, "license": {"spdx": _LICENCE}}
-    copyright_file = read_debian(files[PACKAGE.name], lambda name: name == _COPYRIGHT)[_COPYRIGHT]
-    return [("stamps", PACKAGE.name, info)], {"copyright": copyright_file}
+def licences(files: Files) -> dict[str, bytes]:
+    """Return the package's copyright file."""
+    return {"copyright": read_debian(files[PACKAGE.name], lambda name: name == _COPYRIGHT)[_COPYRIGHT]}
 
 
 TUXPAINT = DataSet(
     "tuxpaint",
     "934 stamps with sentences and object masks (alpha), 259 of them photos; 161 MB to download, with apt",
-    _LICENCE,
+    "GPL-2.0-or-later",
     (PACKAGE,), open_tuxpaint, licences, drawn=True,
 )
