@@ -160,7 +160,6 @@ def text_errors(codec: str) -> str:
 
 
 def _marked(data: bytes) -> str | None:
-    """Return the codec that a byte order mark names."""
     for mark, codec in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
                         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
         if data.startswith(mark):

@@ -216,13 +216,11 @@ def reads_heic() -> bool:
 
 
 def _formats(data: bytes) -> list[str]:
-    """Return the formats to try: HEIC's reader is looked for where a file may need it."""
     is_heic = data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis")
     return [*FORMATS, "HEIF"] if is_heic and reads_heic() else list(FORMATS)
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header."""
     formats = _formats(data)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)

@@ -68,6 +68,21 @@ class Spec:
         value = self.options.get(name)
         return default if value is None else unquote(value)
 
+    def one_of(self, name: str, known: Sequence[str]) -> str:
+        """Return an option's value, the first of `known` without the option.
+
+        Raises:
+            ConfigError: a value that is not known.
+        """
+        value = self.get(name, known[0])
+        if value not in known:
+            raise ConfigError(f"'{self.text}': {unknown_name(f'value of {name!r}', value, known)}")
+        return value
+
+    def without(self, name: str) -> "Spec":
+        """Return the specification without an option."""
+        return replace(self, options={one: value for one, value in self.options.items() if one != name})
+
     def folder(self, name: str) -> Path | None:
         """Return the folder that an option names, or None without the option.
 
@@ -139,7 +154,6 @@ def _part(match: re.Match[str]) -> tuple[int, int | None]:
 
 
 def _within(whole: tuple[int, int | None], part: tuple[int, int | None] | None) -> tuple[int, int | None]:
-    """Return a part of a part, both counted from the start of the source."""
     if part is None:
         return whole
     first, last = whole[0] + part[0], None if part[1] is None else whole[0] + part[1]

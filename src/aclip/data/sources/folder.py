@@ -21,8 +21,7 @@ CLASS_TEMPLATES = ("a photo of a {}.",)
 """Captions of class folders, unless others are given."""
 
 LIST_ENDINGS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token", ".lst", ".list",
-                ".data",
-                ".gz")  # fmt: skip
+                ".data", ".gz")  # fmt: skip
 """Endings of files that may list the images of a folder."""
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "restval")
@@ -36,27 +35,16 @@ _SAMPLED_TEXTS, _JUDGED = 200, 20
 
 @dataclass
 class Listing:
-    """What lies in a folder and below, paths relative to it.
-
-    Attributes:
-        folder: the folder.
-        images: paths of images.
-        texts: path without ending -> the file of captions.
-        described: path without ending -> the `.json` file.
-        unread: ending -> images of kinds that cannot be read here.
-        links: linked folders left out because they are read where they lie.
-        maps: masks, depth maps and the like beside the images that they belong to, left out.
-        notes: sentences on files that were taken for no captions.
-    """
+    """What lies in a folder and below, paths relative to it."""
 
     folder: Path
     images: list[str] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)
-    described: dict[str, str] = field(default_factory=dict)
-    unread: Counter[str] = field(default_factory=Counter)
-    links: int = 0
-    maps: int = 0
-    notes: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)  # path without ending -> the file of captions
+    described: dict[str, str] = field(default_factory=dict)  # path without ending -> the `.json` file
+    unread: Counter[str] = field(default_factory=Counter)  # ending -> images of kinds that cannot be read here
+    links: int = 0  # folders left out because they are read where they lie
+    maps: int = 0  # masks, depth maps and the like beside the images that they belong to, left out
+    notes: list[str] = field(default_factory=list)  # on files that were taken for no captions
 
     @property
     def top(self) -> list[str]:
@@ -65,12 +53,8 @@ class Listing:
 
     def captions_of(self, image: str) -> str:
         """Return the path of the caption file of an image: beside it, or in a folder beside its own; "" for none."""
-        stem = _stem(image)
-        for table in (self.described, self.texts):
-            for name in (stem, image):
-                if name in table:
-                    return table[name]
-        return ""
+        found = (table.get(name) for table in (self.described, self.texts) for name in (_stem(image), image))
+        return next(filter(None, found), "")
 
 
 def list_folder(folder: Path) -> Listing:
@@ -164,9 +148,7 @@ class FolderSource(Source):
     """
 
     def __init__(
-        self, listing: Listing, templates: Sequence[str] = (), *, whole_texts: bool = False,
-        encoding: str | None = None,
-        notes: Sequence[str] = (),
+        self, listing: Listing, templates: Sequence[str] = (), *, whole_texts: bool = False, encoding: str | None = None
     ) -> None:
         """Read a folder that was listed.
 
@@ -178,13 +160,12 @@ class FolderSource(Source):
             templates: see above.
             whole_texts: a `.txt` file is one caption, line breaks and all, rather than one a line.
             encoding: of the text files; None finds it out.
-            notes: for the summary.
 
         Raises:
             DataError: no images.
         """
         self.spec = str(listing.folder)
-        self._folder, self._whole, self._notes = listing.folder, whole_texts, [*notes, *listing.notes]
+        self._folder, self._whole, self._notes = listing.folder, whole_texts, list(listing.notes)
         self._unread, self._maps = dict(listing.unread), listing.maps
         if not listing.images:
             raise DataError(f"no images in {listing.folder}: looked there and below for "
@@ -210,34 +191,21 @@ class FolderSource(Source):
         return len(self._images)
 
     def name(self, index: int) -> str:
-        """Return the image's path below the folder."""
         return printable(self._images[index])
 
     def path(self, index: int) -> Path:
-        """Return the image's file."""
         return self._folder / self._images[index]
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return an image's captions: of its caption file, else from its folder's name.
-
-        Raises:
-            BadSampleError: the caption file cannot be read.
-        """
         return self._described(index)[0]
 
     def read(self, index: int) -> RawSample:
-        """Read an image and its captions.
-
-        Raises:
-            BadSampleError: a file that cannot be read.
-        """
         captions, tags, label = self._described(index)
         return RawSample(self.name(index), read_image(self.path(index)), captions, tags,
                          label or self._parent(index) or None)
 
     @property
     def summary(self) -> Summary:
-        """Images found, captioned, and of kinds that cannot be read."""
         captioned = len(self) if self.templates else self._with_text
         left_out = {f"{ending} files: pip install 'attentive-clip[heic]' reads them": count
                     for ending, count in self._unread.items()}
@@ -246,11 +214,9 @@ class FolderSource(Source):
         return Summary(self.spec, found, captioned, len(self) - captioned, left_out, tuple(self._notes))
 
     def digest(self) -> str:
-        """Return a hash of the paths of images and captions."""
         return digest_of(self._images, self._texts, self.templates)
 
     def _described(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-        """Return the captions, tags and label of an image."""
         text = self._texts[index]
         if not text:
             words = " ".join(self._parent(index).replace("_", " ").split())
@@ -268,7 +234,6 @@ class FolderSource(Source):
         return printable(PurePosixPath(self._images[index]).parent.name)
 
     def _look_at_texts(self, files: Sequence[str]) -> str | None:
-        """Return the encoding of text files that are not UTF-8, found out from some of them together."""
         odd, several, last = bytearray(), 0, ""
         some = [file for file in files if file and not file.endswith(".json")]
         for file in some[:: -(-len(some) // _SAMPLED_TEXTS) or 1]:
@@ -283,21 +248,18 @@ class FolderSource(Source):
                 odd, last = odd + data + b"\n", file
         if several and not self._whole:
             self._notes.append(f"{several} of {min(len(some), _SAMPLED_TEXTS)} text files have several lines: each is "
-                               f"a "
-                               "caption of its own ('?captions=whole' makes a file one caption)")
+                               "a caption of its own ('?captions=whole' makes a file one caption)")
         if not odd or odd.startswith((b"\xff\xfe", b"\xfe\xff")):
             return None
         codec = guess_encoding(bytes(odd))
         if codec == "utf-8-sig" or codec is None:
             return None
         self._notes.append(f"{printable(last)} and others are read as {codec} where they are not UTF-8 "
-                           f"('?encoding=NAME' says "
-                           "otherwise)")
+                           "('?encoding=NAME' says otherwise)")
         return codec
 
 
 def _from_json(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-    """Return captions, tags and label of the JSON beside an image, as img2dataset and scrapers write it."""
     try:
         fields = json.loads(decode_text(data))
     except (ValueError, RecursionError) as error:
@@ -311,8 +273,7 @@ def captions_in(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, 
     """Return captions, tags and label of an object that describes one image."""
     plain = flat(fields)
     names = {name.lower().rpartition(".")[2]: name for name in reversed(plain)}
-    ordered = ("captions", *(name for name in CAPTION_COLUMNS if name not in ("captions", "label", "category",
-                                                                              "class")))
+    ordered = ("captions", *(name for name in CAPTION_COLUMNS if name not in ("label", "category", "class")))
     captions = next((said for name in ordered if name in names and (said := texts(plain[names[name]]))), ())
     tags = plain.get(names.get("tags", ""), plain.get(names.get("keywords", "")))
     return captions, split_tags(texts(tags)), label_of(plain.get(names.get("label", "")))

@@ -37,31 +37,19 @@ _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", 
 
 
 class _Way(NamedTuple):
-    """One way from a cell to a file: `root` / `prefix` + the cell's parts after `drop` + `ending`.
+    """One way from a cell to a file: `root` / `prefix` + the cell's parts after `drop` + `ending`."""
 
-    Attributes:
-        root: the folder; "" for paths that are absolute.
-        drop: leading parts of the cell's path that are left out; -1 takes the cell exactly as it is written.
-        ending: put behind the name; in place of its own with `swap`.
-        swap: see `ending`.
-        prefix, digits: before a number, and its width with leading zeros.
-        form: Unicode normalisation of the file names, or "".
-        decoded: whether %XX are decoded.
-        uploaded: whether Label Studio's prefix is left out.
-    """
-
-    root: str
-    drop: int = -1
-    ending: str = ""
+    root: str  # "" for paths that are absolute
+    drop: int = -1  # leading parts of the cell's path that are left out; -1 takes the cell exactly as it is written
+    ending: str = ""  # put behind the name; in place of its own with `swap`
     swap: bool = False
-    prefix: str = ""
-    digits: int = 0
-    form: str = ""
-    decoded: bool = False
-    uploaded: bool = False
+    prefix: str = ""  # before a number, and
+    digits: int = 0  # its width with leading zeros
+    form: str = ""  # Unicode normalisation of the file names
+    decoded: bool = False  # %XX are decoded
+    uploaded: bool = False  # Label Studio's prefix is left out
 
     def path(self, cell: str) -> str:
-        """Return where the image of a cell would lie."""
         if self.drop < 0:
             return os.path.join(self.root, cell)
         *folders, name = _parts(cell)[self.drop :] or [""]
@@ -100,13 +88,10 @@ class ImageFiles:
 
     def find(self, cell: str) -> Path | None:
         """Return the file of a cell, or None if there is none."""
-        try:
-            for way in self._ways:
-                path = way.path(cell)
-                if os.path.isfile(path):
-                    return Path(path)
-        except ValueError:  # a null byte
-            return None
+        for way in self._ways:
+            path = way.path(cell)
+            if os.path.isfile(path):
+                return Path(path)
         if self._by_name is not None:
             name = _parts(cell)[-1]
             keys = (name, name.rpartition(".")[0], name.lstrip("0") if name.isdecimal() else name)
@@ -121,11 +106,11 @@ class ImageFiles:
         """
         used: Counter[_Way] = Counter()
         lost: list[str] = []
-        as_written = any(_is_file(self._ways[0].path(cell)) for cell in cells)
+        as_written = any(os.path.isfile(self._ways[0].path(cell)) for cell in cells)
         for cell in cells:
-            way = next((way for way in self._ways if _is_file(way.path(cell))), None)
+            way = next((way for way in self._ways if os.path.isfile(way.path(cell))), None)
             if way is None and len(lost) < 20:
-                way = next(self._possible(cell, elsewhere=not as_written), None)
+                way = self._way_to(cell, elsewhere=not as_written)
             if way is None:
                 lost.append(cell)
                 continue
@@ -151,56 +136,22 @@ class ImageFiles:
         """Drop what a search of all folders found, and take cells as paths from now on."""
         self._by_name = None
 
-    def _possible(self, cell: str, elsewhere: bool = True) -> Iterator[_Way]:
-        """Yield the ways that find a cell's file, the plainest first; in other folders only if `elsewhere`."""
+    def _way_to(self, cell: str, elsewhere: bool) -> _Way | None:
+        """Return the plainest way that finds a cell's file, in other folders only if `elsewhere`; None for no way."""
         parts = _parts(cell)
-        if not parts:
-            return
-        if _is_file("/".join(parts)) and (cell.startswith("file:") or os.path.isabs(cell)):
-            yield _Way("", 0)
+        if os.path.isfile("/".join(parts)) and (cell.startswith("file:") or os.path.isabs(cell)):
+            return _Way("", 0)
         roots = list(self._roots()) if elsewhere else [str(self.folder)]
-        drops = range(len(parts)) if elsewhere else range(1)
-        for drop in drops:
-            for root in roots:
+        for rename in (_same_name, _like_name):
+            for drop in range(len(parts) if elsewhere else 1):
                 *folders, name = parts[drop:]
-                names = self._names(os.path.join(root, *folders))
-                if names:
-                    yield from self._same_name(root, drop, name, names)
-        for drop in drops:
-            for root in roots:
-                *folders, name = parts[drop:]
-                names = self._names(os.path.join(root, *folders))
-                if names:
-                    yield from self._like_name(root, drop, name, names)
-
-    def _same_name(self, root: str, drop: int, name: str, names: dict[str, str]) -> Iterator[_Way]:
-        if name in names.values():
-            yield _Way(root, drop)
-        if unquote(name) != name and unquote(name) in names.values():
-            yield _Way(root, drop, decoded=True)
-        for form in ("NFC", "NFD"):
-            other = unicodedata.normalize(form, name)
-            if other != name and other in names.values():
-                yield _Way(root, drop, form=form)
-
-    def _like_name(self, root: str, drop: int, name: str, names: dict[str, str]) -> Iterator[_Way]:
-        """Yield ways to a file whose name has another ending, zeros and a prefix before a number, or lost a prefix."""
-        if name in names:
-            yield _Way(root, drop, ending=names[name][len(name) :])
-        stem, _, ending = name.rpartition(".")
-        if ending.lower() in ENDINGS and stem in names:
-            yield _Way(root, drop, ending=names[stem][len(stem) :], swap=True)
-        if _UPLOADED.sub("", name) in names.values():
-            yield _Way(root, drop, uploaded=True)
-        if name.isdecimal():
-            number = re.compile(rf"(.*?[^\d])?(0*{int(name)})")
-            for other, file in names.items():
-                if match := number.fullmatch(other):
-                    yield _Way(root, drop, ending=file[len(other) :], prefix=match[1] or "", digits=len(match[2]))
-                    return
+                for root in roots:
+                    names = self._names(os.path.join(root, *folders))
+                    if names and (way := rename(_Way(root, drop), name, names)):
+                        return way
+        return None
 
     def _roots(self) -> Iterator[str]:
-        """Yield folders in which images are sought."""
         yield str(self.folder)
         yield from _folders_in(self.folder, self._hints)
         if self._around:
@@ -209,7 +160,6 @@ class ImageFiles:
             yield from _folders_in(above, self._hints)
 
     def _names(self, folder: str) -> dict[str, str]:
-        """Return the images of a folder, stem -> name."""
         if folder not in self._listings:
             names: dict[str, str] = {}
             try:
@@ -251,6 +201,33 @@ class ImageFiles:
         return "images " + ", ".join(said) if said else ""
 
 
+def _same_name(way: _Way, name: str, names: dict[str, str]) -> _Way | None:
+    files = names.values()
+    if name in files:
+        return way
+    if unquote(name) in files:
+        return way._replace(decoded=True)
+    forms = (form for form in ("NFC", "NFD") if unicodedata.normalize(form, name) in files)  # type: ignore[arg-type]
+    return next((way._replace(form=form) for form in forms), None)
+
+
+def _like_name(way: _Way, name: str, names: dict[str, str]) -> _Way | None:
+    """Return the way to a file whose name has another ending, zeros and a prefix before a number, or lost a prefix."""
+    if name in names:
+        return way._replace(ending=names[name][len(name) :])
+    stem, _, ending = name.rpartition(".")
+    if ending.lower() in ENDINGS and stem in names:
+        return way._replace(ending=names[stem][len(stem) :], swap=True)
+    if _UPLOADED.sub("", name) in names.values():
+        return way._replace(uploaded=True)
+    if name.isdecimal():
+        number = re.compile(rf"(.*?[^\d])?(0*{int(name)})")
+        for other, file in names.items():
+            if match := number.fullmatch(other):
+                return way._replace(ending=file[len(other) :], prefix=match[1] or "", digits=len(match[2]))
+    return None
+
+
 def _holds(folder: str, path: str) -> bool:
     return path in ("", folder) or path.startswith(folder.rstrip(os.sep) + os.sep)
 
@@ -279,13 +256,6 @@ def _folders_in(folder: Path, hints: Sequence[str]) -> list[str]:
     names = {path: os.path.basename(path).lower() for path in found}
     return sorted(found, key=lambda path: (first.index(names[path]) if names[path] in first else len(first), path))[
         :_LOOKED_INTO]
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return os.path.isfile(path)
-    except ValueError:
-        return False
 
 
 def is_address(cell: str) -> bool:

@@ -94,33 +94,21 @@ class ListSource(Source):
         return len(self._images)
 
     def name(self, index: int) -> str:
-        """Return the number of the image's first row, counted from 1, and its path."""
         number = index if self._numbers is None else int(self._numbers[index])
         image = self._images[index]
         short = "" if image.startswith(_PLACE) else image[:40] if looks_embedded(image) else image
         return printable(f"row {number + 1}: {short}" if short else f"row {number + 1}")
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a row, of all rows of its image.
-
-        Raises:
-            BadSampleError: a row that cannot be used.
-        """
         if index in self._problems:
             raise BadSampleError(self._problems[index])
         return tuple(self._captions[index].split(_BETWEEN))
 
     def path(self, index: int) -> Path | None:
-        """Return the image's file, or None if it is not there or lies in the list itself."""
         image = self._images[index]
         return None if index in self._problems or not image or image.startswith(_PLACE) else self._files.find(image)
 
     def read(self, index: int) -> RawSample:
-        """Read a row's image.
-
-        Raises:
-            BadSampleError: a row that cannot be used, or an image that cannot be read.
-        """
         captions = self.captions(index)
         tags = tuple(tag for tag in self._tags[index].split(_BETWEEN) if tag)
         return RawSample(self.name(index), self._image(self._images[index]), captions, tags,
@@ -128,7 +116,6 @@ class ListSource(Source):
 
     @property
     def summary(self) -> Summary:
-        """Images listed, captioned and missing, and how the list is read."""
         unusable = len(self._problems)
         missing, example, looked = self._missing
         left_out = {"rows that cannot be read": unusable}
@@ -143,11 +130,9 @@ class ListSource(Source):
         return Summary(self.spec, len(self), used - min(blank, used), min(blank, used), left_out, tuple(notes))
 
     def digest(self) -> str:
-        """Return a hash of all rows."""
         return digest_of(self._images, self._captions, self._tags, self._labels, sorted(self._problems))
 
     def _suspects(self) -> list[int]:
-        """Return the samples whose captions are so short that they may be blank, without those of bad rows."""
         short = np.flatnonzero(self._captions.sizes() < 16).tolist()
         return [index for index in short if index not in self._problems]
 
@@ -168,7 +153,6 @@ class ListSource(Source):
         return read_image(self._files.folder / image)
 
     def _cut_out(self, image: str) -> bytes:
-        """Return the image that lies in base64 at a place of the list's file."""
         assert self._file is not None
         assert self._columns is not None
         offset, _, size = image[1:].partition(":")
@@ -380,7 +364,6 @@ def _open_stored(spec: Spec, images: ListFile, captions: ListFile) -> ListSource
 
 
 def _spread(count: int, most: int) -> Sequence[int]:
-    """Return at most `most` numbers below `count`, evenly over them."""
     return range(0, count, -(-count // most) or 1)
 
 
@@ -394,7 +377,6 @@ def _identity(number: int, image: str, problem: str, base: str) -> str:
 
 
 def _join(strings: Sequence[str]) -> str:
-    """Pack several strings into one."""
     if len(strings) < 2:
         return _storable(strings[0].replace(_BETWEEN, " ")) if strings else ""
     return _BETWEEN.join(_storable(string.replace(_BETWEEN, " ")) for string in strings)

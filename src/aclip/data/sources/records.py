@@ -189,7 +189,6 @@ class JsonDocument(ListFile):
             raise DataError(f"{self.path} is not JSON: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the document behind when the list goes to a worker."""
         return self.__dict__ | {"_kept": iter(())}
 
 
@@ -355,7 +354,6 @@ def _split_rows(
 
 
 def _quoted(lines: list[str], delimiter: str) -> tuple[list[str], bool]:
-    """Return the fields of a row, and whether its quotes are closed."""
     text = "\n".join(lines) + "\n"
     fields = next(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True), [])
     return fields, not fields or not fields[-1].endswith("\n")
@@ -488,7 +486,6 @@ def flat(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _label_studio(annotations: list[Any]) -> dict[str, Any]:
-    """Return the texts and choices that annotators gave, of Label Studio's export."""
     results = [one.get("value", {}) for note in _objects(annotations) for one in _objects(note.get("result"))]
     values = [value for value in results if isinstance(value, dict)]
     said = [text for value in values for text in texts(value.get("text"))]
@@ -513,7 +510,6 @@ def _has_image(value: dict[str, Any]) -> bool:
 
 
 def _columnar(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
-    """Return the records of pandas' orientations "split", "list" and "dict"."""
     names, data = content.get("columns"), content.get("data")
     if isinstance(names, list) and isinstance(data, list):
         return (dict(zip(map(str, names), row, strict=False)) for row in data if isinstance(row, list))

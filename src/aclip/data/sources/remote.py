@@ -1,19 +1,19 @@
 """Shards behind addresses (`s3://`, `http://`, whatever fsspec knows), read through a bounded cache on the disk."""
 
+import contextlib
 import errno
 import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from aclip.data.progress import progress
-from aclip.data.sources.base import WINDOW, RawSample, Runs, Source, Summary, digest_of
+from aclip.data.sources.base import WINDOW, Delegating, Runs, Summary, digest_of, relative_names
 from aclip.data.sources.shard_index import (
     SIZES,
     UNDERSTOOD,
@@ -23,7 +23,7 @@ from aclip.data.sources.shard_index import (
     cached_path,
     index_shard,
 )
-from aclip.data.sources.shards import ShardSource, check_lost, relative_names
+from aclip.data.sources.shards import Reading, ShardSource, check_lost
 from aclip.data.spec import expand_braces
 from aclip.errors import AclipError, BadSampleError, DataError, MissingDependencyError
 
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-class RemoteShardSource(Source):
+class RemoteShardSource(Delegating):
     """Shards behind addresses; each is downloaded whole when it is first needed, and evicted when the cache is full.
 
     Whole, because training wants nearly all of a shard within a short time (`WINDOW` shards are mixed at a time), and
@@ -59,21 +59,8 @@ class RemoteShardSource(Source):
     without one, every shard is downloaded and counted once, and its index is kept.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        urls: Sequence[str],
-        *,
-        image: str | None = None,
-        caption: str | None = None,
-        captions: Literal["lines", "whole"] = "lines",
-    ) -> None:
-        """Count the samples of the shards `urls`.
-
-        Args:
-            spec: what the user called them.
-            urls: addresses.
-            image, caption, captions: as in `ShardSource`.
+    def __init__(self, spec: str, urls: Sequence[str], reading: Reading = Reading()) -> None:  # noqa: B008 - immutable
+        """Count the samples of the shards at `urls`.
 
         Raises:
             DataError: more shards out of reach or unreadable than `MAX_LOST`, or no sample in any of them.
@@ -82,9 +69,9 @@ class RemoteShardSource(Source):
         self.spec = spec
         urls = list(dict.fromkeys(urls))
         file_system(urls[0])
-        self._reading = ShardSource.reading_of(image, caption, captions)
+        self._reading = reading
         known = _known_sizes(urls)
-        counts = _count([url for url in urls if url not in known], spec, len(urls), self._reading.endings) | known
+        counts = _count([url for url in urls if url not in known], spec, len(urls), reading.endings) | known
         self._urls = [url for url in urls if counts.get(url)]
         if not self._urls:
             raise DataError(f"no samples in {spec}: its {len(urls)} shards hold no image")
@@ -96,34 +83,19 @@ class RemoteShardSource(Source):
         self._lost: dict[str, tuple[float, DataError]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind what this process has opened."""
         return self.__dict__ | {"_opened": {}, "_lost": {}}
 
     def __len__(self) -> int:
         return len(self._runs)
 
     def name(self, index: int) -> str:
-        """Return the shard's name and the number of the sample in it, counted from 1."""
         shard, row = self._runs.place(index)
         return f"{self._names[shard]}: sample {row + 1}"
 
-    def read(self, index: int) -> RawSample:
-        """Read one sample, and download its shard if it is not cached.
-
-        Raises:
-            BadSampleError: a bad sample, or a shard that is out of reach.
-            DataError: too many shards are, see `MAX_LOST`.
-        """
-        source, row = self._place(index)
-        return replace(source.read(row), name=self.name(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a sample, whose shard is downloaded if it is not cached."""
-        source, row = self._place(index)
-        return source.captions(row)
+    def path(self, index: int) -> None:
+        return None
 
     def advice(self) -> list[str]:
-        """Return what to do about large shards."""
         if max(self.groups) <= _LARGE:
             return []
         return [f"{self.spec} has a shard of {max(self.groups):,} pairs, and a shard is used once it has arrived: "
@@ -131,12 +103,10 @@ class RemoteShardSource(Source):
 
     @property
     def summary(self) -> Summary:
-        """How many samples were found; whether they have captions is known when their shards are read."""
         lost = self._lost_at_opening
         return Summary(self.spec, len(self), len(self), notes=(f"{lost} shards left out",) if lost else ())
 
     def digest(self) -> str:
-        """Return a hash of the shards' names and numbers of samples, in order."""
         return digest_of("remote shards", self._names, self.groups)
 
     def _place(self, index: int) -> tuple[ShardSource, int]:
@@ -164,7 +134,7 @@ class RemoteShardSource(Source):
             raise BadSampleError(str(self._lost[url][1]))
         try:
             path, index = fetch_and_index(url, self._reading.endings)
-            return path, ShardSource.of_one(self.spec, path, index, self._reading)
+            return path, ShardSource(self.spec, [path], self._reading, index)
         except DataError as error:
             self._lost[url] = time.monotonic(), error
             check_lost(self.spec, [why for _, why in self._lost.values()], len(self._urls))
@@ -269,14 +239,14 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
 def _may_pass(error: BaseException) -> bool:
     if not isinstance(error, Exception) or isinstance(error, AclipError):
         return False
-    status = _status(_cause(error))
+    status = getattr(_cause(error), "status", 0)
     refused = 400 <= status < 500 and status not in (408, 409, 425, 429)
     return not (refused or _is_missing(error) or _is_local(error))
 
 
 def _is_missing(error: BaseException) -> bool:
     cause = _cause(error)
-    return isinstance(cause, FileNotFoundError | PermissionError) or _status(cause) in (403, 404, 410)
+    return isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "status", 0) in (403, 404, 410)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -288,11 +258,6 @@ def _cause(error: BaseException) -> BaseException:
 
 def _is_local(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-def _status(error: BaseException) -> int:
-    status = getattr(error, "status", 0)
-    return status if isinstance(status, int) else 0
 
 
 def _reason(error: BaseException | None) -> str:
@@ -384,15 +349,6 @@ def fetch_and_index(url: str, endings: Endings = UNDERSTOOD) -> tuple[Path, Shar
 
 
 def _download(url: str, path: Path, endings: Endings) -> None:
-    """Download and index a file, which appears in the cache whole or not at all.
-
-    The index comes first: with a file that is in the cache there is never the index of an earlier version.
-
-    Raises:
-        _UnavailableError: as `_retried`.
-        DataError: not a tar file.
-        OSError: the disk is full.
-    """
     part = path.with_suffix(".part")
 
     def attempt() -> Mapping[str, Any]:
@@ -430,24 +386,19 @@ def _make_room(newest: Path) -> None:
         limit = float(chosen) * 1e9
     except ValueError as error:
         raise DataError(f"ACLIP_CACHE_GB must be a number of gigabytes, not '{chosen}'") from error
-    files = sorted(_entries(newest.parent, ".tar")) + sorted(_entries(newest.parent.parent / "index", ".npz"))
-    used = sum(size for _, size, _ in files)
-    for _, size, path in files:
+    files = []
+    for order, pattern in enumerate(("shards/*.tar", "index/*.npz")):
+        for path in newest.parent.parent.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # removed by another process
+                status = path.stat()
+                files.append((order, status.st_atime_ns, status.st_size, path))
+    used = sum(size for _, _, size, _ in files)
+    for _, _, size, path in sorted(files):
         if used <= limit:
             break
         if path != newest:
             path.unlink(missing_ok=True)
             used -= size
-
-
-def _entries(folder: Path, ending: str) -> Iterator[tuple[int, int, Path]]:
-    """Yield when each file was used last, its size, and its path."""
-    for path in folder.glob(f"*{ending}"):
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # removed by another process
-            continue
-        yield status.st_atime_ns, status.st_size, path
 
 
 def _touch(path: Path) -> bool:

@@ -125,17 +125,30 @@ def index_shard(
         DataError: not a tar file, a compressed one, or one that cannot be read.
     """
     try:
-        status = path.stat()
+        size = path.stat().st_size
+        version = version or _version(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    version = version or f"{status.st_size} {status.st_mtime_ns}"
     address = address or str(path.absolute())
     index = cached_index(address, endings, version)
     if index is None:
-        members, damage = _read_headers(path, status.st_size)
+        members, damage = _read_headers(path, size)
         index = _as_samples(members, endings, damage)
         _save(cached_path("index", address, ".npz"), index, endings, version)
     return index
+
+
+def _version(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def cached_index_of(path: Path, endings: Endings) -> ShardIndex | None:
+    """Return the cached index of a local shard, or None if it has changed since or there is none."""
+    try:
+        return cached_index(str(path.absolute()), endings, _version(path))
+    except OSError:
+        return None
 
 
 def cached_index(address: str, endings: Endings = UNDERSTOOD, version: str | None = None) -> ShardIndex | None:
@@ -187,7 +200,6 @@ class _Member(NamedTuple):
 
 
 def _read_headers(path: Path, size: int) -> tuple[list[_Member], str]:
-    """Return the regular files of an archive, and what is wrong with it."""
     members: list[_Member] = []
     damage = ""
     try:
