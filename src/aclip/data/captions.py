@@ -23,37 +23,21 @@ MAX_CHARACTERS = 2000
 
 
 class DrawnCaption(NamedTuple):
-    """One caption, chosen.
+    """One caption, chosen."""
 
-    Attributes:
-        text: what is tokenised, tags included.
-        caption_id: `caption_id` of the caption without its tags.
-    """
-
-    text: str
-    caption_id: int
+    text: str  # what is tokenised, tags included
+    caption_id: int  # of the caption without its tags
 
 
 class TextEncoding(NamedTuple):
-    """How a text file is read.
+    """How a text file is read."""
 
-    Attributes:
-        codec: for Python's decoders.
-        note: one sentence if that was not plain UTF-8, else "".
-    """
-
-    codec: str
-    note: str = ""
+    codec: str  # for Python's decoders
+    note: str = ""  # one sentence if that was not plain UTF-8
 
 
 def decode_text(data: bytes, encoding: str | None = None, fallback: str | None = None) -> str:
-    """Decode a text.
-
-    Args:
-        data: the text.
-        encoding: it is in; None reads UTF-8, and UTF-16 and UTF-32 by their marks.
-        fallback: what it is in if it is none of these; None guesses.
-    """
+    """Decode a text in a known `encoding`, else by its mark, as UTF-8, or in `fallback`, which None guesses."""
     codec = encoding or _marked(data)
     if codec is None:
         codec = "utf-8-sig" if _is_utf8(data) else fallback or guess_encoding(data) or "cp1252"
@@ -75,7 +59,7 @@ def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
             return TextEncoding(codecs.lookup(chosen).name, f"read as {chosen}")
         except LookupError as error:
             raise ConfigError(f"'encoding={chosen}' is unknown: write a name such as utf-8, gb18030 or "
-                              f"shift_jis") from error
+                              "shift_jis") from error
     with open_binary(path) as file:
         head = file.read(_HEAD)
         marked = _marked(head) or _wide(head)
@@ -113,8 +97,7 @@ def _of_mixed_lines(path: Path, file: BinaryIO) -> TextEncoding:
             broken += line[:_CHUNK]
     if sound >= odd:
         return TextEncoding("utf-8-sig", f"{odd} lines are not UTF-8, the first is line {first}: what is not in them "
-                                         f"is "
-                                         "read as Windows-1252")
+                                         "is read as Windows-1252")
     codec = guess_encoding(bytes(broken))
     if codec is None:
         raise DataError(f"{path} is not UTF-8 and no other encoding fits it: say which with "

@@ -26,9 +26,6 @@ def split_sizes(folder: Path) -> dict[str, int]:
 def resolve(path: str) -> str | None:
     """Return the folder of shards that `NAME:SPLIT` stands for, or None if the path has another form or exists.
 
-    Args:
-        path: of a specification, without options, slice and weight.
-
     Raises:
         DataError: the set has not been fetched, or has no such split.
     """

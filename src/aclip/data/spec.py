@@ -33,21 +33,13 @@ _MOST_FILES = 1_000_000
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed specification.
+    """A parsed specification."""
 
-    Attributes:
-        text: as the user wrote it.
-        path: file, folder, pattern, address or set; `~` expanded.
-        options: name -> value, as written.
-        part: (first, last) of the samples that are taken, last exclusive or None for the end; None takes all.
-        weight: of the source in a mixture, or None.
-    """
-
-    text: str
-    path: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    part: tuple[int, int | None] | None = None
-    weight: float | None = None
+    text: str  # as the user wrote it
+    path: str  # file, folder, pattern, address or set; `~` expanded
+    options: Mapping[str, str] = field(default_factory=dict)  # name -> value, as written
+    part: tuple[int, int | None] | None = None  # of the samples, the last exclusive or None for the end
+    weight: float | None = None  # of the source in a mixture
 
     def allow(self, *known: str) -> None:
         """Check that no other options are given.

@@ -22,6 +22,7 @@ from aclip.data.sources.columns import (
     settle_columns,
     texts,
 )
+from aclip.data.sources.folder import SPLIT_NAMES
 from aclip.data.sources.image_files import ImageFiles, embedded_image, full_path, is_address, looks_embedded, read_image
 from aclip.data.sources.records import JsonLines, ListFile, Table, choose_split, open_list
 from aclip.data.spec import Spec
@@ -34,7 +35,6 @@ _LEARNT = 100  # images by which it is found out how a list writes their paths
 _BETWEEN = "\0"  # strings of one row; no caption needs it, and no path can hold it
 _PLACE = "\x1a"  # before the place in the list's own file where the image lies
 _SPLIT_COLUMNS = ("split", "set", "partition", "subset", "fold")
-_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "restval"})
 
 
 class ListSource(Source):
@@ -52,15 +52,7 @@ class ListSource(Source):
         self, spec: str, rows: Iterable[Row], files: ImageFiles, *, file: ListFile | None = None,
         columns: Columns | None = None, notes: Sequence[str] = (),
     ) -> None:
-        """Keep `rows`.
-
-        Args:
-            spec: what the user called it.
-            rows: of the list.
-            files: finds their images.
-            file: where images lie that are written in base64, in the field that `columns` says.
-            columns: those that are read.
-            notes: for the summary.
+        """Keep `rows`, whose images `files` finds, or which lie in base64 in a field (`columns`) of `file`.
 
         Raises:
             DataError: no rows, or no images: all of them are URLs, or not one of some is there.
@@ -126,31 +118,24 @@ class ListSource(Source):
             notes.append(f"{missing:,} of {looked:,} images that were looked for are missing: {example}")
             missing = 0
         used = len(self) - unusable - missing
-        blank = sum(not self._captions[index].strip("\0 ") for index in self._suspects())
+        short = np.flatnonzero(self._captions.sizes() < 16).tolist()  # others cannot be blank
+        blank = sum(not self._captions[index].strip("\0 ") for index in short if index not in self._problems)
         return Summary(self.spec, len(self), used - min(blank, used), min(blank, used), left_out, tuple(notes))
 
     def digest(self) -> str:
         return digest_of(self._images, self._captions, self._tags, self._labels, sorted(self._problems))
-
-    def _suspects(self) -> list[int]:
-        short = np.flatnonzero(self._captions.sizes() < 16).tolist()
-        return [index for index in short if index not in self._problems]
 
     def _image(self, image: str) -> bytes:
         if image.startswith(_PLACE):
             return self._cut_out(image)
         if is_address(image):
             raise BadSampleError("the image is a URL, not a file: download it first")
-        data = self._files.read(image)
-        if data is not None:
+        if (data := self._files.read(image)) is not None:
             return data
         path = self._files.find(image)
-        if path is not None:
-            return read_image(path)
-        data = embedded_image(image)
-        if data is not None:
+        if path is None and (data := embedded_image(image)) is not None:
             return data
-        return read_image(self._files.folder / image)
+        return read_image(path or self._files.folder / image)
 
     def _cut_out(self, image: str) -> bytes:
         assert self._file is not None
@@ -170,9 +155,7 @@ class ListSource(Source):
     def _merge(self, keys: np.ndarray, base: str) -> None:
         """Make one sample of the rows of each image, at the place of the first, whose tags and label it has.
 
-        Args:
-            keys: (rows,) hashes of `_identity`: what tells ten million rows apart without an object for each.
-            base: as for `_identity`.
+        The (rows,) hashes of `_identity` tell ten million rows apart without an object for each.
         """
         ordered = np.sort(keys)
         if np.all(ordered[1:] != ordered[:-1]):
@@ -209,13 +192,7 @@ class ListSource(Source):
             yield captions[0]
 
     def _find_images(self) -> tuple[int, str, int]:
-        """Find out where the images lie, and count those of some rows that are not there.
-
-        Returns:
-            How many are missing, the first of them, and how many were looked for.
-
-        Raises:
-            DataError: as for `__init__`.
+        """Find out where the images lie; return how many of some are missing, the first of them, and how many those are.
         """
         cells = [(index, cell) for index in _spread(len(self), _CHECKED) if index not in self._problems
                  and (cell := self._images[index]) and not cell.startswith(_PLACE)]
@@ -289,17 +266,13 @@ def _split_of(fields: Mapping[str, Any], column: str | None, image: str) -> str:
     if column is not None:
         return str(fields.get(column)).strip()
     folders = image_cell(fields.get(image)).replace("\\", "/").split("/")[:-1]
-    return next((name for name in folders if name.lower() in _SPLITS), "")
+    return next((name for name in folders if name.lower() in SPLIT_NAMES), "")
 
 
 def _split_column(
     path: Path, file: ListFile, image: str, split: str | None, notes: list[str]
 ) -> tuple[str | None, frozenset[str]]:
-    """Return the column that names the split of each row, and the splits that are asked for.
-
-    Raises:
-        ConfigError: a split that does not exist, or one where there are none.
-    """
+    """Return the column that names the split of each row, and the splits that are asked for."""
     if file.given is not None or "split" in file.about:
         return None, frozenset()
     column = next((name for name in file.header if name.strip().lower() in _SPLIT_COLUMNS), None)
@@ -311,7 +284,7 @@ def _split_column(
             if not isinstance(fields, str) and (value := _split_of(fields, column, image)):
                 sizes[value] = sizes.get(value, 0) + 1
     if split is None:
-        if len(sizes) > 1 and all(name.lower() in _SPLITS for name in sizes):
+        if len(sizes) > 1 and all(name.lower() in SPLIT_NAMES for name in sizes):
             there = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())
             notes.append(f"all of its splits are read, {there}: '?split={next(iter(sizes))}' takes one")
         return None, frozenset()
@@ -377,8 +350,6 @@ def _identity(number: int, image: str, problem: str, base: str) -> str:
 
 
 def _join(strings: Sequence[str]) -> str:
-    if len(strings) < 2:
-        return _storable(strings[0].replace(_BETWEEN, " ")) if strings else ""
     return _BETWEEN.join(_storable(string.replace(_BETWEEN, " ")) for string in strings)
 
 

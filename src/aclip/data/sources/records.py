@@ -32,18 +32,12 @@ csv.field_size_limit(2**31 - 1)
 
 
 class Found(NamedTuple):
-    """One record of a file.
+    """One record of a file."""
 
-    Attributes:
-        fields: by name; or why there are none, in words.
-        offset, size: its bytes in the file, or -1 and 0 where a record has no bytes of its own.
-        image: what seems to name the image of a record that has no fields.
-    """
-
-    fields: Mapping[str, Any] | str
-    offset: int = -1
+    fields: Mapping[str, Any] | str  # by name; or why there are none, in words
+    offset: int = -1  # its bytes in the file; -1 and 0 where it has none of its own
     size: int = 0
-    image: str = ""
+    image: str = ""  # what seems to name the image of a record without fields
 
 
 class ListFile:
@@ -68,16 +62,15 @@ class ListFile:
         self.given: tuple[str, ...] | None = None
 
     def rows(self) -> Iterator[Found]:
-        """Yield all records."""
         raise NotImplementedError
 
     def parse(self, data: bytes) -> Mapping[str, Any] | str:
         """Return the record that `Found.offset` and `Found.size` cut out of the file."""
         raise NotImplementedError
 
-    def _look(self) -> None:
-        self.sample = [one for one, *_ in islice(self.rows(), SAMPLED) if not isinstance(one, str)]
-        self.header = list(dict.fromkeys(name for one in self.sample for name in one))
+    def _look(self, records: Iterable[Mapping[str, Any] | str]) -> None:
+        self.sample = [one for one in islice(records, SAMPLED) if not isinstance(one, str)]
+        self.header = list(dict.fromkeys(chain.from_iterable(self.sample)))
 
 
 class Table(ListFile):
@@ -88,11 +81,6 @@ class Table(ListFile):
     """
 
     def __init__(self, path: Path, codec: str, notes: Iterable[str]) -> None:
-        """Find the delimiter and the header.
-
-        Raises:
-            DataError: the file is no table.
-        """
         super().__init__(path, "table", codec, notes)
         lines = list(_head(_table_lines(path, codec)))
         best = max((_merit(lines, delimiter) for delimiter in (*_DELIMITERS, _WORDS)), key=lambda merit: merit[:4])
@@ -109,7 +97,6 @@ class Table(ListFile):
                        if len(row) == len(names)]
 
     def rows(self) -> Iterator[Found]:
-        """Yield the rows; one that does not fit the header says so."""
         lines = _table_lines(self.path, self.codec)
         found = _split_rows(lines, self.delimiter, len(self.header), self._image_at)
         for fields, offset, size in islice(found, int(self._headed), None):
@@ -117,7 +104,6 @@ class Table(ListFile):
             yield Found(self._fields(fields), offset, size, image.strip())
 
     def parse(self, data: bytes) -> Mapping[str, Any] | str:
-        """Return the row that these bytes are."""
         text = data.decode(self.codec, errors=text_errors(self.codec))
         lines = ((line, -1, 0) for line in text.splitlines(keepends=True))
         return self._fields(next(_split_rows(lines, self.delimiter, len(self.header), self._image_at))[0])
@@ -135,18 +121,15 @@ class JsonLines(ListFile):
     """One JSON object a line; a line that cannot be read is a bad record."""
 
     def __init__(self, path: Path, codec: str, notes: Iterable[str]) -> None:
-        """Look at the first lines."""
         super().__init__(path, "JSON lines", codec, notes)
-        self._look()
+        self._look(one.fields for one in self.rows())
 
     def rows(self) -> Iterator[Found]:
-        """Yield the lines that are not blank, parsed."""
         for line, offset, size in _lines(self.path, self.codec):
             if line.strip():
                 yield Found(_parse_line(line), offset, size)
 
     def parse(self, data: bytes) -> Mapping[str, Any] | str:
-        """Return the object of a line."""
         return _parse_line(data.decode(self.codec, errors=text_errors(self.codec)))
 
 
@@ -154,24 +137,17 @@ class JsonDocument(ListFile):
     """One JSON document, whatever shape its records have in it."""
 
     def __init__(self, path: Path, codec: str, notes: Iterable[str], split: str | None) -> None:
-        """Read a document.
-
-        Raises:
-            DataError: it is not JSON, or nothing in it is a list of records.
-            ConfigError: a split must be chosen, or does not exist.
-        """
         super().__init__(path, "JSON", codec, notes)
         self._kept: Iterator[Mapping[str, Any] | str] = iter(())
         self._large = path.stat().st_size >= LARGE and codec == "utf-8-sig" and _starts_with(path, b"[")
         if self._large:
-            self._look()
+            self._look(one.fields for one in self.rows())
             return
         shape = _shape_of(path, _load(path, codec), split)
         self.about, self.given = shape.about, shape.given
         self.notes += shape.notes
         head = list(islice(shape.rows, SAMPLED))
-        self.sample = [one for one in head if not isinstance(one, str)]
-        self.header = list(dict.fromkeys(name for one in self.sample for name in one))
+        self._look(head)
         self._kept = chain(head, shape.rows)
 
     def rows(self) -> Iterator[Found]:
@@ -315,11 +291,7 @@ def _split_rows(
 ) -> Iterator[tuple[list[str], int, int]]:
     """Yield the fields and the place of rows that are not blank.
 
-    Args:
-        lines: of the file.
-        delimiter: one character; `_WORDS` cuts at the first white space.
-        width: fields of the header, by which quotes that swallow rows are known.
-        image_at: which of them is the name of an image file, if one is.
+    Quotes that swallow rows are known by the `width` of the header and by the place of the image in it.
     """
     waiting: deque[tuple[str, int, int]] = deque()
     while True:
@@ -403,33 +375,20 @@ def _load(path: Path, codec: str) -> Any:
     """Return a document; objects one behind the other are the list of them."""
     with open_binary(path) as file:
         text = file.read().decode(codec, errors=text_errors(codec))
+    import ijson
+
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data" or not text.lstrip().startswith("{"):
-            raise DataError(f"{path} is not JSON: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    decoder, items, at = json.JSONDecoder(), [], 0
-    while at < len(text):
-        if text[at] in " \t\r\n,":
-            at += 1
-            continue
-        try:
-            one, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
+        if not text.lstrip().startswith("{"):
             raise DataError(f"{path} is not JSON: {error}") from error
-        items.append(one)
-    return items
+    try:
+        return list(ijson.items(text.encode(), "", multiple_values=True, use_float=True))
+    except (ijson.JSONError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
 
 
 def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
-    """Return the records of a document.
-
-    Raises:
-        DataError: there are none.
-        ConfigError: a split must be chosen, or does not exist.
-    """
     if isinstance(content, list):
         return _Shape("JSON list", map(_item, content))
     if not isinstance(content, dict):
@@ -459,8 +418,7 @@ def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
     if len(inner) == 1:
         return _shape_of(path, inner[0], split)
     raise DataError(f"{path} is JSON, but neither a list of objects, nor captions by image, nor COCO captions "
-                    f"('images' and "
-                    "'annotations')")
+                    "('images' and 'annotations')")
 
 
 def _item(one: Any) -> Mapping[str, Any] | str:
@@ -561,15 +519,10 @@ def _karpathy(path: Path, images: list[dict[str, Any]], split: str | None) -> _S
 
 
 def choose_split(name: str, sizes: Mapping[str, int], split: str | None) -> list[str]:
-    """Return which of several splits were asked for.
-
-    Args:
-        name: of what has the splits, for messages.
-        sizes: split -> samples, files or whatever is counted.
-        split: one, or several joined by "+"; None asks.
+    """Return the splits that were asked for: `split` is one of `sizes`, or several joined by "+".
 
     Raises:
-        ConfigError: none is named, or one that does not exist; those there are.
+        ConfigError: none is named, or one that does not exist; those that `name` has.
     """
     there = ", ".join(f"{one} ({count:,})" for one, count in sizes.items())
     example = "train" if "train" in sizes else next(iter(sizes))

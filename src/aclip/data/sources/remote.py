@@ -203,10 +203,7 @@ class _UnavailableError(Exception):
 def _retried(request: Callable[[], _Result], url: str) -> _Result:
     """Return what a request to a store returns, which is repeated with back-off while it fails in passing.
 
-    Raises:
-        _UnavailableError: it failed for good, or longer than `PATIENCE`.
-        MissingDependencyError: a package is missing.
-        OSError: the local disk is full or read-only.
+    What is wrong here, a missing package or a full disk, is raised as it is.
     """
     import tenacity
 
@@ -267,9 +264,8 @@ def _reason(error: BaseException | None) -> str:
 def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
     """Return address -> samples from the `sizes.json` of each folder that has one.
 
-    Raises:
-        DataError: the store does not say whether there is one. To count shards instead would give this rank another
-            order than those that could read it.
+    If the store does not say whether there is one, that is an error: to count shards instead would give this rank
+    another order than those that could read it.
     """
     known: dict[str, int] = {}
     for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
@@ -376,11 +372,7 @@ def _download(url: str, path: Path, endings: Endings) -> None:
 
 
 def _make_room(newest: Path) -> None:
-    """Evict the shards, and then the indexes, used longest ago until the cache has its size; the newest shard stays.
-
-    Raises:
-        DataError: `$ACLIP_CACHE_GB` is not a number.
-    """
+    """Evict the shards, and then the indexes, used longest ago until the cache has its size; the newest shard stays."""
     chosen = os.environ.get("ACLIP_CACHE_GB", str(CACHE_GB))
     try:
         limit = float(chosen) * 1e9
@@ -402,7 +394,7 @@ def _make_room(newest: Path) -> None:
 
 
 def _touch(path: Path) -> bool:
-    """Note that a file of the cache is in use; return whether it is there."""
+    """Mark a file of the cache as used now; return whether it is there."""
     try:
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     except OSError:

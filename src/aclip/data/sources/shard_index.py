@@ -52,15 +52,10 @@ _NAMINGS = (0, 1, 2)  # words of an ending, counted from the back; 0: all after 
 
 
 class Endings(NamedTuple):
-    """The endings that the user has chosen, each without its first dot, e.g. "input.jpg"; None: understood.
-
-    Attributes:
-        image: of the images.
-        caption: of the captions, ending in txt or json.
-    """
+    """The endings that the user has chosen, each without its first dot, e.g. "input.jpg"; None: understood."""
 
     image: str | None = None
-    caption: str | None = None
+    caption: str | None = None  # ends in txt or json
 
 
 UNDERSTOOD = Endings()
@@ -69,25 +64,15 @@ UNDERSTOOD = Endings()
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of one shard.
+    """The samples of one shard."""
 
-    Attributes:
-        keys: their names, in the order of their first members.
-        members: (n, len(ROLES), 2) int64, offset and size in bytes of each member, `ABSENT` and 0 without one.
-        damage: what is wrong with the archive, or "".
-        repeated: members whose name occurred before; the first of each is used.
-        used: ending -> number of images that are used.
-        unused: ending -> number of images that belong to a sample with another image.
-        rivals: endings of images that could as well be those of their samples.
-    """
-
-    keys: PackedStrings
-    members: np.ndarray
-    damage: str = ""
-    repeated: int = 0
-    used: Mapping[str, int] = field(default_factory=dict)
-    unused: Mapping[str, int] = field(default_factory=dict)
-    rivals: Sequence[str] = ()
+    keys: PackedStrings  # their names, in the order of their first members
+    members: np.ndarray  # (n, len(ROLES), 2) int64, offset and size in bytes, `ABSENT` and 0 without a member
+    damage: str = ""  # what is wrong with the archive
+    repeated: int = 0  # members whose name occurred before; the first of each is used
+    used: Mapping[str, int] = field(default_factory=dict)  # ending -> number of images that are used
+    unused: Mapping[str, int] = field(default_factory=dict)  # likewise, of samples with another image
+    rivals: Sequence[str] = ()  # endings of images that could as well be those of their samples
 
 
 class _Header(tarfile.TarInfo):
@@ -113,13 +98,8 @@ def index_shard(
 ) -> ShardIndex:
     """Return the index of a shard: the cached one if it belongs to this version of the shard, else from its headers.
 
-    Of a truncated shard the readable part is indexed, and `damage` says so.
-
-    Args:
-        path: of the tar file.
-        endings: chosen by the user.
-        address: under which the index is cached; by default the absolute path.
-        version: of the shard; by default its size and time of change.
+    Of a truncated shard the readable part is indexed, and `damage` says so. The index is cached under the `address`
+    and `version`, by default the absolute path, and the shard's size and time of change.
 
     Raises:
         DataError: not a tar file, a compressed one, or one that cannot be read.
@@ -175,8 +155,7 @@ def cached_index(address: str, endings: Endings = UNDERSTOOD, version: str | Non
 def _save(path: Path, index: ShardIndex, endings: Endings, version: str) -> None:
     """Cache an index; where that is not possible the shard is read again next time."""
     about = {"format": _FORMAT, "endings": endings, "version": version, "index": {
-        "damage": index.damage, "repeated": index.repeated, "used": index.used, "unused": index.unused,
-        "rivals": index.rivals}}  # fmt: skip
+        name: getattr(index, name) for name in ("damage", "repeated", "used", "unused", "rivals")}}  # fmt: skip
     text = "".join(f"{index.keys[number]}\0" for number in range(len(index.keys)))
     content = io.BytesIO()
     np.savez(content, keys=_bytes(text), members=index.members, about=_bytes(json.dumps(about)))
@@ -308,18 +287,11 @@ def _score(groups: _Groups, endings: Endings) -> tuple[int, int]:
 
 def _chosen(group: Mapping[str, tuple[int, int]], endings: Endings) -> tuple[list[str | None], list[str]]:
     """Return the ending for each role of a sample, and those of images that are not used."""
-    best: list[tuple[int, str] | None] = [None] * len(ROLES)
-    images = []
-    for ending in group:
-        role, rank = _role(ending, endings)
-        if role is None:
-            continue
-        if role == 0:
-            images.append(ending)
-        if rank >= 0 and (best[role] is None or (rank, ending) < best[role]):  # type: ignore[operator]
-            best[role] = rank, ending
-    chosen = [None if found is None else found[1] for found in best]
-    return chosen, [ending for ending in images if ending != chosen[0]]
+    found = [(*_role(ending, endings), ending) for ending in group]
+    best = (min(((rank, ending) for of, rank, ending in found if of == role and rank >= 0), default=(0, None))
+            for role in range(len(ROLES)))
+    chosen = [ending for _, ending in best]
+    return chosen, [ending for role, _, ending in found if role == 0 and ending != chosen[0]]
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -327,9 +299,9 @@ def _role(ending: str, endings: Endings) -> tuple[int | None, int]:
     """Return what a member with this ending is, and how likely it is meant, lowest first; negative: it is not meant."""
     *words, last = ending.split(".")
     role = 0 if last in IMAGE_EXTENSIONS else ROLES.index(last) if last in ROLES[1:] else None
-    wanted = {0: endings.image, 1: endings.caption, 2: endings.caption}.get(-1 if role is None else role)
     if role is None:
         return None, -1
+    wanted = {0: endings.image, 1: endings.caption, 2: endings.caption}.get(role)
     if wanted is not None and (role == 0 or wanted.rpartition(".")[2] == ROLES[role]):
         return role, 0 if ending == wanted else -1
     if role == 0 and _AUXILIARY.intersection(words):

@@ -45,17 +45,11 @@ _log = logging.getLogger(__name__)
 
 
 class Reading(NamedTuple):
-    """How members become captions.
-
-    Attributes:
-        endings: chosen by the user.
-        field: of the JSON, chosen by the user.
-        whole: take all of a `.txt` for one caption, not each line.
-    """
+    """How members become captions, as the user chose."""
 
     endings: Endings = UNDERSTOOD
-    field: str | None = None
-    whole: bool = False
+    field: str | None = None  # of the JSON
+    whole: bool = False  # all of a `.txt` is one caption, not each line
 
 
 def reading_of(spec: Spec) -> Reading:
