@@ -24,45 +24,30 @@ class RawSample:
     """One pair as it is stored.
 
     Attributes:
-        name: unique in its source; reports and journals use it.
-        image: the bytes of the image file, not yet decoded.
-        captions: as written; empty where the source has none for this image.
-        tags: further words for the image.
-        label: the image's class, or None.
         concept: what the captions name, if they are several ways to say it: images of one concept are not each
             other's negatives whichever caption each is drawn with. None: every caption stands for itself.
     """
 
-    name: str
-    image: bytes
-    captions: tuple[str, ...]
-    tags: tuple[str, ...] = ()
-    label: str | None = None
+    name: str  # unique in its source; reports and journals use it
+    image: bytes  # the image file, not yet decoded
+    captions: tuple[str, ...]  # as written; empty where the source has none for this image
+    tags: tuple[str, ...] = ()  # further words for the image
+    label: str | None = None  # the image's class
     concept: str | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a source was read, for one line: `found` = `captioned` + `uncaptioned` + the sum of `left_out`.
+    """How a source was read, for one line: `found` = `captioned` + `uncaptioned` + the sum of `left_out`."""
 
-    Attributes:
-        source: what the user called it.
-        found: images seen, used or not.
-        captioned: images used that have a caption (one that may turn out to be blank counts).
-        uncaptioned: images used without a caption.
-        left_out: reason -> images found and not used.
-        notes: how the source was read, and how to choose another reading where two are plausible.
-    """
-
-    source: str
-    found: int
-    captioned: int
+    source: str  # what the user called it
+    found: int  # images seen, used or not
+    captioned: int  # images used that have a caption (one that may turn out to be blank counts)
     uncaptioned: int = 0
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> images found and not used
+    notes: tuple[str, ...] = ()  # how the source was read, and how to choose another reading where two are plausible
 
     def __str__(self) -> str:
-        """Return the line."""
         parts = [f"{self.found:,} image{'s' * (self.found != 1)}"]
         if self.uncaptioned:
             parts += [f"{self.captioned:,} captioned", f"{self.uncaptioned:,} without caption"]

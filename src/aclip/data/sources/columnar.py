@@ -134,13 +134,7 @@ class ColumnarSource(Source):
 
 
 def open_columnar(paths: Sequence[Path], spec: Spec) -> Source:
-    """Open files of one schema, in this order; paths in them are relative to `images`, else to each file.
-
-    Raises:
-        DataError: a file that is not Parquet or Arrow, of another schema, no rows, or no images (`ListSource`).
-        ConfigError: a column that does not exist or cannot be guessed; a folder of images for files that hold them.
-        MissingDependencyError: pyarrow is not installed.
-    """
+    """Open files of one schema, in this order; paths in them are relative to `images`, else to each file."""
     spec.allow(*OPTIONS, "images", "split")
     files = [_open(path) for path in paths]
     header = list(files[0].schema.names)
@@ -166,13 +160,7 @@ def open_columnar(paths: Sequence[Path], spec: Spec) -> Source:
 
 
 def open_saved(folder: Path, spec: Spec) -> Source:
-    """Open a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
-
-    Raises:
-        DataError: a folder that cannot be read, or no rows.
-        ConfigError: a split or a column that does not exist, or none named where there are several.
-        MissingDependencyError: pyarrow is not installed.
-    """
+    """Open a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     split = spec.get("split")
     if (folder / _SAVED).is_file():
         splits = {path.parent.name: 1 for path in sorted(folder.glob(f"*/{_SAVED_SPLIT}"))}

@@ -165,10 +165,6 @@ def settle_columns(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[s
         spec: of the list; exact names win over commas and %XX.
         header: all names of fields.
         sample: the first rows.
-
-    Raises:
-        ConfigError: a column that does not exist, cannot be guessed or is there twice, or one named without the other.
-        DataError: the list has addresses of images and no files.
     """
     named = spec.options.keys() & set(OPTIONS)
     columns = _chosen(spec, header) if named else _guess(spec, header, sample)

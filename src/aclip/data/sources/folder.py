@@ -51,6 +51,11 @@ class Listing:
         """The folders directly below that hold images, sorted."""
         return sorted({path.partition("/")[0] for path in self.images if "/" in path})
 
+    def unreadable(self, error: OSError) -> None:
+        """Pass over a folder that cannot be listed, unless it is the one that was asked for."""
+        if error.filename == str(self.folder):
+            raise DataError(f"{self.folder} cannot be read: {error.strerror}") from error
+
     def captions_of(self, image: str) -> str:
         """Return the path of the caption file of an image: beside it, or in a folder beside its own; "" for none."""
         found = (table.get(name) for table in (self.described, self.texts) for name in (_stem(image), image))
@@ -106,29 +111,21 @@ def _has_caption(path: Path) -> bool:
 
 def _walk(folder: Path, found: Listing) -> Iterator[tuple[str, list[str]]]:
     """Yield folders and the names of their files; a link is followed to a folder that is not read anyway."""
-    waiting, read = [str(folder)], [os.path.realpath(folder)]
-    while waiting:
-        parent = waiting.pop()
-        names = []
-        try:
-            with os.scandir(parent) as unsorted:
-                entries = sorted(unsorted, key=lambda entry: entry.name)
-        except OSError as error:
-            if parent == str(folder):
-                raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-            continue
-        for entry in entries:
-            if not entry.is_dir():
-                names.append(entry.name)
-            elif not entry.name.startswith(".") and entry.name != "__MACOSX":
-                real = os.path.realpath(entry.path) if entry.is_symlink() else ""
-                if real and any(_holds(one, real) or _holds(real, one) for one in read):
-                    found.links += 1
-                    continue
-                if real:
-                    read.append(real)
-                waiting.append(entry.path)
-        yield parent, names
+    read = [os.path.realpath(folder)]
+    for parent, folders, names in os.walk(folder, onerror=found.unreadable, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            path = os.path.join(parent, name)
+            real = os.path.realpath(path) if os.path.islink(path) else ""
+            if name.startswith(".") or name == "__MACOSX":
+                continue
+            if real and any(_holds(one, real) or _holds(real, one) for one in read):
+                found.links += 1
+                continue
+            kept.append(name)
+            read += [real] if real else []
+        folders[:] = kept
+        yield parent, sorted(names)
 
 
 def _holds(folder: str, path: str) -> bool:
@@ -141,10 +138,6 @@ class FolderSource(Source):
     `cats/tom.jpg` has the captions of `cats/tom.txt`, one a line, or of `cats/tom.json`, and the label "cats". Where
     an image has neither, its captions are the `templates` with the name of its folder in place of `{}`: "a photo of a
     tabby cat." for `tabby_cat/tom.jpg`.
-
-    Attributes:
-        spec: the folder.
-        templates: for images without a caption file; none leaves them without a caption.
     """
 
     def __init__(
@@ -160,9 +153,6 @@ class FolderSource(Source):
             templates: see above.
             whole_texts: a `.txt` file is one caption, line breaks and all, rather than one a line.
             encoding: of the text files; None finds it out.
-
-        Raises:
-            DataError: no images.
         """
         self.spec = str(listing.folder)
         self._folder, self._whole, self._notes = listing.folder, whole_texts, list(listing.notes)

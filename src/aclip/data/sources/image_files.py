@@ -207,7 +207,7 @@ def _same_name(way: _Way, name: str, names: dict[str, str]) -> _Way | None:
         return way
     if unquote(name) in files:
         return way._replace(decoded=True)
-    forms = (form for form in ("NFC", "NFD") if unicodedata.normalize(form, name) in files)  # type: ignore[arg-type]
+    forms = (form for form in ("NFC", "NFD") if unicodedata.normalize(form, name) in files)
     return next((way._replace(form=form) for form in forms), None)
 
 
@@ -279,17 +279,14 @@ def looks_embedded(value: object) -> bool:
     """Return whether a value starts as an image in base64 does."""
     if not isinstance(value, str) or len(value) < 60:
         return False
-    head = value[:100].rpartition(",")[2] if value.startswith("data:image/") else value[:60]
+    start = value.lstrip()[:100]
+    head = start.rpartition(",")[2] if start.startswith("data:image/") else start[:60]
     head = head[: len(head) // 4 * 4]
     return embedded_image(head.ljust(60, "A")) is not None
 
 
 def read_image(path: Path) -> bytes:
-    """Return the bytes of an image file.
-
-    Raises:
-        BadSampleError: it cannot be read.
-    """
+    """Return the bytes of an image file."""
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte

@@ -1,6 +1,5 @@
 """Lists of pairs: tables, JSON and Parquet with a row a pair, the image by its path, its id or in base64."""
 
-import logging
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,8 +27,6 @@ from aclip.data.sources.records import JsonLines, ListFile, Table, choose_split,
 from aclip.data.spec import Spec
 from aclip.errors import BadSampleError, ConfigError, DataError
 
-_log = logging.getLogger(__name__)
-
 _CHECKED = 5_000  # images of a list that are looked for when it is opened, evenly over a longer one
 _LEARNT = 100  # images by which it is found out how a list writes their paths
 _BETWEEN = "\0"  # strings of one row; no caption needs it, and no path can hold it
@@ -43,20 +40,14 @@ class ListSource(Source):
     Rows of one image, wherever they stand, are one sample with all of their captions: as samples of their own
     they would be each other's negatives in training, and right answers that count as wrong in retrieval.
 
-    Attributes:
-        spec: what the user called it.
-        rows: how many the file has, repeated images and rows that cannot be used included.
+    `rows` counts repeated images and rows that cannot be used, too.
     """
 
     def __init__(
         self, spec: str, rows: Iterable[Row], files: ImageFiles, *, file: ListFile | None = None,
         columns: Columns | None = None, notes: Sequence[str] = (),
     ) -> None:
-        """Keep `rows`, whose images `files` finds, or which lie in base64 in a field (`columns`) of `file`.
-
-        Raises:
-            DataError: no rows, or no images: all of them are URLs, or not one of some is there.
-        """
+        """Keep `rows`, whose images `files` finds, or which lie in base64 in a field (`columns`) of `file`."""
         self.spec = spec
         self._files, self._file, self._columns, self._notes = files, file, columns, list(notes)
         self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
@@ -192,8 +183,7 @@ class ListSource(Source):
             yield captions[0]
 
     def _find_images(self) -> tuple[int, str, int]:
-        """Find out where the images lie; return how many of some are missing, the first of them, and how many those are.
-        """
+        """Learn where the images lie; return how many of some are missing, the first of them, and how many are some."""
         cells = [(index, cell) for index in _spread(len(self), _CHECKED) if index not in self._problems
                  and (cell := self._images[index]) and not cell.startswith(_PLACE)]
         local = [cell for _, cell in cells if not is_address(cell) and not looks_embedded(cell)]
@@ -213,16 +203,11 @@ class ListSource(Source):
 
 
 def open_list_source(path: Path, spec: Spec) -> ListSource:
-    """Open a table, JSON lines or a JSON document.
-
-    Raises:
-        DataError: no list, no rows, or no images (`ListSource`).
-        ConfigError: a column that does not exist or cannot be guessed; an option that lists do not take.
-    """
+    """Open a table, JSON lines or a JSON document."""
     spec.allow(*OPTIONS, "images", "split", "encoding")
     split = spec.get("split")
     file = open_list(path, spec.get("encoding"), split)
-    files = ImageFiles(path.parent, spec.folder("images"), file.hints)
+    files = ImageFiles(path.parent, spec.folder("images"), (path.stem.rpartition("_")[2].lower(),))
     named = spec.with_path(path)
     stored = _image_store(file)
     if stored is not None:
@@ -238,27 +223,22 @@ def open_list_source(path: Path, spec: Spec) -> ListSource:
     return ListSource(str(path), rows, files, file=file, columns=columns, notes=notes)
 
 
-def _rows(file: ListFile, columns: Columns, split_column: str | None, wanted: frozenset[str]) -> Iterator[Row]:
-    embedded = any(looks_embedded(_text(one.get(columns.image))) for one in file.sample)
+def _rows(
+    file: ListFile, columns: Columns, split_column: str | None = None, wanted: frozenset[str] = frozenset()
+) -> Iterator[Row]:
+    embedded = any(looks_embedded(one.get(columns.image)) for one in file.sample)
     for fields, offset, size, image in file.rows():
         if isinstance(fields, str):
             yield Row(image, problem=fields)
+        elif wanted and _split_of(fields, split_column, columns.image) not in wanted:
             continue
-        if wanted and _split_of(fields, split_column, columns.image) not in wanted:
-            continue
-        yield _row(fields, columns, offset, size, embedded)
-
-
-def _row(fields: Mapping[str, Any], columns: Columns, offset: int, size: int, embedded: bool) -> Row:
-    if embedded and offset >= 0 and looks_embedded(_text(fields.get(columns.image))):
-        return row_of({**fields, columns.image: ""}, columns)._replace(image=f"{_PLACE}{offset}:{size}")
-    row = row_of(fields, columns)
-    name, mark, number = row.image.rpartition("#")  # Flickr8k.token.txt: 123.jpg#0
-    return row._replace(image=name) if mark and number.isdecimal() and not os.path.exists(row.image) else row
-
-
-def _text(value: Any) -> str:
-    return value.strip() if isinstance(value, str) else ""
+        elif embedded and offset >= 0 and looks_embedded(fields.get(columns.image)):
+            yield row_of({**fields, columns.image: f"{_PLACE}{offset}:{size}"}, columns)
+        else:
+            row = row_of(fields, columns)
+            name, mark, number = row.image.rpartition("#")  # Flickr8k.token.txt: 123.jpg#0
+            numbered = mark and number.isdecimal() and not os.path.exists(row.image)
+            yield row._replace(image=name) if numbered else row
 
 
 def _split_of(fields: Mapping[str, Any], column: str | None, image: str) -> str:
@@ -321,19 +301,11 @@ def _open_stored(spec: Spec, images: ListFile, captions: ListFile) -> ListSource
         if not isinstance(fields, str) and isinstance(ids := fields.get("image_ids"), list):
             for one in ids:
                 said.setdefault(str(one), []).extend(texts(fields.get("text")))
-    key = next(name for name in images.header if not looks_embedded(str(images.sample[0][name]).strip()))
-    columns = Columns(next(name for name in images.header if name != key), ())
-
-    def rows() -> Iterator[Row]:
-        for fields, offset, size, _ in images.rows():
-            if isinstance(fields, str):
-                yield Row("", problem=fields)
-                continue
-            row = _row(fields, columns, offset, size, embedded=True)
-            yield row._replace(captions=tuple(said.get(str(fields[key]).strip(), ())))
-
+    key = next(name for name in images.header if not looks_embedded(images.sample[0][name]))
+    columns = Columns(next(name for name in images.header if name != key), (), label=key)
+    rows = (row._replace(captions=tuple(said.get(row.label, ())), label="") for row in _rows(images, columns))
     notes = (f"images in base64 from {images.path.name}, captions from {captions.path.name}",)
-    return ListSource(spec.path, rows(), ImageFiles(images.path.parent), file=images, columns=columns, notes=notes)
+    return ListSource(spec.path, rows, ImageFiles(images.path.parent), file=images, columns=columns, notes=notes)
 
 
 def _spread(count: int, most: int) -> Sequence[int]:

@@ -41,25 +41,14 @@ class Found(NamedTuple):
 
 
 class ListFile:
-    """A file that lists things. Picklable; every call of `rows` reads the file anew.
-
-    Attributes:
-        path: the file.
-        about: its format, in words.
-        header: names of all fields.
-        sample: the first records.
-        notes: sentences on how it is read.
-        hints: names of folders in which its images may lie.
-        given: what holds what where the format says so itself: names of the fields of image, caption, tags, label.
-    """
+    """A file that lists things. Picklable; every call of `rows` reads the file anew."""
 
     def __init__(self, path: Path, about: str, codec: str, notes: Iterable[str] = ()) -> None:
         self.path, self.about, self.codec = path, about, codec
-        self.notes = [note for note in notes if note]
-        self.header: list[str] = []
-        self.sample: list[Mapping[str, Any]] = []
-        self.hints = (path.stem.rpartition("_")[2].lower(),)
-        self.given: tuple[str, ...] | None = None
+        self.notes = [note for note in notes if note]  # on how it is read
+        self.header: list[str] = []  # names of all fields
+        self.sample: list[Mapping[str, Any]] = []  # the first records
+        self.given: tuple[str, ...] | None = None  # fields of image, caption, tags, label, if the format says so
 
     def rows(self) -> Iterator[Found]:
         raise NotImplementedError
@@ -169,21 +158,16 @@ class JsonDocument(ListFile):
 
 
 def open_list(path: Path, encoding: str | None = None, split: str | None = None) -> ListFile:
-    """Open a file that lists things; its content tells its format.
-
-    Raises:
-        DataError: it is none, or damaged.
-        ConfigError: an unknown encoding, or a split that must be chosen.
-    """
+    """Open a file that lists things; its content tells its format."""
     if _starts_binary(path) or _starts_with(path, b"PK\3\4"):
         packed = "unpack it first" if _starts_with(path, b"PK\3\4") else "it is neither text nor Parquet nor Arrow"
         raise DataError(f"{path} lists no images: {packed}")
     codec, note = find_encoding(path, encoding)
-    with open_binary(path) as opened:
-        start = opened.read(4096).decode(codec, errors=text_errors(codec)).lstrip("\ufeff \t\r\n")
-    if not start:
+    with open_binary(path) as file:
+        first = file.read(4096).decode(codec, text_errors(codec)).lstrip("\ufeff \t\r\n")[:1]
+    if not first:
         raise DataError(f"{path} holds no rows")
-    first, head = start[0], [] if start[0] == "[" else _first_lines(path, codec)
+    head = [] if first == "[" else _first_lines(path, codec)
     if any(isinstance(_value_of(line), dict) for line in head) and not _is_document(head):
         return JsonLines(path, codec, [note])
     if first in "[{":
@@ -197,18 +181,16 @@ def open_list(path: Path, encoding: str | None = None, split: str | None = None)
 def _first_lines(path: Path, codec: str) -> list[str]:
     """Return some lines that are not blank; of a very long one the beginning alone, which is no JSON then."""
     if codec.startswith(("utf-16", "utf-32")):
-        return [line for line, *_ in islice(_lines(path, codec), 20) if line.strip()]
-    with open_binary(path) as file:
-        lines = [file.readline(_SAMPLE_BYTES) for _ in range(20)]
-    errors = text_errors(codec)
-    return [text for line in lines if (text := line.decode(codec, errors=errors)).strip()]
+        lines = [line for line, *_ in islice(_lines(path, codec), 20)]
+    else:
+        with open_binary(path) as file:
+            lines = [file.readline(_SAMPLE_BYTES).decode(codec, text_errors(codec)) for _ in range(20)]
+    return [line for line in lines if line.strip("\ufeff \t\r\n")]
 
 
 def _is_document(head: Sequence[str]) -> bool:
     """Return whether a single line is a document of records rather than a record."""
-    if len(head) > 1:
-        return False
-    value = _value_of(head[0])
+    value = _value_of(head[0]) if len(head) == 1 else None
     return isinstance(value, dict) and not _is_record(value)
 
 
@@ -294,10 +276,7 @@ def _split_rows(
     Quotes that swallow rows are known by the `width` of the header and by the place of the image in it.
     """
     waiting: deque[tuple[str, int, int]] = deque()
-    while True:
-        line = waiting.popleft() if waiting else next(lines, None)
-        if line is None:
-            return
+    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
         text, offset, size = line
         text = text.rstrip("\r\n")
         if not text.strip():
@@ -519,11 +498,7 @@ def _karpathy(path: Path, images: list[dict[str, Any]], split: str | None) -> _S
 
 
 def choose_split(name: str, sizes: Mapping[str, int], split: str | None) -> list[str]:
-    """Return the splits that were asked for: `split` is one of `sizes`, or several joined by "+".
-
-    Raises:
-        ConfigError: none is named, or one that does not exist; those that `name` has.
-    """
+    """Return the splits that were asked for: `split` is one of `sizes`, or several joined by "+"."""
     there = ", ".join(f"{one} ({count:,})" for one, count in sizes.items())
     example = "train" if "train" in sizes else next(iter(sizes))
     wanted = re.split(r"[+ ]", split) if split and split not in sizes else [split] if split else []

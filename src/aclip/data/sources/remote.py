@@ -60,12 +60,7 @@ class RemoteShardSource(Delegating):
     """
 
     def __init__(self, spec: str, urls: Sequence[str], reading: Reading = Reading()) -> None:  # noqa: B008 - immutable
-        """Count the samples of the shards at `urls`.
-
-        Raises:
-            DataError: more shards out of reach or unreadable than `MAX_LOST`, or no sample in any of them.
-            MissingDependencyError: fsspec, or what it needs for this kind of address, is not installed.
-        """
+        """Count the samples of the shards at `urls`."""
         self.spec = spec
         urls = list(dict.fromkeys(urls))
         file_system(urls[0])
@@ -142,22 +137,14 @@ class RemoteShardSource(Delegating):
 
 
 def expand_urls(spec: str) -> list[str]:
-    """Return the addresses that a pattern names: braces anywhere, `*` where the store can list its files.
-
-    Raises:
-        DataError: a pattern that matches nothing, or a store that cannot be reached.
-        MissingDependencyError: as `file_system`.
-    """
+    """Return the addresses that a pattern names: braces anywhere, `*` where the store can list its files."""
     urls: list[str] = []
     for pattern in expand_braces(spec):
         if "*" not in pattern:
             urls.append(pattern)
             continue
         store = file_system(pattern)
-        try:
-            found = sorted(_retried(lambda: store.glob(pattern), pattern))  # noqa: B023 - called at once
-        except _UnavailableError as error:
-            raise DataError(f"{pattern} cannot be listed: {error}") from error
+        found = sorted(_retried(functools.partial(store.glob, pattern), pattern))
         if not found:
             raise DataError(f"no such file: {pattern}")
         urls.extend(store.unstrip_protocol(path) for path in found)
@@ -166,10 +153,6 @@ def expand_urls(spec: str) -> list[str]:
 
 def file_system(url: str) -> Any:
     """Return fsspec's file system for an address; in every process its own, as its connections do not survive a fork.
-
-    Raises:
-        DataError: an unknown kind of address.
-        MissingDependencyError: fsspec, or what it needs for this kind of address, is not installed.
     """
     protocol = url.partition("://")[0]
     try:
@@ -192,12 +175,10 @@ def file_system(url: str) -> Any:
 # ------------------------------------------------------------------------------------------- requests
 
 
-class _UnavailableError(Exception):
+class _UnavailableError(DataError):
     """What was requested does not exist, or could not be had in `PATIENCE` seconds."""
 
-    def __init__(self, reason: str, *, missing: bool = False) -> None:
-        super().__init__(reason)
-        self.missing = missing
+    missing = False
 
 
 def _retried(request: Callable[[], _Result], url: str) -> _Result:
@@ -230,7 +211,9 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
             raise
         missing = _is_missing(error)
         reason = "there is no such file" if missing else _reason(_cause(error))
-        raise _UnavailableError(reason, missing=missing) from error
+        unavailable = _UnavailableError(f"{url} cannot be fetched: {reason}")
+        unavailable.missing = missing
+        raise unavailable from error
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -275,7 +258,7 @@ def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
         except _UnavailableError as error:
             if error.missing:
                 continue
-            raise DataError(f"{address} cannot be read: {error}") from error
+            raise
         except ValueError:
             _log.warning("%s is not JSON: the shards are counted", address)
             continue
@@ -299,18 +282,18 @@ def _count(urls: Sequence[str], spec: str, shards: int, endings: Endings) -> dic
     counts: dict[str, int] = {}
     lost: list[DataError] = []
     doing = f"counting the samples of {spec}, once (a {SIZES} beside the shards would save that)"
-    with ThreadPoolExecutor(_AT_ONCE) as pool, progress(doing, len(urls), "shards") as advance:
-        for url, found in zip(urls, pool.map(count, urls), strict=True):
-            if isinstance(found, DataError):
-                lost.append(found)
-                try:
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    try:
+        with progress(doing, len(urls), "shards") as advance:
+            for url, found in zip(urls, pool.map(count, urls), strict=True):
+                if isinstance(found, DataError):
+                    lost.append(found)
                     check_lost(spec, lost, shards)
-                except DataError:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-            else:
-                counts[url] = found
-            advance(1)
+                else:
+                    counts[url] = found
+                advance(1)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return counts
 
 
@@ -318,11 +301,7 @@ def _count(urls: Sequence[str], spec: str, shards: int, endings: Endings) -> dic
 
 
 def fetch_and_index(url: str, endings: Endings = UNDERSTOOD) -> tuple[Path, ShardIndex]:
-    """Return the cached file of a shard, which is downloaded if it is not there, and its index.
-
-    Raises:
-        DataError: it cannot be downloaded or read, or there is no room for it.
-    """
+    """Return the cached file of a shard, which is downloaded if it is not there, and its index."""
     from filelock import FileLock
 
     path = cached_path("shards", url, ".tar")
@@ -337,8 +316,6 @@ def fetch_and_index(url: str, endings: Endings = UNDERSTOOD) -> tuple[Path, Shar
         index = cached_index(url, endings)
         if index is not None or path.exists():
             return path, index or index_shard(path, endings, address=url, version="unknown")
-    except _UnavailableError as error:
-        raise DataError(f"{url} cannot be fetched: {error}") from error
     except OSError as error:
         raise DataError(f"no room for {url} in {path.parent}: {_reason(error)}") from error
     raise DataError(f"{url} is evicted from the cache before it is read: set ACLIP_CACHE_GB to more than a few shards")

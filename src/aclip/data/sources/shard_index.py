@@ -100,9 +100,6 @@ def index_shard(
 
     Of a truncated shard the readable part is indexed, and `damage` says so. The index is cached under the `address`
     and `version`, by default the absolute path, and the shard's size and time of change.
-
-    Raises:
-        DataError: not a tar file, a compressed one, or one that cannot be read.
     """
     try:
         size = path.stat().st_size

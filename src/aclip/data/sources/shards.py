@@ -53,11 +53,7 @@ class Reading(NamedTuple):
 
 
 def reading_of(spec: Spec) -> Reading:
-    """Return what the options of a specification ask for; `caption` is an ending or a field of the JSON.
-
-    Raises:
-        ConfigError: another option.
-    """
+    """Return what the options of a specification ask for; `caption` is an ending or a field of the JSON."""
     spec.allow("image", "caption", "captions")
     image, caption = spec.get("image"), spec.get("caption")
     image = None if image is None else image.lstrip(".").lower()
@@ -92,9 +88,6 @@ class ShardSource(Source):
             paths: of the tar files; one that is listed twice is read once.
             reading: how members become captions.
             index: of the only shard, if it is at hand.
-
-        Raises:
-            DataError: too many shards lost, or no sample in any of them.
         """
         self.spec, self._reading = spec, reading
         paths = list(dict.fromkeys(paths))

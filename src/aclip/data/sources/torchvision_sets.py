@@ -48,12 +48,7 @@ class TorchvisionSource(Source):
     """
 
     def __init__(self, spec: Spec) -> None:
-        """Open `torchvision:NAME?root=FOLDER&split=SPLIT`.
-
-        Raises:
-            ConfigError: an unknown set, split or kind of label, or no folder.
-            DataError: it is not there, or not whole.
-        """
+        """Open `torchvision:NAME?root=FOLDER&split=SPLIT`."""
         spec.allow("root", "split", "labels")
         root, split, labels = spec.get("root"), spec.get("split"), spec.one_of("labels", ("name", "number"))
         if root is None:
