@@ -15,11 +15,8 @@ from torch import Tensor
 from aclip import rng
 from aclip.errors import BadSampleError, ConfigError, DataError
 
-MAX_TAGS = 3
-"""At most this many tags follow a caption in training."""
-
-MAX_CHARACTERS = 2000
-"""Characters of one caption that are tokenised; see `CaptionTokenizer`."""
+MAX_TAGS = 3  # at most this many tags follow a caption in training
+MAX_CHARACTERS = 2000  # characters of one caption that are tokenised; see `CaptionTokenizer`.
 
 
 class DrawnCaption(NamedTuple):
@@ -78,7 +75,6 @@ def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file, through gzip where it is compressed so."""
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
@@ -116,10 +112,12 @@ def guess_encoding(data: bytes) -> str | None:
         return wide
     runs = _HIGH.findall(data)
     sound = [run for run in runs if _is_utf8(run)]
-    if 2 * len(sound) >= len(runs) or _covered(runs) > 0.85:
+    high = sum(map(len, runs))
+    in_sequences = sum(len(one) for run in runs for one in _SEQUENCE.findall(run))
+    if 2 * len(sound) >= len(runs) or in_sequences > 0.85 * high:
         return "utf-8-sig"
     western = sum(len(run) for run in _WESTERN.findall(data))
-    if 2 * western > sum(map(len, runs)):
+    if 2 * western > high:
         return "cp1252"
     from charset_normalizer import from_bytes
 
@@ -131,10 +129,6 @@ def guess_encoding(data: bytes) -> str | None:
     alike = [match.encoding for match in matches if match.percent_chaos <= matches[0].percent_chaos + 5]
     return max((match for match in matches if match.encoding in alike),
                key=lambda match: (match.percent_coherence, -_CODECS.index(match.encoding))).encoding
-
-
-def _covered(runs: list[bytes]) -> float:
-    return sum(len(one) for run in runs for one in _SEQUENCE.findall(run)) / sum(map(len, runs))
 
 
 def text_errors(codec: str) -> str:

@@ -28,12 +28,8 @@ IMAGE_EXTENSIONS = frozenset(
 )
 """File name endings, lower case and without the dot, that sources take for images."""
 
-HEIC_EXTENSIONS = frozenset({"heic", "heif", "hif"})
-"""Endings of images that need the package pillow-heif."""
-
-MAX_PIXELS = 100_000_000
-"""Images with more pixels are refused: 100 Mpixel are 300 MB once decoded."""
-
+HEIC_EXTENSIONS = frozenset({"heic", "heif", "hif"})  # endings of images that need the package pillow-heif
+MAX_PIXELS = 100_000_000  # images with more pixels are refused: 100 Mpixel are 300 MB once decoded
 _JPEG, _PNG, _END_OF_JPEG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"\xff\xd9"
 _START_OF_SCAN, _APP1 = b"\xda", b"\xe1"
 _METADATA = (b"zTXt", b"iTXt", b"tEXt", b"iCCP")  # chunks of a PNG that say nothing about its pixels

@@ -8,9 +8,7 @@ from pathlib import Path
 from aclip.errors import DataError
 from aclip.files import data_root
 
-DESCRIPTION = "dataset.json"
-"""File of a set's folder that is written when the set is complete."""
-
+DESCRIPTION = "dataset.json"  # file of a set's folder that is written when the set is complete
 _SET = re.compile(r"([A-Za-z][\w-]+)(?::([\w-]*))?")  # two letters, as C: is a drive
 
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
 from urllib.parse import unquote
 
 from aclip.errors import ConfigError, DataError, unknown_name
@@ -51,14 +50,10 @@ class Spec:
             if name not in known:
                 raise ConfigError(f"'{self.text}': {unknown_name('option', name, known)}")
 
-    @overload
-    def get(self, name: str) -> str | None: ...
-    @overload
-    def get(self, name: str, default: str) -> str: ...
-    def get(self, name: str, default: str | None = None) -> str | None:
-        """Return an option's value with its %XX decoded."""
+    def get(self, name: str) -> str | None:
+        """Return an option's value with its %XX decoded, or None without the option."""
         value = self.options.get(name)
-        return default if value is None else unquote(value)
+        return None if value is None else unquote(value)
 
     def one_of(self, name: str, known: Sequence[str]) -> str:
         """Return an option's value, the first of `known` without the option.
@@ -66,7 +61,7 @@ class Spec:
         Raises:
             ConfigError: a value that is not known.
         """
-        value = self.get(name, known[0])
+        value = self.get(name) or known[0]
         if value not in known:
             raise ConfigError(f"'{self.text}': {unknown_name(f'value of {name!r}', value, known)}")
         return value

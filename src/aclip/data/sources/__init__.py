@@ -25,22 +25,9 @@ from aclip.data.spec import Spec, expand_paths, is_pattern, parse_spec
 from aclip.errors import ConfigError, DataError
 
 __all__ = [
-    "ColumnarSource",
-    "FolderSource",
-    "Joined",
-    "ListSource",
-    "Mixture",
-    "Part",
-    "RawSample",
-    "RemoteShardSource",
-    "ShardSource",
-    "Source",
-    "Summary",
-    "TorchvisionSource",
-    "open_source",
-    "open_training",
-    "weights_of",
-]
+    "ColumnarSource", "FolderSource", "Joined", "ListSource", "Mixture", "Part", "RawSample", "RemoteShardSource",
+    "ShardSource", "Source", "Summary", "TorchvisionSource", "open_source", "open_training", "weights_of",
+]  # fmt: skip
 
 SOURCES: dict[str, Callable[[str], Source]] = {}
 """Your own: `SOURCES["mine"] = MySource` opens `mine:REST` by `MySource(REST)`."""
@@ -198,7 +185,7 @@ def _open_data_files(folder: Path, paths: list[Path], spec: Spec) -> Source:
 
 def _open_images(listing: Listing, spec: Spec) -> Source:
     spec.allow("templates", "captions", "encoding")
-    templates = tuple(filter(None, spec.get("templates", "").split("|")))
+    templates = tuple(filter(None, (spec.get("templates") or "").split("|")))
     for template in templates:
         if "{}" not in template:
             raise ConfigError(f"'{spec.text}': the template '{template}' has no {{}} for the folder's name")

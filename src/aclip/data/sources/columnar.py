@@ -181,7 +181,6 @@ def open_saved(folder: Path, spec: Spec) -> Source:
 
 
 def is_saved(folder: Path) -> bool:
-    """Return whether `folder` is one that `save_to_disk` wrote."""
     return (folder / _SAVED).is_file() or all((folder / name).is_file() for name in (_SAVED_SPLIT, "dataset_info.json"))
 
 

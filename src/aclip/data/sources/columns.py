@@ -28,18 +28,12 @@ CAPTION_COLUMNS = (
 )  # fmt: skip
 """Likewise for the caption; of `title` and `description` both are captions, as in YFCC."""
 
-TAG_COLUMNS = ("tags", "keywords")
-"""Likewise for tags, separated by commas or semicolons."""
-
+TAG_COLUMNS = ("tags", "keywords")  # likewise for tags, separated by commas or semicolons
 LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name", "species", "target")
 """Likewise for the class."""
 
-OPTIONS = ("image", "caption", "tags", "label")
-"""The options of a specification that name columns."""
-
-MAX_STORED = 20_000
-"""Characters of a caption that are kept; ten times what is tokenised."""
-
+OPTIONS = ("image", "caption", "tags", "label")  # the options of a specification that name columns
+MAX_STORED = 20_000  # characters of a caption that are kept; ten times what is tokenised.
 DOWNLOAD = "download the images first, for example with img2dataset, whose shards are read as they are"
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
@@ -191,7 +185,6 @@ def _chosen(spec: Spec, header: Sequence[str]) -> Columns:
 
 
 def guessable(header: Sequence[str]) -> bool:
-    """Return whether names alone tell the image and its caption."""
     image = _first(IMAGE_COLUMNS, header)
     return image is not None and _first(CAPTION_COLUMNS, [name for name in header if name != image]) is not None
 

@@ -17,9 +17,7 @@ from aclip.data.sources.image_files import read_image
 from aclip.data.sources.records import flat
 from aclip.errors import BadSampleError, DataError
 
-CLASS_TEMPLATES = ("a photo of a {}.",)
-"""Captions of class folders, unless others are given."""
-
+CLASS_TEMPLATES = ("a photo of a {}.",)  # captions of class folders, unless others are given
 LIST_ENDINGS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token", ".lst", ".list",
                 ".data", ".gz")  # fmt: skip
 """Endings of files that may list the images of a folder."""

@@ -259,7 +259,6 @@ def _folders_in(folder: Path, hints: Sequence[str]) -> list[str]:
 
 
 def is_address(cell: str) -> bool:
-    """Return whether a cell is the address of something that does not lie here."""
     return _ADDRESS.match(cell) is not None
 
 
@@ -295,5 +294,4 @@ def read_image(path: Path) -> bytes:
 
 
 def full_path(path: Path) -> str:
-    """Return where a file was looked for, so that it can be printed."""
     return printable(str(path.absolute()))

@@ -2,6 +2,7 @@
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -258,11 +259,10 @@ def _split_column(
     column = next((name for name in file.header if name.strip().lower() in _SPLIT_COLUMNS), None)
     if column is None and split is None and not any(_split_of(fields, None, image) for fields in file.sample):
         return None, frozenset()
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     if isinstance(file, Table | JsonLines):
-        for fields, *_ in file.rows():
-            if not isinstance(fields, str) and (value := _split_of(fields, column, image)):
-                sizes[value] = sizes.get(value, 0) + 1
+        found = (_split_of(fields, column, image) for fields, *_ in file.rows() if not isinstance(fields, str))
+        sizes.update(filter(None, found))
     if split is None:
         if len(sizes) > 1 and all(name.lower() in SPLIT_NAMES for name in sizes):
             there = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())

@@ -15,12 +15,8 @@ from aclip.data.sources.columns import guessable, names_image, texts
 from aclip.data.sources.image_files import looks_embedded
 from aclip.errors import ConfigError, DataError
 
-SAMPLED = 50
-"""Records by which the fields of a list are understood."""
-
-LARGE = 2**26
-"""Bytes from which on a JSON list is parsed item by item."""
-
+SAMPLED = 50  # records by which the fields of a list are understood
+LARGE = 2**26  # bytes from which on a JSON list is parsed item by item
 _DELIMITERS = (",", "\t", ";", "|")
 _WORDS = " "  # "delimiter" of lists of an image's name, white space, and the rest
 _SAMPLE_BYTES = 2**23
@@ -168,7 +164,7 @@ def open_list(path: Path, encoding: str | None = None, split: str | None = None)
     if not first:
         raise DataError(f"{path} holds no rows")
     head = [] if first == "[" else _first_lines(path, codec)
-    if any(isinstance(_value_of(line), dict) for line in head) and not _is_document(head):
+    if any(not isinstance(_parse_line(line), str) for line in head) and not _is_document(head):
         return JsonLines(path, codec, [note])
     if first in "[{":
         return JsonDocument(path, codec, [note], split)
@@ -189,9 +185,8 @@ def _first_lines(path: Path, codec: str) -> list[str]:
 
 
 def _is_document(head: Sequence[str]) -> bool:
-    """Return whether a single line is a document of records rather than a record."""
-    value = _value_of(head[0]) if len(head) == 1 else None
-    return isinstance(value, dict) and not _is_record(value)
+    """Return whether a single line of JSON is a document of records rather than a record."""
+    return len(head) == 1 and not _is_record(json.loads(head[0].lstrip("\ufeff")))
 
 
 def _is_record(value: dict[str, Any]) -> bool:
@@ -200,13 +195,6 @@ def _is_record(value: dict[str, Any]) -> bool:
     if _objects(value.get("images")) or (all(isinstance(one, dict | list) for one in value.values()) and nested != 1):
         return False
     return guessable(list(flat(value) if nested == 1 else value))
-
-
-def _value_of(line: str) -> Any:
-    try:
-        return json.loads(line.lstrip("\ufeff"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def _parse_line(line: str) -> Mapping[str, Any] | str:

@@ -27,21 +27,13 @@ from aclip.data.sources.shards import Reading, ShardSource, check_lost
 from aclip.data.spec import expand_braces
 from aclip.errors import AclipError, BadSampleError, DataError, MissingDependencyError
 
-PATIENCE = 300.0
-"""Seconds of waiting, over all retries of one request, before a shard counts as lost."""
-
-FIRST_WAIT, MAX_WAIT = 1.0, 60.0
-"""Seconds before the first retry, doubled for each further one, and the most."""
-
+PATIENCE = 300.0  # seconds of waiting, over all retries of one request, before a shard counts as lost
+FIRST_WAIT, MAX_WAIT = 1.0, 60.0  # seconds before the first retry, doubled for each further one, and the most
 TIMEOUT = 30.0
 """Seconds without a byte after which an HTTP server counts as stalled; other stores have limits of their own."""
 
-RETRY_AFTER = 300.0
-"""Seconds before a lost shard is requested again."""
-
-CACHE_GB = 32.0
-"""Size of the cache, unless `$ACLIP_CACHE_GB` says otherwise."""
-
+RETRY_AFTER = 300.0  # seconds before a lost shard is requested again
+CACHE_GB = 32.0  # size of the cache, unless `$ACLIP_CACHE_GB` says otherwise
 _AT_ONCE = 8  # downloads while shards are counted
 _LARGE = 20_000  # samples of a shard: fifty times as much as is read before a batch is complete
 
@@ -172,9 +164,6 @@ def file_system(url: str) -> Any:
         raise DataError(f"'{protocol}://' is no kind of address that fsspec knows: {_reason(error)}") from error
 
 
-# ------------------------------------------------------------------------------------------- requests
-
-
 class _UnavailableError(DataError):
     """What was requested does not exist, or could not be had in `PATIENCE` seconds."""
 
@@ -295,9 +284,6 @@ def _count(urls: Sequence[str], spec: str, shards: int, endings: Endings) -> dic
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return counts
-
-
-# ------------------------------------------------------------------------------------------- cache
 
 
 def fetch_and_index(url: str, endings: Endings = UNDERSTOOD) -> tuple[Path, ShardIndex]:

@@ -25,15 +25,9 @@ from aclip.files import cache_root, write_atomically
 
 _log = logging.getLogger(__name__)
 
-SIZES = "sizes.json"
-"""A file beside shards with the number of samples in each, by file name, as in open_clip."""
-
-ROLES = ("image", "txt", "json", "cls")
-"""What a member can be in a sample."""
-
-ABSENT = -1
-"""Offset of a member that a sample does not have."""
-
+SIZES = "sizes.json"  # a file beside shards with the number of samples in each, by file name, as in open_clip
+ROLES = ("image", "txt", "json", "cls")  # what a member can be in a sample
+ABSENT = -1  # offset of a member that a sample does not have
 _FORMAT = 2  # of cached indexes
 _BLOCK = 512  # bytes; POSIX.1-2017, pax, "ustar Interchange Format"
 _MAX_EXTENSION = 2**24  # bytes of one header that extends the next; names and attributes need far less
@@ -51,6 +45,10 @@ _PRIMARY = frozenset(("image", "img", "input", "rgb", "photo", "picture", "sourc
 _NAMINGS = (0, 1, 2)  # words of an ending, counted from the back; 0: all after the first dot, as WebDataset has it
 
 
+_Members = list[tuple[str, int, int]]  # name, offset, size
+_Groups = dict[str, dict[str, tuple[int, int]]]  # sample name -> ending -> offset and size
+
+
 class Endings(NamedTuple):
     """The endings that the user has chosen, each without its first dot, e.g. "input.jpg"; None: understood."""
 
@@ -58,8 +56,7 @@ class Endings(NamedTuple):
     caption: str | None = None  # ends in txt or json
 
 
-UNDERSTOOD = Endings()
-"""Nothing is chosen."""
+UNDERSTOOD = Endings()  # nothing is chosen
 
 
 @dataclass(frozen=True)
@@ -166,17 +163,8 @@ def _bytes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)
 
 
-# ------------------------------------------------------------------------------------------- headers
-
-
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-
-
-def _read_headers(path: Path, size: int) -> tuple[list[_Member], str]:
-    members: list[_Member] = []
+def _read_headers(path: Path, size: int) -> tuple[_Members, str]:
+    members: _Members = []
     damage = ""
     try:
         with tarfile.open(path, mode="r:", tarinfo=_Header) as archive:
@@ -188,7 +176,7 @@ def _read_headers(path: Path, size: int) -> tuple[list[_Member], str]:
                         damage = f"impossible size of {header.name}"
                         break
                     if not damage and header.isreg() and not header.issparse():
-                        members.append(_Member(header.name, header.offset_data, header.size))
+                        members.append((header.name, header.offset_data, header.size))
                     archive.members = []  # type: ignore[attr-defined]  # it keeps what it has seen: 1 kB a member
             except _BROKEN as error:
                 damage = str(error)
@@ -219,19 +207,13 @@ def _why_unreadable(path: Path) -> str:
     return "is not a tar file"
 
 
-# ------------------------------------------------------------------------------------------- samples
-
-_Groups = dict[str, dict[str, tuple[int, int]]]
-"""Sample name -> ending -> offset and size."""
-
-
-def _as_samples(members: Sequence[_Member], endings: Endings, damage: str) -> ShardIndex:
+def _as_samples(members: _Members, endings: Endings, damage: str) -> ShardIndex:
     """Group members into samples, by the naming under which most images have a caption or a label.
 
     WebDataset's rule, a name ends at its first dot, wins unless another gives more pairs: that is the case where names
     have dots of their own, as in `22.00.jpg`, `22.00.txt`, `22.01.jpg`.
     """
-    with_dots = any(member.name.rpartition("/")[2].count(".") > 1 for member in members)
+    with_dots = any(name.rpartition("/")[2].count(".") > 1 for name, *_ in members)
     namings = [_grouped(members, words) for words in (_NAMINGS if with_dots else _NAMINGS[:1])]
     groups, repeated = max(namings, key=lambda naming: _score(naming[0], endings)) if with_dots else namings[0]
     rows, used, unused, rivals = [], Counter[str](), Counter[str](), Counter[str]()
@@ -249,7 +231,7 @@ def _as_samples(members: Sequence[_Member], endings: Endings, damage: str) -> Sh
     )  # fmt: skip
 
 
-def _grouped(members: Sequence[_Member], words: int) -> tuple[_Groups, int]:
+def _grouped(members: _Members, words: int) -> tuple[_Groups, int]:
     """Return samples, and how many members repeat a name; files whose name starts with a dot are left out."""
     groups: _Groups = {}
     repeated = 0
@@ -273,13 +255,11 @@ def _grouped(members: Sequence[_Member], words: int) -> tuple[_Groups, int]:
 
 
 def _score(groups: _Groups, endings: Endings) -> tuple[int, int]:
-    """Return how many samples have an image with a companion, and how many an image."""
-    pairs = images = 0
-    for group in groups.values():
-        image, *others = _chosen(group, endings)[0]
-        images += image is not None
-        pairs += image is not None and any(other is not None for other in others)
-    return pairs, images if not pairs else 0
+    """Return how many samples have an image with a companion, and if none has, how many have an image."""
+    chosen = [_chosen(group, endings)[0] for group in groups.values()]
+    with_image = [others for image, *others in chosen if image is not None]
+    pairs = sum(any(others) for others in with_image)
+    return pairs, 0 if pairs else len(with_image)
 
 
 def _chosen(group: Mapping[str, tuple[int, int]], endings: Endings) -> tuple[list[str | None], list[str]]:

@@ -29,12 +29,8 @@ from aclip.data.workers import read_ahead
 from aclip.devices import usable_cores
 from aclip.errors import BadSampleError, DataError
 
-MAX_LOST = 0.1
-"""Fraction of the shards that may be unreadable or out of reach before a source counts as unusable."""
-
-MANY = 32
-"""New shards from which on processes share in reading headers: starting them takes as long as reading some."""
-
+MAX_LOST = 0.1  # fraction of the shards that may be unreadable or out of reach before a source counts as unusable
+MANY = 32  # new shards from which on processes share in reading headers: starting them takes as long as reading some
 CAPTION_FIELDS = ("captions", "caption", "texts", "text", "prompt", "sentences", "alt_text", "title")
 """Fields of a sample's JSON that are taken for its captions, the first that holds any."""
 
@@ -81,13 +77,8 @@ class ShardSource(Source):
     ) -> None:
         """Index the shards `paths`, in this order.
 
-        Shards that cannot be read are left out and named, up to `MAX_LOST` of all.
-
-        Args:
-            spec: what the user called them.
-            paths: of the tar files; one that is listed twice is read once.
-            reading: how members become captions.
-            index: of the only shard, if it is at hand.
+        Shards that cannot be read are left out and named, up to `MAX_LOST` of all; one that is listed twice is read
+        once. `index` is that of the only shard, if it is at hand.
         """
         self.spec, self._reading = spec, reading
         paths = list(dict.fromkeys(paths))
