@@ -179,7 +179,7 @@ def _file_advice(source: Source) -> Iterator[str]:
     if len(source) < _MANY_FILES or source.path(0) is None:
         return
     sizes = []
-    for index in np.linspace(0, len(source) - 1, _FILES_READ).astype(int).tolist():
+    for index in evenly(len(source), _FILES_READ):
         path = source.path(index)
         if path is not None and path.is_file():
             sizes.append(path.stat().st_size)
@@ -204,9 +204,9 @@ def _grey_advice(source: Source) -> Iterator[str]:
 
 
 def _caption_advice(source: Source) -> Iterator[str]:
-    numbers = np.unique(np.linspace(0, len(source) - 1, _CAPTIONS_READ).astype(int)).tolist()
+    numbers = evenly(len(source), _CAPTIONS_READ)
     if source.groups:  # no further than the first group
-        numbers = list(range(min(source.groups[0], _CAPTIONS_READ)))
+        numbers = range(min(source.groups[0], _CAPTIONS_READ))
     said: set[str] = set()
     for index in numbers:
         try:
@@ -254,6 +254,11 @@ def window_order(groups: Sequence[int], seed: int, epoch: int, *, window: int = 
     order = generator.permutation(len(groups)).tolist()
     windows = [order[first : first + window] for first in range(0, len(order), window)]
     return np.concatenate([generator.permutation(np.concatenate([ranges[i] for i in chosen])) for chosen in windows])
+
+
+def evenly(count: int, most: int) -> range:
+    """Return at most `most` numbers below `count`, evenly over them."""
+    return range(0, count, -(-count // most) or 1)
 
 
 def printable(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from aclip.data.sources.image_files import ENDINGS, looks_embedded
 from aclip.data.spec import Spec, as_named
-from aclip.errors import ConfigError, unknown_name
+from aclip.errors import BadSampleError, ConfigError, unknown_name
 
 IMAGE_COLUMNS = (
     "filepath", "image", "image_path", "imagepath", "image_file", "image_filename", "image_file_name", "image_name",
@@ -33,7 +33,7 @@ LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name", "spec
 """Likewise for the class."""
 
 OPTIONS = ("image", "caption", "tags", "label")  # the options of a specification that name columns
-MAX_STORED = 20_000  # characters of a caption that are kept; ten times what is tokenised.
+MAX_STORED = 20_000  # characters of a caption that are kept; ten times what is tokenised
 DOWNLOAD = "download the images first, for example with img2dataset, whose shards are read as they are"
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
@@ -140,6 +140,21 @@ def image_cell(value: Any) -> str:
 
 
 _PATHS = ("path", "file_name", "filename", "url", "src", "id")
+
+
+def json_object(data: bytes | str) -> dict[str, Any]:
+    """Return the object in a JSON file that describes one image.
+
+    Raises:
+        BadSampleError: it is none.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError(f"JSON that cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadSampleError("JSON that is not an object")
+    return fields
 
 
 def row_of(fields: Mapping[str, Any], columns: Columns) -> Row:

@@ -1,6 +1,5 @@
 """A folder of images: captions beside them, in a list among them, or from the names of class folders."""
 
-import json
 import os
 import re
 from collections import Counter
@@ -11,8 +10,8 @@ from typing import Any
 
 from aclip.data.captions import caption_lines, decode_text, guess_encoding
 from aclip.data.decode import HEIC_EXTENSIONS, IMAGE_EXTENSIONS, reads_heic
-from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
-from aclip.data.sources.columns import CAPTION_COLUMNS, label_of, split_tags, texts
+from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, evenly, printable
+from aclip.data.sources.columns import CAPTION_COLUMNS, json_object, label_of, split_tags, texts
 from aclip.data.sources.image_files import read_image
 from aclip.data.sources.records import flat
 from aclip.errors import BadSampleError, DataError
@@ -91,7 +90,7 @@ def _drop_annotations(found: Listing) -> None:
     stems = {_stem(path) for path in found.images} | set(found.images)
     for files, kind in ((found.texts, "boxes"), (found.described, "no captions")):
         beside_images = [file for stem, file in files.items() if stem in stems]
-        some = beside_images[:: -(-len(beside_images) // _JUDGED) or 1]
+        some = [beside_images[at] for at in evenly(len(beside_images), _JUDGED)]
         if some and not any(_has_caption(found.folder / file) for file in some):
             found.notes.append(f"{len(beside_images):,} {os.path.splitext(some[0])[1]} files beside images hold {kind}")
             files.clear()
@@ -101,7 +100,7 @@ def _has_caption(path: Path) -> bool:
     try:
         data = path.read_bytes()
         if path.suffix.lower() == ".json":
-            return bool(_from_json(data)[0])
+            return bool(_captions_in(json_object(decode_text(data)))[0])
     except (OSError, BadSampleError):
         return True  # said when it is read
     return not _BOXES.fullmatch(data)
@@ -145,12 +144,7 @@ class FolderSource(Source):
 
         If no image has a caption file, and all lie in two or more folders below, these are taken for classes:
         `templates` is then `CLASS_TEMPLATES`, and the summary says so.
-
-        Args:
-            listing: of the folder.
-            templates: see above.
-            whole_texts: a `.txt` file is one caption, line breaks and all, rather than one a line.
-            encoding: of the text files; None finds it out.
+        With `whole_texts` a `.txt` file is one caption, line breaks and all. Its encoding is found out if it is None.
         """
         self.spec = str(listing.folder)
         self._folder, self._whole, self._notes = listing.folder, whole_texts, list(listing.notes)
@@ -214,7 +208,7 @@ class FolderSource(Source):
         except OSError as error:
             raise BadSampleError(f"cannot read the file: {error.strerror}: {printable(text)}") from error
         if text.lower().endswith(".json"):
-            return _from_json(data)
+            return _captions_in(json_object(decode_text(data)))
         said = decode_text(data, self._encoding, self._fallback)
         return ((said,) if self._whole else caption_lines(said)), (), ""
 
@@ -224,40 +218,30 @@ class FolderSource(Source):
     def _look_at_texts(self, files: Sequence[str]) -> str | None:
         odd, several, last = bytearray(), 0, ""
         some = [file for file in files if file and not file.endswith(".json")]
-        for file in some[:: -(-len(some) // _SAMPLED_TEXTS) or 1]:
+        for at in evenly(len(some), _SAMPLED_TEXTS):
             try:
-                data = (self._folder / file).read_bytes()
+                data = (self._folder / some[at]).read_bytes()
             except OSError:
                 continue
             several += len(caption_lines(decode_text(data))) > 1
             try:
                 data.decode("utf-8")
             except UnicodeDecodeError:
-                odd, last = odd + data + b"\n", file
+                odd, last = odd + data + b"\n", some[at]
         if several and not self._whole:
             self._notes.append(f"{several} of {min(len(some), _SAMPLED_TEXTS)} text files have several lines: each is "
                                "a caption of its own ('?captions=whole' makes a file one caption)")
         if not odd or odd.startswith((b"\xff\xfe", b"\xfe\xff")):
             return None
         codec = guess_encoding(bytes(odd))
-        if codec == "utf-8-sig" or codec is None:
+        if codec in (None, "utf-8-sig"):
             return None
         self._notes.append(f"{printable(last)} and others are read as {codec} where they are not UTF-8 "
                            "('?encoding=NAME' says otherwise)")
         return codec
 
 
-def _from_json(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-    try:
-        fields = json.loads(decode_text(data))
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"JSON that cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise BadSampleError("JSON that is not an object")
-    return captions_in(fields)
-
-
-def captions_in(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+def _captions_in(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Return captions, tags and label of an object that describes one image."""
     plain = flat(fields)
     names = {name.lower().rpartition(".")[2]: name for name in reversed(plain)}

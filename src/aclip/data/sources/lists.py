@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
+from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, evenly, printable
 from aclip.data.sources.columns import (
     DOWNLOAD,
     MAX_STORED,
@@ -185,10 +185,10 @@ class ListSource(Source):
 
     def _find_images(self) -> tuple[int, str, int]:
         """Learn where the images lie; return how many of some are missing, the first of them, and how many are some."""
-        cells = [(index, cell) for index in _spread(len(self), _CHECKED) if index not in self._problems
+        cells = [(index, cell) for index in evenly(len(self), _CHECKED) if index not in self._problems
                  and (cell := self._images[index]) and not cell.startswith(_PLACE)]
         local = [cell for _, cell in cells if not is_address(cell) and not looks_embedded(cell)]
-        if self._files.learn([local[at] for at in _spread(len(local), _LEARNT)]):
+        if self._files.learn([local[at] for at in evenly(len(local), _LEARNT)]):
             found = (self._files.find(cell) or Path(cell) for cell in map(self._images.__getitem__, range(len(self))))
             self._images = PackedStrings(map(str, found))
             self._files.forget()
@@ -306,10 +306,6 @@ def _open_stored(spec: Spec, images: ListFile, captions: ListFile) -> ListSource
     rows = (row._replace(captions=tuple(said.get(row.label, ())), label="") for row in _rows(images, columns))
     notes = (f"images in base64 from {images.path.name}, captions from {captions.path.name}",)
     return ListSource(spec.path, rows, ImageFiles(images.path.parent), file=images, columns=columns, notes=notes)
-
-
-def _spread(count: int, most: int) -> Sequence[int]:
-    return range(0, count, -(-count // most) or 1)
 
 
 def _identity(number: int, image: str, problem: str, base: str) -> str:

@@ -44,7 +44,6 @@ _AUXILIARY = frozenset((
 _PRIMARY = frozenset(("image", "img", "input", "rgb", "photo", "picture", "source", "original"))
 _NAMINGS = (0, 1, 2)  # words of an ending, counted from the back; 0: all after the first dot, as WebDataset has it
 
-
 _Members = list[tuple[str, int, int]]  # name, offset, size
 _Groups = dict[str, dict[str, tuple[int, int]]]  # sample name -> ending -> offset and size
 

@@ -1,7 +1,6 @@
 """WebDataset shards: tar files whose members of one name make one sample."""
 
 import functools
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,8 +12,17 @@ import numpy as np
 from aclip import dist
 from aclip.data.captions import caption_lines, decode_text
 from aclip.data.progress import progress
-from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable, relative_names
-from aclip.data.sources.columns import label_of, texts
+from aclip.data.sources.base import (
+    PackedStrings,
+    RawSample,
+    Source,
+    Summary,
+    digest_of,
+    evenly,
+    printable,
+    relative_names,
+)
+from aclip.data.sources.columns import json_object, label_of, texts
 from aclip.data.sources.shard_index import (
     ABSENT,
     ROLES,
@@ -164,14 +172,11 @@ class ShardSource(Source):
         if "json" not in parts:
             return {}
         try:
-            fields = json.loads(parts["json"])
-        except (ValueError, RecursionError) as error:
-            if "txt" in parts:
-                return {}
-            raise BadSampleError(f"JSON that cannot be read: {error}") from error
-        if not isinstance(fields, dict):
-            raise BadSampleError("JSON that is not an object")
-        return fields
+            return json_object(parts["json"])
+        except BadSampleError:
+            if "txt" not in parts:
+                raise
+            return {}
 
     def _captions(self, parts: Mapping[str, bytes], fields: Mapping[str, Any]) -> tuple[str, ...]:
         endings, field, whole = self._reading
@@ -186,7 +191,7 @@ class ShardSource(Source):
         """Look at some samples; return what should be said of how their captions are read."""
         lines = fields = captioned = 0
         names: Counter[str] = Counter()
-        for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int).tolist():
+        for index in evenly(len(self), _LOOKED_AT):
             try:
                 parts = self._read_members(index, ("txt", "json"))
                 found = self._fields(parts)
