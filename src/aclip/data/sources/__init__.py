@@ -167,8 +167,7 @@ def _open_folder(folder: Path, spec: Spec) -> Source:
 
 
 def _open_split_folders(folder: Path, sizes: Mapping[str, int], spec: Spec, alone: bool = False) -> Source:
-    only = next(iter(sizes)) if alone and len(sizes) == 1 else None
-    wanted = choose_split(str(folder), sizes, spec.get("split") or only)
+    wanted = choose_split(str(folder), sizes, spec.get("split"), alone)
     plain = spec.without("split")
     return _joined(spec, [_open_folder(folder / name, plain.with_path(folder / name)) for name in wanted])
 

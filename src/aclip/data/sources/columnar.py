@@ -164,10 +164,9 @@ def open_saved(folder: Path, spec: Spec) -> Source:
     split = spec.get("split")
     if (folder / _SAVED).is_file():
         splits = {path.parent.name: 1 for path in sorted(folder.glob(f"*/{_SAVED_SPLIT}"))}
-        only = next(iter(splits)) if len(splits) == 1 else None
         if not splits:
             raise DataError(f"{folder} cannot be read as a saved dataset: it has no splits")
-        folder = folder / choose_split(folder.name, splits, split or only)[0]
+        folder = folder / choose_split(folder.name, splits, split, alone=True)[0]
     elif split is not None:
         raise ConfigError(f"{folder} has no splits, so '?split={split}' names none")
     try:

@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +75,6 @@ class ImageFiles:
         self._around = chosen is None
         self._hints = hints
         self._ways = [_Way(str(self.folder))]
-        self._by_name: dict[str, str] | None = None
         self._listings: dict[str, dict[str, str]] = {}
 
     def read(self, cell: str) -> bytes | None:
@@ -92,17 +91,13 @@ class ImageFiles:
             path = way.path(cell)
             if os.path.isfile(path):
                 return Path(path)
-        if self._by_name is not None:
-            name = _parts(cell)[-1]
-            keys = (name, name.rpartition(".")[0], name.lstrip("0") if name.isdecimal() else name)
-            return next((Path(self._by_name[key]) for key in keys if key in self._by_name), None)
         return None
 
-    def learn(self, cells: Sequence[str]) -> bool:
+    def learn(self, cells: Sequence[str]) -> dict[str, str]:
         """Find out how cells are written, from some of them.
 
         Returns:
-            Whether files were found by a search of all folders, so that every cell should be replaced by its file now.
+            What `by_name` finds files in, if only a search of all folders finds them; else nothing.
         """
         used: Counter[_Way] = Counter()
         lost: list[str] = []
@@ -121,20 +116,17 @@ class ImageFiles:
         self._ways = [way for way, count in used.most_common()
                       if count * (10 if _holds(str(self.folder), way.root) else 2) >= len(cells)] or self._ways[:1]
         self.notes = [note for way in self._ways if (note := self._note(way))]
+        names: dict[str, str] = {}
         if not used and lost:
-            self._by_name = self._all_names(self.folder)
-            if not self._by_name and self._around and self.folder.name.lower() in _OF_LISTS:
-                self._by_name = self._all_names(self.folder.parent)
-            if not any(self.find(cell) for cell in lost):
-                self._by_name = None
-            else:
+            names = _all_names(self.folder)
+            if not names and self._around and self.folder.name.lower() in _OF_LISTS:
+                names = _all_names(self.folder.parent)
+            if any(by_name(names, cell) for cell in lost):
                 self.notes = ["images found by name in folders below"]
+            else:
+                names = {}
         self._listings.clear()
-        return self._by_name is not None
-
-    def forget(self) -> None:
-        """Drop what a search of all folders found, and take cells as paths from now on."""
-        self._by_name = None
+        return names
 
     def _way_to(self, cell: str, elsewhere: bool) -> _Way | None:
         """Return the plainest way that finds a cell's file, in other folders only if `elsewhere`; None for no way."""
@@ -172,21 +164,6 @@ class ImageFiles:
                 pass
             self._listings[folder] = names
         return self._listings[folder]
-
-    def _all_names(self, folder: Path) -> dict[str, str]:
-        """Return name, name without ending, and number -> the image, in all folders below."""
-        found: dict[str, str] = {}
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                stem, _, ending = name.rpartition(".")
-                if ending.lower() in ENDINGS:
-                    found.setdefault(name, os.path.join(parent, name))
-                    found.setdefault(stem, os.path.join(parent, name))
-                    if stem.isdecimal():
-                        found.setdefault(stem.lstrip("0"), os.path.join(parent, name))
-            if len(found) > 2 * _ENTRIES:
-                break
-        return found
 
     def _note(self, way: _Way) -> str:
         said = []
@@ -226,6 +203,27 @@ def _like_name(way: _Way, name: str, names: dict[str, str]) -> _Way | None:
             if match := number.fullmatch(other):
                 return way._replace(ending=file[len(other) :], prefix=match[1] or "", digits=len(match[2]))
     return None
+
+
+def _all_names(folder: Path) -> dict[str, str]:
+    """Return name, name without ending, and number -> the image, in all folders below."""
+    found: dict[str, str] = {}
+    for parent, _, names in os.walk(folder.absolute()):
+        for name in names:
+            stem, _, ending = name.rpartition(".")
+            if ending.lower() in ENDINGS:
+                for key in (name, stem, stem.lstrip("0") if stem.isdecimal() else stem):
+                    found.setdefault(key, os.path.join(parent, name))
+        if len(found) > 2 * _ENTRIES:
+            break
+    return found
+
+
+def by_name(names: Mapping[str, str], cell: str) -> str | None:
+    """Return the file of a cell that a search of all folders found, see `ImageFiles.learn`."""
+    name = _parts(cell)[-1]
+    keys = (name, name.rpartition(".")[0], name.lstrip("0") if name.isdecimal() else name)
+    return next((names[key] for key in keys if key in names), None)
 
 
 def _holds(folder: str, path: str) -> bool:

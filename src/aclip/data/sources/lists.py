@@ -23,7 +23,15 @@ from aclip.data.sources.columns import (
     texts,
 )
 from aclip.data.sources.folder import SPLIT_NAMES
-from aclip.data.sources.image_files import ImageFiles, embedded_image, full_path, is_address, looks_embedded, read_image
+from aclip.data.sources.image_files import (
+    ImageFiles,
+    by_name,
+    embedded_image,
+    full_path,
+    is_address,
+    looks_embedded,
+    read_image,
+)
 from aclip.data.sources.records import JsonLines, ListFile, Table, choose_split, open_list
 from aclip.data.spec import Spec
 from aclip.errors import BadSampleError, ConfigError, DataError
@@ -188,10 +196,9 @@ class ListSource(Source):
         cells = [(index, cell) for index in evenly(len(self), _CHECKED) if index not in self._problems
                  and (cell := self._images[index]) and not cell.startswith(_PLACE)]
         local = [cell for _, cell in cells if not is_address(cell) and not looks_embedded(cell)]
-        if self._files.learn([local[at] for at in evenly(len(local), _LEARNT)]):
-            found = (self._files.find(cell) or Path(cell) for cell in map(self._images.__getitem__, range(len(self))))
-            self._images = PackedStrings(map(str, found))
-            self._files.forget()
+        if names := self._files.learn([local[at] for at in evenly(len(local), _LEARNT)]):
+            cells_now = map(self._images.__getitem__, range(len(self)))
+            self._images = PackedStrings(by_name(names, cell) or cell for cell in cells_now)
             local = [self._images[index] for index, _ in cells]
         missing = [cell for cell in local if self._files.find(cell) is None]
         if local and len(missing) == len(local) and not any(looks_embedded(cell) for _, cell in cells):

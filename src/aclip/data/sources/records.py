@@ -426,12 +426,12 @@ def _keyed(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
     named = any(names_image(name) for name in islice(content, SAMPLED))
     if not all(isinstance(value, dict) for value in values) or (len(content) == 1 and not named):
         return None
-    return ({**flat(value), ("image" if named or not _has_image(value) else "key"): name}
-            for name, value in content.items() if isinstance(value, dict))
 
+    def record(name: str, value: dict[str, Any]) -> dict[str, Any]:
+        fields = flat(value)
+        return fields | {"image" if named or not any(map(names_image, fields.values())) else "key": name}
 
-def _has_image(value: dict[str, Any]) -> bool:
-    return any(names_image(one) for one in flat(value).values())
+    return (record(name, value) for name, value in content.items() if isinstance(value, dict))
 
 
 def _columnar(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
@@ -485,8 +485,13 @@ def _karpathy(path: Path, images: list[dict[str, Any]], split: str | None) -> _S
     return _Shape(f"Karpathy's split {'+'.join(wanted)}", rows, ("image", "caption"))
 
 
-def choose_split(name: str, sizes: Mapping[str, int], split: str | None) -> list[str]:
-    """Return the splits that were asked for: `split` is one of `sizes`, or several joined by "+"."""
+def choose_split(name: str, sizes: Mapping[str, int], split: str | None, alone: bool = False) -> list[str]:
+    """Return the splits that were asked for: `split` is one of `sizes`, or several joined by "+".
+
+    Where there is only one, it need not be named if `alone` is true.
+    """
+    if alone and split is None and len(sizes) == 1:
+        return list(sizes)
     there = ", ".join(f"{one} ({count:,})" for one, count in sizes.items())
     example = "train" if "train" in sizes else next(iter(sizes))
     wanted = re.split(r"[+ ]", split) if split and split not in sizes else [split] if split else []
