@@ -46,10 +46,6 @@ def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
 
     A file put together from several often has a few lines of Windows-1252 in UTF-8: bytes of those that are not UTF-8
     are read as Windows-1252, where they stand, so that they do not spoil the other lines.
-
-    Raises:
-        ConfigError: an encoding that Python does not know.
-        DataError: no encoding fits the file.
     """
     if chosen is not None:
         try:

@@ -41,11 +41,7 @@ class Spec:
     weight: float | None = None  # of the source in a mixture
 
     def allow(self, *known: str) -> None:
-        """Check that no other options are given.
-
-        Raises:
-            ConfigError: an option that this kind of source does not take.
-        """
+        """Refuse other options."""
         for name in self.options:
             if name not in known:
                 raise ConfigError(f"'{self.text}': {unknown_name('option', name, known)}")
@@ -56,11 +52,7 @@ class Spec:
         return None if value is None else unquote(value)
 
     def one_of(self, name: str, known: Sequence[str]) -> str:
-        """Return an option's value, the first of `known` without the option.
-
-        Raises:
-            ConfigError: a value that is not known.
-        """
+        """Return an option's value, the first of `known` without the option."""
         value = self.get(name) or known[0]
         if value not in known:
             raise ConfigError(f"'{self.text}': {unknown_name(f'value of {name!r}', value, known)}")
@@ -71,11 +63,7 @@ class Spec:
         return replace(self, options={one: value for one, value in self.options.items() if one != name})
 
     def folder(self, name: str) -> Path | None:
-        """Return the folder that an option names, or None without the option.
-
-        Raises:
-            ConfigError: there is no such folder.
-        """
+        """Return the folder that an option names, or None without the option."""
         if name not in self.options:
             return None
         folder = Path(as_named(self.options[name], os.path.isdir)).expanduser()
@@ -202,11 +190,7 @@ def expand_paths(pattern: str, missing_ok: bool = False) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Yield what a pattern with braces stands for; a pattern without is itself.
-
-    Raises:
-        ConfigError: a count of more than a million.
-    """
+    """Yield what a pattern with braces stands for; a pattern without is itself."""
     match = _BRACES.search(pattern)
     if match is None:
         yield pattern

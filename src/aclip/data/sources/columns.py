@@ -159,7 +159,9 @@ def json_object(data: bytes | str) -> dict[str, Any]:
 
 def row_of(fields: Mapping[str, Any], columns: Columns) -> Row:
     """Return the row of an object whose values may be strings, lists of strings, numbers or nothing."""
-    captions = tuple(text for name in columns.captions for text in texts(fields.get(name)))
+    captions = texts(fields.get(columns.captions[0])) if columns.captions else ()
+    for name in columns.captions[1:]:
+        captions += texts(fields.get(name))
     if len(captions) > 1:
         captions = tuple(text for text in captions if text.strip())
     tags = () if columns.tags is None else split_tags(texts(fields.get(columns.tags)))
