@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageCms, ImageOps
 
 from aclip.errors import BadSampleError
@@ -73,7 +73,7 @@ def _decode(data: bytes, min_side: int | None) -> Image.Image:
     except BadSampleError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise BadSampleError(f"truncated or damaged {image.format} image: {_one_line(error)}") from error
+        raise BadSampleError(f"truncated or damaged {image.format} image: {one_line(error)}") from error
 
 
 def _without_metadata(data: bytes) -> bytes | None:
@@ -151,7 +151,7 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return a image that is decoded already as `decode_image` does: upright, RGB, alpha on white.
+    """Return an image that is decoded already as `decode_image` does: upright, RGB, alpha on white.
 
     Raises:
         BadSampleError: no pixels, or numbers without an agreed white.
@@ -187,7 +187,7 @@ def stretch_grey(data: bytes, white: float | None = None) -> bytes:
     return file.getvalue()
 
 
-def _deep_grey(data: bytes) -> UInt8[np.ndarray, "h w"] | None:
+def _deep_grey(data: bytes) -> Float32[np.ndarray, "h w"] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -225,7 +225,7 @@ def _open(data: bytes) -> Image.Image:
     except Exception as error:
         known = next((name for name in formats if name in Image.OPEN and _accepts(name, data)), None)
         if known is not None:
-            raise BadSampleError(f"truncated or damaged {known} image: {_one_line(error)}") from error
+            raise BadSampleError(f"truncated or damaged {known} image: {one_line(error)}") from error
         heic = data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf")
         advice = "; HEIC: pip install 'attentive-clip[heic]'" if heic else ""
         raise BadSampleError(f"not an image in a known format ({', '.join(FORMATS)}){advice}") from error
@@ -274,5 +274,6 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException | None) -> str:
+    """Return what an error says, short enough for a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

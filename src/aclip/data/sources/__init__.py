@@ -83,8 +83,8 @@ def open_training(specs: str | Sequence[str]) -> Source:
 
 
 def _open(spec: Spec) -> Source:
-    kind, _, rest = spec.path.partition(":")
-    if kind in SOURCES and not os.path.exists(spec.path):
+    kind, colon, rest = spec.path.partition(":")
+    if colon and kind in SOURCES and not os.path.exists(spec.path):
         source = SOURCES[kind](rest)
         source.spec = source.spec or spec.path
     else:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from aclip.data.decode import one_line
 from aclip.data.progress import progress
 from aclip.data.sources.base import WINDOW, Delegating, Runs, Summary, digest_of, relative_names
 from aclip.data.sources.shard_index import (
@@ -158,10 +159,10 @@ def file_system(url: str) -> Any:
             options = {"client_kwargs": {"timeout": limits}}
         return fsspec.filesystem(protocol, **options)
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{url} needs more packages to be read: pip install 'attentive-clip[remote]' ({_reason(error)})") from error
+        raise MissingDependencyError(f"{url} needs more packages to be read: pip install 'attentive-clip[remote]' "
+                                     f"({one_line(error)})") from error
     except ValueError as error:
-        raise DataError(f"'{protocol}://' is no kind of address that fsspec knows: {_reason(error)}") from error
+        raise DataError(f"'{protocol}://' is no kind of address that fsspec knows: {one_line(error)}") from error
 
 
 class _UnavailableError(DataError):
@@ -181,7 +182,7 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
         error = state.outcome.exception() if state.outcome else None
         assert state.next_action is not None
         level = logging.WARNING if state.idle_for > 10 * FIRST_WAIT else logging.INFO
-        _log.log(level, "%s: %s; retried in %.0f s", url, _reason(error and _cause(error)), state.next_action.sleep)
+        _log.log(level, "%s: %s; retried in %.0f s", url, one_line(error and _cause(error)), state.next_action.sleep)
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
@@ -199,7 +200,7 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
         if _is_local(error):
             raise
         missing = _is_missing(error)
-        reason = "there is no such file" if missing else _reason(_cause(error))
+        reason = "there is no such file" if missing else one_line(_cause(error))
         unavailable = _UnavailableError(f"{url} cannot be fetched: {reason}")
         unavailable.missing = missing
         raise unavailable from error
@@ -227,10 +228,6 @@ def _cause(error: BaseException) -> BaseException:
 
 def _is_local(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-def _reason(error: BaseException | None) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
@@ -303,7 +300,7 @@ def fetch_and_index(url: str, endings: Endings = UNDERSTOOD) -> tuple[Path, Shar
         if index is not None or path.exists():
             return path, index or index_shard(path, endings, address=url, version="unknown")
     except OSError as error:
-        raise DataError(f"no room for {url} in {path.parent}: {_reason(error)}") from error
+        raise DataError(f"no room for {url} in {path.parent}: {one_line(error)}") from error
     raise DataError(f"{url} is evicted from the cache before it is read: set ACLIP_CACHE_GB to more than a few shards")
 
 
