@@ -325,8 +325,8 @@ def _identity(number: int, image: str, problem: str, base: str) -> str:
 
 
 def _join(strings: Sequence[str]) -> str:
-    if len(strings) == 1:
-        return _storable(strings[0].replace(_BETWEEN, " "))
+    if len(strings) < 2:  # most rows have one caption and no tags
+        return _storable(strings[0].replace(_BETWEEN, " ")) if strings else ""
     return _BETWEEN.join(_storable(string.replace(_BETWEEN, " ")) for string in strings)
 
 
