@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -166,6 +166,7 @@ def test_jpeg_is_decoded_smaller_but_never_below_the_smallest_side(min_side: int
     assert decode_image(data, min_side=min_side).size == (side, side)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.binary(min_size=1, max_size=40), st.sampled_from(FORMATS))
 def test_damage_never_escapes(position: float, garbage: bytes, image_format: str) -> None:
     buffer = io.BytesIO()

@@ -15,45 +15,26 @@ from torch import Tensor
 from aclip import rng
 from aclip.errors import BadSampleError, ConfigError, DataError
 
-MAX_TAGS = 3
-"""At most this many tags follow a caption in training."""
-
-MAX_CHARACTERS = 2000
-"""Characters of one caption that are tokenised; see `CaptionTokenizer`."""
+MAX_TAGS = 3  # at most this many tags follow a caption in training
+MAX_CHARACTERS = 2000  # characters of one caption that are tokenised; see `CaptionTokenizer`.
 
 
 class DrawnCaption(NamedTuple):
-    """One caption, chosen.
+    """One caption, chosen."""
 
-    Attributes:
-        text: what is tokenised, tags included.
-        caption_id: `caption_id` of the caption without its tags.
-    """
-
-    text: str
-    caption_id: int
+    text: str  # what is tokenised, tags included
+    caption_id: int  # of the caption without its tags
 
 
 class TextEncoding(NamedTuple):
-    """How a text file is read.
+    """How a text file is read."""
 
-    Attributes:
-        codec: for Python's decoders.
-        note: one sentence if that was not plain UTF-8, else "".
-    """
-
-    codec: str
-    note: str = ""
+    codec: str  # for Python's decoders
+    note: str = ""  # one sentence if that was not plain UTF-8
 
 
 def decode_text(data: bytes, encoding: str | None = None, fallback: str | None = None) -> str:
-    """Decode a text.
-
-    Args:
-        data: the text.
-        encoding: it is in; None reads UTF-8, and UTF-16 and UTF-32 by their marks.
-        fallback: what it is in if it is none of these; None guesses.
-    """
+    """Decode a text in a known `encoding`, else by its mark, as UTF-8, or in `fallback`, which None guesses."""
     codec = encoding or _marked(data)
     if codec is None:
         codec = "utf-8-sig" if _is_utf8(data) else fallback or guess_encoding(data) or "cp1252"
@@ -65,17 +46,13 @@ def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
 
     A file put together from several often has a few lines of Windows-1252 in UTF-8: bytes of those that are not UTF-8
     are read as Windows-1252, where they stand, so that they do not spoil the other lines.
-
-    Raises:
-        ConfigError: an encoding that Python does not know.
-        DataError: no encoding fits the file.
     """
     if chosen is not None:
         try:
             return TextEncoding(codecs.lookup(chosen).name, f"read as {chosen}")
         except LookupError as error:
             raise ConfigError(f"'encoding={chosen}' is unknown: write a name such as utf-8, gb18030 or "
-                              f"shift_jis") from error
+                              "shift_jis") from error
     with open_binary(path) as file:
         head = file.read(_HEAD)
         marked = _marked(head) or _wide(head)
@@ -94,7 +71,6 @@ def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file, through gzip where it is compressed so."""
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
@@ -113,8 +89,7 @@ def _of_mixed_lines(path: Path, file: BinaryIO) -> TextEncoding:
             broken += line[:_CHUNK]
     if sound >= odd:
         return TextEncoding("utf-8-sig", f"{odd} lines are not UTF-8, the first is line {first}: what is not in them "
-                                         f"is "
-                                         "read as Windows-1252")
+                                         "is read as Windows-1252")
     codec = guess_encoding(bytes(broken))
     if codec is None:
         raise DataError(f"{path} is not UTF-8 and no other encoding fits it: say which with "
@@ -133,10 +108,12 @@ def guess_encoding(data: bytes) -> str | None:
         return wide
     runs = _HIGH.findall(data)
     sound = [run for run in runs if _is_utf8(run)]
-    if 2 * len(sound) >= len(runs) or _covered(runs) > 0.85:
+    high = sum(map(len, runs))
+    in_sequences = sum(len(one) for run in runs for one in _SEQUENCE.findall(run))
+    if 2 * len(sound) >= len(runs) or in_sequences > 0.85 * high:
         return "utf-8-sig"
     western = sum(len(run) for run in _WESTERN.findall(data))
-    if 2 * western > sum(map(len, runs)):
+    if 2 * western > high:
         return "cp1252"
     from charset_normalizer import from_bytes
 
@@ -150,17 +127,12 @@ def guess_encoding(data: bytes) -> str | None:
                key=lambda match: (match.percent_coherence, -_CODECS.index(match.encoding))).encoding
 
 
-def _covered(runs: list[bytes]) -> float:
-    return sum(len(one) for run in runs for one in _SEQUENCE.findall(run)) / sum(map(len, runs))
-
-
 def text_errors(codec: str) -> str:
     """Return how bytes that a codec does not know are handled: in UTF-8 they are taken for Windows-1252."""
     return _AS_CP1252 if codec in ("utf-8-sig", "utf-8") else "replace"
 
 
 def _marked(data: bytes) -> str | None:
-    """Return the codec that a byte order mark names."""
     for mark, codec in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
                         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
         if data.startswith(mark):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageCms, ImageOps
 
 from aclip.errors import BadSampleError
@@ -28,12 +28,8 @@ IMAGE_EXTENSIONS = frozenset(
 )
 """File name endings, lower case and without the dot, that sources take for images."""
 
-HEIC_EXTENSIONS = frozenset({"heic", "heif", "hif"})
-"""Endings of images that need the package pillow-heif."""
-
-MAX_PIXELS = 100_000_000
-"""Images with more pixels are refused: 100 Mpixel are 300 MB once decoded."""
-
+HEIC_EXTENSIONS = frozenset({"heic", "heif", "hif"})  # endings of images that need the package pillow-heif
+MAX_PIXELS = 100_000_000  # images with more pixels are refused: 100 Mpixel are 300 MB once decoded
 _JPEG, _PNG, _END_OF_JPEG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"\xff\xd9"
 _START_OF_SCAN, _APP1 = b"\xda", b"\xe1"
 _METADATA = (b"zTXt", b"iTXt", b"tEXt", b"iCCP")  # chunks of a PNG that say nothing about its pixels
@@ -77,7 +73,7 @@ def _decode(data: bytes, min_side: int | None) -> Image.Image:
     except BadSampleError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise BadSampleError(f"truncated or damaged {image.format} image: {_one_line(error)}") from error
+        raise BadSampleError(f"truncated or damaged {image.format} image: {one_line(error)}") from error
 
 
 def _without_metadata(data: bytes) -> bytes | None:
@@ -155,7 +151,7 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return a image that is decoded already as `decode_image` does: upright, RGB, alpha on white.
+    """Return an image that is decoded already as `decode_image` does: upright, RGB, alpha on white.
 
     Raises:
         BadSampleError: no pixels, or numbers without an agreed white.
@@ -191,7 +187,7 @@ def stretch_grey(data: bytes, white: float | None = None) -> bytes:
     return file.getvalue()
 
 
-def _deep_grey(data: bytes) -> UInt8[np.ndarray, "h w"] | None:
+def _deep_grey(data: bytes) -> Float32[np.ndarray, "h w"] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -216,13 +212,11 @@ def reads_heic() -> bool:
 
 
 def _formats(data: bytes) -> list[str]:
-    """Return the formats to try: HEIC's reader is looked for where a file may need it."""
     is_heic = data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis")
     return [*FORMATS, "HEIF"] if is_heic and reads_heic() else list(FORMATS)
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header."""
     formats = _formats(data)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -231,7 +225,7 @@ def _open(data: bytes) -> Image.Image:
     except Exception as error:
         known = next((name for name in formats if name in Image.OPEN and _accepts(name, data)), None)
         if known is not None:
-            raise BadSampleError(f"truncated or damaged {known} image: {_one_line(error)}") from error
+            raise BadSampleError(f"truncated or damaged {known} image: {one_line(error)}") from error
         heic = data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf")
         advice = "; HEIC: pip install 'attentive-clip[heic]'" if heic else ""
         raise BadSampleError(f"not an image in a known format ({', '.join(FORMATS)}){advice}") from error
@@ -280,5 +274,6 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException | None) -> str:
+    """Return what an error says, short enough for a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

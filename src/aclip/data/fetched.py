@@ -8,9 +8,7 @@ from pathlib import Path
 from aclip.errors import DataError
 from aclip.files import data_root
 
-DESCRIPTION = "dataset.json"
-"""File of a set's folder that is written when the set is complete."""
-
+DESCRIPTION = "dataset.json"  # file of a set's folder that is written when the set is complete
 _SET = re.compile(r"([A-Za-z][\w-]+)(?::([\w-]*))?")  # two letters, as C: is a drive
 
 
@@ -25,9 +23,6 @@ def split_sizes(folder: Path) -> dict[str, int]:
 
 def resolve(path: str) -> str | None:
     """Return the folder of shards that `NAME:SPLIT` stands for, or None if the path has another form or exists.
-
-    Args:
-        path: of a specification, without options, slice and weight.
 
     Raises:
         DataError: the set has not been fetched, or has no such split.

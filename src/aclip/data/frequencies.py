@@ -30,7 +30,7 @@ def token_frequencies(
         source: the training pairs.
         tokenizer: as in training; its rows hold the start, the caption, the end (the row's highest id), padding.
         vocab_size: V, ids that the text tower knows.
-        seed: the run's; the result is a function of the arguments alone, the same on every rank.
+        seed: the run's; the result is the same on every rank.
         limit: most samples that are read.
 
     Returns:

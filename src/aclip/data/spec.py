@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
 from urllib.parse import unquote
 
 from aclip.errors import ConfigError, DataError, unknown_name
@@ -33,47 +32,38 @@ _MOST_FILES = 1_000_000
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed specification.
+    """A parsed specification."""
 
-    Attributes:
-        text: as the user wrote it.
-        path: file, folder, pattern, address or set; `~` expanded.
-        options: name -> value, as written.
-        part: (first, last) of the samples that are taken, last exclusive or None for the end; None takes all.
-        weight: of the source in a mixture, or None.
-    """
-
-    text: str
-    path: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    part: tuple[int, int | None] | None = None
-    weight: float | None = None
+    text: str  # as the user wrote it
+    path: str  # file, folder, pattern, address or set; `~` expanded
+    options: Mapping[str, str] = field(default_factory=dict)  # name -> value, as written
+    part: tuple[int, int | None] | None = None  # of the samples, the last exclusive or None for the end
+    weight: float | None = None  # of the source in a mixture
 
     def allow(self, *known: str) -> None:
-        """Check that no other options are given.
-
-        Raises:
-            ConfigError: an option that this kind of source does not take.
-        """
+        """Refuse other options."""
         for name in self.options:
             if name not in known:
                 raise ConfigError(f"'{self.text}': {unknown_name('option', name, known)}")
 
-    @overload
-    def get(self, name: str) -> str | None: ...
-    @overload
-    def get(self, name: str, default: str) -> str: ...
-    def get(self, name: str, default: str | None = None) -> str | None:
-        """Return an option's value with its %XX decoded."""
+    def get(self, name: str) -> str | None:
+        """Return an option's value with its %XX decoded, or None without the option."""
         value = self.options.get(name)
-        return default if value is None else unquote(value)
+        return None if value is None else unquote(value)
+
+    def one_of(self, name: str, known: Sequence[str]) -> str:
+        """Return an option's value, the first of `known` without the option."""
+        value = self.get(name) or known[0]
+        if value not in known:
+            raise ConfigError(f"'{self.text}': {unknown_name(f'value of {name!r}', value, known)}")
+        return value
+
+    def without(self, name: str) -> "Spec":
+        """Return the specification without an option."""
+        return replace(self, options={one: value for one, value in self.options.items() if one != name})
 
     def folder(self, name: str) -> Path | None:
-        """Return the folder that an option names, or None without the option.
-
-        Raises:
-            ConfigError: there is no such folder.
-        """
+        """Return the folder that an option names, or None without the option."""
         if name not in self.options:
             return None
         folder = Path(as_named(self.options[name], os.path.isdir)).expanduser()
@@ -139,7 +129,6 @@ def _part(match: re.Match[str]) -> tuple[int, int | None]:
 
 
 def _within(whole: tuple[int, int | None], part: tuple[int, int | None] | None) -> tuple[int, int | None]:
-    """Return a part of a part, both counted from the start of the source."""
     if part is None:
         return whole
     first, last = whole[0] + part[0], None if part[1] is None else whole[0] + part[1]
@@ -201,11 +190,7 @@ def expand_paths(pattern: str, missing_ok: bool = False) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Yield what a pattern with braces stands for; a pattern without is itself.
-
-    Raises:
-        ConfigError: a count of more than a million.
-    """
+    """Yield what a pattern with braces stands for; a pattern without is itself."""
     match = _BRACES.search(pattern)
     if match is None:
         yield pattern

@@ -15,8 +15,10 @@ assert published.LAYOUTS is LAYOUTS
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout(tmp_path: Path, name: str) -> None:
-    expected = LAYOUTS[name](tmp_path)
-    spec = f"{tmp_path}/{expected.spec}"
+    root = tmp_path / "disk"  # images are also sought one folder up, where other tests have theirs
+    root.mkdir()
+    expected = LAYOUTS[name](root)
+    spec = f"{root}/{expected.spec}"
     if isinstance(expected, Asked):
         with pytest.raises(AclipError) as caught:
             open_source(spec)

@@ -428,3 +428,14 @@ def test_any_bytes_give_rows_or_a_clear_error(
     for index in range(len(source)):
         with contextlib.suppress(BadSampleError):
             assert source.read(index).name
+
+
+def test_images_sought_in_all_folders_of_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set/train/6/e").mkdir(parents=True)
+    (tmp_path / "set/train/6/e/6e1a.jpg").write_bytes(b"tower")
+    (tmp_path / "set/train.csv").write_text("id,caption\n6e1a,a tower\n")
+    monkeypatch.chdir(tmp_path)
+    source = open_source("set/train.csv")
+    assert source.read(0).image == b"tower"
+    monkeypatch.chdir(tmp_path.parent)
+    assert source.read(0).image == b"tower"

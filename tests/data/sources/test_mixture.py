@@ -18,7 +18,7 @@ from tests_support import Numbers
 
 
 def owners(mixture: Mixture) -> list[int]:
-    return [number for number, source in enumerate(mixture.sources) for _ in range(len(source))]
+    return [number for number, source in enumerate(mixture.parts) for _ in range(len(source))]
 
 
 @settings(deadline=None)

@@ -286,7 +286,7 @@ def test_a_store_that_is_down_at_opening_gives_every_rank_the_same_source(server
     assert [path for path in server.asked if path.endswith(".tar")] == []  # nothing was counted instead
     assert open_source(f"{server.url}/{{00..10}}.tar").digest() != first.digest()
     server.down_until = clock.now + 1e9
-    with pytest.raises(DataError, match=r"sizes\.json cannot be read: 503"):
+    with pytest.raises(DataError, match=r"sizes\.json cannot be fetched: 503"):
         open_source(f"{server.url}/{{00..11}}.tar")
 
 

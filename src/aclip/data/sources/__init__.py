@@ -4,9 +4,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 from aclip.data.decode import IMAGE_EXTENSIONS
@@ -19,29 +18,16 @@ from aclip.data.sources.folder import LIST_ENDINGS, SPLIT_NAMES, FolderSource, L
 from aclip.data.sources.lists import ListSource, open_list_source
 from aclip.data.sources.records import choose_split, open_list
 from aclip.data.sources.remote import RemoteShardSource, expand_urls
-from aclip.data.sources.shards import ShardSource
+from aclip.data.sources.shards import ShardSource, reading_of
 from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
-from aclip.data.sources.torchvision_sets import TorchvisionSource, open_torchvision
+from aclip.data.sources.torchvision_sets import TorchvisionSource
 from aclip.data.spec import Spec, expand_paths, is_pattern, parse_spec
-from aclip.errors import ConfigError, DataError, unknown_name
+from aclip.errors import ConfigError, DataError
 
 __all__ = [
-    "ColumnarSource",
-    "FolderSource",
-    "Joined",
-    "ListSource",
-    "Mixture",
-    "Part",
-    "RawSample",
-    "RemoteShardSource",
-    "ShardSource",
-    "Source",
-    "Summary",
-    "TorchvisionSource",
-    "open_source",
-    "open_training",
-    "weights_of",
-]
+    "ColumnarSource", "FolderSource", "Joined", "ListSource", "Mixture", "Part", "RawSample", "RemoteShardSource",
+    "ShardSource", "Source", "Summary", "TorchvisionSource", "open_source", "open_training", "weights_of",
+]  # fmt: skip
 
 SOURCES: dict[str, Callable[[str], Source]] = {}
 """Your own: `SOURCES["mine"] = MySource` opens `mine:REST` by `MySource(REST)`."""
@@ -58,7 +44,6 @@ _ACCEPTED = (
 
 _log = logging.getLogger(__name__)
 _LIST_NAMES = ("metadata", "captions", "annotations")  # whatever their ending
-_SHARD_OPTIONS = ("image", "caption", "captions")
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 _SPLIT_OF_FILE = re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})\d*(?:[-_.].*)?", re.IGNORECASE)
 
@@ -90,71 +75,61 @@ def open_training(specs: str | Sequence[str]) -> Source:
         source = _open(parse_spec(spec))
         if source.summary.captioned == 0:
             raise DataError(f"no image of {source.spec} has a caption, and training needs them: put a .txt beside "
-                            f"each, "
-                            f"name a list of captions, or caption folders with '{spec}?templates=a photo of a {{}}.'")
+                            f"each, name a list of captions, or caption folders with "
+                            f"'{spec}?templates=a photo of a {{}}.'")
         return source
 
     return open_mixture(specs, open_one)
 
 
 def _open(spec: Spec) -> Source:
-    stretch = spec.get("stretch")
-    plain = Spec(spec.text, spec.path, {name: value for name, value in spec.options.items() if name != "stretch"})
-    name, colon, rest = spec.path.partition(":")
-    if colon and name in SOURCES and not os.path.exists(spec.path):
-        source = SOURCES[name](rest)
+    kind, colon, rest = spec.path.partition(":")
+    if colon and kind in SOURCES and not os.path.exists(spec.path):
+        source = SOURCES[kind](rest)
         source.spec = source.spec or spec.path
-        return source if spec.part is None else Part(source, *spec.part)
-    folder = resolve(spec.path)
-    source = _open_whole(plain if folder is None else plain.with_path(folder))
-    _log.info("%s", source.summary)
-    if stretch is not None:
-        source = Stretched(source, stretch)
+    else:
+        source = _open_whole(spec.without("stretch"))
+        _log.info("%s", source.summary)
+        if (white := spec.get("stretch")) is not None:
+            source = Stretched(source, white)
     return source if spec.part is None else Part(source, *spec.part)
 
 
 def _open_whole(spec: Spec) -> Source:
     path = spec.path
-    if path.startswith(TORCHVISION) and not os.path.exists(path):
-        return open_torchvision(spec)
-    if "://" in path and not os.path.exists(path):
-        if not path.startswith("file://"):
-            return _open_remote(spec)
-        path = unquote(path.removeprefix("file://"))
+    if not os.path.exists(path):
+        if path.startswith(TORCHVISION):
+            return TorchvisionSource(spec)
+        if path.startswith("file://"):
+            path = unquote(path.removeprefix("file://"))
+        elif "://" in path:
+            if not any(ending in path for ending in _TAR_ENDINGS):
+                raise DataError(f"'{path}' cannot be read remotely: WebDataset shards can, the rest is local")
+            return RemoteShardSource(path, expand_urls(path), reading_of(spec))
+        else:
+            path = resolve(path) or path
+    spec = spec.with_path(path)
     if os.path.isdir(path):
         return _open_folder(Path(path), spec)
     if not os.path.isfile(path) and not is_pattern(path):
         raise DataError(f"'{path}' does not exist: give {'; '.join(_ACCEPTED)}")
-    paths = expand_paths(path)
-    return _open_files(paths, spec.with_path(path))
-
-
-def _open_remote(spec: Spec) -> Source:
-    if not any(ending in spec.path for ending in _TAR_ENDINGS):
-        raise DataError(f"'{spec.path}' cannot be read remotely: WebDataset shards can, the rest is local")
-    spec.allow(*_SHARD_OPTIONS)
-    return RemoteShardSource(spec.path, expand_urls(spec.path), **_shard_options(spec))
-
-
-def _shard_options(spec: Spec) -> dict[str, Any]:
-    captions = spec.get("captions", "lines")
-    if captions not in ("lines", "whole"):
-        raise ConfigError(f"'{spec.text}': {unknown_name('reading of text files', captions, ('lines', 'whole'))}")
-    return {"image": spec.get("image"), "caption": spec.get("caption"), "captions": captions}
+    return _open_files(expand_paths(path), spec)
 
 
 def _open_files(paths: Sequence[Path], spec: Spec) -> Source:
     """Open files of one kind; what the first is decides."""
     first = paths[0]
     if _is_tar(first):
-        spec.allow(*_SHARD_OPTIONS)
-        return ShardSource(spec.path, paths, **_shard_options(spec))
+        return ShardSource(spec.path, paths, reading_of(spec))
     if is_columnar(first) or first.suffix.lower() == ".parquet":
         return open_columnar(paths, spec)
     if first.suffix.lower() in (".pkl", ".npy", ".pickle"):
         raise DataError(f"{first} is a pickle, which can run any program when it is read: docs/convert_slip.py makes a "
                         "table of SLIP's metadata")
-    sources = [open_list_source(path, spec.with_path(path)) for path in paths]
+    return _joined(spec, [open_list_source(path, spec.with_path(path)) for path in paths])
+
+
+def _joined(spec: Spec, sources: Sequence[Source]) -> Source:
     return sources[0] if len(sources) == 1 else Joined(spec.path, sources)
 
 
@@ -170,41 +145,51 @@ def _open_folder(folder: Path, spec: Spec) -> Source:
     if is_saved(folder):
         return open_saved(folder, spec)
     if sizes := split_sizes(folder):  # a set that was fetched
-        wanted = choose_split(str(folder), sizes, spec.get("split"))
-        parts = [_open_folder(folder / name, _without_split(spec, folder / name)) for name in wanted]
-        return parts[0] if len(parts) == 1 else Joined(spec.path, parts)
+        return _open_split_folders(folder, sizes, spec)
     listing = list_folder(folder)
     if not listing.images and not listing.unread:
-        paths, chosen = _data_files(folder, spec)
-        if paths:
-            return _open_files(paths, chosen)
+        for ending in ("tar", "parquet", "arrow"):
+            for depth in ("*", "*/*", "*/*/*"):
+                if paths := [path for path in sorted(folder.glob(f"{depth}.{ending}")) if path.is_file()]:
+                    return _open_data_files(folder, paths, spec)
     if "templates" in spec.options or _has_captions(listing):
         return _open_images(listing, spec)
     if lists := _lists_in(folder):
         return _open_listed(folder, lists, spec)
     if splits := _split_folders(listing):
-        only = next(iter(splits)) if len(splits) == 1 else None
-        chosen_splits = choose_split(str(folder), splits, spec.get("split") or only)
-        sources = [_open_folder(folder / name, _without_split(spec, folder / name)) for name in chosen_splits]
-        return sources[0] if len(sources) == 1 else Joined(spec.path, sources)
+        return _open_split_folders(folder, splits, spec, alone=True)
     if lists := _lists_in(folder, below=True):
         return _open_listed(folder, lists, spec)
     if len(listing.top) == 1 and all(image.count("/") > 1 for image in listing.images) and not beside(listing):
-        return _open_folder(folder / listing.top[0],
-                            spec.with_path(folder / listing.top[0]))  # set/set/..., images/train/...
+        inner = folder / listing.top[0]  # set/set/..., images/train/...
+        return _open_folder(inner, spec.with_path(inner))
     return _open_images(listing, spec)
+
+
+def _open_split_folders(folder: Path, sizes: Mapping[str, int], spec: Spec, alone: bool = False) -> Source:
+    wanted = choose_split(str(folder), sizes, spec.get("split"), alone)
+    plain = spec.without("split")
+    return _joined(spec, [_open_folder(folder / name, plain.with_path(folder / name)) for name in wanted])
+
+
+def _open_data_files(folder: Path, paths: list[Path], spec: Spec) -> Source:
+    by_split = _by_split(folder, paths)
+    if by_split is None:
+        return _open_files(paths, spec)
+    if len(by_split) > 1 or "split" in spec.options:
+        wanted = choose_split(str(folder), {name: len(some) for name, some in by_split.items()}, spec.get("split"))
+        paths = [path for name in wanted for path in by_split[name]]
+    return _open_files(paths, spec.without("split").with_path(folder))
 
 
 def _open_images(listing: Listing, spec: Spec) -> Source:
     spec.allow("templates", "captions", "encoding")
-    templates = tuple(filter(None, spec.get("templates", "").split("|")))
+    templates = tuple(filter(None, (spec.get("templates") or "").split("|")))
     for template in templates:
         if "{}" not in template:
             raise ConfigError(f"'{spec.text}': the template '{template}' has no {{}} for the folder's name")
-    captions = spec.get("captions", "lines")
-    if captions not in ("lines", "whole"):
-        raise ConfigError(f"'{spec.text}': {unknown_name('reading of text files', captions, ('lines', 'whole'))}")
-    return FolderSource(listing, templates, whole_texts=captions == "whole", encoding=spec.get("encoding"))
+    whole = spec.one_of("captions", ("lines", "whole")) == "whole"
+    return FolderSource(listing, templates, whole_texts=whole, encoding=spec.get("encoding"))
 
 
 def _has_captions(listing: Listing) -> bool:
@@ -255,27 +240,9 @@ def _open_listed(folder: Path, lists: Sequence[Path], spec: Spec) -> Source:
         names = ", ".join(str(path.relative_to(folder)) for path in lists)
         raise DataError(f"{folder} holds several lists of pairs, {names}: name one of them, or say with "
                         "'?templates=a photo of a {}.' that its folders are classes")
-    wanted = choose_split(str(folder), {name: len(paths) for name, paths in by_split.items()}, spec.get("split"))
-    sources = [_open_files(by_split[name], _without_split(spec, by_split[name][0])) for name in wanted]
-    return sources[0] if len(sources) == 1 else Joined(spec.path, sources)
-
-
-def _data_files(folder: Path, spec: Spec) -> tuple[list[Path], Spec]:
-    """Return the shards, columnar files or list of a folder without images, of the splits that are asked for."""
-    for ending in ("tar", "parquet", "arrow"):
-        for depth in ("*", "*/*", "*/*/*"):
-            paths = [path for path in sorted(folder.glob(f"{depth}.{ending}")) if path.is_file()]
-            if not paths:
-                continue
-            by_split = _by_split(folder, paths)
-            if by_split is None:
-                return paths, spec
-            if len(by_split) > 1 or "split" in spec.options:
-                sizes = {name: len(some) for name, some in by_split.items()}
-                wanted = choose_split(str(folder), sizes, spec.get("split"))
-                paths = [path for name in wanted for path in by_split[name]]
-            return paths, _without_split(spec, folder)
-    return [], spec
+    wanted = choose_split(str(folder), dict.fromkeys(by_split, 1), spec.get("split"))
+    plain = spec.without("split")
+    return _joined(spec, [_open_files(by_split[name], plain.with_path(by_split[name][0])) for name in wanted])
 
 
 def _by_split(folder: Path, paths: Sequence[Path]) -> dict[str, list[Path]] | None:
@@ -298,8 +265,3 @@ def _split_folders(listing: Listing) -> dict[str, int]:
         return {}
     counts = Counter(image.partition("/")[0] for image in listing.images)
     return {name: counts[name] for name in top}
-
-
-def _without_split(spec: Spec, path: Path) -> Spec:
-    options = {name: value for name, value in spec.options.items() if name != "split"}
-    return Spec(spec.text, spec.path, options).with_path(path)

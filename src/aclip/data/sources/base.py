@@ -4,7 +4,8 @@ import hashlib
 import pickle
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -23,45 +24,30 @@ class RawSample:
     """One pair as it is stored.
 
     Attributes:
-        name: unique in its source; reports and journals use it.
-        image: the bytes of the image file, not yet decoded.
-        captions: as written; empty where the source has none for this image.
-        tags: further words for the image.
-        label: the image's class, or None.
         concept: what the captions name, if they are several ways to say it: images of one concept are not each
             other's negatives whichever caption each is drawn with. None: every caption stands for itself.
     """
 
-    name: str
-    image: bytes
-    captions: tuple[str, ...]
-    tags: tuple[str, ...] = ()
-    label: str | None = None
+    name: str  # unique in its source; reports and journals use it
+    image: bytes  # the image file, not yet decoded
+    captions: tuple[str, ...]  # as written; empty where the source has none for this image
+    tags: tuple[str, ...] = ()  # further words for the image
+    label: str | None = None  # the image's class
     concept: str | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a source was read, for one line: `found` = `captioned` + `uncaptioned` + the sum of `left_out`.
+    """How a source was read, for one line: `found` = `captioned` + `uncaptioned` + the sum of `left_out`."""
 
-    Attributes:
-        source: what the user called it.
-        found: images seen, used or not.
-        captioned: images used that have a caption (one that may turn out to be blank counts).
-        uncaptioned: images used without a caption.
-        left_out: reason -> images found and not used.
-        notes: how the source was read, and how to choose another reading where two are plausible.
-    """
-
-    source: str
-    found: int
-    captioned: int
+    source: str  # what the user called it
+    found: int  # images seen, used or not
+    captioned: int  # images used that have a caption (one that may turn out to be blank counts)
     uncaptioned: int = 0
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> images found and not used
+    notes: tuple[str, ...] = ()  # how the source was read, and how to choose another reading where two are plausible
 
     def __str__(self) -> str:
-        """Return the line."""
         parts = [f"{self.found:,} image{'s' * (self.found != 1)}"]
         if self.uncaptioned:
             parts += [f"{self.captioned:,} captioned", f"{self.uncaptioned:,} without caption"]
@@ -79,10 +65,12 @@ class Source:
         spec: what the user called it.
         groups: number of samples in each group, where reading is by groups of consecutive samples (row groups, remote
             shards) and a random order over all of them would be slow; empty where any order is as fast.
+        parts: the sources that this one is made of; empty for one that reads files itself.
     """
 
     spec: str = ""
     groups: tuple[int, ...] = ()
+    parts: tuple["Source", ...] = ()
 
     def __len__(self) -> int:
         """Return the number of samples, bad ones included."""
@@ -127,10 +115,8 @@ class Source:
         """Return the samples that are read at about the time of `sample`: those of its window of groups.
 
         A replacement drawn from them needs no shard or row group that is not in use anyway. Without groups every sample
-        is as near. The last window, which may be short, is filled up from the one before.
-
-        Args:
-            seed, epoch, sample: as in `order`, the epoch being the pass that it returned with the sample.
+        is as near. The last window, which may be short, is filled up from the one before. `epoch` is the pass that
+        `order` returned with the sample.
         """
         if not self.groups:
             return [range(len(self))]
@@ -141,16 +127,8 @@ class Source:
         return [range(int(ends[group]) - self.groups[group], int(ends[group])) for group in chosen]
 
     def advice(self) -> list[str]:
-        """Return sentences about what makes training on this source slow or useless, each with what to do.
-
-        Some captions are read, and of a source of many files some images.
-        """
+        """Return what makes training on this source slow or useless, and what to do; a few samples are read."""
         return [*_group_advice(self), *_file_advice(self), *_grey_advice(self), *_caption_advice(self)]
-
-    @property
-    def parts(self) -> tuple["Source", ...]:
-        """The sources that this one is made of; empty for one that reads files itself."""
-        return ()
 
     @property
     def summary(self) -> Summary:
@@ -159,11 +137,27 @@ class Source:
 
     def digest(self) -> str:
         """Return a hash of what the samples are and how they are numbered, for ranks to compare; not of where they lie.
-
-        Returns:
-            32 hexadecimal digits.
         """
         return digest_of(type(self).__name__, len(self), self.groups)
+
+
+class Delegating(Source):
+    """A source whose samples are those of other sources: `_place` says of which, and under which number there."""
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        raise NotImplementedError
+
+    def read(self, index: int) -> RawSample:
+        source, inner = self._place(index)
+        return replace(source.read(inner), name=self.name(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, inner = self._place(index)
+        return source.captions(inner)
+
+    def path(self, index: int) -> Path | None:
+        source, inner = self._place(index)
+        return source.path(inner)
 
 
 _PACK = "'aclip data pack {} --output shards' makes shards of 1,000 pairs of it"
@@ -176,17 +170,16 @@ _FILES_READ, _GREYS_READ, _CAPTIONS_READ = 15, 5, 200
 def _group_advice(source: Source) -> Iterator[str]:
     if source.groups and max(source.groups) > _LARGE_GROUP:
         yield (f"{source.spec} has a row group of {max(source.groups):,} pairs, and each worker keeps {WINDOW} in "
-               f"memory: "
-               f"{_PACK.format(source.spec)}")
+               f"memory: {_PACK.format(source.spec)}")
     elif source.groups and len(source.groups) == 1 and len(source) > 1000:
-        yield (f"{source.spec} has one row group, which every worker reads whole: {_PACK.format(source.spec)}")
+        yield f"{source.spec} has one row group, which every worker reads whole: {_PACK.format(source.spec)}"
 
 
 def _file_advice(source: Source) -> Iterator[str]:
     if len(source) < _MANY_FILES or source.path(0) is None:
         return
     sizes = []
-    for index in np.linspace(0, len(source) - 1, _FILES_READ).astype(int).tolist():
+    for index in evenly(len(source), _FILES_READ):
         path = source.path(index)
         if path is not None and path.is_file():
             sizes.append(path.stat().st_size)
@@ -196,7 +189,7 @@ def _file_advice(source: Source) -> Iterator[str]:
 
 
 def _grey_advice(source: Source) -> Iterator[str]:
-    """Say that 16-bit images use a small part of their range, as those of 12-bit detectors do."""
+    """Advise to stretch 16-bit images that use a small part of their range, as those of 12-bit detectors do."""
     peaks = []
     for index in range(min(len(source), _GREYS_READ)):
         try:
@@ -207,15 +200,13 @@ def _grey_advice(source: Source) -> Iterator[str]:
     if peaks and 0 < max(peaks) < 2**15:
         white = 2 ** max(peaks).bit_length() - 1
         yield (f"{source.spec} has 16-bit grey images whose brightest value is {max(peaks):,} of 65,535, so they are "
-               f"read "
-               f"as nearly black: '?stretch={white}' makes {white:,} white, '?stretch=1' stretches each image")
+               f"read as nearly black: '?stretch={white}' makes {white:,} white, '?stretch=1' stretches each image")
 
 
 def _caption_advice(source: Source) -> Iterator[str]:
-    """Say that nothing can be learnt from the captions, as far as some of them tell."""
-    numbers = np.unique(np.linspace(0, len(source) - 1, _CAPTIONS_READ).astype(int)).tolist()
+    numbers = evenly(len(source), _CAPTIONS_READ)
     if source.groups:  # no further than the first group
-        numbers = list(range(min(source.groups[0], _CAPTIONS_READ)))
+        numbers = range(min(source.groups[0], _CAPTIONS_READ))
     said: set[str] = set()
     for index in numbers:
         try:
@@ -228,8 +219,7 @@ def _caption_advice(source: Source) -> Iterator[str]:
         yield f"{source.spec} has one caption for every image, {said.pop()[:80]!r}: nothing can be learnt from it"
     elif not said and numbers:
         yield (f"no image of {source.spec} has a caption, as far as {len(numbers)} tell: it serves evaluation by "
-               f"classes, "
-               "not training with text")
+               "classes, not training with text")
 
 
 def digest_of(*parts: Any) -> str:
@@ -253,18 +243,10 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def window_order(groups: Sequence[int], seed: int, epoch: int, *, window: int = WINDOW) -> np.ndarray:
-    """Return a permutation that stays within a few groups of consecutive samples at a time.
+    """Return a permutation, (sum of groups,) int64, that needs few groups of consecutive samples at a time.
 
     The groups are permuted, taken `window` at a time, and the samples of each window are permuted: every sample
     once, and at any moment at most `window` groups (two windows' at a border) are needed.
-
-    Args:
-        groups: samples in each group.
-        seed, epoch: what the order depends on, with the two above.
-        window: groups that are mixed.
-
-    Returns:
-        (sum of groups,) int64.
     """
     generator = rng.generator(seed, "order", epoch)
     ends = np.cumsum(groups, dtype=np.int64)
@@ -274,25 +256,35 @@ def window_order(groups: Sequence[int], seed: int, epoch: int, *, window: int = 
     return np.concatenate([generator.permutation(np.concatenate([ranges[i] for i in chosen])) for chosen in windows])
 
 
+def evenly(count: int, most: int) -> range:
+    """Return at most `most` numbers below `count`, evenly over them."""
+    return range(0, count, -(-count // most) or 1)
+
+
 def printable(name: str) -> str:
     """Return `name` with the bytes of an undecodable file name as escapes: journals and terminals take UTF-8."""
     return name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+def relative_names(places: Sequence[str]) -> list[str]:
+    """Return file paths or addresses as short as they are distinct: without the folder that all of them share."""
+    split = [place.split("/") for place in places]
+    folders = zip(*(parts[:-1] for parts in split), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, folders))
+    return ["/".join(parts[shared:]) for parts in split]
 
 
 class Runs:
     """Numbers 0, 1, 2, ... in runs of some lengths: the samples of several sources, files or row groups."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        """Lay runs of these sizes, 0 allowed, one behind the other."""
         self._sizes = tuple(sizes)
         self._ends = np.cumsum(self._sizes, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Return how many numbers there are in all runs."""
         return int(self._ends[-1]) if self._sizes else 0
 
     def start(self, run: int) -> int:
-        """Return the first number of a run."""
         return int(self._ends[run]) - self._sizes[run]
 
     def place(self, number: int) -> tuple[int, int]:
@@ -316,12 +308,10 @@ class PackedStrings:
             self.append(string)
 
     def append(self, string: str) -> None:
-        """Add one string at the end."""
         self._text += string.encode("utf-8", errors="surrogateescape")
         self._ends.append(len(self._text))
 
     def content(self) -> bytes:
-        """Return the text and where each string ends, as bytes."""
         return bytes(self._text) + self._ends.tobytes()
 
     def sizes(self) -> np.ndarray:

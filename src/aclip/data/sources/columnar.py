@@ -1,14 +1,13 @@
 """Parquet and Arrow files, and what Hugging Face's `save_to_disk` and hub hold: columns on a disk, read by groups."""
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aclip.data.sources.base import WINDOW, RawSample, Runs, Source, Summary, digest_of, printable
+from aclip.data.sources.base import WINDOW, RawSample, Runs, Source, Summary, digest_of, printable, relative_names
 from aclip.data.sources.columns import OPTIONS, Columns, Row, label_of, row_of, settle_columns
 from aclip.data.sources.image_files import ImageFiles, embedded_image, looks_embedded, read_image
 from aclip.data.sources.lists import ListSource
@@ -17,50 +16,39 @@ from aclip.data.spec import Spec
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError
 
 _ROWS_AT_ONCE = 4096
-_PATHS = ("string", "large_string", "string_view", "null")
 _SAVED = "dataset_dict.json"
 _SAVED_SPLIT = "state.json"
 
 
 @dataclass(frozen=True)
 class _File:
-    """One file of columns, closed.
-
-    Attributes:
-        path: the file.
-        groups: rows of its row groups, or record batches.
-        schema: of its columns.
-        parquet: else Arrow.
-    """
+    """One file of columns, closed."""
 
     path: Path
-    groups: tuple[int, ...]
+    groups: tuple[int, ...]  # rows of its row groups, or record batches
     schema: Any
-    parquet: bool
+    parquet: bool  # else Arrow
 
-    def read(self, group: int, columns: Sequence[str]) -> Any:
-        """Return some columns of a group."""
-        return self._batches(columns, group)[0] if self.parquet else self._batches(columns)[group]
+    def read(self, columns: list[str], group: int) -> list[Any]:
+        """Return some columns of a row group of Parquet, or of all batches of Arrow, which are mapped."""
+        import pyarrow.parquet
 
-    def batches(self, columns: Sequence[str]) -> Iterator[Any]:
+        if self.parquet:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                return [file.read_row_group(group, columns=columns)]
+        return [batch.select(columns) for batch in _arrow_batches(self.path)]
+
+    def batches(self, columns: list[str]) -> Iterator[Any]:
         """Yield the columns piece by piece."""
         import pyarrow.parquet
 
         if self.parquet:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                yield from file.iter_batches(columns=list(columns), batch_size=_ROWS_AT_ONCE)
+                yield from file.iter_batches(columns=columns, batch_size=_ROWS_AT_ONCE)
         else:
-            for batch in self._batches(columns):
+            for batch in self.read(columns, 0):
                 batch.validate(full=True)
                 yield batch
-
-    def _batches(self, columns: Sequence[str], group: int = 0) -> list[Any]:
-        import pyarrow.parquet
-
-        if self.parquet:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                return [file.read_row_group(group, columns=list(columns))]
-        return [batch.select(list(columns)) for batch in _arrow_batches(self.path)]
 
 
 class ColumnarSource(Source):
@@ -81,53 +69,38 @@ class ColumnarSource(Source):
         self._runs = Runs([size for one in files for size in one.groups])
         self.groups = tuple(size for one in files for size in one.groups) if files[0].parquet else ()
         self._labels = _class_names(files[0].schema, columns.label)
-        names = [one.path.name for one in files]
-        self._names = names if len(set(names)) == len(names) else _distinct([one.path for one in files])
-        self._kept: OrderedDict[tuple[int, bool], Any] = OrderedDict()
+        self._names = relative_names([one.path.absolute().as_posix() for one in files])
+        self._kept: OrderedDict[tuple[int, bool], list[Any]] = OrderedDict()
         self._sound: set[tuple[int, bool, int]] = set()
         if not len(self):
             raise DataError(f"{spec} holds no rows")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the kept groups behind when the source goes to a worker."""
         return self.__dict__ | {"_kept": OrderedDict(), "_sound": set()}
 
     def __len__(self) -> int:
         return len(self._runs)
 
     def name(self, index: int) -> str:
-        """Return the file's name and the number of the group and of the row in it."""
         place, row = self._runs.place(index)
         file, group = self._places[place]
         return printable(f"{self._names[file]}: group {group + 1}, row {row + 1}")
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return a row's captions, from their columns alone.
-
-        Raises:
-            BadSampleError: a file that cannot be read any more.
-        """
         return self._row(self._fields(index, with_image=False)).captions
 
     def read(self, index: int) -> RawSample:
-        """Read one row.
-
-        Raises:
-            BadSampleError: no image, or a file that cannot be read any more.
-        """
         fields = self._fields(index, with_image=True)
         path = self._files[self._places[self._runs.place(index)[0]][0]].path
-        data = image_bytes(fields.get(self._columns.image), path.parent)
+        data = _image_bytes(fields.get(self._columns.image), path.parent)
         row = self._row(fields)
         return RawSample(self.name(index), data, row.captions, row.tags, row.label or None)
 
     @property
     def summary(self) -> Summary:
-        """Rows, and how they are read."""
         return Summary(self.spec, len(self), len(self), notes=self._notes)
 
     def digest(self) -> str:
-        """Return a hash of the files' names, groups and columns."""
         return digest_of([(one.path.name, one.groups) for one in self._files], self._columns)
 
     def _row(self, fields: Mapping[str, Any]) -> Row:
@@ -143,14 +116,14 @@ class ColumnarSource(Source):
         file, group = self._places[place]
         key = (place if self.groups else file, with_image)
         try:
-            kept = self._kept.pop(key, None)
-            if kept is None:
+            batches = self._kept.pop(key, None)
+            if batches is None:
                 names = [name for name in self._columns.names() if with_image or name != self._columns.image]
-                kept = self._files[file].read(group, names) if self.groups else self._files[file]._batches(names)
+                batches = self._files[file].read(names, group)
                 while len(self._kept) >= 2 * WINDOW:
                     self._kept.popitem(last=False)
-            self._kept[key] = kept
-            batch = kept if self.groups else kept[group]
+            self._kept[key] = batches
+            batch = batches[0 if self.groups else group]
             if not self.groups and (*key, group) not in self._sound:
                 batch.validate(full=True)  # Arrow follows the offsets of mapped files unchecked
                 self._sound.add((*key, group))
@@ -160,14 +133,8 @@ class ColumnarSource(Source):
         return fields
 
 
-def open_columnar(paths: Sequence[Path], spec: Spec, features: Mapping[str, Any] | None = None) -> Source:
-    """Open files of one schema, in this order; paths in them are relative to `images`, else to each file.
-
-    Raises:
-        DataError: a file that is not Parquet or Arrow, of another schema, no rows, or no images (`ListSource`).
-        ConfigError: a column that does not exist or cannot be guessed; a folder of images for files that hold them.
-        MissingDependencyError: pyarrow is not installed.
-    """
+def open_columnar(paths: Sequence[Path], spec: Spec) -> Source:
+    """Open files of one schema, in this order; paths in them are relative to `images`, else to each file."""
     spec.allow(*OPTIONS, "images", "split")
     files = [_open(path) for path in paths]
     header = list(files[0].schema.names)
@@ -175,37 +142,31 @@ def open_columnar(paths: Sequence[Path], spec: Spec, features: Mapping[str, Any]
         if list(one.schema.names) != header:
             raise DataError(f"{one.path} has other columns than {paths[0]}: {', '.join(one.schema.names)} "
                             f"in place of {', '.join(header)}")
-    columns = settle_columns(spec, header, _sample(files[0], header))
-    kind = files[0].schema.field(columns.image).type
+    sample = _sample(files[0], header)
+    columns = settle_columns(spec, header, sample)
+    kind = _inner(files[0].schema.field(columns.image).type)
     notes = [f"{len(files)} {'Parquet' if files[0].parquet else 'Arrow'} file{'s' * (len(files) > 1)}, {columns}"]
     images = spec.folder("images")
-    is_text = _is_one_of(kind, *_PATHS)
-    if is_text and not looks_embedded(_first_value(files[0], columns.image)):
+    is_text = str(kind) in ("string", "large_string", "string_view", "null")
+    if is_text and not (sample and looks_embedded(sample[0].get(columns.image))):
         found = ImageFiles(paths[0].parent, images)
         return ListSource(spec.path, _rows(files, columns, images is None), found, notes=notes)
     if images is not None:
         raise ConfigError(f"{spec.path}: column '{columns.image}' holds {kind}, not paths: 'images' is for lists of "
                           f"paths")
-    if is_text or _is_one_of(kind, "binary", "large_binary", "binary_view") or "bytes" in _inner(kind):
+    if is_text or "binary" in str(kind):  # a struct has its bytes among its fields
         return ColumnarSource(spec.path, files, columns, notes)
     raise DataError(f"{spec.path}: column '{columns.image}' holds {kind}, neither paths nor images")
 
 
 def open_saved(folder: Path, spec: Spec) -> Source:
-    """Open a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
-
-    Raises:
-        DataError: a folder that cannot be read, or no rows.
-        ConfigError: a split or a column that does not exist, or none named where there are several.
-        MissingDependencyError: pyarrow is not installed.
-    """
+    """Open a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     split = spec.get("split")
     if (folder / _SAVED).is_file():
         splits = {path.parent.name: 1 for path in sorted(folder.glob(f"*/{_SAVED_SPLIT}"))}
-        only = next(iter(splits)) if len(splits) == 1 else None
         if not splits:
             raise DataError(f"{folder} cannot be read as a saved dataset: it has no splits")
-        folder = folder / choose_split(folder.name, splits, split or only)[0]
+        folder = folder / choose_split(folder.name, splits, split, alone=True)[0]
     elif split is not None:
         raise ConfigError(f"{folder} has no splits, so '?split={split}' names none")
     try:
@@ -219,7 +180,6 @@ def open_saved(folder: Path, spec: Spec) -> Source:
 
 
 def is_saved(folder: Path) -> bool:
-    """Return whether `folder` is one that `save_to_disk` wrote."""
     return (folder / _SAVED).is_file() or all((folder / name).is_file() for name in (_SAVED_SPLIT, "dataset_info.json"))
 
 
@@ -233,18 +193,14 @@ def is_columnar(path: Path) -> bool:
     return head.startswith((b"PAR1", b"ARROW1")) or (head[:4] == b"\xff\xff\xff\xff" and path.suffix == ".arrow")
 
 
-def image_bytes(value: Any, folder: Path) -> bytes:
+def _image_bytes(value: Any, folder: Path) -> bytes:
     """Return the bytes of an image's cell: bytes, base64, a path in `folder`, Hugging Face's object of bytes and path.
-
-    Raises:
-        BadSampleError: there are none, or the file that is named in their place cannot be read.
     """
     if isinstance(value, list) and value:
         value = value[0]
-    data = value.get("bytes") if isinstance(value, dict) else value
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
     if isinstance(data, bytes):
         return data
-    path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or not path:
         raise BadSampleError("missing image")
     return embedded_image(path) or read_image(folder / path)
@@ -273,7 +229,6 @@ def _open(path: Path) -> _File:
 
 
 def _arrow_batches(path: Path) -> list[Any]:
-    """Return the record batches of an Arrow file or stream; they are mapped, not read."""
     import pyarrow
 
     source = pyarrow.memory_map(str(path))
@@ -288,21 +243,12 @@ def _arrow_batches(path: Path) -> list[Any]:
 
 
 def _sample(file: _File, header: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the first rows of the columns that hold text or numbers."""
     plain = [name for name in header if "binary" not in str(file.schema.field(name).type)]
     try:
         batch = next(file.batches(plain), None)
         return [] if batch is None or not plain else batch.slice(0, 20).to_pylist()
     except _errors():
         return []
-
-
-def _first_value(file: _File, column: str) -> Any:
-    try:
-        batch = next(file.batches([column]), None)
-        return None if batch is None or not len(batch) else batch.slice(0, 1).to_pylist()[0][column]
-    except _errors():
-        return None
 
 
 def _class_names(schema: Any, label: str | None) -> list[str]:
@@ -314,21 +260,9 @@ def _class_names(schema: Any, label: str | None) -> list[str]:
         return []
 
 
-def _inner(kind: Any) -> list[str]:
-    """Return the fields of a struct, or of a list of structs."""
-    kind = getattr(kind, "value_type", kind) if str(kind).startswith(("list", "large_list")) else kind
-    return [field.name for field in kind] if str(kind).startswith("struct") else []
-
-
-def _is_one_of(kind: Any, *names: str) -> bool:
-    """Return whether an Arrow type, or that of the values of a dictionary, has one of these names."""
-    return str(getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind) in names
-
-
-def _distinct(paths: Sequence[Path]) -> list[str]:
-    """Return the paths below the last folder that they share."""
-    above = os.path.commonpath([path.absolute().parent for path in paths])
-    return [os.path.relpath(path.absolute(), above) for path in paths]
+def _inner(kind: Any) -> Any:
+    """Return the type of the values in a list or dictionary, else the type itself."""
+    return getattr(kind, "value_type", kind)
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -343,7 +277,7 @@ def _rows(files: Sequence[_File], columns: Columns, own_folders: bool) -> Iterat
     for file in files:
         elsewhere = own_folders and file.path.parent != files[0].path.parent
         try:
-            for batch in file.batches(columns.names()):
+            for batch in file.batches(list(columns.names())):
                 for fields in batch.to_pylist():
                     row = row_of(fields, columns)
                     if elsewhere and row.image:

@@ -10,39 +10,30 @@ from typing import Any, NamedTuple
 
 from aclip.data.sources.image_files import ENDINGS, looks_embedded
 from aclip.data.spec import Spec, as_named
-from aclip.errors import ConfigError, DataError, unknown_name
+from aclip.errors import BadSampleError, ConfigError, unknown_name
 
 IMAGE_COLUMNS = (
     "filepath", "image", "image_path", "imagepath", "image_file", "image_filename", "image_file_name", "image_name",
-    "img",
-    "img_path", "img_file", "img_name", "path", "paths", "file", "file_path", "filename", "file_name", "fname",
-    "picture",
-    "photo", "images", "image_paths", "filenames", "file_names", "files", "jpg", "png", "jpeg", "webp", "local_path",
-    "relative_path", "image_id", "imageid", "img_id", "photo_id", "id",
+    "img", "img_path", "img_file", "img_name", "path", "paths", "file", "file_path", "filename", "file_name", "fname",
+    "picture", "photo", "images", "image_paths", "filenames", "file_names", "files", "jpg", "png", "jpeg", "webp",
+    "local_path", "relative_path", "image_id", "imageid", "img_id", "photo_id", "id",
 )  # fmt: skip
 """Field names that are taken for the image, in this order, whatever their case; ids count only if they name files."""
 
 CAPTION_COLUMNS = (
     "caption", "captions", "title", "text", "caption_text", "comment", "raw", "label", "description", "alt_text", "alt",
     "sentence", "sentences", "prompt", "caption_reference_description", "short_caption", "long_caption",
-    "productdisplayname",
-    "product_name", "product_title", "report", "findings", "impression", "finding_labels", "annotations", "txt",
-    "conversations", "name", "category", "class",
+    "productdisplayname", "product_name", "product_title", "report", "findings", "impression", "finding_labels",
+    "annotations", "txt", "conversations", "name", "category", "class",
 )  # fmt: skip
 """Likewise for the caption; of `title` and `description` both are captions, as in YFCC."""
 
-TAG_COLUMNS = ("tags", "keywords")
-"""Likewise for tags, separated by commas or semicolons."""
-
+TAG_COLUMNS = ("tags", "keywords")  # likewise for tags, separated by commas or semicolons
 LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name", "species", "target")
 """Likewise for the class."""
 
-OPTIONS = ("image", "caption", "tags", "label")
-"""The options of a specification that name columns."""
-
-MAX_STORED = 20_000
-"""Characters of a caption that are kept; ten times what is tokenised."""
-
+OPTIONS = ("image", "caption", "tags", "label")  # the options of a specification that name columns
+MAX_STORED = 20_000  # characters of a caption that are kept; ten times what is tokenised
 DOWNLOAD = "download the images first, for example with img2dataset, whose shards are read as they are"
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
@@ -54,21 +45,14 @@ _PROSE = 1.5  # words of a typical caption where no column is named like one
 
 @dataclass(frozen=True)
 class Columns:
-    """Which fields hold what.
+    """Which fields hold what."""
 
-    Attributes:
-        image: the image's path, id or bytes.
-        captions: one or more fields of captions; none where the list has classes alone.
-        tags, label: or None.
-    """
-
-    image: str
-    captions: tuple[str, ...]
+    image: str  # its path, id or bytes
+    captions: tuple[str, ...]  # none where the list has classes alone
     tags: str | None = None
     label: str | None = None
 
     def names(self) -> tuple[str, ...]:
-        """Return all of them, each once."""
         optional = (name for name in (self.tags, self.label) if name is not None)
         return tuple(dict.fromkeys((self.image, *self.captions, *optional)))
 
@@ -80,19 +64,13 @@ class Columns:
 
 
 class Row(NamedTuple):
-    """One pair of a list.
+    """One pair of a list; captions, tags and label as in `RawSample`, an empty label is none."""
 
-    Attributes:
-        image: what names the image, see `aclip.data.sources.image_files`.
-        captions, tags, label: as in `RawSample`; an empty label is none.
-        problem: why the row cannot be used, if it cannot.
-    """
-
-    image: str
+    image: str  # what names the image, see `aclip.data.sources.image_files`
     captions: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     label: str = ""
-    problem: str = ""
+    problem: str = ""  # why the row cannot be used, if it cannot
 
 
 def texts(value: Any) -> tuple[str, ...]:
@@ -164,6 +142,21 @@ def image_cell(value: Any) -> str:
 _PATHS = ("path", "file_name", "filename", "url", "src", "id")
 
 
+def json_object(data: bytes | str) -> dict[str, Any]:
+    """Return the object in a JSON file that describes one image.
+
+    Raises:
+        BadSampleError: it is none.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError(f"JSON that cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadSampleError("JSON that is not an object")
+    return fields
+
+
 def row_of(fields: Mapping[str, Any], columns: Columns) -> Row:
     """Return the row of an object whose values may be strings, lists of strings, numbers or nothing."""
     captions = texts(fields.get(columns.captions[0])) if columns.captions else ()
@@ -176,14 +169,23 @@ def row_of(fields: Mapping[str, Any], columns: Columns) -> Row:
     return Row(image_cell(fields.get(columns.image)), captions, tags, label)
 
 
-def chosen_columns(spec: Spec, header: Sequence[str]) -> Columns | None:
-    """Return the columns that a specification names, or None; exact names win over commas and %XX.
+def settle_columns(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> Columns:
+    """Return the columns that a specification of a list names, else those that names and content tell.
 
-    Raises:
-        ConfigError: one column without the other, or one that does not exist.
+    Args:
+        spec: of the list; exact names win over commas and %XX.
+        header: all names of fields.
+        sample: the first rows.
     """
-    if not spec.options.keys() & set(OPTIONS):
-        return None
+    named = spec.options.keys() & set(OPTIONS)
+    columns = _chosen(spec, header) if named else _guess(spec, header, sample)
+    for column in columns.names():
+        if header.count(column) > 1:
+            raise ConfigError(f"{spec.path} has {header.count(column)} columns named '{column}': rename all but one")
+    return columns
+
+
+def _chosen(spec: Spec, header: Sequence[str]) -> Columns:
     if "image" not in spec.options or "caption" not in spec.options:
         raise ConfigError(f"'{spec.text}': name both columns, as in '{spec.path}?image=COLUMN&caption=COLUMN'")
 
@@ -193,35 +195,13 @@ def chosen_columns(spec: Spec, header: Sequence[str]) -> Columns | None:
             raise ConfigError(f"{spec.path}: {unknown_name('column', chosen, [name[:60] for name in header[:40]])}")
         return chosen
 
-    def one(option: str) -> str | None:
-        return exact(spec.options[option]) if option in spec.options else None
-
+    tags, label = (exact(spec.options[name]) if name in spec.options else None for name in ("tags", "label"))
     caption = spec.options["caption"]
     captions = (caption,) if caption in header else tuple(map(exact, caption.split(",")))
-    return Columns(exact(spec.options["image"]), captions, one("tags"), one("label"))
-
-
-def settle_columns(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> Columns:
-    """Return the columns to read: those that the specification names, else the guess.
-
-    Args:
-        spec: of the list.
-        header: all names of fields.
-        sample: the first rows, by whose content columns are found that no name tells.
-
-    Raises:
-        ConfigError: a column that does not exist, cannot be guessed or is there twice.
-        DataError: the list has addresses of images and no files.
-    """
-    columns = chosen_columns(spec, header) or _guess(spec, header, sample)
-    for column in columns.names():
-        if header.count(column) > 1:
-            raise ConfigError(f"{spec.path} has {header.count(column)} columns named '{column}': rename all but one")
-    return columns
+    return Columns(exact(spec.options["image"]), captions, tags, label)
 
 
 def guessable(header: Sequence[str]) -> bool:
-    """Return whether names alone tell the image and its caption."""
     image = _first(IMAGE_COLUMNS, header)
     return image is not None and _first(CAPTION_COLUMNS, [name for name in header if name != image]) is not None
 
@@ -239,20 +219,16 @@ def _guess(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]
     if image is None and urls:
         raise ConfigError(f"{spec.path}: column '{urls[0]}' has URLs, and none has paths of images: {DOWNLOAD}")
     rest = [name for name in header if name != image]
-    caption = _first([name for name in CAPTION_COLUMNS if name not in ("raw", "name")], rest) or _first(("raw",),
-                                                                                                        rest) \
-        or _prose_column(rest, sample) or _first(("name",), rest)
+    plain = [name for name in CAPTION_COLUMNS if name not in ("raw", "name")]
+    caption = _first([*plain, "raw"], rest) or _prose_column(rest, sample) or _first(("name",), rest)
     label = _first(LABEL_COLUMNS, rest)
     if caption is None and len(rest) == 1 and len(header) == 2 and header == ["1", "2"]:
         caption = label = rest[0]  # names and numbers of classes
-    for what, found, known in (("image", image, IMAGE_COLUMNS), ("caption", caption, CAPTION_COLUMNS)):
-        if found is None:
-            raise ConfigError(
-                f"{spec.path}: no column looks like the {what}; there are: {_short(header)}; name it "
-                f"'{'image' if what == 'image' else known[0]}', or say which with "
-                f"'{spec.path.rpartition('/')[2]}?image=COLUMN&caption=COLUMN'")
     if image is None or caption is None:
-        raise DataError(f"{spec.path} has no images")
+        what, example = ("image", "image") if image is None else ("caption", CAPTION_COLUMNS[0])
+        raise ConfigError(f"{spec.path}: no column looks like the {what}; there are: {_short(header)}; name it "
+                          f"'{example}', or say which with "
+                          f"'{spec.path.rpartition('/')[2]}?image=COLUMN&caption=COLUMN'")
     captions = [caption]
     if _normalised(caption) == "title" and (description := _first(("description",), rest)):
         captions.append(description)
@@ -260,7 +236,6 @@ def _guess(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]
 
 
 def _short(header: Sequence[str]) -> str:
-    """Return names for a message: what is no header may be of any length."""
     names = ", ".join(name if len(name) <= 60 else f"{name[:60]}..." for name in header[:40]) or "none"
     return f"{names}, ..." if len(header) > 40 else names
 

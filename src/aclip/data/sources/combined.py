@@ -1,92 +1,57 @@
 """Sources made of others: several as one (`Joined`), a mixture by weight (`Mixture`), and a part of one (`Part`)."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 
 from aclip import rng
 from aclip.data.decode import stretch_grey
-from aclip.data.sources.base import RawSample, Runs, Source, Summary, digest_of
+from aclip.data.sources.base import Delegating, RawSample, Runs, Source, Summary, digest_of
 from aclip.data.spec import parse_spec
 from aclip.errors import ConfigError, DataError
 
 _NOTES = 5  # of all sources together, in a summary
 
 
-class Joined(Source):
-    """The samples of several sources, numbered through: what `lists/{a,b}.csv` names.
-
-    Attributes:
-        spec: what the user called it.
-        sources: in their order.
-    """
+class Joined(Delegating):
+    """The samples of several sources (`parts`), numbered through: what `lists/{a,b}.csv` names."""
 
     def __init__(self, spec: str, sources: Sequence[Source]) -> None:
-        """Join `sources`, at least one."""
         self.spec = spec
-        self.sources = tuple(sources)
+        self.parts = tuple(sources)
         self._runs = Runs([len(source) for source in sources])
 
     def __len__(self) -> int:
         return len(self._runs)
 
     def name(self, index: int) -> str:
-        """Return the name of the source and of the sample in it."""
         source, index = self._place(index)
         return f"{source.spec}: {source.name(index)}"
 
-    def read(self, index: int) -> RawSample:
-        """Read sample `index`, under the name it has here.
-
-        Raises:
-            BadSampleError: as the source that has it.
-        """
-        source, inner = self._place(index)
-        return replace(source.read(inner), name=self.name(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of sample `index`."""
-        source, index = self._place(index)
-        return source.captions(index)
-
-    def path(self, index: int) -> Path | None:
-        """Return the file that is the image of sample `index`."""
-        source, index = self._place(index)
-        return source.path(index)
-
     def advice(self) -> list[str]:
-        """Return the advice of all sources."""
-        return [sentence for source in self.sources for sentence in source.advice()]
-
-    @property
-    def parts(self) -> tuple[Source, ...]:
-        """The sources."""
-        return self.sources
+        return [sentence for source in self.parts for sentence in source.advice()]
 
     @property
     def summary(self) -> Summary:
-        """The sum of all summaries."""
-        all_of = [source.summary for source in self.sources]
-        left_out: dict[str, int] = {}
+        all_of = [source.summary for source in self.parts]
+        left_out: Counter[str] = Counter()
         for one in all_of:
-            for reason, count in one.left_out.items():
-                left_out[reason] = left_out.get(reason, 0) + count
+            left_out.update(one.left_out)
         notes = tuple(dict.fromkeys(note for one in all_of for note in one.notes))
         return Summary(self.spec, sum(one.found for one in all_of), sum(one.captioned for one in all_of),
                        sum(one.uncaptioned for one in all_of), left_out, notes[:_NOTES])
 
     def digest(self) -> str:
-        """Return a hash of all digests."""
-        return digest_of(type(self).__name__, *(source.digest() for source in self.sources))
+        return digest_of(type(self).__name__, *(source.digest() for source in self.parts))
 
     def _place(self, index: int) -> tuple[Source, int]:
         number, index = self._runs.place(index)
-        return self.sources[number], index
+        return self.parts[number], index
 
 
 class Mixture(Joined):
@@ -102,9 +67,7 @@ class Mixture(Joined):
     a small source with a large weight does not repeat its views.
 
     Attributes:
-        spec: what the user called it.
-        sources: in their order.
-        shares: of each, adding up to 1.
+        shares: of each source, adding up to 1.
     """
 
     def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[float]) -> None:
@@ -122,8 +85,7 @@ class Mixture(Joined):
             raise DataError(f"{len(self)} samples are too few to mix {len(sources)} sources: {spec}")
 
     def order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sample and its pass for every place of an epoch, (n,) int64 each."""
-        parts = [self._part(number, seed, epoch) for number in range(len(self.sources))]
+        parts = [self._part(number, seed, epoch) for number in range(len(self.parts))]
         samples, passes = (np.concatenate(column) for column in zip(*parts, strict=True))
         # Who comes when is drawn; each source's own samples stay in the order that suits it.
         # Two bytes an owner, because numpy sorts those by counting.
@@ -135,10 +97,9 @@ class Mixture(Joined):
         return mixed[0], mixed[1]
 
     def window(self, seed: int, epoch: int, sample: int) -> list[range]:
-        """Return the window of `sample` in its own source, see `Source.window`."""
         number, inner = self._runs.place(sample)
         start = self._runs.start(number)
-        window = self.sources[number].window(self._seed(seed, number), epoch, inner)
+        window = self.parts[number].window(self._seed(seed, number), epoch, inner)
         return [range(start + some.start, start + some.stop) for some in window]
 
     @staticmethod
@@ -146,9 +107,8 @@ class Mixture(Joined):
         return int(rng.generator(seed, "mixture", "source", number).integers(2**63))
 
     def _part(self, number: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the samples and passes of one source's places in an epoch."""
         first, last = self._taken(number, epoch), self._taken(number, epoch + 1)
-        source = self.sources[number]
+        source = self.parts[number]
         own_seed = self._seed(seed, number)
         samples, passes = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for one_pass in range(first // len(source), math.ceil(last / len(source))):
@@ -164,22 +124,22 @@ class Mixture(Joined):
         largest = self._exact.index(max(self._exact))
         if number != largest:
             return int(places * self._exact[number])
-        return places - sum(self._taken(other, epochs) for other in range(len(self.sources)) if other != largest)
+        return places - sum(self._taken(other, epochs) for other in range(len(self.parts)) if other != largest)
 
 
-class Part(Source):
+class Part(Delegating):
     """Samples `first` to `last` (exclusive) of another source, under numbers of their own.
 
     Its groups are those of the source that lie in it, those at its ends cut.
     """
 
-    def __init__(self, source: Source, first: int, last: int | None) -> None:
+    def __init__(self, source: Source, first: int = 0, last: int | None = None) -> None:
         """Take a part.
 
         Raises:
             DataError: no sample lies in it.
         """
-        self.source = source
+        self.parts = (source,)
         self.first, self.last = first, len(source) if last is None else min(last, len(source))
         self.spec = f"{source.spec}[{first}:{'' if last is None else last}]"
         if self.first >= self.last:
@@ -192,33 +152,13 @@ class Part(Source):
         return self.last - self.first
 
     def name(self, index: int) -> str:
-        """Return the name of sample `index`."""
-        return self.source.name(self.first + index)
-
-    def read(self, index: int) -> RawSample:
-        """Read sample `index`.
-
-        Raises:
-            BadSampleError: as the whole source.
-        """
-        return self.source.read(self.first + index)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of sample `index`."""
-        return self.source.captions(self.first + index)
-
-    def path(self, index: int) -> Path | None:
-        """Return the file that is the image of sample `index`."""
-        return self.source.path(self.first + index)
-
-    @property
-    def parts(self) -> tuple[Source, ...]:
-        """The whole source."""
-        return (self.source,)
+        return self.parts[0].name(self.first + index)
 
     def digest(self) -> str:
-        """Return a hash of the whole and the part."""
-        return digest_of(self.source.digest(), self.first, self.last)
+        return digest_of(self.parts[0].digest(), self.first, self.last)
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        return self.parts[0], self.first + index
 
 
 class Stretched(Part):
@@ -230,19 +170,14 @@ class Stretched(Part):
         Raises:
             ConfigError: no such number.
         """
-        super().__init__(source, 0, None)
+        super().__init__(source)
         if not white.isdecimal() or int(white) < 1:
             raise ConfigError(f"'stretch={white}': write 1, or the grey value that is white, such as 4095 for 12 bits")
         self.spec = f"{source.spec}?stretch={white}"
         self._white = None if int(white) == 1 else float(white)
 
     def read(self, index: int) -> RawSample:
-        """Read sample `index`, its image stretched.
-
-        Raises:
-            BadSampleError: as the source.
-        """
-        raw = self.source.read(index)
+        raw = super().read(index)
         return replace(raw, image=stretch_grey(raw.image, self._white))
 
 
@@ -250,10 +185,6 @@ def open_mixture(specs: str | Sequence[str], open_one: Callable[[str], Source]) 
     """Open `a.csv=2 b.tar=1`, or one source alone.
 
     Without weights, sources weigh as much as they have samples: every sample is seen once an epoch.
-
-    Args:
-        specs: one or more sources, with `=NUMBER` behind each or none of them.
-        open_one: opens a source.
 
     Raises:
         ConfigError: a weight that is not positive, or weights behind some sources only.

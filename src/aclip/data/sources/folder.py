@@ -1,6 +1,5 @@
 """A folder of images: captions beside them, in a list among them, or from the names of class folders."""
 
-import json
 import os
 import re
 from collections import Counter
@@ -11,18 +10,15 @@ from typing import Any
 
 from aclip.data.captions import caption_lines, decode_text, guess_encoding
 from aclip.data.decode import HEIC_EXTENSIONS, IMAGE_EXTENSIONS, reads_heic
-from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
-from aclip.data.sources.columns import CAPTION_COLUMNS, label_of, split_tags, texts
+from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, evenly, printable
+from aclip.data.sources.columns import CAPTION_COLUMNS, json_object, label_of, split_tags, texts
 from aclip.data.sources.image_files import read_image
 from aclip.data.sources.records import flat
 from aclip.errors import BadSampleError, DataError
 
-CLASS_TEMPLATES = ("a photo of a {}.",)
-"""Captions of class folders, unless others are given."""
-
+CLASS_TEMPLATES = ("a photo of a {}.",)  # captions of class folders, unless others are given
 LIST_ENDINGS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token", ".lst", ".list",
-                ".data",
-                ".gz")  # fmt: skip
+                ".data", ".gz")  # fmt: skip
 """Endings of files that may list the images of a folder."""
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "restval")
@@ -36,41 +32,31 @@ _SAMPLED_TEXTS, _JUDGED = 200, 20
 
 @dataclass
 class Listing:
-    """What lies in a folder and below, paths relative to it.
-
-    Attributes:
-        folder: the folder.
-        images: paths of images.
-        texts: path without ending -> the file of captions.
-        described: path without ending -> the `.json` file.
-        unread: ending -> images of kinds that cannot be read here.
-        links: linked folders left out because they are read where they lie.
-        maps: masks, depth maps and the like beside the images that they belong to, left out.
-        notes: sentences on files that were taken for no captions.
-    """
+    """What lies in a folder and below, paths relative to it."""
 
     folder: Path
     images: list[str] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)
-    described: dict[str, str] = field(default_factory=dict)
-    unread: Counter[str] = field(default_factory=Counter)
-    links: int = 0
-    maps: int = 0
-    notes: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)  # path without ending -> the file of captions
+    described: dict[str, str] = field(default_factory=dict)  # path without ending -> the `.json` file
+    unread: Counter[str] = field(default_factory=Counter)  # ending -> images of kinds that cannot be read here
+    links: int = 0  # folders left out because they are read where they lie
+    maps: int = 0  # masks, depth maps and the like beside the images that they belong to, left out
+    notes: list[str] = field(default_factory=list)  # on files that were taken for no captions
 
     @property
     def top(self) -> list[str]:
         """The folders directly below that hold images, sorted."""
         return sorted({path.partition("/")[0] for path in self.images if "/" in path})
 
+    def unreadable(self, error: OSError) -> None:
+        """Pass over a folder that cannot be listed, unless it is the one that was asked for."""
+        if error.filename == str(self.folder):
+            raise DataError(f"{self.folder} cannot be read: {error.strerror}") from error
+
     def captions_of(self, image: str) -> str:
         """Return the path of the caption file of an image: beside it, or in a folder beside its own; "" for none."""
-        stem = _stem(image)
-        for table in (self.described, self.texts):
-            for name in (stem, image):
-                if name in table:
-                    return table[name]
-        return ""
+        found = (table.get(name) for table in (self.described, self.texts) for name in (_stem(image), image))
+        return next(filter(None, found), "")
 
 
 def list_folder(folder: Path) -> Listing:
@@ -104,7 +90,7 @@ def _drop_annotations(found: Listing) -> None:
     stems = {_stem(path) for path in found.images} | set(found.images)
     for files, kind in ((found.texts, "boxes"), (found.described, "no captions")):
         beside_images = [file for stem, file in files.items() if stem in stems]
-        some = beside_images[:: -(-len(beside_images) // _JUDGED) or 1]
+        some = [beside_images[at] for at in evenly(len(beside_images), _JUDGED)]
         if some and not any(_has_caption(found.folder / file) for file in some):
             found.notes.append(f"{len(beside_images):,} {os.path.splitext(some[0])[1]} files beside images hold {kind}")
             files.clear()
@@ -114,7 +100,7 @@ def _has_caption(path: Path) -> bool:
     try:
         data = path.read_bytes()
         if path.suffix.lower() == ".json":
-            return bool(_from_json(data)[0])
+            return bool(_captions_in(json_object(decode_text(data)))[0])
     except (OSError, BadSampleError):
         return True  # said when it is read
     return not _BOXES.fullmatch(data)
@@ -122,29 +108,21 @@ def _has_caption(path: Path) -> bool:
 
 def _walk(folder: Path, found: Listing) -> Iterator[tuple[str, list[str]]]:
     """Yield folders and the names of their files; a link is followed to a folder that is not read anyway."""
-    waiting, read = [str(folder)], [os.path.realpath(folder)]
-    while waiting:
-        parent = waiting.pop()
-        names = []
-        try:
-            with os.scandir(parent) as unsorted:
-                entries = sorted(unsorted, key=lambda entry: entry.name)
-        except OSError as error:
-            if parent == str(folder):
-                raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-            continue
-        for entry in entries:
-            if not entry.is_dir():
-                names.append(entry.name)
-            elif not entry.name.startswith(".") and entry.name != "__MACOSX":
-                real = os.path.realpath(entry.path) if entry.is_symlink() else ""
-                if real and any(_holds(one, real) or _holds(real, one) for one in read):
-                    found.links += 1
-                    continue
-                if real:
-                    read.append(real)
-                waiting.append(entry.path)
-        yield parent, names
+    read = [os.path.realpath(folder)]
+    for parent, folders, names in os.walk(folder, onerror=found.unreadable, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            path = os.path.join(parent, name)
+            real = os.path.realpath(path) if os.path.islink(path) else ""
+            if name.startswith(".") or name == "__MACOSX":
+                continue
+            if real and any(_holds(one, real) or _holds(real, one) for one in read):
+                found.links += 1
+                continue
+            kept.append(name)
+            read += [real] if real else []
+        folders[:] = kept
+        yield parent, sorted(names)
 
 
 def _holds(folder: str, path: str) -> bool:
@@ -157,34 +135,19 @@ class FolderSource(Source):
     `cats/tom.jpg` has the captions of `cats/tom.txt`, one a line, or of `cats/tom.json`, and the label "cats". Where
     an image has neither, its captions are the `templates` with the name of its folder in place of `{}`: "a photo of a
     tabby cat." for `tabby_cat/tom.jpg`.
-
-    Attributes:
-        spec: the folder.
-        templates: for images without a caption file; none leaves them without a caption.
     """
 
     def __init__(
-        self, listing: Listing, templates: Sequence[str] = (), *, whole_texts: bool = False,
-        encoding: str | None = None,
-        notes: Sequence[str] = (),
+        self, listing: Listing, templates: Sequence[str] = (), *, whole_texts: bool = False, encoding: str | None = None
     ) -> None:
         """Read a folder that was listed.
 
         If no image has a caption file, and all lie in two or more folders below, these are taken for classes:
         `templates` is then `CLASS_TEMPLATES`, and the summary says so.
-
-        Args:
-            listing: of the folder.
-            templates: see above.
-            whole_texts: a `.txt` file is one caption, line breaks and all, rather than one a line.
-            encoding: of the text files; None finds it out.
-            notes: for the summary.
-
-        Raises:
-            DataError: no images.
+        With `whole_texts` a `.txt` file is one caption, line breaks and all. Its encoding is found out if it is None.
         """
         self.spec = str(listing.folder)
-        self._folder, self._whole, self._notes = listing.folder, whole_texts, [*notes, *listing.notes]
+        self._folder, self._whole, self._notes = listing.folder, whole_texts, list(listing.notes)
         self._unread, self._maps = dict(listing.unread), listing.maps
         if not listing.images:
             raise DataError(f"no images in {listing.folder}: looked there and below for "
@@ -210,34 +173,21 @@ class FolderSource(Source):
         return len(self._images)
 
     def name(self, index: int) -> str:
-        """Return the image's path below the folder."""
         return printable(self._images[index])
 
     def path(self, index: int) -> Path:
-        """Return the image's file."""
         return self._folder / self._images[index]
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return an image's captions: of its caption file, else from its folder's name.
-
-        Raises:
-            BadSampleError: the caption file cannot be read.
-        """
         return self._described(index)[0]
 
     def read(self, index: int) -> RawSample:
-        """Read an image and its captions.
-
-        Raises:
-            BadSampleError: a file that cannot be read.
-        """
         captions, tags, label = self._described(index)
         return RawSample(self.name(index), read_image(self.path(index)), captions, tags,
                          label or self._parent(index) or None)
 
     @property
     def summary(self) -> Summary:
-        """Images found, captioned, and of kinds that cannot be read."""
         captioned = len(self) if self.templates else self._with_text
         left_out = {f"{ending} files: pip install 'attentive-clip[heic]' reads them": count
                     for ending, count in self._unread.items()}
@@ -246,11 +196,9 @@ class FolderSource(Source):
         return Summary(self.spec, found, captioned, len(self) - captioned, left_out, tuple(self._notes))
 
     def digest(self) -> str:
-        """Return a hash of the paths of images and captions."""
         return digest_of(self._images, self._texts, self.templates)
 
     def _described(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-        """Return the captions, tags and label of an image."""
         text = self._texts[index]
         if not text:
             words = " ".join(self._parent(index).replace("_", " ").split())
@@ -260,7 +208,7 @@ class FolderSource(Source):
         except OSError as error:
             raise BadSampleError(f"cannot read the file: {error.strerror}: {printable(text)}") from error
         if text.lower().endswith(".json"):
-            return _from_json(data)
+            return _captions_in(json_object(decode_text(data)))
         said = decode_text(data, self._encoding, self._fallback)
         return ((said,) if self._whole else caption_lines(said)), (), ""
 
@@ -268,51 +216,36 @@ class FolderSource(Source):
         return printable(PurePosixPath(self._images[index]).parent.name)
 
     def _look_at_texts(self, files: Sequence[str]) -> str | None:
-        """Return the encoding of text files that are not UTF-8, found out from some of them together."""
         odd, several, last = bytearray(), 0, ""
         some = [file for file in files if file and not file.endswith(".json")]
-        for file in some[:: -(-len(some) // _SAMPLED_TEXTS) or 1]:
+        for at in evenly(len(some), _SAMPLED_TEXTS):
             try:
-                data = (self._folder / file).read_bytes()
+                data = (self._folder / some[at]).read_bytes()
             except OSError:
                 continue
             several += len(caption_lines(decode_text(data))) > 1
             try:
                 data.decode("utf-8")
             except UnicodeDecodeError:
-                odd, last = odd + data + b"\n", file
+                odd, last = odd + data + b"\n", some[at]
         if several and not self._whole:
             self._notes.append(f"{several} of {min(len(some), _SAMPLED_TEXTS)} text files have several lines: each is "
-                               f"a "
-                               "caption of its own ('?captions=whole' makes a file one caption)")
+                               "a caption of its own ('?captions=whole' makes a file one caption)")
         if not odd or odd.startswith((b"\xff\xfe", b"\xfe\xff")):
             return None
         codec = guess_encoding(bytes(odd))
-        if codec == "utf-8-sig" or codec is None:
+        if codec in (None, "utf-8-sig"):
             return None
         self._notes.append(f"{printable(last)} and others are read as {codec} where they are not UTF-8 "
-                           f"('?encoding=NAME' says "
-                           "otherwise)")
+                           "('?encoding=NAME' says otherwise)")
         return codec
 
 
-def _from_json(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-    """Return captions, tags and label of the JSON beside an image, as img2dataset and scrapers write it."""
-    try:
-        fields = json.loads(decode_text(data))
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"JSON that cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise BadSampleError("JSON that is not an object")
-    return captions_in(fields)
-
-
-def captions_in(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+def _captions_in(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Return captions, tags and label of an object that describes one image."""
     plain = flat(fields)
     names = {name.lower().rpartition(".")[2]: name for name in reversed(plain)}
-    ordered = ("captions", *(name for name in CAPTION_COLUMNS if name not in ("captions", "label", "category",
-                                                                              "class")))
+    ordered = ("captions", *(name for name in CAPTION_COLUMNS if name not in ("label", "category", "class")))
     captions = next((said for name in ordered if name in names and (said := texts(plain[names[name]]))), ())
     tags = plain.get(names.get("tags", ""), plain.get(names.get("keywords", "")))
     return captions, split_tags(texts(tags)), label_of(plain.get(names.get("label", "")))

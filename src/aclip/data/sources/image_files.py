@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -37,31 +37,19 @@ _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", 
 
 
 class _Way(NamedTuple):
-    """One way from a cell to a file: `root` / `prefix` + the cell's parts after `drop` + `ending`.
+    """One way from a cell to a file: `root` / `prefix` + the cell's parts after `drop` + `ending`."""
 
-    Attributes:
-        root: the folder; "" for paths that are absolute.
-        drop: leading parts of the cell's path that are left out; -1 takes the cell exactly as it is written.
-        ending: put behind the name; in place of its own with `swap`.
-        swap: see `ending`.
-        prefix, digits: before a number, and its width with leading zeros.
-        form: Unicode normalisation of the file names, or "".
-        decoded: whether %XX are decoded.
-        uploaded: whether Label Studio's prefix is left out.
-    """
-
-    root: str
-    drop: int = -1
-    ending: str = ""
+    root: str  # "" for paths that are absolute
+    drop: int = -1  # leading parts of the cell's path that are left out; -1 takes the cell exactly as it is written
+    ending: str = ""  # put behind the name; in place of its own with `swap`
     swap: bool = False
-    prefix: str = ""
-    digits: int = 0
-    form: str = ""
-    decoded: bool = False
-    uploaded: bool = False
+    prefix: str = ""  # before a number, and
+    digits: int = 0  # its width with leading zeros
+    form: str = ""  # Unicode normalisation of the file names
+    decoded: bool = False  # %XX are decoded
+    uploaded: bool = False  # Label Studio's prefix is left out
 
     def path(self, cell: str) -> str:
-        """Return where the image of a cell would lie."""
         if self.drop < 0:
             return os.path.join(self.root, cell)
         *folders, name = _parts(cell)[self.drop :] or [""]
@@ -87,7 +75,6 @@ class ImageFiles:
         self._around = chosen is None
         self._hints = hints
         self._ways = [_Way(str(self.folder))]
-        self._by_name: dict[str, str] | None = None
         self._listings: dict[str, dict[str, str]] = {}
 
     def read(self, cell: str) -> bytes | None:
@@ -100,32 +87,25 @@ class ImageFiles:
 
     def find(self, cell: str) -> Path | None:
         """Return the file of a cell, or None if there is none."""
-        try:
-            for way in self._ways:
-                path = way.path(cell)
-                if os.path.isfile(path):
-                    return Path(path)
-        except ValueError:  # a null byte
-            return None
-        if self._by_name is not None:
-            name = _parts(cell)[-1]
-            keys = (name, name.rpartition(".")[0], name.lstrip("0") if name.isdecimal() else name)
-            return next((Path(self._by_name[key]) for key in keys if key in self._by_name), None)
+        for way in self._ways:
+            path = way.path(cell)
+            if os.path.isfile(path):
+                return Path(path)
         return None
 
-    def learn(self, cells: Sequence[str]) -> bool:
+    def learn(self, cells: Sequence[str]) -> dict[str, str]:
         """Find out how cells are written, from some of them.
 
         Returns:
-            Whether files were found by a search of all folders, so that every cell should be replaced by its file now.
+            What `by_name` finds files in, if only a search of all folders finds them; else nothing.
         """
         used: Counter[_Way] = Counter()
         lost: list[str] = []
-        as_written = any(_is_file(self._ways[0].path(cell)) for cell in cells)
+        as_written = any(os.path.isfile(self._ways[0].path(cell)) for cell in cells)
         for cell in cells:
-            way = next((way for way in self._ways if _is_file(way.path(cell))), None)
+            way = next((way for way in self._ways if os.path.isfile(way.path(cell))), None)
             if way is None and len(lost) < 20:
-                way = next(self._possible(cell, elsewhere=not as_written), None)
+                way = self._way_to(cell, elsewhere=not as_written)
             if way is None:
                 lost.append(cell)
                 continue
@@ -136,71 +116,34 @@ class ImageFiles:
         self._ways = [way for way, count in used.most_common()
                       if count * (10 if _holds(str(self.folder), way.root) else 2) >= len(cells)] or self._ways[:1]
         self.notes = [note for way in self._ways if (note := self._note(way))]
+        names: dict[str, str] = {}
         if not used and lost:
-            self._by_name = self._all_names(self.folder)
-            if not self._by_name and self._around and self.folder.name.lower() in _OF_LISTS:
-                self._by_name = self._all_names(self.folder.parent)
-            if not any(self.find(cell) for cell in lost):
-                self._by_name = None
-            else:
+            names = _all_names(self.folder)
+            if not names and self._around and self.folder.name.lower() in _OF_LISTS:
+                names = _all_names(self.folder.parent)
+            if any(by_name(names, cell) for cell in lost):
                 self.notes = ["images found by name in folders below"]
+            else:
+                names = {}
         self._listings.clear()
-        return self._by_name is not None
+        return names
 
-    def forget(self) -> None:
-        """Drop what a search of all folders found, and take cells as paths from now on."""
-        self._by_name = None
-
-    def _possible(self, cell: str, elsewhere: bool = True) -> Iterator[_Way]:
-        """Yield the ways that find a cell's file, the plainest first; in other folders only if `elsewhere`."""
+    def _way_to(self, cell: str, elsewhere: bool) -> _Way | None:
+        """Return the plainest way that finds a cell's file, in other folders only if `elsewhere`; None for no way."""
         parts = _parts(cell)
-        if not parts:
-            return
-        if _is_file("/".join(parts)) and (cell.startswith("file:") or os.path.isabs(cell)):
-            yield _Way("", 0)
+        if os.path.isfile("/".join(parts)) and (cell.startswith("file:") or os.path.isabs(cell)):
+            return _Way("", 0)
         roots = list(self._roots()) if elsewhere else [str(self.folder)]
-        drops = range(len(parts)) if elsewhere else range(1)
-        for drop in drops:
-            for root in roots:
+        for rename in (_same_name, _like_name):
+            for drop in range(len(parts) if elsewhere else 1):
                 *folders, name = parts[drop:]
-                names = self._names(os.path.join(root, *folders))
-                if names:
-                    yield from self._same_name(root, drop, name, names)
-        for drop in drops:
-            for root in roots:
-                *folders, name = parts[drop:]
-                names = self._names(os.path.join(root, *folders))
-                if names:
-                    yield from self._like_name(root, drop, name, names)
-
-    def _same_name(self, root: str, drop: int, name: str, names: dict[str, str]) -> Iterator[_Way]:
-        if name in names.values():
-            yield _Way(root, drop)
-        if unquote(name) != name and unquote(name) in names.values():
-            yield _Way(root, drop, decoded=True)
-        for form in ("NFC", "NFD"):
-            other = unicodedata.normalize(form, name)
-            if other != name and other in names.values():
-                yield _Way(root, drop, form=form)
-
-    def _like_name(self, root: str, drop: int, name: str, names: dict[str, str]) -> Iterator[_Way]:
-        """Yield ways to a file whose name has another ending, zeros and a prefix before a number, or lost a prefix."""
-        if name in names:
-            yield _Way(root, drop, ending=names[name][len(name) :])
-        stem, _, ending = name.rpartition(".")
-        if ending.lower() in ENDINGS and stem in names:
-            yield _Way(root, drop, ending=names[stem][len(stem) :], swap=True)
-        if _UPLOADED.sub("", name) in names.values():
-            yield _Way(root, drop, uploaded=True)
-        if name.isdecimal():
-            number = re.compile(rf"(.*?[^\d])?(0*{int(name)})")
-            for other, file in names.items():
-                if match := number.fullmatch(other):
-                    yield _Way(root, drop, ending=file[len(other) :], prefix=match[1] or "", digits=len(match[2]))
-                    return
+                for root in roots:
+                    names = self._names(os.path.join(root, *folders))
+                    if names and (way := rename(_Way(root, drop), name, names)):
+                        return way
+        return None
 
     def _roots(self) -> Iterator[str]:
-        """Yield folders in which images are sought."""
         yield str(self.folder)
         yield from _folders_in(self.folder, self._hints)
         if self._around:
@@ -209,7 +152,6 @@ class ImageFiles:
             yield from _folders_in(above, self._hints)
 
     def _names(self, folder: str) -> dict[str, str]:
-        """Return the images of a folder, stem -> name."""
         if folder not in self._listings:
             names: dict[str, str] = {}
             try:
@@ -223,21 +165,6 @@ class ImageFiles:
             self._listings[folder] = names
         return self._listings[folder]
 
-    def _all_names(self, folder: Path) -> dict[str, str]:
-        """Return name, name without ending, and number -> the image, in all folders below."""
-        found: dict[str, str] = {}
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                stem, _, ending = name.rpartition(".")
-                if ending.lower() in ENDINGS:
-                    found.setdefault(name, os.path.join(parent, name))
-                    found.setdefault(stem, os.path.join(parent, name))
-                    if stem.isdecimal():
-                        found.setdefault(stem.lstrip("0"), os.path.join(parent, name))
-            if len(found) > 2 * _ENTRIES:
-                break
-        return found
-
     def _note(self, way: _Way) -> str:
         said = []
         if way.root and way.root != str(self.folder):
@@ -249,6 +176,54 @@ class ImageFiles:
         if way.prefix or way.digits:
             said.append(f"numbers written as {way.prefix}{'0' * way.digits}")
         return "images " + ", ".join(said) if said else ""
+
+
+def _same_name(way: _Way, name: str, names: dict[str, str]) -> _Way | None:
+    files = names.values()
+    if name in files:
+        return way
+    if unquote(name) in files:
+        return way._replace(decoded=True)
+    forms = (form for form in ("NFC", "NFD") if unicodedata.normalize(form, name) in files)
+    return next((way._replace(form=form) for form in forms), None)
+
+
+def _like_name(way: _Way, name: str, names: dict[str, str]) -> _Way | None:
+    """Return the way to a file whose name has another ending, zeros and a prefix before a number, or lost a prefix."""
+    if name in names:
+        return way._replace(ending=names[name][len(name) :])
+    stem, _, ending = name.rpartition(".")
+    if ending.lower() in ENDINGS and stem in names:
+        return way._replace(ending=names[stem][len(stem) :], swap=True)
+    if _UPLOADED.sub("", name) in names.values():
+        return way._replace(uploaded=True)
+    if name.isdecimal():
+        number = re.compile(rf"(.*?[^\d])?(0*{int(name)})")
+        for other, file in names.items():
+            if match := number.fullmatch(other):
+                return way._replace(ending=file[len(other) :], prefix=match[1] or "", digits=len(match[2]))
+    return None
+
+
+def _all_names(folder: Path) -> dict[str, str]:
+    """Return name, name without ending, and number -> the image, in all folders below."""
+    found: dict[str, str] = {}
+    for parent, _, names in os.walk(folder.absolute()):
+        for name in names:
+            stem, _, ending = name.rpartition(".")
+            if ending.lower() in ENDINGS:
+                for key in (name, stem, stem.lstrip("0") if stem.isdecimal() else stem):
+                    found.setdefault(key, os.path.join(parent, name))
+        if len(found) > 2 * _ENTRIES:
+            break
+    return found
+
+
+def by_name(names: Mapping[str, str], cell: str) -> str | None:
+    """Return the file of a cell that a search of all folders found, see `ImageFiles.learn`."""
+    name = _parts(cell)[-1]
+    keys = (name, name.rpartition(".")[0], name.lstrip("0") if name.isdecimal() else name)
+    return next((names[key] for key in keys if key in names), None)
 
 
 def _holds(folder: str, path: str) -> bool:
@@ -281,15 +256,7 @@ def _folders_in(folder: Path, hints: Sequence[str]) -> list[str]:
         :_LOOKED_INTO]
 
 
-def _is_file(path: str) -> bool:
-    try:
-        return os.path.isfile(path)
-    except ValueError:
-        return False
-
-
 def is_address(cell: str) -> bool:
-    """Return whether a cell is the address of something that does not lie here."""
     return _ADDRESS.match(cell) is not None
 
 
@@ -309,17 +276,14 @@ def looks_embedded(value: object) -> bool:
     """Return whether a value starts as an image in base64 does."""
     if not isinstance(value, str) or len(value) < 60:
         return False
-    head = value[:100].rpartition(",")[2] if value.startswith("data:image/") else value[:60]
+    start = value.lstrip()[:100]
+    head = start.rpartition(",")[2] if start.startswith("data:image/") else start[:60]
     head = head[: len(head) // 4 * 4]
     return embedded_image(head.ljust(60, "A")) is not None
 
 
 def read_image(path: Path) -> bytes:
-    """Return the bytes of an image file.
-
-    Raises:
-        BadSampleError: it cannot be read.
-    """
+    """Return the bytes of an image file."""
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
@@ -328,5 +292,4 @@ def read_image(path: Path) -> bytes:
 
 
 def full_path(path: Path) -> str:
-    """Return where a file was looked for, so that it can be printed."""
     return printable(str(path.absolute()))

@@ -1,8 +1,8 @@
 """Lists of pairs: tables, JSON and Parquet with a row a pair, the image by its path, its id or in base64."""
 
-import logging
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
+from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, evenly, printable
 from aclip.data.sources.columns import (
     DOWNLOAD,
     MAX_STORED,
@@ -22,19 +22,25 @@ from aclip.data.sources.columns import (
     settle_columns,
     texts,
 )
-from aclip.data.sources.image_files import ImageFiles, embedded_image, full_path, is_address, looks_embedded, read_image
+from aclip.data.sources.folder import SPLIT_NAMES
+from aclip.data.sources.image_files import (
+    ImageFiles,
+    by_name,
+    embedded_image,
+    full_path,
+    is_address,
+    looks_embedded,
+    read_image,
+)
 from aclip.data.sources.records import JsonLines, ListFile, Table, choose_split, open_list
 from aclip.data.spec import Spec
 from aclip.errors import BadSampleError, ConfigError, DataError
-
-_log = logging.getLogger(__name__)
 
 _CHECKED = 5_000  # images of a list that are looked for when it is opened, evenly over a longer one
 _LEARNT = 100  # images by which it is found out how a list writes their paths
 _BETWEEN = "\0"  # strings of one row; no caption needs it, and no path can hold it
 _PLACE = "\x1a"  # before the place in the list's own file where the image lies
 _SPLIT_COLUMNS = ("split", "set", "partition", "subset", "fold")
-_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "restval"})
 
 
 class ListSource(Source):
@@ -43,28 +49,14 @@ class ListSource(Source):
     Rows of one image, wherever they stand, are one sample with all of their captions: as samples of their own
     they would be each other's negatives in training, and right answers that count as wrong in retrieval.
 
-    Attributes:
-        spec: what the user called it.
-        rows: how many the file has, repeated images and rows that cannot be used included.
+    `rows` counts repeated images and rows that cannot be used, too.
     """
 
     def __init__(
         self, spec: str, rows: Iterable[Row], files: ImageFiles, *, file: ListFile | None = None,
         columns: Columns | None = None, notes: Sequence[str] = (),
     ) -> None:
-        """Keep `rows`.
-
-        Args:
-            spec: what the user called it.
-            rows: of the list.
-            files: finds their images.
-            file: where images lie that are written in base64, in the field that `columns` says.
-            columns: those that are read.
-            notes: for the summary.
-
-        Raises:
-            DataError: no rows, or no images: all of them are URLs, or not one of some is there.
-        """
+        """Keep `rows`, whose images `files` finds, or which lie in base64 in a field (`columns`) of `file`."""
         self.spec = spec
         self._files, self._file, self._columns, self._notes = files, file, columns, list(notes)
         self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
@@ -94,33 +86,21 @@ class ListSource(Source):
         return len(self._images)
 
     def name(self, index: int) -> str:
-        """Return the number of the image's first row, counted from 1, and its path."""
         number = index if self._numbers is None else int(self._numbers[index])
         image = self._images[index]
         short = "" if image.startswith(_PLACE) else image[:40] if looks_embedded(image) else image
         return printable(f"row {number + 1}: {short}" if short else f"row {number + 1}")
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a row, of all rows of its image.
-
-        Raises:
-            BadSampleError: a row that cannot be used.
-        """
         if index in self._problems:
             raise BadSampleError(self._problems[index])
         return tuple(self._captions[index].split(_BETWEEN))
 
     def path(self, index: int) -> Path | None:
-        """Return the image's file, or None if it is not there or lies in the list itself."""
         image = self._images[index]
         return None if index in self._problems or not image or image.startswith(_PLACE) else self._files.find(image)
 
     def read(self, index: int) -> RawSample:
-        """Read a row's image.
-
-        Raises:
-            BadSampleError: a row that cannot be used, or an image that cannot be read.
-        """
         captions = self.captions(index)
         tags = tuple(tag for tag in self._tags[index].split(_BETWEEN) if tag)
         return RawSample(self.name(index), self._image(self._images[index]), captions, tags,
@@ -128,7 +108,6 @@ class ListSource(Source):
 
     @property
     def summary(self) -> Summary:
-        """Images listed, captioned and missing, and how the list is read."""
         unusable = len(self._problems)
         missing, example, looked = self._missing
         left_out = {"rows that cannot be read": unusable}
@@ -139,36 +118,26 @@ class ListSource(Source):
             notes.append(f"{missing:,} of {looked:,} images that were looked for are missing: {example}")
             missing = 0
         used = len(self) - unusable - missing
-        blank = sum(not self._captions[index].strip("\0 ") for index in self._suspects())
+        short = np.flatnonzero(self._captions.sizes() < 16).tolist()  # others cannot be blank
+        blank = sum(not self._captions[index].strip("\0 ") for index in short if index not in self._problems)
         return Summary(self.spec, len(self), used - min(blank, used), min(blank, used), left_out, tuple(notes))
 
     def digest(self) -> str:
-        """Return a hash of all rows."""
         return digest_of(self._images, self._captions, self._tags, self._labels, sorted(self._problems))
-
-    def _suspects(self) -> list[int]:
-        """Return the samples whose captions are so short that they may be blank, without those of bad rows."""
-        short = np.flatnonzero(self._captions.sizes() < 16).tolist()
-        return [index for index in short if index not in self._problems]
 
     def _image(self, image: str) -> bytes:
         if image.startswith(_PLACE):
             return self._cut_out(image)
         if is_address(image):
             raise BadSampleError("the image is a URL, not a file: download it first")
-        data = self._files.read(image)
-        if data is not None:
+        if (data := self._files.read(image)) is not None:
             return data
         path = self._files.find(image)
-        if path is not None:
-            return read_image(path)
-        data = embedded_image(image)
-        if data is not None:
+        if path is None and (data := embedded_image(image)) is not None:
             return data
-        return read_image(self._files.folder / image)
+        return read_image(path or self._files.folder / image)
 
     def _cut_out(self, image: str) -> bytes:
-        """Return the image that lies in base64 at a place of the list's file."""
         assert self._file is not None
         assert self._columns is not None
         offset, _, size = image[1:].partition(":")
@@ -186,9 +155,7 @@ class ListSource(Source):
     def _merge(self, keys: np.ndarray, base: str) -> None:
         """Make one sample of the rows of each image, at the place of the first, whose tags and label it has.
 
-        Args:
-            keys: (rows,) hashes of `_identity`: what tells ten million rows apart without an object for each.
-            base: as for `_identity`.
+        The (rows,) hashes of `_identity` tell ten million rows apart without an object for each.
         """
         ordered = np.sort(keys)
         if np.all(ordered[1:] != ordered[:-1]):
@@ -225,21 +192,13 @@ class ListSource(Source):
             yield captions[0]
 
     def _find_images(self) -> tuple[int, str, int]:
-        """Find out where the images lie, and count those of some rows that are not there.
-
-        Returns:
-            How many are missing, the first of them, and how many were looked for.
-
-        Raises:
-            DataError: as for `__init__`.
-        """
-        cells = [(index, cell) for index in _spread(len(self), _CHECKED) if index not in self._problems
+        """Learn where the images lie; return how many of some are missing, the first of them, and how many are some."""
+        cells = [(index, cell) for index in evenly(len(self), _CHECKED) if index not in self._problems
                  and (cell := self._images[index]) and not cell.startswith(_PLACE)]
         local = [cell for _, cell in cells if not is_address(cell) and not looks_embedded(cell)]
-        if self._files.learn([local[at] for at in _spread(len(local), _LEARNT)]):
-            found = (self._files.find(cell) or Path(cell) for cell in map(self._images.__getitem__, range(len(self))))
-            self._images = PackedStrings(map(str, found))
-            self._files.forget()
+        if names := self._files.learn([local[at] for at in evenly(len(local), _LEARNT)]):
+            cells_now = map(self._images.__getitem__, range(len(self)))
+            self._images = PackedStrings(by_name(names, cell) or cell for cell in cells_now)
             local = [self._images[index] for index, _ in cells]
         missing = [cell for cell in local if self._files.find(cell) is None]
         if local and len(missing) == len(local) and not any(looks_embedded(cell) for _, cell in cells):
@@ -252,16 +211,11 @@ class ListSource(Source):
 
 
 def open_list_source(path: Path, spec: Spec) -> ListSource:
-    """Open a table, JSON lines or a JSON document.
-
-    Raises:
-        DataError: no list, no rows, or no images (`ListSource`).
-        ConfigError: a column that does not exist or cannot be guessed; an option that lists do not take.
-    """
+    """Open a table, JSON lines or a JSON document."""
     spec.allow(*OPTIONS, "images", "split", "encoding")
     split = spec.get("split")
     file = open_list(path, spec.get("encoding"), split)
-    files = ImageFiles(path.parent, spec.folder("images"), file.hints)
+    files = ImageFiles(path.parent, spec.folder("images"), (path.stem.rpartition("_")[2].lower(),))
     named = spec.with_path(path)
     stored = _image_store(file)
     if stored is not None:
@@ -277,27 +231,22 @@ def open_list_source(path: Path, spec: Spec) -> ListSource:
     return ListSource(str(path), rows, files, file=file, columns=columns, notes=notes)
 
 
-def _rows(file: ListFile, columns: Columns, split_column: str | None, wanted: frozenset[str]) -> Iterator[Row]:
-    embedded = any(looks_embedded(_text(one.get(columns.image))) for one in file.sample)
+def _rows(
+    file: ListFile, columns: Columns, split_column: str | None = None, wanted: frozenset[str] = frozenset()
+) -> Iterator[Row]:
+    embedded = any(looks_embedded(one.get(columns.image)) for one in file.sample)
     for fields, offset, size, image in file.rows():
         if isinstance(fields, str):
             yield Row(image, problem=fields)
+        elif wanted and _split_of(fields, split_column, columns.image) not in wanted:
             continue
-        if wanted and _split_of(fields, split_column, columns.image) not in wanted:
-            continue
-        yield _row(fields, columns, offset, size, embedded)
-
-
-def _row(fields: Mapping[str, Any], columns: Columns, offset: int, size: int, embedded: bool) -> Row:
-    if embedded and offset >= 0 and looks_embedded(_text(fields.get(columns.image))):
-        return row_of({**fields, columns.image: ""}, columns)._replace(image=f"{_PLACE}{offset}:{size}")
-    row = row_of(fields, columns)
-    name, mark, number = row.image.rpartition("#")  # Flickr8k.token.txt: 123.jpg#0
-    return row._replace(image=name) if mark and number.isdecimal() and not os.path.exists(row.image) else row
-
-
-def _text(value: Any) -> str:
-    return value.strip() if isinstance(value, str) else ""
+        elif embedded and offset >= 0 and looks_embedded(fields.get(columns.image)):
+            yield row_of({**fields, columns.image: f"{_PLACE}{offset}:{size}"}, columns)
+        else:
+            row = row_of(fields, columns)
+            name, mark, number = row.image.rpartition("#")  # Flickr8k.token.txt: 123.jpg#0
+            numbered = mark and number.isdecimal() and not os.path.exists(row.image)
+            yield row._replace(image=name) if numbered else row
 
 
 def _split_of(fields: Mapping[str, Any], column: str | None, image: str) -> str:
@@ -305,29 +254,24 @@ def _split_of(fields: Mapping[str, Any], column: str | None, image: str) -> str:
     if column is not None:
         return str(fields.get(column)).strip()
     folders = image_cell(fields.get(image)).replace("\\", "/").split("/")[:-1]
-    return next((name for name in folders if name.lower() in _SPLITS), "")
+    return next((name for name in folders if name.lower() in SPLIT_NAMES), "")
 
 
 def _split_column(
     path: Path, file: ListFile, image: str, split: str | None, notes: list[str]
 ) -> tuple[str | None, frozenset[str]]:
-    """Return the column that names the split of each row, and the splits that are asked for.
-
-    Raises:
-        ConfigError: a split that does not exist, or one where there are none.
-    """
+    """Return the column that names the split of each row, and the splits that are asked for."""
     if file.given is not None or "split" in file.about:
         return None, frozenset()
     column = next((name for name in file.header if name.strip().lower() in _SPLIT_COLUMNS), None)
     if column is None and split is None and not any(_split_of(fields, None, image) for fields in file.sample):
         return None, frozenset()
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     if isinstance(file, Table | JsonLines):
-        for fields, *_ in file.rows():
-            if not isinstance(fields, str) and (value := _split_of(fields, column, image)):
-                sizes[value] = sizes.get(value, 0) + 1
+        found = (_split_of(fields, column, image) for fields, *_ in file.rows() if not isinstance(fields, str))
+        sizes.update(filter(None, found))
     if split is None:
-        if len(sizes) > 1 and all(name.lower() in _SPLITS for name in sizes):
+        if len(sizes) > 1 and all(name.lower() in SPLIT_NAMES for name in sizes):
             there = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())
             notes.append(f"all of its splits are read, {there}: '?split={next(iter(sizes))}' takes one")
         return None, frozenset()
@@ -364,24 +308,11 @@ def _open_stored(spec: Spec, images: ListFile, captions: ListFile) -> ListSource
         if not isinstance(fields, str) and isinstance(ids := fields.get("image_ids"), list):
             for one in ids:
                 said.setdefault(str(one), []).extend(texts(fields.get("text")))
-    key = next(name for name in images.header if not looks_embedded(str(images.sample[0][name]).strip()))
-    columns = Columns(next(name for name in images.header if name != key), ())
-
-    def rows() -> Iterator[Row]:
-        for fields, offset, size, _ in images.rows():
-            if isinstance(fields, str):
-                yield Row("", problem=fields)
-                continue
-            row = _row(fields, columns, offset, size, embedded=True)
-            yield row._replace(captions=tuple(said.get(str(fields[key]).strip(), ())))
-
+    key = next(name for name in images.header if not looks_embedded(images.sample[0][name]))
+    columns = Columns(next(name for name in images.header if name != key), (), label=key)
+    rows = (row._replace(captions=tuple(said.get(row.label, ())), label="") for row in _rows(images, columns))
     notes = (f"images in base64 from {images.path.name}, captions from {captions.path.name}",)
-    return ListSource(spec.path, rows(), ImageFiles(images.path.parent), file=images, columns=columns, notes=notes)
-
-
-def _spread(count: int, most: int) -> Sequence[int]:
-    """Return at most `most` numbers below `count`, evenly over them."""
-    return range(0, count, -(-count // most) or 1)
+    return ListSource(spec.path, rows, ImageFiles(images.path.parent), file=images, columns=columns, notes=notes)
 
 
 def _identity(number: int, image: str, problem: str, base: str) -> str:
@@ -394,8 +325,7 @@ def _identity(number: int, image: str, problem: str, base: str) -> str:
 
 
 def _join(strings: Sequence[str]) -> str:
-    """Pack several strings into one."""
-    if len(strings) < 2:
+    if len(strings) < 2:  # most rows have one caption and no tags
         return _storable(strings[0].replace(_BETWEEN, " ")) if strings else ""
     return _BETWEEN.join(_storable(string.replace(_BETWEEN, " ")) for string in strings)
 

@@ -15,12 +15,8 @@ from aclip.data.sources.columns import guessable, names_image, texts
 from aclip.data.sources.image_files import looks_embedded
 from aclip.errors import ConfigError, DataError
 
-SAMPLED = 50
-"""Records by which the fields of a list are understood."""
-
-LARGE = 2**26
-"""Bytes from which on a JSON list is parsed item by item."""
-
+SAMPLED = 50  # records by which the fields of a list are understood
+LARGE = 2**26  # bytes from which on a JSON list is parsed item by item
 _DELIMITERS = (",", "\t", ";", "|")
 _WORDS = " "  # "delimiter" of lists of an image's name, white space, and the rest
 _SAMPLE_BYTES = 2**23
@@ -32,52 +28,34 @@ csv.field_size_limit(2**31 - 1)
 
 
 class Found(NamedTuple):
-    """One record of a file.
+    """One record of a file."""
 
-    Attributes:
-        fields: by name; or why there are none, in words.
-        offset, size: its bytes in the file, or -1 and 0 where a record has no bytes of its own.
-        image: what seems to name the image of a record that has no fields.
-    """
-
-    fields: Mapping[str, Any] | str
-    offset: int = -1
+    fields: Mapping[str, Any] | str  # by name; or why there are none, in words
+    offset: int = -1  # its bytes in the file; -1 and 0 where it has none of its own
     size: int = 0
-    image: str = ""
+    image: str = ""  # what seems to name the image of a record without fields
 
 
 class ListFile:
-    """A file that lists things. Picklable; every call of `rows` reads the file anew.
-
-    Attributes:
-        path: the file.
-        about: its format, in words.
-        header: names of all fields.
-        sample: the first records.
-        notes: sentences on how it is read.
-        hints: names of folders in which its images may lie.
-        given: what holds what where the format says so itself: names of the fields of image, caption, tags, label.
-    """
+    """A file that lists things. Picklable; every call of `rows` reads the file anew."""
 
     def __init__(self, path: Path, about: str, codec: str, notes: Iterable[str] = ()) -> None:
         self.path, self.about, self.codec = path, about, codec
-        self.notes = [note for note in notes if note]
-        self.header: list[str] = []
-        self.sample: list[Mapping[str, Any]] = []
-        self.hints = (path.stem.rpartition("_")[2].lower(),)
-        self.given: tuple[str, ...] | None = None
+        self.notes = [note for note in notes if note]  # on how it is read
+        self.header: list[str] = []  # names of all fields
+        self.sample: list[Mapping[str, Any]] = []  # the first records
+        self.given: tuple[str, ...] | None = None  # fields of image, caption, tags, label, if the format says so
 
     def rows(self) -> Iterator[Found]:
-        """Yield all records."""
         raise NotImplementedError
 
     def parse(self, data: bytes) -> Mapping[str, Any] | str:
         """Return the record that `Found.offset` and `Found.size` cut out of the file."""
         raise NotImplementedError
 
-    def _look(self) -> None:
-        self.sample = [one for one, *_ in islice(self.rows(), SAMPLED) if not isinstance(one, str)]
-        self.header = list(dict.fromkeys(name for one in self.sample for name in one))
+    def _look(self, records: Iterable[Mapping[str, Any] | str]) -> None:
+        self.sample = [one for one in islice(records, SAMPLED) if not isinstance(one, str)]
+        self.header = list(dict.fromkeys(chain.from_iterable(self.sample)))
 
 
 class Table(ListFile):
@@ -88,11 +66,6 @@ class Table(ListFile):
     """
 
     def __init__(self, path: Path, codec: str, notes: Iterable[str]) -> None:
-        """Find the delimiter and the header.
-
-        Raises:
-            DataError: the file is no table.
-        """
         super().__init__(path, "table", codec, notes)
         lines = list(_head(_table_lines(path, codec)))
         best = max((_merit(lines, delimiter) for delimiter in (*_DELIMITERS, _WORDS)), key=lambda merit: merit[:4])
@@ -109,7 +82,6 @@ class Table(ListFile):
                        if len(row) == len(names)]
 
     def rows(self) -> Iterator[Found]:
-        """Yield the rows; one that does not fit the header says so."""
         lines = _table_lines(self.path, self.codec)
         found = _split_rows(lines, self.delimiter, len(self.header), self._image_at)
         for fields, offset, size in islice(found, int(self._headed), None):
@@ -117,7 +89,6 @@ class Table(ListFile):
             yield Found(self._fields(fields), offset, size, image.strip())
 
     def parse(self, data: bytes) -> Mapping[str, Any] | str:
-        """Return the row that these bytes are."""
         text = data.decode(self.codec, errors=text_errors(self.codec))
         lines = ((line, -1, 0) for line in text.splitlines(keepends=True))
         return self._fields(next(_split_rows(lines, self.delimiter, len(self.header), self._image_at))[0])
@@ -135,18 +106,15 @@ class JsonLines(ListFile):
     """One JSON object a line; a line that cannot be read is a bad record."""
 
     def __init__(self, path: Path, codec: str, notes: Iterable[str]) -> None:
-        """Look at the first lines."""
         super().__init__(path, "JSON lines", codec, notes)
-        self._look()
+        self._look(one.fields for one in self.rows())
 
     def rows(self) -> Iterator[Found]:
-        """Yield the lines that are not blank, parsed."""
         for line, offset, size in _lines(self.path, self.codec):
             if line.strip():
                 yield Found(_parse_line(line), offset, size)
 
     def parse(self, data: bytes) -> Mapping[str, Any] | str:
-        """Return the object of a line."""
         return _parse_line(data.decode(self.codec, errors=text_errors(self.codec)))
 
 
@@ -154,24 +122,17 @@ class JsonDocument(ListFile):
     """One JSON document, whatever shape its records have in it."""
 
     def __init__(self, path: Path, codec: str, notes: Iterable[str], split: str | None) -> None:
-        """Read a document.
-
-        Raises:
-            DataError: it is not JSON, or nothing in it is a list of records.
-            ConfigError: a split must be chosen, or does not exist.
-        """
         super().__init__(path, "JSON", codec, notes)
         self._kept: Iterator[Mapping[str, Any] | str] = iter(())
         self._large = path.stat().st_size >= LARGE and codec == "utf-8-sig" and _starts_with(path, b"[")
         if self._large:
-            self._look()
+            self._look(one.fields for one in self.rows())
             return
         shape = _shape_of(path, _load(path, codec), split)
         self.about, self.given = shape.about, shape.given
         self.notes += shape.notes
         head = list(islice(shape.rows, SAMPLED))
-        self.sample = [one for one in head if not isinstance(one, str)]
-        self.header = list(dict.fromkeys(name for one in self.sample for name in one))
+        self._look(head)
         self._kept = chain(head, shape.rows)
 
     def rows(self) -> Iterator[Found]:
@@ -189,27 +150,21 @@ class JsonDocument(ListFile):
             raise DataError(f"{self.path} is not JSON: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the document behind when the list goes to a worker."""
         return self.__dict__ | {"_kept": iter(())}
 
 
 def open_list(path: Path, encoding: str | None = None, split: str | None = None) -> ListFile:
-    """Open a file that lists things; its content tells its format.
-
-    Raises:
-        DataError: it is none, or damaged.
-        ConfigError: an unknown encoding, or a split that must be chosen.
-    """
+    """Open a file that lists things; its content tells its format."""
     if _starts_binary(path) or _starts_with(path, b"PK\3\4"):
         packed = "unpack it first" if _starts_with(path, b"PK\3\4") else "it is neither text nor Parquet nor Arrow"
         raise DataError(f"{path} lists no images: {packed}")
     codec, note = find_encoding(path, encoding)
-    with open_binary(path) as opened:
-        start = opened.read(4096).decode(codec, errors=text_errors(codec)).lstrip("\ufeff \t\r\n")
-    if not start:
+    with open_binary(path) as file:
+        first = file.read(4096).decode(codec, text_errors(codec)).lstrip("\ufeff \t\r\n")[:1]
+    if not first:
         raise DataError(f"{path} holds no rows")
-    first, head = start[0], [] if start[0] == "[" else _first_lines(path, codec)
-    if any(isinstance(_value_of(line), dict) for line in head) and not _is_document(head):
+    head = [] if first == "[" else _first_lines(path, codec)
+    if any(not isinstance(_parse_line(line), str) for line in head) and not _is_document(head):
         return JsonLines(path, codec, [note])
     if first in "[{":
         return JsonDocument(path, codec, [note], split)
@@ -222,19 +177,16 @@ def open_list(path: Path, encoding: str | None = None, split: str | None = None)
 def _first_lines(path: Path, codec: str) -> list[str]:
     """Return some lines that are not blank; of a very long one the beginning alone, which is no JSON then."""
     if codec.startswith(("utf-16", "utf-32")):
-        return [line for line, *_ in islice(_lines(path, codec), 20) if line.strip()]
-    with open_binary(path) as file:
-        lines = [file.readline(_SAMPLE_BYTES) for _ in range(20)]
-    errors = text_errors(codec)
-    return [text for line in lines if (text := line.decode(codec, errors=errors)).strip()]
+        lines = [line for line, *_ in islice(_lines(path, codec), 20)]
+    else:
+        with open_binary(path) as file:
+            lines = [file.readline(_SAMPLE_BYTES).decode(codec, text_errors(codec)) for _ in range(20)]
+    return [line for line in lines if line.strip("\ufeff \t\r\n")]
 
 
 def _is_document(head: Sequence[str]) -> bool:
-    """Return whether a single line is a document of records rather than a record."""
-    if len(head) > 1:
-        return False
-    value = _value_of(head[0])
-    return isinstance(value, dict) and not _is_record(value)
+    """Return whether a single line of JSON is a document of records rather than a record."""
+    return len(head) == 1 and not _is_record(json.loads(head[0].lstrip("\ufeff")))
 
 
 def _is_record(value: dict[str, Any]) -> bool:
@@ -243,13 +195,6 @@ def _is_record(value: dict[str, Any]) -> bool:
     if _objects(value.get("images")) or (all(isinstance(one, dict | list) for one in value.values()) and nested != 1):
         return False
     return guessable(list(flat(value) if nested == 1 else value))
-
-
-def _value_of(line: str) -> Any:
-    try:
-        return json.loads(line.lstrip("\ufeff"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def _parse_line(line: str) -> Mapping[str, Any] | str:
@@ -316,17 +261,10 @@ def _split_rows(
 ) -> Iterator[tuple[list[str], int, int]]:
     """Yield the fields and the place of rows that are not blank.
 
-    Args:
-        lines: of the file.
-        delimiter: one character; `_WORDS` cuts at the first white space.
-        width: fields of the header, by which quotes that swallow rows are known.
-        image_at: which of them is the name of an image file, if one is.
+    Quotes that swallow rows are known by the `width` of the header and by the place of the image in it.
     """
     waiting: deque[tuple[str, int, int]] = deque()
-    while True:
-        line = waiting.popleft() if waiting else next(lines, None)
-        if line is None:
-            return
+    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
         text, offset, size = line
         text = text.rstrip("\r\n")
         if not text.strip():
@@ -355,7 +293,6 @@ def _split_rows(
 
 
 def _quoted(lines: list[str], delimiter: str) -> tuple[list[str], bool]:
-    """Return the fields of a row, and whether its quotes are closed."""
     text = "\n".join(lines) + "\n"
     fields = next(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True), [])
     return fields, not fields or not fields[-1].endswith("\n")
@@ -405,33 +342,20 @@ def _load(path: Path, codec: str) -> Any:
     """Return a document; objects one behind the other are the list of them."""
     with open_binary(path) as file:
         text = file.read().decode(codec, errors=text_errors(codec))
+    import ijson
+
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data" or not text.lstrip().startswith("{"):
-            raise DataError(f"{path} is not JSON: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    decoder, items, at = json.JSONDecoder(), [], 0
-    while at < len(text):
-        if text[at] in " \t\r\n,":
-            at += 1
-            continue
-        try:
-            one, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
+        if not text.lstrip().startswith("{"):
             raise DataError(f"{path} is not JSON: {error}") from error
-        items.append(one)
-    return items
+    try:
+        return list(ijson.items(text.encode(), "", multiple_values=True, use_float=True))
+    except (ijson.JSONError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
 
 
 def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
-    """Return the records of a document.
-
-    Raises:
-        DataError: there are none.
-        ConfigError: a split must be chosen, or does not exist.
-    """
     if isinstance(content, list):
         return _Shape("JSON list", map(_item, content))
     if not isinstance(content, dict):
@@ -461,8 +385,7 @@ def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
     if len(inner) == 1:
         return _shape_of(path, inner[0], split)
     raise DataError(f"{path} is JSON, but neither a list of objects, nor captions by image, nor COCO captions "
-                    f"('images' and "
-                    "'annotations')")
+                    "('images' and 'annotations')")
 
 
 def _item(one: Any) -> Mapping[str, Any] | str:
@@ -488,7 +411,6 @@ def flat(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _label_studio(annotations: list[Any]) -> dict[str, Any]:
-    """Return the texts and choices that annotators gave, of Label Studio's export."""
     results = [one.get("value", {}) for note in _objects(annotations) for one in _objects(note.get("result"))]
     values = [value for value in results if isinstance(value, dict)]
     said = [text for value in values for text in texts(value.get("text"))]
@@ -504,16 +426,15 @@ def _keyed(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
     named = any(names_image(name) for name in islice(content, SAMPLED))
     if not all(isinstance(value, dict) for value in values) or (len(content) == 1 and not named):
         return None
-    return ({**flat(value), ("image" if named or not _has_image(value) else "key"): name}
-            for name, value in content.items() if isinstance(value, dict))
 
+    def record(name: str, value: dict[str, Any]) -> dict[str, Any]:
+        fields = flat(value)
+        return fields | {"image" if named or not any(map(names_image, fields.values())) else "key": name}
 
-def _has_image(value: dict[str, Any]) -> bool:
-    return any(names_image(one) for one in flat(value).values())
+    return (record(name, value) for name, value in content.items() if isinstance(value, dict))
 
 
 def _columnar(content: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
-    """Return the records of pandas' orientations "split", "list" and "dict"."""
     names, data = content.get("columns"), content.get("data")
     if isinstance(names, list) and isinstance(data, list):
         return (dict(zip(map(str, names), row, strict=False)) for row in data if isinstance(row, list))
@@ -564,17 +485,13 @@ def _karpathy(path: Path, images: list[dict[str, Any]], split: str | None) -> _S
     return _Shape(f"Karpathy's split {'+'.join(wanted)}", rows, ("image", "caption"))
 
 
-def choose_split(name: str, sizes: Mapping[str, int], split: str | None) -> list[str]:
-    """Return which of several splits were asked for.
+def choose_split(name: str, sizes: Mapping[str, int], split: str | None, alone: bool = False) -> list[str]:
+    """Return the splits that were asked for: `split` is one of `sizes`, or several joined by "+".
 
-    Args:
-        name: of what has the splits, for messages.
-        sizes: split -> samples, files or whatever is counted.
-        split: one, or several joined by "+"; None asks.
-
-    Raises:
-        ConfigError: none is named, or one that does not exist; those there are.
+    Where there is only one, it need not be named if `alone` is true.
     """
+    if alone and split is None and len(sizes) == 1:
+        return list(sizes)
     there = ", ".join(f"{one} ({count:,})" for one, count in sizes.items())
     example = "train" if "train" in sizes else next(iter(sizes))
     wanted = re.split(r"[+ ]", split) if split and split not in sizes else [split] if split else []

@@ -1,19 +1,20 @@
 """Shards behind addresses (`s3://`, `http://`, whatever fsspec knows), read through a bounded cache on the disk."""
 
+import contextlib
 import errno
 import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from aclip.data.decode import one_line
 from aclip.data.progress import progress
-from aclip.data.sources.base import WINDOW, RawSample, Runs, Source, Summary, digest_of
+from aclip.data.sources.base import WINDOW, Delegating, Runs, Summary, digest_of, relative_names
 from aclip.data.sources.shard_index import (
     SIZES,
     UNDERSTOOD,
@@ -23,25 +24,17 @@ from aclip.data.sources.shard_index import (
     cached_path,
     index_shard,
 )
-from aclip.data.sources.shards import ShardSource, check_lost, relative_names
+from aclip.data.sources.shards import Reading, ShardSource, check_lost
 from aclip.data.spec import expand_braces
 from aclip.errors import AclipError, BadSampleError, DataError, MissingDependencyError
 
-PATIENCE = 300.0
-"""Seconds of waiting, over all retries of one request, before a shard counts as lost."""
-
-FIRST_WAIT, MAX_WAIT = 1.0, 60.0
-"""Seconds before the first retry, doubled for each further one, and the most."""
-
+PATIENCE = 300.0  # seconds of waiting, over all retries of one request, before a shard counts as lost
+FIRST_WAIT, MAX_WAIT = 1.0, 60.0  # seconds before the first retry, doubled for each further one, and the most
 TIMEOUT = 30.0
 """Seconds without a byte after which an HTTP server counts as stalled; other stores have limits of their own."""
 
-RETRY_AFTER = 300.0
-"""Seconds before a lost shard is requested again."""
-
-CACHE_GB = 32.0
-"""Size of the cache, unless `$ACLIP_CACHE_GB` says otherwise."""
-
+RETRY_AFTER = 300.0  # seconds before a lost shard is requested again
+CACHE_GB = 32.0  # size of the cache, unless `$ACLIP_CACHE_GB` says otherwise
 _AT_ONCE = 8  # downloads while shards are counted
 _LARGE = 20_000  # samples of a shard: fifty times as much as is read before a batch is complete
 
@@ -49,7 +42,7 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-class RemoteShardSource(Source):
+class RemoteShardSource(Delegating):
     """Shards behind addresses; each is downloaded whole when it is first needed, and evicted when the cache is full.
 
     Whole, because training wants nearly all of a shard within a short time (`WINDOW` shards are mixed at a time), and
@@ -59,32 +52,14 @@ class RemoteShardSource(Source):
     without one, every shard is downloaded and counted once, and its index is kept.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        urls: Sequence[str],
-        *,
-        image: str | None = None,
-        caption: str | None = None,
-        captions: Literal["lines", "whole"] = "lines",
-    ) -> None:
-        """Count the samples of the shards `urls`.
-
-        Args:
-            spec: what the user called them.
-            urls: addresses.
-            image, caption, captions: as in `ShardSource`.
-
-        Raises:
-            DataError: more shards out of reach or unreadable than `MAX_LOST`, or no sample in any of them.
-            MissingDependencyError: fsspec, or what it needs for this kind of address, is not installed.
-        """
+    def __init__(self, spec: str, urls: Sequence[str], reading: Reading = Reading()) -> None:  # noqa: B008 - immutable
+        """Count the samples of the shards at `urls`."""
         self.spec = spec
         urls = list(dict.fromkeys(urls))
         file_system(urls[0])
-        self._reading = ShardSource.reading_of(image, caption, captions)
+        self._reading = reading
         known = _known_sizes(urls)
-        counts = _count([url for url in urls if url not in known], spec, len(urls), self._reading.endings) | known
+        counts = _count([url for url in urls if url not in known], spec, len(urls), reading.endings) | known
         self._urls = [url for url in urls if counts.get(url)]
         if not self._urls:
             raise DataError(f"no samples in {spec}: its {len(urls)} shards hold no image")
@@ -96,34 +71,19 @@ class RemoteShardSource(Source):
         self._lost: dict[str, tuple[float, DataError]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind what this process has opened."""
         return self.__dict__ | {"_opened": {}, "_lost": {}}
 
     def __len__(self) -> int:
         return len(self._runs)
 
     def name(self, index: int) -> str:
-        """Return the shard's name and the number of the sample in it, counted from 1."""
         shard, row = self._runs.place(index)
         return f"{self._names[shard]}: sample {row + 1}"
 
-    def read(self, index: int) -> RawSample:
-        """Read one sample, and download its shard if it is not cached.
-
-        Raises:
-            BadSampleError: a bad sample, or a shard that is out of reach.
-            DataError: too many shards are, see `MAX_LOST`.
-        """
-        source, row = self._place(index)
-        return replace(source.read(row), name=self.name(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a sample, whose shard is downloaded if it is not cached."""
-        source, row = self._place(index)
-        return source.captions(row)
+    def path(self, index: int) -> None:
+        return None
 
     def advice(self) -> list[str]:
-        """Return what to do about large shards."""
         if max(self.groups) <= _LARGE:
             return []
         return [f"{self.spec} has a shard of {max(self.groups):,} pairs, and a shard is used once it has arrived: "
@@ -131,12 +91,10 @@ class RemoteShardSource(Source):
 
     @property
     def summary(self) -> Summary:
-        """How many samples were found; whether they have captions is known when their shards are read."""
         lost = self._lost_at_opening
         return Summary(self.spec, len(self), len(self), notes=(f"{lost} shards left out",) if lost else ())
 
     def digest(self) -> str:
-        """Return a hash of the shards' names and numbers of samples, in order."""
         return digest_of("remote shards", self._names, self.groups)
 
     def _place(self, index: int) -> tuple[ShardSource, int]:
@@ -164,7 +122,7 @@ class RemoteShardSource(Source):
             raise BadSampleError(str(self._lost[url][1]))
         try:
             path, index = fetch_and_index(url, self._reading.endings)
-            return path, ShardSource.of_one(self.spec, path, index, self._reading)
+            return path, ShardSource(self.spec, [path], self._reading, index)
         except DataError as error:
             self._lost[url] = time.monotonic(), error
             check_lost(self.spec, [why for _, why in self._lost.values()], len(self._urls))
@@ -172,22 +130,14 @@ class RemoteShardSource(Source):
 
 
 def expand_urls(spec: str) -> list[str]:
-    """Return the addresses that a pattern names: braces anywhere, `*` where the store can list its files.
-
-    Raises:
-        DataError: a pattern that matches nothing, or a store that cannot be reached.
-        MissingDependencyError: as `file_system`.
-    """
+    """Return the addresses that a pattern names: braces anywhere, `*` where the store can list its files."""
     urls: list[str] = []
     for pattern in expand_braces(spec):
         if "*" not in pattern:
             urls.append(pattern)
             continue
         store = file_system(pattern)
-        try:
-            found = sorted(_retried(lambda: store.glob(pattern), pattern))  # noqa: B023 - called at once
-        except _UnavailableError as error:
-            raise DataError(f"{pattern} cannot be listed: {error}") from error
+        found = sorted(_retried(functools.partial(store.glob, pattern), pattern))
         if not found:
             raise DataError(f"no such file: {pattern}")
         urls.extend(store.unstrip_protocol(path) for path in found)
@@ -196,10 +146,6 @@ def expand_urls(spec: str) -> list[str]:
 
 def file_system(url: str) -> Any:
     """Return fsspec's file system for an address; in every process its own, as its connections do not survive a fork.
-
-    Raises:
-        DataError: an unknown kind of address.
-        MissingDependencyError: fsspec, or what it needs for this kind of address, is not installed.
     """
     protocol = url.partition("://")[0]
     try:
@@ -213,30 +159,22 @@ def file_system(url: str) -> Any:
             options = {"client_kwargs": {"timeout": limits}}
         return fsspec.filesystem(protocol, **options)
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{url} needs more packages to be read: pip install 'attentive-clip[remote]' ({_reason(error)})") from error
+        raise MissingDependencyError(f"{url} needs more packages to be read: pip install 'attentive-clip[remote]' "
+                                     f"({one_line(error)})") from error
     except ValueError as error:
-        raise DataError(f"'{protocol}://' is no kind of address that fsspec knows: {_reason(error)}") from error
+        raise DataError(f"'{protocol}://' is no kind of address that fsspec knows: {one_line(error)}") from error
 
 
-# ------------------------------------------------------------------------------------------- requests
-
-
-class _UnavailableError(Exception):
+class _UnavailableError(DataError):
     """What was requested does not exist, or could not be had in `PATIENCE` seconds."""
 
-    def __init__(self, reason: str, *, missing: bool = False) -> None:
-        super().__init__(reason)
-        self.missing = missing
+    missing = False
 
 
 def _retried(request: Callable[[], _Result], url: str) -> _Result:
     """Return what a request to a store returns, which is repeated with back-off while it fails in passing.
 
-    Raises:
-        _UnavailableError: it failed for good, or longer than `PATIENCE`.
-        MissingDependencyError: a package is missing.
-        OSError: the local disk is full or read-only.
+    What is wrong here, a missing package or a full disk, is raised as it is.
     """
     import tenacity
 
@@ -244,7 +182,7 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
         error = state.outcome.exception() if state.outcome else None
         assert state.next_action is not None
         level = logging.WARNING if state.idle_for > 10 * FIRST_WAIT else logging.INFO
-        _log.log(level, "%s: %s; retried in %.0f s", url, _reason(error and _cause(error)), state.next_action.sleep)
+        _log.log(level, "%s: %s; retried in %.0f s", url, one_line(error and _cause(error)), state.next_action.sleep)
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
@@ -262,21 +200,23 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
         if _is_local(error):
             raise
         missing = _is_missing(error)
-        reason = "there is no such file" if missing else _reason(_cause(error))
-        raise _UnavailableError(reason, missing=missing) from error
+        reason = "there is no such file" if missing else one_line(_cause(error))
+        unavailable = _UnavailableError(f"{url} cannot be fetched: {reason}")
+        unavailable.missing = missing
+        raise unavailable from error
 
 
 def _may_pass(error: BaseException) -> bool:
     if not isinstance(error, Exception) or isinstance(error, AclipError):
         return False
-    status = _status(_cause(error))
+    status = getattr(_cause(error), "status", 0)
     refused = 400 <= status < 500 and status not in (408, 409, 425, 429)
     return not (refused or _is_missing(error) or _is_local(error))
 
 
 def _is_missing(error: BaseException) -> bool:
     cause = _cause(error)
-    return isinstance(cause, FileNotFoundError | PermissionError) or _status(cause) in (403, 404, 410)
+    return isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "status", 0) in (403, 404, 410)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -290,21 +230,11 @@ def _is_local(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def _status(error: BaseException) -> int:
-    status = getattr(error, "status", 0)
-    return status if isinstance(status, int) else 0
-
-
-def _reason(error: BaseException | None) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
     """Return address -> samples from the `sizes.json` of each folder that has one.
 
-    Raises:
-        DataError: the store does not say whether there is one. To count shards instead would give this rank another
-            order than those that could read it.
+    If the store does not say whether there is one, that is an error: to count shards instead would give this rank
+    another order than those that could read it.
     """
     known: dict[str, int] = {}
     for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
@@ -314,7 +244,7 @@ def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
         except _UnavailableError as error:
             if error.missing:
                 continue
-            raise DataError(f"{address} cannot be read: {error}") from error
+            raise
         except ValueError:
             _log.warning("%s is not JSON: the shards are counted", address)
             continue
@@ -338,30 +268,23 @@ def _count(urls: Sequence[str], spec: str, shards: int, endings: Endings) -> dic
     counts: dict[str, int] = {}
     lost: list[DataError] = []
     doing = f"counting the samples of {spec}, once (a {SIZES} beside the shards would save that)"
-    with ThreadPoolExecutor(_AT_ONCE) as pool, progress(doing, len(urls), "shards") as advance:
-        for url, found in zip(urls, pool.map(count, urls), strict=True):
-            if isinstance(found, DataError):
-                lost.append(found)
-                try:
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    try:
+        with progress(doing, len(urls), "shards") as advance:
+            for url, found in zip(urls, pool.map(count, urls), strict=True):
+                if isinstance(found, DataError):
+                    lost.append(found)
                     check_lost(spec, lost, shards)
-                except DataError:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-            else:
-                counts[url] = found
-            advance(1)
+                else:
+                    counts[url] = found
+                advance(1)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return counts
 
 
-# ------------------------------------------------------------------------------------------- cache
-
-
 def fetch_and_index(url: str, endings: Endings = UNDERSTOOD) -> tuple[Path, ShardIndex]:
-    """Return the cached file of a shard, which is downloaded if it is not there, and its index.
-
-    Raises:
-        DataError: it cannot be downloaded or read, or there is no room for it.
-    """
+    """Return the cached file of a shard, which is downloaded if it is not there, and its index."""
     from filelock import FileLock
 
     path = cached_path("shards", url, ".tar")
@@ -376,23 +299,12 @@ def fetch_and_index(url: str, endings: Endings = UNDERSTOOD) -> tuple[Path, Shar
         index = cached_index(url, endings)
         if index is not None or path.exists():
             return path, index or index_shard(path, endings, address=url, version="unknown")
-    except _UnavailableError as error:
-        raise DataError(f"{url} cannot be fetched: {error}") from error
     except OSError as error:
-        raise DataError(f"no room for {url} in {path.parent}: {_reason(error)}") from error
+        raise DataError(f"no room for {url} in {path.parent}: {one_line(error)}") from error
     raise DataError(f"{url} is evicted from the cache before it is read: set ACLIP_CACHE_GB to more than a few shards")
 
 
 def _download(url: str, path: Path, endings: Endings) -> None:
-    """Download and index a file, which appears in the cache whole or not at all.
-
-    The index comes first: with a file that is in the cache there is never the index of an earlier version.
-
-    Raises:
-        _UnavailableError: as `_retried`.
-        DataError: not a tar file.
-        OSError: the disk is full.
-    """
     part = path.with_suffix(".part")
 
     def attempt() -> Mapping[str, Any]:
@@ -420,19 +332,20 @@ def _download(url: str, path: Path, endings: Endings) -> None:
 
 
 def _make_room(newest: Path) -> None:
-    """Evict the shards, and then the indexes, used longest ago until the cache has its size; the newest shard stays.
-
-    Raises:
-        DataError: `$ACLIP_CACHE_GB` is not a number.
-    """
+    """Evict the shards, and then the indexes, used longest ago until the cache has its size; the newest shard stays."""
     chosen = os.environ.get("ACLIP_CACHE_GB", str(CACHE_GB))
     try:
         limit = float(chosen) * 1e9
     except ValueError as error:
         raise DataError(f"ACLIP_CACHE_GB must be a number of gigabytes, not '{chosen}'") from error
-    files = sorted(_entries(newest.parent, ".tar")) + sorted(_entries(newest.parent.parent / "index", ".npz"))
-    used = sum(size for _, size, _ in files)
-    for _, size, path in files:
+    files = []
+    for order, pattern in enumerate(("shards/*.tar", "index/*.npz")):
+        for path in newest.parent.parent.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # removed by another process
+                status = path.stat()
+                files.append((order, status.st_atime_ns, status.st_size, path))
+    used = sum(size for _, _, size, _ in files)
+    for _, _, size, path in sorted(files):
         if used <= limit:
             break
         if path != newest:
@@ -440,18 +353,8 @@ def _make_room(newest: Path) -> None:
             used -= size
 
 
-def _entries(folder: Path, ending: str) -> Iterator[tuple[int, int, Path]]:
-    """Yield when each file was used last, its size, and its path."""
-    for path in folder.glob(f"*{ending}"):
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # removed by another process
-            continue
-        yield status.st_atime_ns, status.st_size, path
-
-
 def _touch(path: Path) -> bool:
-    """Note that a file of the cache is in use; return whether it is there."""
+    """Mark a file of the cache as used now; return whether it is there."""
     try:
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     except OSError:

@@ -25,15 +25,9 @@ from aclip.files import cache_root, write_atomically
 
 _log = logging.getLogger(__name__)
 
-SIZES = "sizes.json"
-"""A file beside shards with the number of samples in each, by file name, as in open_clip."""
-
-ROLES = ("image", "txt", "json", "cls")
-"""What a member can be in a sample."""
-
-ABSENT = -1
-"""Offset of a member that a sample does not have."""
-
+SIZES = "sizes.json"  # a file beside shards with the number of samples in each, by file name, as in open_clip
+ROLES = ("image", "txt", "json", "cls")  # what a member can be in a sample
+ABSENT = -1  # offset of a member that a sample does not have
 _FORMAT = 2  # of cached indexes
 _BLOCK = 512  # bytes; POSIX.1-2017, pax, "ustar Interchange Format"
 _MAX_EXTENSION = 2**24  # bytes of one header that extends the next; names and attributes need far less
@@ -50,44 +44,31 @@ _AUXILIARY = frozenset((
 _PRIMARY = frozenset(("image", "img", "input", "rgb", "photo", "picture", "source", "original"))
 _NAMINGS = (0, 1, 2)  # words of an ending, counted from the back; 0: all after the first dot, as WebDataset has it
 
+_Members = list[tuple[str, int, int]]  # name, offset, size
+_Groups = dict[str, dict[str, tuple[int, int]]]  # sample name -> ending -> offset and size
+
 
 class Endings(NamedTuple):
-    """The endings that the user has chosen, each without its first dot, e.g. "input.jpg"; None: understood.
-
-    Attributes:
-        image: of the images.
-        caption: of the captions, ending in txt or json.
-    """
+    """The endings that the user has chosen, each without its first dot, e.g. "input.jpg"; None: understood."""
 
     image: str | None = None
-    caption: str | None = None
+    caption: str | None = None  # ends in txt or json
 
 
-UNDERSTOOD = Endings()
-"""Nothing is chosen."""
+UNDERSTOOD = Endings()  # nothing is chosen
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of one shard.
+    """The samples of one shard."""
 
-    Attributes:
-        keys: their names, in the order of their first members.
-        members: (n, len(ROLES), 2) int64, offset and size in bytes of each member, `ABSENT` and 0 without one.
-        damage: what is wrong with the archive, or "".
-        repeated: members whose name occurred before; the first of each is used.
-        used: ending -> number of images that are used.
-        unused: ending -> number of images that belong to a sample with another image.
-        rivals: endings of images that could as well be those of their samples.
-    """
-
-    keys: PackedStrings
-    members: np.ndarray
-    damage: str = ""
-    repeated: int = 0
-    used: Mapping[str, int] = field(default_factory=dict)
-    unused: Mapping[str, int] = field(default_factory=dict)
-    rivals: Sequence[str] = ()
+    keys: PackedStrings  # their names, in the order of their first members
+    members: np.ndarray  # (n, len(ROLES), 2) int64, offset and size in bytes, `ABSENT` and 0 without a member
+    damage: str = ""  # what is wrong with the archive
+    repeated: int = 0  # members whose name occurred before; the first of each is used
+    used: Mapping[str, int] = field(default_factory=dict)  # ending -> number of images that are used
+    unused: Mapping[str, int] = field(default_factory=dict)  # likewise, of samples with another image
+    rivals: Sequence[str] = ()  # endings of images that could as well be those of their samples
 
 
 class _Header(tarfile.TarInfo):
@@ -113,29 +94,34 @@ def index_shard(
 ) -> ShardIndex:
     """Return the index of a shard: the cached one if it belongs to this version of the shard, else from its headers.
 
-    Of a truncated shard the readable part is indexed, and `damage` says so.
-
-    Args:
-        path: of the tar file.
-        endings: chosen by the user.
-        address: under which the index is cached; by default the absolute path.
-        version: of the shard; by default its size and time of change.
-
-    Raises:
-        DataError: not a tar file, a compressed one, or one that cannot be read.
+    Of a truncated shard the readable part is indexed, and `damage` says so. The index is cached under the `address`
+    and `version`, by default the absolute path, and the shard's size and time of change.
     """
     try:
-        status = path.stat()
+        size = path.stat().st_size
+        version = version or _version(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    version = version or f"{status.st_size} {status.st_mtime_ns}"
     address = address or str(path.absolute())
     index = cached_index(address, endings, version)
     if index is None:
-        members, damage = _read_headers(path, status.st_size)
+        members, damage = _read_headers(path, size)
         index = _as_samples(members, endings, damage)
         _save(cached_path("index", address, ".npz"), index, endings, version)
     return index
+
+
+def _version(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def cached_index_of(path: Path, endings: Endings) -> ShardIndex | None:
+    """Return the cached index of a local shard, or None if it has changed since or there is none."""
+    try:
+        return cached_index(str(path.absolute()), endings, _version(path))
+    except OSError:
+        return None
 
 
 def cached_index(address: str, endings: Endings = UNDERSTOOD, version: str | None = None) -> ShardIndex | None:
@@ -162,8 +148,7 @@ def cached_index(address: str, endings: Endings = UNDERSTOOD, version: str | Non
 def _save(path: Path, index: ShardIndex, endings: Endings, version: str) -> None:
     """Cache an index; where that is not possible the shard is read again next time."""
     about = {"format": _FORMAT, "endings": endings, "version": version, "index": {
-        "damage": index.damage, "repeated": index.repeated, "used": index.used, "unused": index.unused,
-        "rivals": index.rivals}}  # fmt: skip
+        name: getattr(index, name) for name in ("damage", "repeated", "used", "unused", "rivals")}}  # fmt: skip
     text = "".join(f"{index.keys[number]}\0" for number in range(len(index.keys)))
     content = io.BytesIO()
     np.savez(content, keys=_bytes(text), members=index.members, about=_bytes(json.dumps(about)))
@@ -177,18 +162,8 @@ def _bytes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)
 
 
-# ------------------------------------------------------------------------------------------- headers
-
-
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-
-
-def _read_headers(path: Path, size: int) -> tuple[list[_Member], str]:
-    """Return the regular files of an archive, and what is wrong with it."""
-    members: list[_Member] = []
+def _read_headers(path: Path, size: int) -> tuple[_Members, str]:
+    members: _Members = []
     damage = ""
     try:
         with tarfile.open(path, mode="r:", tarinfo=_Header) as archive:
@@ -200,7 +175,7 @@ def _read_headers(path: Path, size: int) -> tuple[list[_Member], str]:
                         damage = f"impossible size of {header.name}"
                         break
                     if not damage and header.isreg() and not header.issparse():
-                        members.append(_Member(header.name, header.offset_data, header.size))
+                        members.append((header.name, header.offset_data, header.size))
                     archive.members = []  # type: ignore[attr-defined]  # it keeps what it has seen: 1 kB a member
             except _BROKEN as error:
                 damage = str(error)
@@ -231,19 +206,13 @@ def _why_unreadable(path: Path) -> str:
     return "is not a tar file"
 
 
-# ------------------------------------------------------------------------------------------- samples
-
-_Groups = dict[str, dict[str, tuple[int, int]]]
-"""Sample name -> ending -> offset and size."""
-
-
-def _as_samples(members: Sequence[_Member], endings: Endings, damage: str) -> ShardIndex:
+def _as_samples(members: _Members, endings: Endings, damage: str) -> ShardIndex:
     """Group members into samples, by the naming under which most images have a caption or a label.
 
     WebDataset's rule, a name ends at its first dot, wins unless another gives more pairs: that is the case where names
     have dots of their own, as in `22.00.jpg`, `22.00.txt`, `22.01.jpg`.
     """
-    with_dots = any(member.name.rpartition("/")[2].count(".") > 1 for member in members)
+    with_dots = any(name.rpartition("/")[2].count(".") > 1 for name, *_ in members)
     namings = [_grouped(members, words) for words in (_NAMINGS if with_dots else _NAMINGS[:1])]
     groups, repeated = max(namings, key=lambda naming: _score(naming[0], endings)) if with_dots else namings[0]
     rows, used, unused, rivals = [], Counter[str](), Counter[str](), Counter[str]()
@@ -261,7 +230,7 @@ def _as_samples(members: Sequence[_Member], endings: Endings, damage: str) -> Sh
     )  # fmt: skip
 
 
-def _grouped(members: Sequence[_Member], words: int) -> tuple[_Groups, int]:
+def _grouped(members: _Members, words: int) -> tuple[_Groups, int]:
     """Return samples, and how many members repeat a name; files whose name starts with a dot are left out."""
     groups: _Groups = {}
     repeated = 0
@@ -285,29 +254,20 @@ def _grouped(members: Sequence[_Member], words: int) -> tuple[_Groups, int]:
 
 
 def _score(groups: _Groups, endings: Endings) -> tuple[int, int]:
-    """Return how many samples have an image with a companion, and how many an image."""
-    pairs = images = 0
-    for group in groups.values():
-        image, *others = _chosen(group, endings)[0]
-        images += image is not None
-        pairs += image is not None and any(other is not None for other in others)
-    return pairs, images if not pairs else 0
+    """Return how many samples have an image with a companion, and if none has, how many have an image."""
+    chosen = [_chosen(group, endings)[0] for group in groups.values()]
+    with_image = [others for image, *others in chosen if image is not None]
+    pairs = sum(any(others) for others in with_image)
+    return pairs, 0 if pairs else len(with_image)
 
 
 def _chosen(group: Mapping[str, tuple[int, int]], endings: Endings) -> tuple[list[str | None], list[str]]:
     """Return the ending for each role of a sample, and those of images that are not used."""
-    best: list[tuple[int, str] | None] = [None] * len(ROLES)
-    images = []
-    for ending in group:
-        role, rank = _role(ending, endings)
-        if role is None:
-            continue
-        if role == 0:
-            images.append(ending)
-        if rank >= 0 and (best[role] is None or (rank, ending) < best[role]):  # type: ignore[operator]
-            best[role] = rank, ending
-    chosen = [None if found is None else found[1] for found in best]
-    return chosen, [ending for ending in images if ending != chosen[0]]
+    found = [(*_role(ending, endings), ending) for ending in group]
+    best = (min(((rank, ending) for of, rank, ending in found if of == role and rank >= 0), default=(0, None))
+            for role in range(len(ROLES)))
+    chosen = [ending for _, ending in best]
+    return chosen, [ending for role, _, ending in found if role == 0 and ending != chosen[0]]
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -315,9 +275,9 @@ def _role(ending: str, endings: Endings) -> tuple[int | None, int]:
     """Return what a member with this ending is, and how likely it is meant, lowest first; negative: it is not meant."""
     *words, last = ending.split(".")
     role = 0 if last in IMAGE_EXTENSIONS else ROLES.index(last) if last in ROLES[1:] else None
-    wanted = {0: endings.image, 1: endings.caption, 2: endings.caption}.get(-1 if role is None else role)
     if role is None:
         return None, -1
+    wanted = {0: endings.image, 1: endings.caption, 2: endings.caption}.get(role)
     if wanted is not None and (role == 0 or wanted.rpartition(".")[2] == ROLES[role]):
         return role, 0 if ending == wanted else -1
     if role == 0 and _AUXILIARY.intersection(words):

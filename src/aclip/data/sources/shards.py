@@ -1,32 +1,44 @@
 """WebDataset shards: tar files whose members of one name make one sample."""
 
 import functools
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aclip import dist
 from aclip.data.captions import caption_lines, decode_text
 from aclip.data.progress import progress
-from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, printable
-from aclip.data.sources.columns import label_of, texts
-from aclip.data.sources.shard_index import ABSENT, ROLES, UNDERSTOOD, Endings, ShardIndex, cached_index, index_shard
+from aclip.data.sources.base import (
+    PackedStrings,
+    RawSample,
+    Source,
+    Summary,
+    digest_of,
+    evenly,
+    printable,
+    relative_names,
+)
+from aclip.data.sources.columns import json_object, label_of, texts
+from aclip.data.sources.shard_index import (
+    ABSENT,
+    ROLES,
+    UNDERSTOOD,
+    Endings,
+    ShardIndex,
+    cached_index_of,
+    index_shard,
+)
+from aclip.data.spec import Spec
 from aclip.data.workers import read_ahead
 from aclip.devices import usable_cores
 from aclip.errors import BadSampleError, DataError
 
-MAX_LOST = 0.1
-"""Fraction of the shards that may be unreadable or out of reach before a source counts as unusable."""
-
-MANY = 32
-"""New shards from which on processes share in reading headers: starting them takes as long as reading some."""
-
+MAX_LOST = 0.1  # fraction of the shards that may be unreadable or out of reach before a source counts as unusable
+MANY = 32  # new shards from which on processes share in reading headers: starting them takes as long as reading some
 CAPTION_FIELDS = ("captions", "caption", "texts", "text", "prompt", "sentences", "alt_text", "title")
 """Fields of a sample's JSON that are taken for its captions, the first that holds any."""
 
@@ -37,17 +49,22 @@ _log = logging.getLogger(__name__)
 
 
 class Reading(NamedTuple):
-    """How members become captions.
-
-    Attributes:
-        endings: chosen by the user.
-        field: of the JSON, chosen by the user.
-        whole: take all of a `.txt` for one caption, not each line.
-    """
+    """How members become captions, as the user chose."""
 
     endings: Endings = UNDERSTOOD
-    field: str | None = None
-    whole: bool = False
+    field: str | None = None  # of the JSON
+    whole: bool = False  # all of a `.txt` is one caption, not each line
+
+
+def reading_of(spec: Spec) -> Reading:
+    """Return what the options of a specification ask for; `caption` is an ending or a field of the JSON."""
+    spec.allow("image", "caption", "captions")
+    image, caption = spec.get("image"), spec.get("caption")
+    image = None if image is None else image.lstrip(".").lower()
+    whole = spec.one_of("captions", ("lines", "whole")) == "whole"
+    if caption is None or caption.rpartition(".")[2].lower() not in ("txt", "json"):
+        return Reading(Endings(image), caption, whole)
+    return Reading(Endings(image, caption.lstrip(".").lower()), None, whole)
 
 
 class ShardSource(Source):
@@ -63,87 +80,50 @@ class ShardSource(Source):
     """
 
     def __init__(
-        self,
-        spec: str,
-        paths: Sequence[Path],
-        *,
-        image: str | None = None,
-        caption: str | None = None,
-        captions: Literal["lines", "whole"] = "lines",
+        self, spec: str, paths: Sequence[Path], reading: Reading = Reading(),  # noqa: B008 - immutable
+        index: ShardIndex | None = None,
     ) -> None:
         """Index the shards `paths`, in this order.
 
-        Shards that cannot be read are left out and named, up to `MAX_LOST` of all.
-
-        Args:
-            spec: what the user called them.
-            paths: of the tar files; one that is listed twice is read once.
-            image: ending of the images, such as "input.jpg"; None finds it out.
-            caption: ending of the captions, such as "outputs.txt", or a field of the JSON; None finds it out.
-            captions: whether each line of a `.txt` is a caption, or all of it is one.
-
-        Raises:
-            DataError: too many shards lost, or no sample in any of them.
+        Shards that cannot be read are left out and named, up to `MAX_LOST` of all; one that is listed twice is read
+        once. `index` is that of the only shard, if it is at hand.
         """
-        self.spec = spec
-        self._reading = self.reading_of(image, caption, captions)
-        endings = self._reading.endings
+        self.spec, self._reading = spec, reading
         paths = list(dict.fromkeys(paths))
         found: list[tuple[Path, ShardIndex]] = []
         lost: list[DataError] = []
-        for path, index in zip(paths, _index_all(spec, paths, endings), strict=True):
-            if isinstance(index, str):
-                lost.append(DataError(index))
+        indexes = _index_all(spec, paths, reading.endings) if index is None else [index]
+        for path, one in zip(paths, indexes, strict=True):
+            if isinstance(one, str):
+                lost.append(DataError(one))
                 check_lost(spec, lost, len(paths))
                 continue
-            for problem in _problems(index):
-                _log.warning("%s %s", path, problem)
-            found.append((path, index))
-        self._set(found, names=relative_names([path.as_posix() for path, _ in found]))
-        self._notes = _notes([index for _, index in found], endings) + self._caption_notes()
-
-    @classmethod
-    def of_one(cls, spec: str, path: Path, index: ShardIndex, reading: Reading) -> "ShardSource":
-        """Return the source of one shard whose index is at hand."""
-        source = cls.__new__(cls)
-        source.spec, source._reading, source._notes = spec, reading, []
-        source._set([(path, index)], names=[path.name])
-        return source
-
-    @staticmethod
-    def reading_of(image: str | None, caption: str | None, captions: Literal["lines", "whole"]) -> Reading:
-        """Return the reading that the arguments of the constructor ask for; `caption` is an ending or a field."""
-        image = None if image is None else image.lstrip(".").lower()
-        if caption is None or caption.rpartition(".")[2].lower() not in ("txt", "json"):
-            return Reading(Endings(image), caption, captions == "whole")
-        return Reading(Endings(image, caption.lstrip(".").lower()), None, captions == "whole")
-
-    def _set(self, found: Sequence[tuple[Path, ShardIndex]], names: Sequence[str]) -> None:
-        indexes = [index for _, index in found]
+            if one.damage:
+                _log.warning("%s is damaged (%s): its first %d samples are used", path, one.damage, len(one.keys))
+            if one.repeated:
+                _log.warning("%s has %d members that repeat a name: the first of each is used", path, one.repeated)
+            found.append((path, one))
         self._paths = [path for path, _ in found]
-        self._names = PackedStrings(printable(f"{name}/{index.keys[number]}")
-                                    for name, index in zip(names, indexes, strict=True)
-                                    for number in range(len(index.keys)))  # fmt: skip
-        self._unused = sum((Counter(index.unused) for index in indexes), Counter())
-        if not any(index.used for index in indexes):
+        names = relative_names([path.as_posix() for path in self._paths])
+        self._names = PackedStrings(printable(f"{name}/{one.keys[number]}")
+                                    for name, (_, one) in zip(names, found, strict=True)
+                                    for number in range(len(one.keys)))  # fmt: skip
+        self._unused = sum((Counter(one.unused) for _, one in found), Counter())
+        if not any(one.used for _, one in found):
             only = f" that is chosen, only {_dotted(self._unused)}" if self._unused else ""
-            raise DataError(f"no samples in {self.spec}: its {len(found)} tar files hold no image{only}")
-        self._members = np.concatenate([index.members for index in indexes])  # (n, roles, (offset, size)) in bytes
-        self._shards = np.repeat(np.arange(len(found), dtype=np.int32), [len(index.keys) for index in indexes])
+            raise DataError(f"no samples in {spec}: its {len(found)} tar files hold no image{only}")
+        self._members = np.concatenate([one.members for _, one in found])  # (n, roles, (offset, size)) in bytes
+        self._shards = np.repeat(np.arange(len(found), dtype=np.int32), [len(one.keys) for _, one in found])
+        self._notes = [] if index is not None else [*_image_notes([one for _, one in found], reading.endings),
+                                                    *self._caption_notes()]
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """Return the shard's file name, with its folder where shards lie in several, and the sample's name in it."""
         return self._names[index]
 
     def read(self, index: int) -> RawSample:
-        """Read one sample's members.
-
-        Raises:
-            BadSampleError: no image, JSON that cannot be read, or a shard that has gone or shrunk.
-        """
         parts = self._read_members(index, ROLES)
         if "image" not in parts:
             raise BadSampleError("no image in the shard")
@@ -154,13 +134,11 @@ class ShardSource(Source):
                          label_of(label) or None, concept or None)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of a sample; its image is not read."""
         parts = self._read_members(index, ("txt", "json"))
         return self._captions(parts, self._fields(parts))
 
     @property
     def summary(self) -> Summary:
-        """How the shards were read."""
         has = self._members[:, :, 0] != ABSENT
         images = int(has[:, _IMAGE].sum())
         captioned = int((has[:, _IMAGE] & (has[:, _TXT] | has[:, _JSON])).sum())
@@ -171,7 +149,6 @@ class ShardSource(Source):
                        tuple(self._notes))
 
     def digest(self) -> str:
-        """Return a hash of the names and sizes of all members, in order."""
         return digest_of("shards", self._names, self._members)
 
     def _read_members(self, index: int, roles: Sequence[str]) -> dict[str, bytes]:
@@ -195,14 +172,11 @@ class ShardSource(Source):
         if "json" not in parts:
             return {}
         try:
-            fields = json.loads(parts["json"])
-        except (ValueError, RecursionError) as error:
-            if "txt" in parts:
-                return {}
-            raise BadSampleError(f"JSON that cannot be read: {error}") from error
-        if not isinstance(fields, dict):
-            raise BadSampleError("JSON that is not an object")
-        return fields
+            return json_object(parts["json"])
+        except BadSampleError:
+            if "txt" not in parts:
+                raise
+            return {}
 
     def _captions(self, parts: Mapping[str, bytes], fields: Mapping[str, Any]) -> tuple[str, ...]:
         endings, field, whole = self._reading
@@ -217,7 +191,7 @@ class ShardSource(Source):
         """Look at some samples; return what should be said of how their captions are read."""
         lines = fields = captioned = 0
         names: Counter[str] = Counter()
-        for index in np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int).tolist():
+        for index in evenly(len(self), _LOOKED_AT):
             try:
                 parts = self._read_members(index, ("txt", "json"))
                 found = self._fields(parts)
@@ -238,67 +212,42 @@ class ShardSource(Source):
         return notes
 
 
-def relative_names(places: Sequence[str]) -> list[str]:
-    """Return file paths or addresses as short as they are distinct: without the folder that all of them share."""
-    split = [place.split("/") for place in places]
-    folders = zip(*(parts[:-1] for parts in split), strict=False)
-    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, folders))
-    return ["/".join(parts[shared:]) for parts in split]
-
-
-def _index_all(spec: str, paths: Sequence[Path], endings: Endings) -> Iterator[ShardIndex | str]:
-    """Yield the index of every shard, or why there is none.
+def _index_all(spec: str, paths: Sequence[Path], endings: Endings) -> Sequence[ShardIndex | str]:
+    """Return the index of every shard, or why there is none.
 
     Those that are not cached are read by as many processes as this one has cores, if they are many. Each rank begins
     with another part of them, and finds in the cache what other ranks have read meanwhile.
     """
-    cached = {path: _try(path, endings, only_cached=True) for path in paths}
-    new = [path for path in paths if cached[path] is None]
+    indexes: dict[Path, ShardIndex | str] = {}
+    for path in paths:
+        if (cached := cached_index_of(path, endings)) is not None:
+            indexes[path] = cached
+    new = [path for path in paths if path not in indexes]
     workers = max(1, usable_cores() // dist.processes_here()) if len(new) >= MANY else 0
     first = len(new) * dist.rank() // dist.world_size()
     order = new[first:] + new[:first]
     with progress(f"indexing {spec}", len(new), "shards") as advance:
         for path, index in zip(order, read_ahead(functools.partial(_try, endings=endings), order, workers=workers),
                                strict=True):  # fmt: skip
-            cached[path] = index
+            indexes[path] = index
             advance(1)
-    for path in paths:
-        index = cached.pop(path)
-        assert index is not None
-        yield index
+    return [indexes[path] for path in paths]
 
 
-def _try(path: Path, endings: Endings, only_cached: bool = False) -> ShardIndex | str | None:
+def _try(path: Path, endings: Endings) -> ShardIndex | str:
     try:
-        if only_cached:
-            status = path.stat()
-            return cached_index(str(path.absolute()), endings, f"{status.st_size} {status.st_mtime_ns}")
         return index_shard(path, endings)
     except DataError as error:
         return str(error)
-    except OSError:
-        return None
 
 
-def _problems(index: ShardIndex) -> Iterator[str]:
-    if index.damage:
-        yield f"is damaged ({index.damage}): its first {len(index.keys)} samples are used"
-    if index.repeated:
-        yield f"has {index.repeated} members that repeat a name: the first of each is used"
-
-
-def _notes(indexes: Sequence[ShardIndex], endings: Endings) -> list[str]:
-    """Return how images were told from other members, where that is not plain."""
+def _image_notes(indexes: Sequence[ShardIndex], endings: Endings) -> Iterator[str]:
     used = sum((Counter(index.used) for index in indexes), Counter[str]())
-    rivals = sorted({ending for index in indexes for ending in index.rivals} - ({endings.image} - {None}))
-    notes = []
     compound = [ending for ending, _ in used.most_common() if "." in ending]
     if compound and endings.image is None:
-        notes.append(f"images from {_dotted(compound)}")
-    if rivals:
-        notes.append(f"samples have several images, the others end in {_dotted(rivals)}: choose with "
-                     f"'?image={rivals[0]}'")
-    return notes
+        yield f"images from {_dotted(compound)}"
+    if rivals := sorted({ending for index in indexes for ending in index.rivals} - {endings.image}):
+        yield f"samples have several images, the others end in {_dotted(rivals)}: choose with '?image={rivals[0]}'"
 
 
 def _dotted(endings: Iterable[str]) -> str:
