@@ -1,7 +1,8 @@
 """attentive-clip: train CLIP models that look only at what matters.
 
     import aclip
-    run = aclip.train(recipe="a-clip", model="ViT-B-16", data="pairs.csv", validation="held-out.csv", epochs=10)
+    run = aclip.train(recipe="a-clip", model="ViT-B-16", data="pairs.csv", validation="held-out.csv",
+                      epochs=10, output="runs/first")
     run.evaluate(data="held-out.csv")
     model = aclip.load("runs/first")
 
@@ -57,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, "__version__"})

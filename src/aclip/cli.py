@@ -22,22 +22,32 @@ from aclip.logs import show_log
 HELP = """\
 usage: aclip VERB ...
 
-Train CLIP models that look only at what matters: attentive masking (A-CLIP) and its relatives, on your own images
-and captions, over open_clip.
+Train CLIP models that look only at what matters: attentive masking (A-CLIP)
+and its relatives, on your own images and captions, over open_clip.
 
   train            train a model on image-text pairs
-  evaluate         measure a model on held-out images: retrieval, zero-shot classification, calibration, probes
+  evaluate         measure a model on held-out images: retrieval, zero-shot
+                   classification, calibration, probes
   compare          train several recipes on equal terms, and show which is best
-  export           hand a model to open_clip, transformers, ONNX Runtime or torch.export
+  export           hand a model to open_clip, transformers, ONNX Runtime or
+                   torch.export
   report           write the report of a run or comparison again
-  recipes          list the methods; recipes show NAME: what one does; recipes cost: what a step of each costs
-  data             look SOURCE, list, fetch SET, pack SOURCE, doctor SOURCE
-  bench            step: how long training takes on this machine; model: how fast a trained model is
+  recipes          list the methods
+  recipes show     what a recipe does
+  recipes cost     what a step of each costs
+  data look        how a source of pairs is understood
+  data doctor      what is wrong with it: duplicates, leaks, bad captions
+  data pack        write it as WebDataset shards
+  data list        the sets that can be fetched
+  data fetch       fetch one
+  bench step       how long training takes on this machine
+  bench model      how fast a trained model is
   doctor           what is installed here, and what is missing for what
 
 examples:
-  aclip data look pairs.csv                                how your data is understood
-  aclip train --recipe a-clip --model vit-tiny --data pairs.csv --output runs/first
+  aclip data look pairs.csv
+  aclip train --recipe a-clip --model vit-tiny --data pairs.csv \
+              --output runs/first
   aclip evaluate runs/first --data held-out.csv
   aclip recipes show a-clip --model ViT-B-16
 
@@ -152,13 +162,28 @@ def _train(given: list[str]) -> None:
     if steps is not None:
         from aclip.overfit import overfit_one_batch
 
+        if not steps.isdecimal() or not int(steps):
+            raise ConfigError(f"--overfit-one-batch takes a number of steps, not '{steps}'")
         overfit_one_batch(config, int(steps))
         return
+    if resume is None and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip("0"):
+        check_early(config)
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"aclip: loading PyTorch to train {config.recipe.name} on {config.model}\n")
     from aclip.trainer import train
 
     train(config, resume=resume or resume is not None)
+
+
+def check_early(config: Any) -> None:
+    """Raise what can be found without PyTorch, which takes seconds to load."""
+    from aclip.data.spec import missing
+    from aclip.run_folder import RunFolder
+
+    RunFolder(Path(config.output)).check_free()
+    for spec in (*config.data, *config.validation):
+        if not set("?:=*[{") & set(spec) and not os.path.exists(spec):
+            raise missing(spec)
 
 
 def _compare(given: list[str]) -> None:
@@ -243,14 +268,20 @@ SHORTHANDS = {
 OTHERS = {"freeze": "parameters that are not trained, besides the recipe's, e.g. 'visual.*' to lock the image tower."}
 
 TRAIN = """\
-Train any recipe on any open_clip ViT with your own image-text pairs. Everything about the run goes to its folder.
+Train any recipe on any open_clip ViT with your own image-text pairs.
+Everything about the run goes to its folder.
 
-  --resume [RUN]              continue a run exactly where it was saved; without RUN: the one in --output, if any
-  --overfit-one-batch [N]     train N steps (100) on one batch, write nothing, and say whether the loss fell
-  --recipe.PATH VALUE         any field of the recipe, e.g. --recipe.passes.masked.mask-ratio 0.6
+  --resume [RUN]           continue a run exactly where it was saved; without
+                           RUN: the one in --output, if any
+  --overfit-one-batch [N]  train N steps (100) on one batch, write nothing, and
+                           say whether the loss fell
+  --recipe.PATH VALUE      any field of the recipe, e.g.
+                           --recipe.passes.masked.mask-ratio 0.6
 
-Sources: pairs.csv, pairs.jsonl, captions.json, 'parts/*.parquet', 'shards/{0000..0099}.tar', s3://..., a folder of
-images, emoji:train (`aclip data fetch emoji`); pairs.csv[:1000] is a part, a.csv=2 b.csv=1 a mixture."""
+Sources: pairs.csv, pairs.jsonl, captions.json, 'parts/*.parquet',
+'shards/{0000..0099}.tar', s3://..., a folder of images, emoji:train
+(`aclip data fetch emoji`); pairs.csv[:1000] is a part, a.csv=2 b.csv=1 a
+mixture. Without --output the run goes to runs/RECIPE-MODEL."""
 
 
 def take_paths(given: Sequence[str], prefix: str = "") -> tuple[list[str], dict[str, str]]:
@@ -261,8 +292,8 @@ def take_paths(given: Sequence[str], prefix: str = "") -> tuple[list[str], dict[
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and "." in name and name.startswith(prefix):
-            found = value if equals else next(words, None)
-            if found is None:
+            found = value if equals else next(words, "--")
+            if found.startswith("--"):
                 raise ConfigError(f"--{name} needs a value")
             paths[name] = found
         else:

@@ -15,7 +15,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -39,12 +38,13 @@ from aclip.bench import summary, time_in_turns
 from aclip.config import CHANGEABLE, Recipe, RunConfig, override, to_dict
 from aclip.devices import choose_device, usable_cores
 from aclip.errors import AclipError, BadSampleError, ConfigError, TrainingError
+from aclip.logs import warnings_only
 from aclip.plan import Plan, resolve, trains_only_masked
 from aclip.recipes import configure, find_recipe
 from aclip.report import summary_table, write_comparison
 from aclip.report.journals import outcome, primary
 from aclip.rng import generator
-from aclip.run_folder import RunFolder
+from aclip.run_folder import RunFolder, command_line
 from aclip.trainer import Trainer, build_trainer, open_batches, resolve_defaults, train
 from aclip.training.schedule import Timetable
 from aclip.training.stop import Interrupted, StopRequest
@@ -89,9 +89,9 @@ def compare(
         data: training sources, as of `aclip train`.
         validation: sources to evaluate on, [NAME=]SOURCE.
         output: the comparison's folder.
-        epochs: the budget: equal passes over the data.
-        samples: the budget: equal numbers of pairs.
-        minutes: the budget: equal time in training steps, by each recipe's measured step time on this machine.
+        epochs: the budget: equal passes over the data. Give one of epochs, samples and minutes.
+        samples: or: equal numbers of pairs.
+        minutes: or: equal time in training steps, by each recipe's measured step time on this machine.
         seeds: a run of each recipe for each.
         lr: peak learning rates that every recipe tries with the first seed; its best is used for the others
             (default: the recipe's own).
@@ -332,10 +332,10 @@ class Comparison:
 
     def write(self) -> None:
         """Write everything known so far to `comparison.json`."""
-        one, program = self.baseline.config, Path(sys.argv[0]).name
+        one = self.baseline.config
         choices = {name: self.choice(name) for name in self.contenders} if self._budgeted() else {}
         self.folder.write_json("comparison.json", {
-            "command": shlex.join(["aclip" if program == "__main__.py" else program, *sys.argv[1:]]),
+            "command": command_line(),
             "settings": self.asked, "baseline": BASELINE, "model": one.model, "data": self.sources,
             "num_pairs": len(self.source), "sets": list(dict.fromkeys([*self.sets, *self.later_sets])),
             "batch_size": one.batch_size, "precision": one.precision, "device": str(self.device),
@@ -414,7 +414,8 @@ class Comparison:
             return found
 
         self.sets, self.chooser, self.later_sets = names(self.validation), names(self.choose_on), names(self.later)
-        evaluation.check_sets(evaluation.open_sets([*self.validation, *self.choose_on]))
+        with warnings_only():
+            evaluation.check_sets(evaluation.open_sets([*self.validation, *self.choose_on]))
         if self.asked["probe"]:
             evaluation.open_sets([self.asked["probe"]])
 

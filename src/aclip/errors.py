@@ -62,6 +62,9 @@ class MissingDependencyError(AclipError):
     """A feature whose optional package or program is not installed."""
 
 
+MOST_NAMES = 40  # that an error lists
+
+
 def category(reason: str) -> str:
     """Return the reason of a `BadSampleError` without the details of the sample.
 
@@ -72,12 +75,15 @@ def category(reason: str) -> str:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the message for a name that does not exist: the closest match, and all that exist.
+    """Return the message for a name that does not exist: the closest match, and all that exist if they are few.
 
     >>> unknown_name("recipe", "aclip", ["clip", "a-clip"])
     "unknown recipe 'aclip': did you mean 'a-clip'? There are: a-clip, clip"
     """
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"unknown {kind} '{name}': {hint}There are: {', '.join(names) or 'none'}"
+    names = sorted(known, key=str.lower)
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    some = ", ".join(names) or "none"
+    if len(names) > MOST_NAMES:
+        some = f"{len(names)}, the closest are {', '.join(close)}" if close else f"{', '.join(names[:5])}, ..."
+    hint = f": did you mean '{close[0]}'? There" if close else "; there"
+    return f"unknown {kind} '{name}'{hint} are: {some}"

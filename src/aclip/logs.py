@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class _ToStandardError(logging.Handler):
@@ -19,3 +21,15 @@ def show_log(debug: bool) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
+
+
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Leave notes out, where what they say is printed anyway or was said before."""
+    logger = logging.getLogger("aclip")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,14 @@ from aclip.files import write_atomically
 TAIL_BYTES = 8192
 
 _log = logging.getLogger(__name__)
+
+
+def command_line() -> str:
+    """Return the command that this process runs: of `aclip`, or of a user's own script."""
+    program = Path(sys.argv[0])
+    if "aclip" in (program.name, program.parent.name):
+        return shlex.join(["aclip", *sys.argv[1:]])
+    return shlex.join(["python", *sys.argv])
 
 
 class RunFolder:

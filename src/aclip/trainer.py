@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
@@ -28,7 +27,7 @@ from aclip.objectives.functional import chance_loss
 from aclip.recipes import configure
 from aclip.report import take_snapshot, write_report
 from aclip.rng import generator
-from aclip.run_folder import RunFolder
+from aclip.run_folder import RunFolder, command_line
 from aclip.structs import Batch, StepOutput
 from aclip.training.accumulation import accumulate
 from aclip.training.distributed import wrap
@@ -168,7 +167,7 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     elif dist.rank() == 0:
         folder.create()
         folder.write_json("config.json", to_dict(config) | {
-            "num_pairs": len(source), "held_out_pairs": sizes, "command": shlex.join(["aclip", *sys.argv[1:]]),
+            "num_pairs": len(source), "held_out_pairs": sizes, "command": command_line(),
             "dataflow": plain_text(flow), "versions": versions(device)})
     _print_header(console, trainer, flow, len(source))
 
@@ -528,8 +527,11 @@ def _leave(trainer: Trainer, folder: RunFolder, saver: Saver, *, together: bool 
     steps = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder.checkpoints)]
     newest = max(steps, default=0)
     where = "" if newest == trainer.step else f", the newest checkpoint is of step {newest}"
+    again = f"aclip train --resume {shlex.quote(str(folder.path))}"
+    if not command_line().startswith("aclip "):
+        again = f"aclip.train(resume={str(folder.path)!r})"
     raise Interrupted(f"stopped after step {trainer.step} of {trainer.timetable.total_steps}{where}; continue with "
-                      f"aclip train --resume {shlex.quote(str(folder.path))}")
+                      f"{again}")
 
 
 def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: Saver) -> NoReturn:

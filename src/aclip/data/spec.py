@@ -5,11 +5,13 @@ The path may be a file, a folder, a pattern (`shards/{0000..0099}.tar`, `lists/*
 the value of an option; where a name would still be taken for syntax, `%26` writes `&`, `%3F` writes `?` and `%3D` `=`.
 """
 
+import difflib
 import glob
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote
@@ -211,6 +213,26 @@ def expand_braces(pattern: str) -> Iterator[str]:
 def is_pattern(path: str) -> bool:
     """Return whether a path that does not exist may be a pattern of files."""
     return "{" in path or glob.has_magic(path)
+
+
+ACCEPTED = (
+    "WebDataset shards (a .tar file, 'shards/{0000..0012}.tar', a folder of them, or the same behind s3:// or http://)",
+    "a list of images and captions (CSV, TSV, JSON, JSON lines, COCO or Karpathy captions)",
+    "Parquet, Arrow or a folder that save_to_disk wrote",
+    "a folder of images with captions beside them or in a list, or of class folders",
+    "a set as torchvision lays it out ('torchvision:food101?root=FOLDER&split=test')",
+    "a set that was fetched ('emoji:train')",
+)
+
+
+def missing(path: str) -> DataError:
+    """Return the error for a path that does not exist: what it may have been meant to be, or what can be given."""
+    folder = os.path.dirname(path)
+    with suppress(OSError):
+        near = difflib.get_close_matches(os.path.basename(path), os.listdir(folder or "."), n=1)
+        if near:
+            return DataError(f"'{path}' does not exist: did you mean '{os.path.join(folder, near[0])}'?")
+    return DataError(f"'{path}' does not exist: give {'; '.join(ACCEPTED)}")
 
 
 def absolute(text: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -110,7 +108,7 @@ def _open_journal(model: str | None, output: str | None) -> RunFolder | None:
     """Return where the numbers go, if anywhere."""
     from aclip.errors import ConfigError
     from aclip.evaluation import sharding
-    from aclip.run_folder import RunFolder
+    from aclip.run_folder import RunFolder, command_line
 
     run = RunFolder(Path(model or ""))
     if model and run.exists() and (run.final.is_dir() or run.checkpoints.is_dir()):
@@ -124,5 +122,5 @@ def _open_journal(model: str | None, output: str | None) -> RunFolder | None:
         raise ConfigError(f"--output {output} has the config.json of something else than an evaluation of "
                           f"{recipe['name']}: choose another folder")
     if sharding.rank() == 0:
-        folder.write_json("config.json", {"recipe": recipe, "command": shlex.join(["aclip", *sys.argv[1:]])})
+        folder.write_json("config.json", {"recipe": recipe, "command": command_line()})
     return folder

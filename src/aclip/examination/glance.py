@@ -44,10 +44,12 @@ def look(source: str, *, output: str | None = None, samples: int = 5) -> Look:
 
     from aclip.data.decode import decode_image
     from aclip.data.sources import open_training
+    from aclip.logs import warnings_only
 
     if samples < 1:
         raise ConfigError(f"samples {samples}: give 1 or more")
-    opened = open_training(source)
+    with warnings_only():  # the summary is printed below
+        opened = open_training(source)
     summary, advice = opened.summary, opened.advice()
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(str(summary))

@@ -149,7 +149,11 @@ class MaskingStrategy(ABC):
                 raise ConfigError(f"{scores.shape[1]} scores do not fit the {height} x {width} grid: crop_scores "
                                   "resamples scores of another grid")
             scores = scores.float().unflatten(1, (rows, block, columns, block)).mean(dim=(2, 4)).flatten(1)
-        ranked = best_first(self.scores(replace(context, grid_size=(rows, columns), scores=scores)))
+        scores = self.scores(replace(context, grid_size=(rows, columns), scores=scores))
+        if scores.shape != (context.batch_size, rows * columns):
+            raise ConfigError(f"{type(self).__name__}.scores returned {tuple(scores.shape)}, not one score a patch: "
+                              f"{(context.batch_size, rows * columns)}")
+        ranked = best_first(scores)
         kept = ranked[:, : self.kept_blocks(rows * columns)]
         patches = torch.arange(height * width, device=kept.device).view(rows, block, columns, block)
         patches_of_blocks = patches.transpose(1, 2).reshape(rows * columns, block**2)

@@ -3,8 +3,9 @@
 To add one: build a `Recipe` and add it to the table, here or from a script (`aclip.RECIPES["mine"] = ...`).
 """
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from aclip.config import Recipe, RunConfig
@@ -58,6 +59,10 @@ def configure(
     Raises:
         ConfigError: a field that does not exist, or a wrong value.
     """
+    known = [*inspect.signature(configure).parameters, *(field.name for field in fields(RunConfig))]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(unknown_name("setting", name, {*known} - {"base", "settings"}))
     chosen = find_recipe(recipe or (base.recipe if base else "a-clip"))
     model = model or (base.model if base else "vit-tiny")
     optimization: dict[str, Any] = {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay),

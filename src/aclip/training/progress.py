@@ -51,7 +51,8 @@ class TrainingProgress:
         short = self._note if len(self._note) <= room else self._note[: max(room - 1, 0)] + "…"
         self._bar.update(self._task, completed=step, note=short)
         now = time.monotonic()
-        if not self.console.is_terminal and (now - self._printed > SECONDS_BETWEEN_LINES or step == self._total):
+        due = record is not None and now - self._printed > SECONDS_BETWEEN_LINES
+        if not self.console.is_terminal and (due or step == self._total):
             self._printed = now
             rate = (step - self._first) / max(now - self._begun, 1e-9)
             left = timedelta(seconds=round((self._total - step) / max(rate, 1e-9)))

@@ -21,7 +21,7 @@ from aclip.data.sources.remote import RemoteShardSource, expand_urls
 from aclip.data.sources.shards import ShardSource, reading_of
 from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
 from aclip.data.sources.torchvision_sets import TorchvisionSource
-from aclip.data.spec import Spec, expand_paths, is_pattern, parse_spec
+from aclip.data.spec import Spec, expand_paths, is_pattern, missing, parse_spec
 from aclip.errors import ConfigError, DataError
 
 __all__ = [
@@ -31,16 +31,6 @@ __all__ = [
 
 SOURCES: dict[str, Callable[[str], Source]] = {}
 """Your own: `SOURCES["mine"] = MySource` opens `mine:REST` by `MySource(REST)`."""
-
-_ACCEPTED = (
-    "WebDataset shards (a .tar file, 'shards/{0000..0012}.tar', a folder of them, or the same behind s3:// or http://)",
-    "a list of images and captions (CSV, TSV, JSON, JSON lines, COCO or Karpathy captions)",
-    "Parquet, Arrow or a folder that save_to_disk wrote",
-    "a folder of images with captions beside them or in a list, or of class folders",
-    "a set as torchvision lays it out ('torchvision:food101?root=FOLDER&split=test')",
-    "a set that was fetched ('emoji:train')",
-)
-"""What `open_source` reads, for messages and help."""
 
 _log = logging.getLogger(__name__)
 _LIST_NAMES = ("metadata", "captions", "annotations")  # whatever their ending
@@ -112,7 +102,7 @@ def _open_whole(spec: Spec) -> Source:
     if os.path.isdir(path):
         return _open_folder(Path(path), spec)
     if not os.path.isfile(path) and not is_pattern(path):
-        raise DataError(f"'{path}' does not exist: give {'; '.join(_ACCEPTED)}")
+        raise missing(path)
     return _open_files(expand_paths(path), spec)
 
 
