@@ -13,7 +13,7 @@ from aclip.evaluation import ImageFeatures, TextEncoder
 
 def modality_gap(images: ImageFeatures, texts: TextEncoder) -> dict[str, torch.Tensor]:
     """Return the distance between the mean image feature and the mean caption feature (arXiv 2203.02053)."""
-    captions = texts(images.captions)
+    captions = texts([captions[0] for captions in images.captions])
     return {"modality gap": (images.features.mean(dim=0) - captions.mean(dim=0)).norm()}
 
 

@@ -1,6 +1,8 @@
 """A model and an image set whose features are written down, not computed."""
 
+import io
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +60,7 @@ class FakeSet:
         self.others = others or [()] * len(captions)
         self.batch_size = batch_size
         self.skipped = list(skipped)
+        self.source = self
 
     def __len__(self):
         return len(self.captions)
@@ -70,8 +73,10 @@ class FakeSet:
             yield FakeBatch(pixels, [(self.captions[i], *self.others[i]) for i in rows],
                             [self.labels[i] for i in rows], [f"key{i}" for i in rows], list(rows))
 
-    def image(self, index):
-        return Image.new("RGB", (200, 100), (index, 0, 0))
+    def read(self, index):
+        file = io.BytesIO()
+        Image.new("RGB", (200, 100), (index, 0, 0)).save(file, "PNG")
+        return SimpleNamespace(image=file.getvalue())
 
 
 @pytest.fixture
