@@ -72,7 +72,6 @@ def bench_step(
         json: print the numbers as JSON instead of a table.
         changes: path -> value, fields of the recipe to change.
     """
-    from aclip.config import override
     from aclip.recipes import find_recipe
 
     where = choose_device(device)
@@ -80,7 +79,7 @@ def bench_step(
     if sizes[0] < 2 or rounds < 1 or not text_tokens >= 3:
         raise ConfigError("batch_sizes are 2 or more, rounds 1 or more, text_tokens 3 or more")
     config = resolve_defaults(configure(
-        recipe=override(find_recipe(recipe), changes or {}), model=model, image_size=image_size, data=("synthetic",),
+        recipe=find_recipe(recipe, changes), model=model, image_size=image_size, data=("synthetic",),
         batch_size=sizes[0], samples=sizes[0] * SCHEDULE, precision=precision), sizes[0] * SCHEDULE, where)
     trainer = build_trainer(config, sizes[0] * SCHEDULE, where)
     if trainer.method.frequencies is not None:

@@ -55,6 +55,13 @@ def config_class(cls: type[T]) -> type[T]:
     return config  # type: ignore[no-any-return]
 
 
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
 @config_class
 class Pass:
     """One run of an image encoder over some views.
@@ -182,7 +189,7 @@ class Recipe:
     view_options: Options = Field(default_factory=dict)
     ema_momentum: EmaMomentum | None = None
     texts: dict[str, TextPass] = Field(default_factory=lambda: {"captions": TextPass()})
-    freeze: tuple[str, ...] = ()
+    freeze: Names = ()
     optimization: Optimization = Optimization()
 
     def __post_init__(self) -> None:
@@ -224,10 +231,6 @@ def parse_image_size(value: Any) -> Any:
 
 
 ImageSize = Annotated[Count | tuple[Count, Count] | None, BeforeValidator(parse_image_size)]
-
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
 
 
 @config_class
@@ -283,9 +286,9 @@ class RunConfig:
 
     recipe: Recipe
     model: str
-    data: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+    data: Names
     output: str
-    validation: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    validation: Names = ()
     image_size: ImageSize = None
     epochs: Positive = 25.0
     samples: Count | None = None

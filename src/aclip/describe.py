@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from aclip.config import ImageSize, override
+from aclip.config import ImageSize
 from aclip.errors import ConfigError
 from aclip.recipes import RECIPES, find_recipe
 
@@ -48,7 +48,7 @@ def show_recipe(
     """
     from aclip import plan
 
-    changed = override(find_recipe(recipe), changes or {})
+    changed = find_recipe(recipe, changes)
     resolved = plan.resolve(changed, _shape(model, image_size, text_tokens))
     Console().print(dataflow_table(resolved, model, text_tokens))
     return resolved
@@ -77,7 +77,7 @@ def recipe_costs(
     plans = []
     for name in recipes or RECIPES:
         try:
-            plans.append(plan.resolve(override(find_recipe(name), changes or {}), shape))
+            plans.append(plan.resolve(find_recipe(name, changes), shape))
         except ConfigError as error:
             raise ConfigError(f"recipe '{name}': {error}") from error
     console = Console(highlight=False)

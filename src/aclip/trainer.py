@@ -155,7 +155,13 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     config = resolve_defaults(config, len(source), device)
     held_out = evaluation.open_sets(config.validation)
     evaluation.check_sets(held_out)
-    trainer = build_trainer(config, len(source), device)
+    try:
+        trainer = build_trainer(config, len(source), device)
+    except ConfigError as error:
+        if not resumed:
+            raise
+        raise ConfigError(f"the run cannot be resumed: {error}; if a script registered it, resume from that script by "
+                          f"aclip.train(resume={config.output!r})") from error
     method, table = trainer.method, trainer.timetable
     flow = dataflow_table(method.plan, config.model, text_tokens=14)
     sizes = {held.name: len(held.source) for held in held_out}
@@ -310,9 +316,7 @@ class Trainer:
             skip = self.guard.check(output.loss, self._grad_norm, self.step + 1, batch.keys)
             if self.config.recipe.optimization.grad_clip > 0:
                 clip_gradients(gradients, self._grad_norm, self.config.recipe.optimization.grad_clip)
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # fused optimizers leave all as it is
-            for found in self.scaler._found_inf_per_device(self.optimizer).values() if self.scaler.is_enabled() else ():
-                found.copy_(skip)  # the scaler has seen this rank's gradients alone
+            self.guard.apply(skip, self.optimizer)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.method.plan.uses_text and models.logit_scale_of(self.method.model).requires_grad:

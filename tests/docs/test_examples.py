@@ -84,7 +84,7 @@ def test_own_recipe_is_compared(images: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "words" / "comparison.json").read_text())
     assert [(run["recipe"], run["complete"]) for run in found["runs"]] == [("clip", True), ("words-half", True)]
     assert set(found["timing"]["step_seconds"]) == {"clip", "words-half"}
-    assert found["command"].startswith("own_recipe.py ")
+    assert "own_recipe.py " in found["command"]
     assert "words-half" in printed
 
 

@@ -4,11 +4,11 @@ To add one: build a `Recipe` and add it to the table, here or from a script (`ac
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from aclip.config import Recipe, RunConfig
+from aclip.config import Recipe, RunConfig, override
 from aclip.errors import ConfigError, unknown_name
 from aclip.recipes.a_clip import A_CLIP_RECIPES
 from aclip.recipes.clip import CLIP_RECIPES
@@ -17,17 +17,16 @@ from aclip.recipes.images import IMAGE_RECIPES
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*CLIP_RECIPES, *A_CLIP_RECIPES, *IMAGE_RECIPES)}
 
 
-def find_recipe(recipe: str | Recipe) -> Recipe:
-    """Return a recipe by its name in `RECIPES`; a `Recipe` is returned as it is.
+def find_recipe(recipe: str | Recipe, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Return a recipe by its name in `RECIPES`, or a `Recipe` as it is, with `changes`: path -> value.
 
     Raises:
-        ConfigError: no recipe has this name.
+        ConfigError: no recipe has this name, or no field this path.
     """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
+    if isinstance(recipe, str) and recipe not in RECIPES:
         raise ConfigError(unknown_name("recipe", recipe, RECIPES))
-    return RECIPES[recipe]
+    found = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    return override(found, {path.removeprefix("recipe."): value for path, value in (changes or {}).items()})
 
 
 def configure(
@@ -41,7 +40,7 @@ def configure(
     grad_clip: float | None = None,
     layer_decay: float | None = None,
     mask_ratio: float | None = None,
-    freeze: Sequence[str] = (),
+    freeze: Sequence[str] | str = (),
     **settings: Any,
 ) -> RunConfig:
     """Return the configuration of a run.
@@ -67,6 +66,7 @@ def configure(
     model = model or (base.model if base else "vit-tiny")
     optimization: dict[str, Any] = {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay),
                     ("grad_clip", grad_clip), ("layer_decay", layer_decay)) if value is not None}
+    freeze = (freeze,) if isinstance(freeze, str) else freeze
     passes = chosen.passes
     if mask_ratio is not None:
         if all(p.masking == "none" for p in passes.values()):

@@ -76,6 +76,13 @@ class Guard:
         self._measured.append((step, keys, measured, arrived))
         return skip
 
+    def apply(self, skip: Float[Tensor, ""], optimizer: torch.optim.Optimizer) -> None:
+        """Have the optimizer's next step leave everything as it is if `skip` is 1."""
+        optimizer.found_inf = skip  # type: ignore[attr-defined]  # read by torch's fused optimizers
+        if self._scaler.is_enabled():
+            for found in self._scaler._found_inf_per_device(optimizer).values():
+                found.copy_(skip)  # the scaler has seen this rank's gradients alone
+
     def incidents(self, *, wait: bool) -> list[dict[str, Any]]:
         """Return a record of every skipped step since the last call; on all ranks together.
 
