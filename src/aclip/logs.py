@@ -10,7 +10,8 @@ class _ToStandardError(logging.Handler):
     """Writes to what sys.stderr is at that moment, so that a progress bar can make room."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        text = self.format(record).encode(errors="backslashreplace").decode()  # file names may hold any bytes
+        sys.stderr.write(text + "\n")
 
 
 def show_log(debug: bool) -> None:
