@@ -93,18 +93,18 @@ class Method(nn.Module):
         return self.compute_loss(self.encode_batch(batch, masked, resolution), batch.caption_ids)
 
     def encode_batch(
-        self, batch: Batch, masked: bool = True, resolution: float = 1.0, seen: EncodedBatch | None = None
+        self, batch: Batch, masked: bool = True, resolution: float = 1.0, earlier: EncodedBatch | None = None
     ) -> EncodedBatch:
         """Steps 1 and 2: encode a batch.
 
-        No sample depends on the others, so a batch can be encoded in parts, and again: given `seen`, the earlier result
+        No sample depends on the others, so a batch can be encoded in parts, and again: given `earlier`, the result
         for these samples with the same weights, masks and passes without gradient are reused.
         """
         # 1. text
         texts = {name: self.encode_text(text, batch, masked) for name, text in self.plan.texts.items()}
 
         # 2. passes
-        return EncodedBatch(texts, self.run_passes(batch, masked, resolution, seen))
+        return EncodedBatch(texts, self.run_passes(batch, masked, resolution, earlier))
 
     def compute_loss(self, encoded: EncodedBatch, caption_ids: Int[Tensor, " B"]) -> StepOutput:
         """Step 3: objectives, over the whole batch."""
@@ -130,14 +130,14 @@ class Method(nn.Module):
         return EncodedText(tokens, F.normalize(models.encode_text(self.model, tokens).float(), dim=-1))
 
     def run_passes(
-        self, batch: Batch, masked: bool = True, resolution: float = 1.0, seen: EncodedBatch | None = None
+        self, batch: Batch, masked: bool = True, resolution: float = 1.0, earlier: EncodedBatch | None = None
     ) -> dict[str, Encoded]:
         """Step 2: (score ->) mask -> encode, pass by pass."""
         plan = self.plan_at(resolution)
         passes: dict[str, Encoded] = {}
         run = [p for p in plan.passes.values() if plan.runs(p, masked)]
-        if seen is not None:  # no gradient reaches them
-            passes |= {p.name: seen.passes[p.name] for p in run if not p.trains}
+        if earlier is not None:  # no gradient reaches them
+            passes |= {p.name: earlier.passes[p.name] for p in run if not p.trains}
         todo = [p for p in run if p.name not in passes]
         # parameters were drawn per sample in the loader; they are applied here, in batch, on the device
         needed = {view for p in todo for view in p.spec.views}
@@ -146,8 +146,8 @@ class Method(nn.Module):
             views = [resized(images[view], p.image_size) for view in p.spec.views]
             if not (masked and p.removes):
                 keep = None
-            elif seen is not None:
-                kept = seen.passes[p.name].keep_indices
+            elif earlier is not None:
+                kept = earlier.passes[p.name].keep_indices
                 keep = kept.flatten(0, 1) if kept is not None else None
             else:
                 keep = self.choose_patches(plan, p, batch, passes, views)

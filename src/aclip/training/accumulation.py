@@ -20,7 +20,7 @@ class InParts(Protocol):
     """A method that encodes a batch sample by sample and computes the loss on the whole batch."""
 
     def encode_batch(
-        self, batch: Batch, masked: bool, resolution: float, seen: EncodedBatch | None = None
+        self, batch: Batch, masked: bool, resolution: float, earlier: EncodedBatch | None = None
     ) -> EncodedBatch:
         """Encode some samples."""
 
@@ -68,7 +68,7 @@ def accumulate(
     scale(output.loss).backward()
     for part in parts:
         with autocast():
-            again = method.encode_batch(batch.rows(part), masked, resolution, seen=rows_of(whole, part))
+            again = method.encode_batch(batch.rows(part), masked, resolution, earlier=rows_of(whole, part))
         outputs, gradients = gradients_of(again, leaves, part)
         if outputs:  # none where both towers are frozen
             torch.autograd.backward(outputs, gradients)
