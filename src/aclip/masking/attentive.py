@@ -49,7 +49,7 @@ class AttentiveMasking(MaskingStrategy):
             by_score = math.ceil(self.kept_blocks(context.num_patches) / 2)
             draws = context.uniform(context.num_patches - by_score)
             draws = F.pad(draws, (by_score, 0), value=1.0)  # 1 is above every draw
-            return torch.empty_like(scores).scatter(1, best_first(scores), draws)
+            return torch.empty_like(draws).scatter(1, best_first(scores), draws)
         if self.keep == "sampled":
             draws = context.uniform(context.num_patches)
             return draws.log() / scores.clamp_min(torch.finfo(scores.dtype).tiny)
