@@ -1,5 +1,9 @@
 """The command line outside of training: help, recipes, errors."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from aclip.cli import VERBS, main
@@ -84,3 +88,23 @@ def test_debug_shows_the_traceback() -> None:
         main(["--debug", "recipes", "show", "a_clip"])
 
 
+
+
+def test_what_costs_nothing_to_find_is_found_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "photos.csv").write_text("image,caption\n")
+    program = ("import sys; from aclip.cli import main\n"
+               "code = main(['train', '--data', 'photo.csv', '--output', 'run'])\n"
+               "print(code, 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "False"]
+    assert done.stderr == "aclip: 'photo.csv' does not exist: did you mean 'photos.csv'?\n"
+
+
+def test_a_path_of_the_recipe_does_not_swallow_the_next_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--data", "a.csv", "--recipe.passes.masked.fill", "--output", "run"]) == 2
+    assert "--recipe.passes.masked.fill needs a value" in capsys.readouterr().err
+
+
+def test_a_number_of_steps_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--data", "a.csv", "--overfit-one-batch", "many"]) == 2
+    assert "takes a number of steps, not 'many'" in capsys.readouterr().err
