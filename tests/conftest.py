@@ -1,5 +1,6 @@
 """Fixtures of all tests; also turns on run-time checks of shapes and types in the numeric core."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -27,6 +28,16 @@ GOLDEN = Golden()
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache out of the tests, and the tests out of it; programs that tests start inherit this."""
     os.environ["ACLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """Undo what the command line does to the log, so that no test sees another's."""
+    yield
+    logger = logging.getLogger("aclip")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")
