@@ -197,6 +197,8 @@ class _StartWorker:
 
     def __init__(self, stop: Connection) -> None:
         self._stop = stop
+        # asked here, because the parent may have gone before the worker asks; a worker of a fork server is its child
+        self._parent = None if multiprocessing.get_start_method() == "forkserver" else os.getpid()
 
     def __call__(self, _: int) -> None:
         torch.set_num_threads(1)
@@ -205,7 +207,7 @@ class _StartWorker:
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-        threading.Thread(target=self._exit_when_told, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=self._exit_when_told, args=(self._parent or os.getppid(),), daemon=True).start()
 
     def _exit_when_told(self, parent: int) -> None:
         while not self._stop.poll(1.0):
