@@ -55,7 +55,7 @@ def test_pass_refuses(changes: dict[str, Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"passes": {"full": Pass(("a",), scores_from="later"), "later": Pass(("a",))}},
-         "scores_from must name an earlier pass; unknown pass 'later': There are: none"),
+         "scores_from must name an earlier pass; unknown pass 'later'; there are: none"),
         ({"passes": {"full": Pass(("a",), scores_from="full")}}, "unknown pass 'full'"),
         ({"passes": {"full": Pass(("a",), encoder="ema")}}, "needs an ema_momentum"),
         ({"passes": {"captions": Pass(("a",))}}, "a pass and a text pass are both called 'captions'"),
@@ -223,5 +223,5 @@ def test_configure_folds_shorthands_into_the_recipe() -> None:
 
 
 def test_unknown_names_are_met_with_the_closest() -> None:
-    assert unknown_name("recipe", "zzz", ["clip"]) == "unknown recipe 'zzz': There are: clip"
+    assert unknown_name("recipe", "zzz", ["clip"]) == "unknown recipe 'zzz'; there are: clip"
     assert unknown_name("recipe", "clp", ["clip"]) == "unknown recipe 'clp': did you mean 'clip'? There are: clip"

@@ -10,7 +10,7 @@ def test_messages_are_one_line() -> None:
 def test_unknown_names_get_the_closest_match_and_the_list() -> None:
     assert unknown_name("recipe", "aclip", ["clip", "a-clip"]) == (
         "unknown recipe 'aclip': did you mean 'a-clip'? There are: a-clip, clip")
-    assert unknown_name("pass", "zzz", []) == "unknown pass 'zzz': There are: none"
+    assert unknown_name("pass", "zzz", []) == "unknown pass 'zzz'; there are: none"
 
 
 def test_the_category_of_a_bad_sample_has_no_details() -> None:

@@ -182,7 +182,7 @@ def test_scores_come_from_the_same_view_where_there_is_one() -> None:
     [
         (replace(CLIP, views="one_crops"), r"unknown view pipeline 'one_crops': did you mean 'one_crop'\?"),
         (replace(CLIP, view_options={"scal": 1}), "views 'one_crop': unknown option 'scal': did you mean 'scale'"),
-        (with_pass(CLIP, "full", views=("b",)), "pass 'full': unknown view 'b': There are: a"),
+        (with_pass(CLIP, "full", views=("b",)), "pass 'full': unknown view 'b'; there are: a"),
         (with_pass(A_CLIP, "masked", views=("a", "contex")), r"did you mean 'context'\? There are: a, b, context"),
         (with_pass(RECIPES["flip"], "masked", masking="unifrom"),
          rf"unknown masking 'unifrom': did you mean 'uniform'\? There are: {', '.join(sorted(MASKING))}"),
