@@ -215,7 +215,7 @@ def test_configure_folds_shorthands_into_the_recipe() -> None:
     for settings, message in (
         ({"recipe": "aclip", "data": "x"}, "unknown recipe 'aclip': did you mean 'a-clip'"),
         ({"recipe": "clip", "data": "x", "mask_ratio": 0.5}, "recipe 'clip' masks nothing"),
-        ({"data": "x", "epoch": 1}, "unknown field 'epoch': did you mean 'epochs'"),
+        ({"data": "x", "epoch": 1}, "unknown setting 'epoch': did you mean 'epochs'"),
         ({}, "data is missing: name a source of image-text pairs, or get one with `aclip data fetch emoji`"),
     ):
         with pytest.raises(ConfigError, match=message):
