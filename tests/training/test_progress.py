@@ -22,8 +22,8 @@ def test_the_line_of_a_step_shows_its_own_record(monkeypatch: pytest.MonkeyPatch
         shown.show(1, record(1))
         shown.show(2, record(2))
     lines = out.getvalue().splitlines()
-    assert "step 1/2 loss 0.10, 8 pairs/s, 25% waiting for data, contrastive 0.10 (chance 2.00)" in lines[0]
-    assert lines[1].startswith("step 2/2 loss 0.20")
+    assert "step 1/2, loss 0.10, 8 pairs/s, 25% waiting for data, contrastive 0.10 (chance 2.00)" in lines[0]
+    assert lines[1].startswith("step 2/2, loss 0.20")
 
 
 def test_a_narrow_terminal_gets_one_line() -> None:
