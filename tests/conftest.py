@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -54,6 +55,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("largest difference / largest golden value")
         for key, error in sorted(GOLDEN.errors.items()):
             terminalreporter.write_line(f"{key:<45} {error:.1e}")
+
+
+@pytest.fixture
+def pair_folder(tmp_path: Path) -> Path:
+    """Forty good pairs; the caption of `007.png` is "picture 7"."""
+    from made_pictures import encode, picture  # imports aclip, after the hook above
+
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:03}.png").write_bytes(encode(picture(number)))
+        (folder / f"{number:03}.txt").write_text(f"picture {number}")
+    return folder
 
 
 @pytest.fixture

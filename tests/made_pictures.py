@@ -3,7 +3,8 @@
 import io
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,15 @@ def picture(number: int, side: int = 24) -> Image.Image:
     """A noisy picture that is different for every number."""
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def captioned_noise(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
+    """Write an image of noise for each (height, width), with a caption beside it, and return the folder."""
+    for number, (height, width) in enumerate(sizes):
+        noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"noise number {number}\n")
+    return folder
 
 
 def giant_png(width: int = 30000, height: int = 30000) -> bytes:

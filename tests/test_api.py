@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from PIL import Image
 import aclip
 from aclip import devices
 from aclip.errors import ConfigError, DataError
+from made_pictures import captioned_noise
 
 SMALL: dict[str, Any] = {"model": "vit-micro", "precision": "fp32", "batch_size": 8, "workers": 0, "log_every": 1}
 
@@ -21,12 +21,7 @@ SMALL: dict[str, Any] = {"model": "vit-micro", "precision": "fp32", "batch_size"
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 images of noise with captions."""
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(16):
-        noise = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(f"noise number {number}\n")
-    return folder
+    return captioned_noise(tmp_path_factory.mktemp("images"), 16 * [(40, 40)])
 
 
 @pytest.fixture(scope="module")

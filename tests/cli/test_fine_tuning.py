@@ -3,16 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from aclip import models
 from aclip.cli import main
 from aclip.exporters import open_clip as exported
+from made_pictures import captioned_noise
 
 # so small that the weights stay what they were: what is trained from can be told from what comes out
 STANDING_STILL = (
@@ -24,12 +23,7 @@ STANDING_STILL = (
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(8):
-        noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"noise number {number}\n")
-    return folder
+    return captioned_noise(tmp_path_factory.mktemp("images"), 8 * [(40, 60)])
 
 
 @pytest.fixture(scope="module")

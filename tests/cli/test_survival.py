@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from aclip.cli import main
 from aclip.overfit import verdict
+from made_pictures import captioned_noise
 
 TIMINGS = ("samples_per_second", "data_wait")
 
@@ -23,12 +22,7 @@ TIMINGS = ("samples_per_second", "data_wait")
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 noisy images with captions."""
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(24):
-        noise = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(f"noise number {number}\n")
-    return folder
+    return captioned_noise(tmp_path_factory.mktemp("images"), 24 * [(40, 40)])
 
 
 def start(images: Path, run: Path) -> "subprocess.Popen[bytes]":

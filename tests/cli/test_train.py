@@ -23,6 +23,7 @@ from aclip import dist
 from aclip.cli import main
 from aclip.config import CHANGEABLE
 from bad_samples import USED, check_skipped, make_mixed_folder
+from made_pictures import captioned_noise
 
 SMALL = ("--model", "vit-tiny", "--precision", "fp32", "--log-every", "1",
          "--recipe.objectives.ntxent.options.hidden", "32", "--recipe.objectives.byol.options.hidden", "32")
@@ -32,12 +33,7 @@ TIMINGS = ("samples_per_second", "data_wait")
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 noisy images with captions, of different sizes."""
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(24):
-        noise = np.random.default_rng(number).integers(0, 256, (40 + number, 60, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(f"noise number {number}\n")
-    return folder
+    return captioned_noise(tmp_path_factory.mktemp("images"), [(40 + number, 60) for number in range(24)])
 
 
 def options(images: Path, output: Path, *more: str) -> list[str]:
