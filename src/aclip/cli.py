@@ -219,7 +219,7 @@ def parse_run_settings(given: Sequence[str], program: str, base: Any = None) -> 
 
 def _run_members(base: Any = None) -> list[tuple[str, Any, Any]]:
     """Return name, type and default of every setting of a run, as words of the command line can say them."""
-    from aclip.config import RunConfig
+    from aclip.config import Optimization, RunConfig
 
     hints = typing.get_type_hints(RunConfig)
     simple = {"recipe": str, "image_size": str | None, "resolution_schedule": tuple[str, ...], "output": str | None}
@@ -232,7 +232,9 @@ def _run_members(base: Any = None) -> list[tuple[str, Any, Any]]:
                 f"{p.share:g}:{p.resolution:g}" for p in base.resolution_schedule)}.get(
                     field.name, getattr(base, field.name))
         members.append((field.name, simple.get(field.name, hints[field.name]), default))
-    return [*members, *((name, float | None, None) for name in SHORTHANDS), ("freeze", tuple[str, ...], ())]
+    own = typing.get_type_hints(Optimization)
+    shorthands = [(name, own.get(name, float) | None, None) for name in SHORTHANDS]
+    return [*members, *shorthands, ("freeze", tuple[str, ...], ())]
 
 
 def _arguments_of(function: Callable[..., Any]) -> str:
@@ -262,7 +264,8 @@ def _parse(
 
 
 SHORTHANDS = {
-    "lr": "peak learning rate (default: the recipe's).",
+    "optimizer": "adamw, or muon on the matrices inside both towers' blocks (default: the recipe's).",
+    "lr": "peak learning rate (default: the recipe's); Muon's is a multiple of it.",
     "weight_decay": "AdamW's, on matrices (default: the recipe's).",
     "grad_clip": "largest norm of the gradient; 0 disables clipping (default: the recipe's).",
     "layer_decay": "factor on the learning rate, from one block of a tower to the block before it.",

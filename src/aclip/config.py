@@ -140,17 +140,35 @@ class EmaMomentum:
 
 
 @config_class
-class Optimization:
-    """AdamW and its schedule; the defaults are A-CLIP's for YFCC15M at batch 4096.
+class MuonConfig:
+    """Muon, for the matrices inside the blocks of both towers (Jordan et al., 2024).
 
     Attributes:
+        lr_ratio: its learning rate over AdamW's.
+        momentum: Nesterov's.
+        weight_decay: decoupled: a step multiplies the matrices by 1 - lr x lr_ratio x weight_decay.
+    """
+
+    lr_ratio: Positive = 40.0
+    momentum: Ratio = 0.95
+    weight_decay: NonNegative = 0.05
+
+
+@config_class
+class Optimization:
+    """Optimizer and schedule; the defaults are A-CLIP's for YFCC15M at batch 4096.
+
+    Attributes:
+        optimizer: adamw; or muon, for the matrices inside the blocks of both towers, with AdamW for everything else.
+        muon: its settings.
         lr: peak learning rate. end_lr: last value of the cosine. warmup_start_lr: first value of the warm-up.
         warmup_epochs: linear warm-up, at most a tenth of the run.
-        weight_decay: on matrices only; vectors, norms, biases, positions and logit_scale have none.
+        weight_decay: AdamW's, on matrices only; vectors, norms, biases, positions and logit_scale have none.
         grad_clip: largest global gradient norm; 0 disables clipping.
         layer_decay: factor on the learning rate from one block of a tower to the block before it; 1 disables it.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 5e-4
     end_lr: NonNegative = 1e-5
     warmup_epochs: NonNegative = 1.0
@@ -160,6 +178,7 @@ class Optimization:
     eps: Positive = 1e-8
     grad_clip: NonNegative = 0.0
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    muon: MuonConfig = MuonConfig()
 
 
 @config_class

@@ -274,10 +274,12 @@ class Trainer:
         self.wrapped = wrap(method, device, parallel=config.parallel, recompute=config.recompute,
                             compile_blocks=config.compile, in_parts=self.in_parts)
         settings = config.recipe.optimization
-        self.groups = parameter_groups(method, settings.weight_decay, settings.layer_decay)
+        self.groups = parameter_groups(method, settings.weight_decay, settings.layer_decay,
+                                       settings.muon if settings.optimizer == "muon" else None)
         if not self.groups:
             raise ConfigError("nothing is left to train: freeze less")
-        self.optimizer: torch.optim.Optimizer = build_optimizer(self.groups, settings)
+        self.optimizer: torch.optim.Optimizer = build_optimizer(
+            self.groups, settings, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         self.ema = method.ema()
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.guard = Guard(method, self.scaler)

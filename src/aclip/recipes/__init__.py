@@ -35,6 +35,7 @@ def configure(
     recipe: str | Recipe | None = None,
     model: str | None = None,
     output: str | None = None,
+    optimizer: str | None = None,
     lr: float | None = None,
     weight_decay: float | None = None,
     grad_clip: float | None = None,
@@ -50,7 +51,7 @@ def configure(
         recipe: the method, by name or as a `Recipe` (default: a-clip).
         model: see `RunConfig` (default: vit-tiny).
         output: the run's folder (default: runs/RECIPE-MODEL).
-        lr, weight_decay, grad_clip, layer_decay: replace those of the recipe's optimization.
+        optimizer, lr, weight_decay, grad_clip, layer_decay: replace those of the recipe's optimization.
         mask_ratio: replaces the fraction of patches removed in every masked pass.
         freeze: parameters that are not trained, besides the recipe's.
         settings: further fields of `RunConfig`; `data` is required.
@@ -64,8 +65,9 @@ def configure(
             raise ConfigError(unknown_name("setting", name, {*known} - {"base", "settings"}))
     chosen = find_recipe(recipe or (base.recipe if base else "a-clip"))
     model = model or (base.model if base else "vit-tiny")
-    optimization: dict[str, Any] = {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay),
-                    ("grad_clip", grad_clip), ("layer_decay", layer_decay)) if value is not None}
+    given = {"optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "grad_clip": grad_clip,
+             "layer_decay": layer_decay}
+    optimization: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     freeze = (freeze,) if isinstance(freeze, str) else freeze
     passes = chosen.passes
     if mask_ratio is not None:

@@ -1,8 +1,9 @@
-"""AdamW with the parameter groups of CLIP training, its state by parameter name, and norms of sharded gradients."""
+"""AdamW or Muon over the parameter groups of CLIP training, their state by name, and norms of sharded gradients."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from aclip import dist
 from aclip.checkpoint import Checkpoint
-from aclip.config import Optimization
+from aclip.config import MuonConfig, Optimization
 from aclip.errors import CheckpointError
+from aclip.training.muon import Muon
 
 # By name, for parameters with two dimensions that are not matrices of a linear map.
 _NEVER_DECAYED = (
@@ -20,18 +22,20 @@ _NEVER_DECAYED = (
     "pos_embed", "cls_token", "reg_token", "attn_pool.latent",  # timm's
 )
 _BLOCK = re.compile(r".*?\.(?:resblocks|trunk\.blocks)\.(\d+)\.")  # open_clip's and timm's
+_PACKED = ("attn.in_proj_weight", "attn.qkv.weight")  # open_clip's and timm's queries, keys and values
 _AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "visual.proj", "logit_scale", "logit_bias",
                  "trunk.norm.", "trunk.fc_norm.", "trunk.attn_pool.", "trunk.head.", "visual.head.")
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a weight decay and a factor on the learning rate."""
+    """Parameters that share an optimizer, a weight decay and a factor on the learning rate."""
 
     title: str
     weight_decay: float
     lr_factor: float
     parameters: Mapping[str, nn.Parameter]
+    muon: MuonConfig | None = None
 
     @property
     def count(self) -> int:
@@ -39,36 +43,61 @@ class ParameterGroup:
         return sum(p.numel() for p in self.parameters.values())
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[ParameterGroup]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, layer_decay: float = 1.0, muon: MuonConfig | None = None
+) -> list[ParameterGroup]:
     """Split the trainable parameters: matrices decay; vectors, norms, positions and logit_scale do not.
 
     Args:
         module: a method, or any part of it.
-        weight_decay: of the matrices.
+        weight_decay: of the matrices that are AdamW's.
         layer_decay: d, on the learning rate: block i of a tower of n blocks learns at d^(n - i) of it, i = 1 .. n, its
             embeddings at d^n (BEiT, arXiv 2106.08254, appendix); what follows the blocks, and heads, at all of it.
+        muon: settings of the matrices inside the blocks of both towers; None: they are AdamW's, too.
     """
-    members: dict[tuple[bool, float], dict[str, nn.Parameter]] = {}
+    members: dict[tuple[str, float], dict[str, nn.Parameter]] = {}
     depths = _depths(module)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim >= 2 and not name.endswith(_NEVER_DECAYED)
             factor = layer_decay ** _blocks_above(name, depths) if layer_decay != 1.0 else 1.0
-            members.setdefault((decays, factor), {})[name] = parameter
-    titles = {True: ("matrices", weight_decay), False: ("vectors, norms, positions, logit_scale", 0.0)}
-    return [ParameterGroup(*titles[decays], factor, members[decays, factor])
-            for decays, factor in sorted(members, reverse=True)]
+            kind = "vectors, norms, positions, logit_scale"
+            if parameter.ndim >= 2 and not name.endswith(_NEVER_DECAYED):
+                kind = "matrices"
+                if muon is not None and parameter.ndim == 2 and _BLOCK.match(name):
+                    kind, factor = "hidden matrices, by Muon", factor * muon.lr_ratio
+            members.setdefault((kind, factor), {})[name] = parameter
+    groups = []
+    for (kind, factor), parameters in sorted(members.items(), key=lambda item: item[0]):
+        own = muon if "Muon" in kind else None
+        decay = own.weight_decay if own else weight_decay if kind == "matrices" else 0.0
+        groups.append(ParameterGroup(kind, decay, factor, parameters, own))
+    return groups
 
 
-def build_optimizer(groups: Sequence[ParameterGroup], settings: Optimization) -> torch.optim.AdamW:
-    """Return fused AdamW over the groups; the schedule sets the learning rate before every step."""
-    split = []  # one call of the fused kernel takes sharded tensors or whole ones
+def build_optimizer(
+    groups: Sequence[ParameterGroup], settings: Optimization, dtype: torch.dtype = torch.bfloat16
+) -> torch.optim.Optimizer:
+    """Return fused AdamW over the groups, or Muon; the schedule sets the learning rate before every step.
+
+    Args:
+        groups: of parameters.
+        settings: of the optimizer.
+        dtype: in which Muon orthogonalises.
+    """
+    split: list[dict[str, Any]] = []  # one call of the fused kernel takes sharded tensors or whole ones
     for group in groups:
         for sharded in (False, True):
-            members = [p for p in group.parameters.values() if isinstance(p, DTensor) == sharded]
+            members = {name: p for name, p in group.parameters.items() if isinstance(p, DTensor) == sharded}
             if members:
-                split.append({"params": members, "weight_decay": group.weight_decay, "lr_factor": group.lr_factor})
-    return torch.optim.AdamW(split, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+                split.append({"params": list(members.values()), "weight_decay": group.weight_decay,
+                              "lr_factor": group.lr_factor})
+                if group.muon is not None:
+                    packed = {p for name, p in members.items() if name.endswith(_PACKED)}
+                    split[-1] |= {"muon": True, "momentum": group.muon.momentum, "packed": packed}
+    adamw = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if any(group.muon is not None for group in groups):
+        return Muon(split, dtype, **adamw)
+    return torch.optim.AdamW(split, fused=True, **adamw)  # type: ignore[arg-type]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]) -> dict[str, Tensor]:
