@@ -27,6 +27,8 @@ from aclip.trainer import Trainer
 from aclip.training.stop import Interrupted, StopRequest
 from over_ranks import a_batch
 
+MUON = "a-clip optimization.optimizer=muon"
+
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Return a copy of everything that a step may change."""
@@ -44,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     return run, state(train(run))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, MUON])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(recipe: str) -> None:
     trainer = build(recipe)
     batch = a_batch(trainer.method, 8)
@@ -53,7 +55,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(recipe: str) ->
     output = trainer.train_step(poisoned(batch))
     assert not torch.isfinite(output.loss)
     after = state(trainer)
-    assert recipe != "a-clip" or all(any(part in name for name in before) for part in ("running_mean", "ema_visual"))
+    stateful = [any(part in name for name in before) for part in ("running_mean", "ema_visual")]
+    assert recipe not in ("a-clip", MUON) or all(stateful)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert trainer.step == 2
     assert all(torch.isfinite(tensor).all() for tensor in after.values() if tensor.is_floating_point())
@@ -104,10 +107,11 @@ def test_bad_steps_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.
     assert "step 9 was skipped" in caplog.text
 
 
-def test_steps_that_the_scaler_skips_are_counted_and_not_logged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["a-clip", MUON])
+def test_steps_that_the_scaler_skips_are_counted_and_not_logged(tmp_path: Path, recipe: str) -> None:
     """It starts so high that the first gradients overflow in fp16."""
     run = tmp_path / "run"
-    trainer = train(run, build(precision="fp16"))
+    trainer = train(run, build(recipe, precision="fp16"))
     logged = numbers(run)
     assert trainer.guard.skipped > 0
     assert len(logged) == 12 - trainer.guard.skipped

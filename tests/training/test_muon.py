@@ -100,6 +100,16 @@ def test_a_skipped_step_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_a_step_does_not_synchronise() -> None:
+    """The meta device holds no values to wait for."""
+    matrices = [nn.Parameter(p.to("meta")) for p in parameters()]
+    optimizer = muon(matrices, packed=(matrices[1],))
+    for p in matrices:
+        p.grad = torch.empty_like(p)
+    optimizer.found_inf = torch.ones((), device="meta")  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def test_only_matrices_inside_blocks_are_muons() -> None:
     method = build("a-clip")
     groups = parameter_groups(method, weight_decay=0.5, layer_decay=0.5, muon=MuonConfig(lr_ratio=10.0))
