@@ -149,7 +149,7 @@ class MuonConfig:
         weight_decay: decoupled: a step multiplies the matrices by 1 - lr x lr_ratio x weight_decay.
     """
 
-    lr_ratio: Positive = 40.0
+    lr_ratio: Positive = 20.0
     momentum: Ratio = 0.95
     weight_decay: NonNegative = 0.05
 
