@@ -30,9 +30,9 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/aclip data fetch emoji
-	$(BIN)/aclip train --resume --output $(RUN) --seed $(SEED) --recipe a-clip --model vit-tiny --data emoji:train \
-	  --validation emoji:val_vendor emoji:val_concept emoji:val_both --batch-size 64 --epochs $(EPOCHS) \
-	  --unmasked-tuning 0.15 --evaluate-every 10
+	$(BIN)/aclip train --resume --output $(RUN) --seed $(SEED) --recipe a-clip --optimizer muon --model vit-tiny \
+	  --data emoji:train --validation emoji:val_vendor emoji:val_concept emoji:val_both --batch-size 64 \
+	  --epochs $(EPOCHS) --unmasked-tuning 0.15 --evaluate-every 10
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
