@@ -1,13 +1,12 @@
 """What every source is: image-text pairs that can be counted, and read in any order."""
 
 import hashlib
-import pickle
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 
@@ -318,12 +317,6 @@ class PackedStrings:
         """Return the (n,) int64 number of bytes of each string."""
         return np.diff(np.frombuffer(self._ends, dtype=np.int64))
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickle the buffers out of band where the pickler can, so that spawned workers map them from one file."""
-        if int(protocol) < 5:
-            return super().__reduce_ex__(protocol)
-        return _unpacked, (pickle.PickleBuffer(self._text), pickle.PickleBuffer(self._ends))
-
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -331,9 +324,3 @@ class PackedStrings:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} strings")
         return str(self._text[self._ends[index] : self._ends[index + 1]], "utf-8", "surrogateescape")
-
-
-def _unpacked(text: Any, ends: Any) -> PackedStrings:
-    strings = PackedStrings.__new__(PackedStrings)
-    strings._text, strings._ends = memoryview(text).cast("B"), memoryview(ends).cast("B").cast("q")  # type: ignore
-    return strings
