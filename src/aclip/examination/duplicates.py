@@ -1,7 +1,6 @@
 """Which images of one or several sources are the same, by their bytes or by their looks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,36 +16,24 @@ _WINDOW = 64  # neighbours in sorted order that an image is compared with, for e
 _LUMA_CELLS = 16 * 16
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """The images of all sources, numbered consecutively: each has the smallest number of its group, -1 if undecodable.
+def find_duplicates(measured: Sequence[Measurements]) -> tuple[np.ndarray, ...]:
+    """Compare all images of all sources with each other; blank and dark ones by their bytes alone.
 
-    Attributes:
-        starts: (sources + 1,) the number of each source's first sample.
-        by_file, by_look: (n,) groups of the same bytes, and of those that look the same or have the same bytes.
+    Returns:
+        For each source the (n,) int64 group of every image, -1 if it cannot be decoded: images of one group, in any
+        source, have the same bytes or look the same.
     """
-
-    starts: np.ndarray
-    by_file: np.ndarray
-    by_look: np.ndarray
-
-
-def find_duplicates(measured: Sequence[Measurements]) -> Duplicates:
-    """Compare all images of all sources with each other; blank and dark ones by their bytes alone."""
     samples = np.concatenate([one.samples for one in measured])
-    starts = np.cumsum([0, *(len(one.samples) for one in measured)])
-    by_file = np.full(len(samples), -1, dtype=np.int64)
+    groups = np.full(len(samples), -1, dtype=np.int64)
     decoded = np.flatnonzero(samples["decoded"])
     _, first, inverse = np.unique(samples["content"][decoded], return_index=True, return_inverse=True)
-    by_file[decoded] = decoded[first[inverse]]
-
-    distinct = decoded[np.sort(first)]
+    distinct = decoded[np.sort(first)]  # one of each file
     distinct = distinct[~(samples["blank"] | samples["dark"])[distinct]]
     fingerprints = np.concatenate([one.fingerprints for one in measured])[distinct]
-    groups = look_alikes(samples["across"][distinct], samples["down"][distinct], fingerprints)
     look_of = np.arange(len(samples))
-    look_of[distinct] = distinct[groups]
-    return Duplicates(starts, by_file, np.where(by_file < 0, -1, look_of[by_file]))
+    look_of[distinct] = distinct[look_alikes(samples["across"][distinct], samples["down"][distinct], fingerprints)]
+    groups[decoded] = look_of[decoded[first[inverse]]]
+    return tuple(np.split(groups, np.cumsum([len(one.samples) for one in measured])[:-1]))
 
 
 def look_alikes(across: np.ndarray, down: np.ndarray, fingerprints: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from aclip.examination.duplicates import Duplicates
 from aclip.examination.measure import GOOD, Measurements
 
 T = TypeVar("T")
@@ -61,11 +60,16 @@ class Limits:
     context_length: int | None
 
 
-def find_all(measured: Sequence[Measurements], duplicates: Duplicates, limits: Limits) -> tuple[Finding, ...]:
-    """Return the findings about the first source, errors first; it must share no image with the others."""
+def find_all(measured: Sequence[Measurements], groups: Sequence[np.ndarray], limits: Limits) -> tuple[Finding, ...]:
+    """Return the findings about the first source, errors first; it must share no image with the others.
+
+    Args:
+        measured, groups: of each source, see `find_duplicates`.
+        limits: of the model that the data is for.
+    """
     source = measured[0]
-    found = [*_bad_samples(source), *_leaks(measured, duplicates), *_pixels(source, limits),
-             *_duplicates(source, duplicates), *_captions(source, limits)]
+    found = [*_bad_samples(source), *_leaks(measured, groups), *_pixels(source, limits),
+             *_duplicates(source, groups[0]), *_captions(source, limits)]
     order = ("error", "warning", "note")
     return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
 
@@ -94,32 +98,27 @@ def _bad_samples(source: Measurements) -> Iterator[Finding]:
         "Training skips them: caption them, or leave them out.", details=_count_reasons(source, rows))
 
 
-def _leaks(measured: Sequence[Measurements], duplicates: Duplicates) -> Iterator[Finding]:
+def _leaks(measured: Sequence[Measurements], groups: Sequence[np.ndarray]) -> Iterator[Finding]:
     source = measured[0]
-    for name, title, groups in (("leak-file", "Files that are also in {}", duplicates.by_file),
-                                ("leak-look", "Images that look like one in {}", duplicates.by_look)):
-        for number, other in enumerate(measured[1:], start=1):
-            start, end = duplicates.starts[number], duplicates.starts[number + 1]
-            shared = leaked(duplicates, groups, number)
-            if groups is duplicates.by_look:
-                shared = np.setdiff1d(shared, leaked(duplicates, duplicates.by_file, number))
-            if not len(shared):
-                continue
-            twins = {int(group): row for row, group in reversed(list(enumerate(groups[start:end].tolist())))}
-            pairs = [(row, twins[int(groups[row])]) for row in shared.tolist()]
-            same = sum(bool(captions_of(source, row) & captions_of(other, twin)) for row, twin in pairs)
-            yield Finding(
-                name, "error", title.format(Path(other.source.spec).name), len(shared), len(source.samples), "samples",
-                "Results on it are too good for a model that has trained on them: leave them out of training.",
-                (("with the same caption", same), ("with another caption", len(shared) - same)),
-                tuple(((0, row), (number, twin)) for row, twin in _spread(pairs)))
+    for number, (other, theirs) in enumerate(zip(measured[1:], groups[1:], strict=True), start=1):
+        rows = shared_rows(groups[0], theirs)
+        if not len(rows):
+            continue
+        twins = {int(group): row for row, group in reversed(list(enumerate(theirs.tolist())))}
+        pairs = [(row, twins[int(groups[0][row])]) for row in rows.tolist()]
+        same_file = int(np.isin(source.samples["content"][rows], other.samples["content"]).sum())
+        same_caption = sum(bool(captions_of(source, row) & captions_of(other, twin)) for row, twin in pairs)
+        yield Finding(
+            "leak", "error", f"Images that are also in {Path(other.source.spec).name}", len(rows), len(source.samples),
+            "samples", "Results on it are too good for a model that has trained on them: leave them out of training.",
+            (("the same file", same_file), ("another file that looks the same", len(rows) - same_file),
+             ("with the same caption", same_caption)),
+            tuple(((0, row), (number, twin)) for row, twin in _spread(pairs)))
 
 
-def leaked(duplicates: Duplicates, groups: np.ndarray, number: int) -> np.ndarray:
-    """Return the rows of the first source whose image is in source `number` too, by `by_file` or `by_look`."""
-    own = groups[: duplicates.starts[1]]
-    others = groups[duplicates.starts[number] : duplicates.starts[number + 1]]
-    return np.flatnonzero((own >= 0) & np.isin(own, others))
+def shared_rows(groups: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the rows of a source whose image another source has, too."""
+    return np.flatnonzero((groups >= 0) & np.isin(groups, others))
 
 
 def captions_of(source: Measurements, row: int) -> set[int]:
@@ -146,23 +145,16 @@ def _pixels(source: Measurements, limits: Limits) -> Iterator[Finding]:
         first=rows[np.argsort(width[rows] * height[rows], kind="stable")])
 
 
-def _duplicates(source: Measurements, duplicates: Duplicates) -> Iterator[Finding]:
-    own = slice(0, int(duplicates.starts[1]))
-    files, looks = duplicates.by_file[own], duplicates.by_look[own]
-    extra, examples = _repeated(files)
+def _duplicates(source: Measurements, groups: np.ndarray) -> Iterator[Finding]:
+    extra, examples = _repeated(groups)
     if extra:
+        files = source.samples["content"][groups >= 0]
+        same_file = len(files) - len(np.unique(files))
         yield Finding(
-            "same-file", "warning", "Duplicates of the same file", extra, len(source.samples), "samples",
-            "Each is drawn more often than others, and in one batch they count as each other's negatives: keep one, "
-            "with the captions of all.", examples=examples)
-    # one of each file, so that what is counted above is not counted again
-    distinct = np.flatnonzero(files == np.arange(len(files)))
-    extra, examples = _repeated(looks[distinct], distinct)
-    if extra:
-        yield Finding(
-            "same-look", "warning", "Images that look like another", extra, len(source.samples), "samples",
-            "Copies in another size, format or quality, or variants of one drawing: keep one where they are copies.",
-            examples=examples)
+            "duplicate", "warning", "Images that are there more than once", extra, len(source.samples), "samples",
+            "Copies are drawn more often, and in one batch they count as each other's negatives: keep one, with the "
+            "captions of all. Variants of a drawing may stay.",
+            (("the same file", same_file), ("in another size, format or quality", extra - same_file)), examples)
 
 
 def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
