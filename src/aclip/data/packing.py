@@ -4,9 +4,10 @@ import contextlib
 import errno
 import io
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from aclip.files import atomic_file, write_atomically
 
 SETTINGS, SIZES, SKIPPED = "pack.json", "sizes.json", "skipped.jsonl"
 
-_JOURNAL = ".finished.jsonl"  # a line per shard
 _CHUNK = 50  # samples per request to a worker
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _Bad = tuple[str, str]  # name of a sample, and what is wrong
@@ -100,10 +100,11 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
               for first in indices[::shard_size]}
     try:
         _check_settings(folder, settings)
-        sizes = _finished(folder)
-        _write_missing(source, folder, {name: some for name, some in shards.items() if name not in sizes}, sizes,
-                       _Pack(source, side, quality, keep_names), workers)
-        write_atomically(folder / SIZES, json.dumps(dict(sorted(sizes.items())), indent=1) + "\n")
+        skipped = _skipped_in_finished(folder)
+        _write_missing(source, folder, {name: some for name, some in shards.items() if not (folder / name).exists()},
+                       skipped, _Pack(source, side, quality, keep_names), workers)
+        sizes = {name: len(some) - skipped[name] for name, some in shards.items()}
+        write_atomically(folder / SIZES, json.dumps(sizes, indent=1) + "\n")
     except OSError as error:
         full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
         raise DataError(f"cannot write to {folder}: {full}; finished shards stay, and the same command continues after "
@@ -111,40 +112,35 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
     return sum(sizes.values())
 
 
-def _write_missing(source: Source, folder: Path, missing: dict[str, list[int]], sizes: dict[str, int],
+def _write_missing(source: Source, folder: Path, missing: dict[str, list[int]], skipped: Counter[str],
                    pack_samples: "_Pack", workers: int | None) -> None:
-    """Write some shards, add them to `sizes`, and note each and its bad samples in the journals."""
+    """Write some shards; name their bad samples in `skipped.jsonl` and count them in `skipped`."""
     from aclip.data.workers import read_ahead
     from aclip.devices import usable_cores
 
-    requests = {name: [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
-                for name, indices in missing.items()}
-    answers = read_ahead(pack_samples, (chunk for chunks in requests.values() for chunk in chunks),
+    chunks = {name: [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
+              for name, indices in missing.items()}
+    answers = read_ahead(pack_samples, chain.from_iterable(chunks.values()),
                          workers=usable_cores() if workers is None else workers)
     with (
-        (folder / _JOURNAL).open("a") as journal,
-        (folder / SKIPPED).open("a") as skips,
+        (folder / SKIPPED).open("a") as journal,
         progress(f"packing {source.spec}", sum(map(len, missing.values()))) as advance,
     ):
-        for name, chunks in requests.items():
-            bad: list[_Bad] = []
+
+        def good_samples(name: str) -> Iterator[Sample]:
+            for samples in islice(answers, len(chunks[name])):
+                for sample in samples:
+                    if isinstance(sample, Sample):
+                        yield sample
+                    else:
+                        journal.write(json.dumps({"shard": name, "key": sample[0], "reason": sample[1]}) + "\n")
+                        skipped[name] += 1
+                advance(len(samples))
+
+        for name in missing:
             with atomic_file(folder / name) as file:
-                sizes[name] = write_tar(file, _good(islice(answers, len(chunks)), bad, advance))
-            skips.write(_json_lines({"shard": name, "key": key, "reason": reason} for key, reason in bad))
-            skips.flush()
-            journal.write(_json_lines([{"shard": name, "samples": sizes[name]}]))
-            journal.flush()
-
-
-def _good(answers: Iterator[list[Sample | _Bad]], bad: list[_Bad], advance: Callable[[int], None]) -> Iterator[Sample]:
-    """Yield the good samples, and add the others to `bad`."""
-    for samples in answers:
-        for sample in samples:
-            if isinstance(sample, Sample):
-                yield sample
-            else:
-                bad.append(sample)
-        advance(len(samples))
+                write_tar(file, good_samples(name))
+                journal.flush()  # before the shard appears: it is counted by what the journal says of it
 
 
 @dataclass(frozen=True)
@@ -226,24 +222,14 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
-def _finished(folder: Path) -> dict[str, int]:
-    """Return the sizes of finished shards; drop other lines of the journals, and what a killed call left."""
-    sizes = {line["shard"]: line["samples"] for line in _read_lines(folder / _JOURNAL)
-             if (folder / line["shard"]).is_file()}
+def _skipped_in_finished(folder: Path) -> Counter[str]:
+    """Return the number of bad samples in finished shards; drop other lines of the journal, and unfinished files."""
     for part in folder.glob(".*.tar.*.part"):
         part.unlink()
-    for name in (_JOURNAL, SKIPPED):
-        write_atomically(folder / name, _json_lines(
-            line for line in _read_lines(folder / name) if line["shard"] in sizes))
-    return sizes
-
-
-def _json_lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file of JSON lines, if there is one, without a last line that was cut off."""
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+    lines = []
+    for line in (folder / SKIPPED).read_bytes().splitlines() if (folder / SKIPPED).is_file() else ():
+        with contextlib.suppress(ValueError):  # a last line that was cut off
+            lines.append(json.loads(line))
+    lines = [line for line in lines if (folder / line["shard"]).exists()]
+    write_atomically(folder / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
+    return Counter(line["shard"] for line in lines)
