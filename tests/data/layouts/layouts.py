@@ -302,7 +302,7 @@ def kaggle_competition(root: Path) -> Layout:
     table(root / "set/train.csv", ("id", "label"), ("aa", "cat"), ("bb", "dog"))
     table(root / "set/sample_submission.csv", ("id", "label"), ("cc", "cat"))
     table(root / "set/test.csv", ("id",), ("cc",))
-    return Layout("set", ["cat", "dog"], ["cat", "dog"], says=("'.jpg' added", "train"))
+    return Layout("set", ["cat", "dog"], ["cat", "dog"], says=("found by name, such as train/aa.jpg for 'aa'",))
 
 
 @layout
@@ -419,7 +419,7 @@ def list_of_ids_in_nested_folders(root: Path) -> Layout:
 def list_with_other_endings(root: Path) -> Layout:
     images(root, "0.webp", "1.webp")
     table(root / "pairs.csv", ("image", "caption"), ("0.jpg", "zero"), ("1.jpg", "one"))
-    return Layout("pairs.csv", ["zero", "one"], says=("in place of their endings",))
+    return Layout("pairs.csv", ["zero", "one"], says=("found by name, such as 0.webp",))
 
 
 @layout
