@@ -16,7 +16,7 @@ from aclip.examination import Examination, Finding, Limits, diagnosis, doctor, e
 from aclip.examination.diagnosis import left_out, load_example, write_fix
 from aclip.examination.duplicates import find_duplicates, look_alikes
 from aclip.examination.findings import find_all
-from aclip.examination.measure import hash_images, jpeg_size, look_at, measure
+from aclip.examination.measure import SAMPLE, jpeg_size, look_at, measure
 from bad_samples import SKIPPED, make_mixed_folder
 from made_pictures import WordTokenizer, encode
 
@@ -233,7 +233,7 @@ def test_a_reduced_decode_finds_what_a_full_one_finds(share: float, progressive:
     with pytest.raises(BadSampleError):
         decode_image(cut)
     with pytest.raises(BadSampleError):
-        look_at(cut)
+        look_at(cut, np.zeros(1, SAMPLE)[0])
 
 
 def test_the_size_of_a_jpeg_is_upright() -> None:
@@ -246,10 +246,11 @@ def test_the_size_of_a_jpeg_is_upright() -> None:
 def test_look_alikes_are_confirmed_and_not_only_hashed() -> None:
     images = [smooth(number, 128) for number in range(60)]
     copies = [image.resize((80, 80)) for image in images]
-    hashes = hash_images(np.stack([look_at(encode(one))[3] for one in (*images, *copies)]))
-    assert look_alikes(hashes.across, hashes.down, hashes.fingerprints).tolist() == [*range(60), *range(60)]
+    samples = np.zeros(120, SAMPLE)
+    prints = np.stack([look_at(encode(one), sample) for one, sample in zip((*images, *copies), samples, strict=True)])
+    assert look_alikes(samples["across"], samples["down"], prints).tolist() == [*range(60), *range(60)]
     same = np.zeros(120, np.uint64)  # all hashes equal: fingerprints decide
-    assert len(set(look_alikes(same, same, hashes.fingerprints).tolist())) == 60
+    assert len(set(look_alikes(same, same, prints).tolist())) == 60
 
 
 @pytest.mark.slow

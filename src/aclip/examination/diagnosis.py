@@ -167,22 +167,15 @@ def print_findings(console: "Console", examined: Examination) -> None:
 
 @dataclass(frozen=True)
 class Example:
-    """One sample of a finding, read again.
+    """One sample of a finding, read again."""
 
-    Attributes:
-        source, index, key: spec of its source, its number and its name there.
-        captions: usable ones.
-        size: the image's upright (width, height) in pixels; picture: the image, small; None if it cannot be decoded.
-        problem: why it cannot be used, in full; empty for a usable one.
-    """
-
-    source: str
+    source: str  # spec
     index: int
     key: str
-    captions: tuple[str, ...] = ()
-    size: tuple[int, int] | None = None
-    picture: Image.Image | None = None
-    problem: str = ""
+    captions: tuple[str, ...] = ()  # usable ones
+    size: tuple[int, int] | None = None  # upright, in pixels; None: it cannot be decoded
+    picture: Image.Image | None = None  # small
+    problem: str = ""  # why it cannot be used, in full
 
 
 def load_example(examined: Examination, place: Place) -> Example:

@@ -44,7 +44,7 @@ def look_alikes(across: np.ndarray, down: np.ndarray, fingerprints: np.ndarray) 
     is missed only where a band has more images than the window. Time and memory grow as n log n and n.
 
     Args:
-        across, down: (n,) uint64 hashes; see `hash_images`.
+        across, down: (n,) uint64 hashes; see `look_at`.
         fingerprints: (n, PRINT_BYTES) uint8; they confirm what the hashes propose.
 
     Returns:

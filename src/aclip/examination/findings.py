@@ -204,9 +204,7 @@ def _singly(rows: np.ndarray) -> tuple[tuple[Place, ...], ...]:
 
 def _spread(items: list[T]) -> list[T]:
     """Return `_EXAMPLES` of the items, evenly spread over them."""
-    if len(items) <= _EXAMPLES:
-        return items
-    return [items[i * len(items) // _EXAMPLES] for i in range(_EXAMPLES)]
+    return [items[i * len(items) // _EXAMPLES] for i in range(_EXAMPLES)] if len(items) > _EXAMPLES else items
 
 
 def _count_reasons(source: Measurements, rows: np.ndarray) -> tuple[tuple[str, int], ...]:

@@ -18,29 +18,27 @@ if TYPE_CHECKING:
     from aclip.data.captions import CaptionTokenizer
 
 SAMPLE = np.dtype([
-    ("index", np.int64), ("content", np.uint64), ("across", np.uint64), ("down", np.uint64), ("bytes", np.int64),
-    ("width", np.int32), ("height", np.int32), ("captions", np.int32), ("reason", np.int32), ("decoded", np.bool_),
-    ("blank", np.bool_), ("dark", np.bool_),
+    ("index", np.int64),  # in the source
+    ("content", np.uint64),  # hash of the file
+    ("across", np.uint64), ("down", np.uint64),  # difference hashes, see `look_at`
+    ("bytes", np.int64), ("width", np.int32), ("height", np.int32),  # of the file; upright, in pixels
+    ("captions", np.int32),  # number of usable ones
+    ("reason", np.int32),  # why it cannot be used: index into `Measurements.reasons`, or `GOOD`
+    ("decoded", np.bool_), ("blank", np.bool_), ("dark", np.bool_),  # can be; has one colour; nearly black 16-bit grey
 ])
-"""What is kept of a sample: its index in the source; a hash of the file; see `hash_images`; file size; upright size in
-pixels; number of usable captions; why it cannot be used, an index into `Measurements.reasons` or `GOOD`; whether it
-could be decoded, has one colour, is a 16-bit grey image that comes out nearly black."""
+"""What is kept of a sample."""
 
 CAPTION = np.dtype([("sample", np.int64), ("exact", np.uint64), ("tokens", np.int32)])
 """What is kept of a usable caption: its sample's row; `caption_id`; its length in tokens."""
 
 GOOD = -1
-
 PRINT_BYTES = 16 * 16 + 2 * 4 * 4  # cells of a fingerprint
 
 _CHUNK = 64  # samples per request to a worker
 _DECODED_SIDE = 64  # a JPEG is decoded at the smallest scale that leaves both sides so many pixels
 _DARK = 2**13  # of 16 bits: below it, no pixel gets brighter than 31 of 255
-_SIDE = 16  # cells of the shrunk image
 _MARGIN = 2.0  # levels of 255 that a cell must be brighter by: in flat areas noise decides about less
 _BLANK = 8  # levels of 255
-_TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
-_SWAPPED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Measurements:
 
     Attributes:
         samples: (n,) of `SAMPLE`, in the source's order. captions: (m,) of `CAPTION`, in the samples' order.
-        fingerprints: (n, PRINT_BYTES) uint8, see `hash_images`.
+        fingerprints: (n, PRINT_BYTES) uint8, see `look_at`.
         reasons: why samples cannot be used, each once.
     """
 
@@ -110,11 +108,11 @@ class _Measure:
         self._padding = None if tokenizer is None else int(tokenizer([""])[0, -1])
 
     def __call__(self, indices: np.ndarray) -> _Chunk:
-        from aclip.data.captions import clean_captions
+        from aclip.data.captions import caption_id, clean_captions
 
         samples = np.zeros(len(indices), SAMPLE)
         samples["index"], samples["reason"] = indices, GOOD
-        shrunk = np.zeros((len(indices), _SIDE, _SIDE, 3), np.uint8)
+        fingerprints = np.zeros((len(indices), PRINT_BYTES), np.uint8)
         bad: dict[int, str] = {}
         texts: list[str] = []
         for row, index in enumerate(indices.tolist()):
@@ -129,33 +127,28 @@ class _Measure:
                     sample["captions"] = len(usable)
                 except BadSampleError as error:
                     bad[row] = category(error.reason)
-                sample["width"], sample["height"], sample["dark"], shrunk[row] = look_at(raw.image)
-                sample["decoded"] = True
+                fingerprints[row] = look_at(raw.image, sample)
             except BadSampleError as error:
                 bad[row] = category(error.reason)  # takes precedence over a missing caption
-        hashes = hash_images(shrunk)
-        samples["across"], samples["down"] = hashes.across, hashes.down
-        samples["blank"] = hashes.blank & ~samples["dark"]
-        owners = np.repeat(np.arange(len(samples)), samples["captions"])
-        return _Chunk(samples, self._measure_captions(owners, texts), hashes.fingerprints, bad)
-
-    def _measure_captions(self, owners: np.ndarray, texts: list[str]) -> np.ndarray:
-        from aclip.data.captions import caption_id
-
         captions = np.zeros(len(texts), CAPTION)
-        captions["sample"] = owners
+        captions["sample"] = np.repeat(np.arange(len(samples)), samples["captions"])
         captions["exact"] = np.array([caption_id(text) for text in texts], np.uint64)
         if self._tokenizer is not None and texts:
             tokens = self._tokenizer(texts).numpy()
             captions["tokens"] = tokens.shape[1] - np.argmax(tokens[:, ::-1] != self._padding, axis=1)
-        return captions
+        return _Chunk(samples, captions, fingerprints, bad)
 
 
-def look_at(data: bytes) -> tuple[int, int, bool, np.ndarray]:
-    """Decode an image; return its upright width and height, whether it is `dark`, and (16, 16, 3) uint8 cells of it.
+def look_at(data: bytes, sample: np.void) -> np.ndarray:
+    """Decode an image and note in its `SAMPLE` what finds it again in another size, format or quality.
 
-    A JPEG is decoded at the smallest scale that serves the hashes, which still reads the whole file: a truncated or
-    damaged one is found as at full size.
+    A JPEG is decoded at the smallest scale that serves, which still reads the whole file: a truncated or damaged one
+    is found as at full size. Bit (r, c) of the difference hashes says whether cell (r, c) of 8 x 8 is brighter than
+    the next to the right (`across`), or below (`down`); the last cell's next is the first. `blank` is an image in which
+    no cell differs from another by more than 8 levels of 255: the hashes then say nothing.
+
+    Returns:
+        (PRINT_BYTES,) uint8: 16 x 16 cells of brightness, then 4 x 4 of Cb and of Cr.
 
     Raises:
         BadSampleError: it cannot be decoded.
@@ -164,63 +157,26 @@ def look_at(data: bytes) -> tuple[int, int, bool, np.ndarray]:
 
     image = decode_image(data, min_side=_DECODED_SIDE)
     is_jpeg = data.startswith(b"\xff\xd8")
-    width, height = jpeg_size(data) if is_jpeg else image.size
-    peak = None if is_jpeg else grey_peak(data)
-    dark = peak is not None and 0 < peak < _DARK
-    cells = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=1.0))
-    return width, height, dark, cells
+    sample["width"], sample["height"] = jpeg_size(data) if is_jpeg else image.size
+    sample["decoded"] = True
+    sample["dark"] = not is_jpeg and 0 < (grey_peak(data) or 0) < _DARK
+    small = image.resize((16, 16), Image.Resampling.BILINEAR, reducing_gap=1.0).convert("YCbCr")
+    luma, *chroma = small.split()
+    cells = [np.asarray(one).ravel() for one in (luma, *(channel.reduce(4) for channel in chroma))]
+    sample["blank"] = not sample["dark"] and max(int(np.ptp(part)) for part in cells) <= _BLANK
+    coarse = np.asarray(luma, np.float32).reshape(8, 2, 8, 2).mean(axis=(1, 3))
+    for name, axis in (("across", 1), ("down", 0)):
+        sample[name] = np.packbits(coarse > np.roll(coarse, -1, axis=axis) + _MARGIN).view(np.uint64)[0]
+    return np.concatenate(cells)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
     """Return the upright width and height of a JPEG that can be decoded, from its header."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as header:
-            width, height = header.size
-            try:
-                swapped = header.getexif().get(ExifTags.Base.Orientation) in _SWAPPED
-            except (OSError, SyntaxError, TypeError, ValueError, KeyError):
-                swapped = False  # damaged metadata of a sound image
+        width, height = header.size
+        try:
+            swapped = header.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except (OSError, SyntaxError, TypeError, ValueError, KeyError):
+            swapped = False  # damaged metadata of a sound image
     return (height, width) if swapped else (width, height)
-
-
-class ImageHashes(NamedTuple):
-    """What is kept of B images, see `hash_images`."""
-
-    across: np.ndarray
-    down: np.ndarray
-    fingerprints: np.ndarray
-    blank: np.ndarray
-
-
-def hash_images(shrunk: np.ndarray) -> ImageHashes:
-    """Return what finds images again in another size, format or quality.
-
-    Args:
-        shrunk: (B, 16, 16, 3) uint8 images from `look_at`.
-
-    Returns:
-        across, down: (B,) uint64 difference hashes: bit (r, c) says whether cell (r, c) of 8 x 8 is brighter than the
-        next to the right, or below; the last cell's next is the first. fingerprints: (B, PRINT_BYTES) uint8, 16 x 16
-        cells of brightness, then 4 x 4 of Cb and of Cr (ITU-T T.871, section 7). blank: (B,) whether no cell differs
-        from another by more than 8 levels of 255: the hashes then say nothing.
-    """
-    colours = shrunk.astype(np.float32) @ _TO_YCC.T + np.array([0, 128, 128], np.float32)
-    luma = colours[..., 0]
-    parts = [luma, _cells(colours[..., 1], 4), _cells(colours[..., 2], 4)]
-    prints = [part.reshape(len(shrunk), -1).round().clip(0, 255).astype(np.uint8) for part in parts]
-    blank = np.max([np.ptp(part, axis=1) for part in prints], axis=0) <= _BLANK
-    coarse = _cells(luma, 8)
-    across, down = (_pack_bits(coarse > np.roll(coarse, -1, axis=axis) + _MARGIN) for axis in (2, 1))
-    return ImageHashes(across, down, np.concatenate(prints, axis=1), blank)
-
-
-def _cells(values: np.ndarray, side: int) -> np.ndarray:
-    """Return the means of side x side cells of (B, H, H) values."""
-    step = values.shape[1] // side
-    means: np.ndarray = values.reshape(len(values), side, step, side, step).mean(axis=(2, 4))
-    return means
-
-
-def _pack_bits(bits: np.ndarray) -> np.ndarray:
-    return np.packbits(bits.reshape(len(bits), 64), axis=1).view(np.uint64)[:, 0]
