@@ -127,7 +127,7 @@ class Source:
 
     def advice(self) -> list[str]:
         """Return what makes training on this source slow or useless, and what to do; a few samples are read."""
-        return [*_group_advice(self), *_file_advice(self), *_grey_advice(self), *_caption_advice(self)]
+        return [*group_advice(self), *_grey_advice(self), *_caption_advice(self)]
 
     @property
     def summary(self) -> Summary:
@@ -159,32 +159,17 @@ class Delegating(Source):
         return source.path(inner)
 
 
-_PACK = "'aclip data pack {} --output shards' makes shards of 1,000 pairs of it"
 _LARGE_GROUP = 20_000  # samples: eight such groups of 30 kB images are 5 GB in each worker
-_MANY_FILES = 50_000
-_SMALL_FILE = 16_384  # bytes: below it, opening a file takes longer than reading it on most disks
-_FILES_READ, _GREYS_READ, _CAPTIONS_READ = 15, 5, 200
+_GREYS_READ, _CAPTIONS_READ = 5, 200
 
 
-def _group_advice(source: Source) -> Iterator[str]:
-    if source.groups and max(source.groups) > _LARGE_GROUP:
-        yield (f"{source.spec} has a row group of {max(source.groups):,} pairs, and each worker keeps {WINDOW} in "
-               f"memory: {_PACK.format(source.spec)}")
-    elif source.groups and len(source.groups) == 1 and len(source) > 1000:
-        yield f"{source.spec} has one row group, which every worker reads whole: {_PACK.format(source.spec)}"
-
-
-def _file_advice(source: Source) -> Iterator[str]:
-    if len(source) < _MANY_FILES or source.path(0) is None:
-        return
-    sizes = []
-    for index in evenly(len(source), _FILES_READ):
-        path = source.path(index)
-        if path is not None and path.is_file():
-            sizes.append(path.stat().st_size)
-    if sizes and (size := float(np.median(sizes))) < _SMALL_FILE:
-        yield (f"{source.spec} has {len(source):,} files of about {size / 1000:.0f} kB, and on many disks opening "
-               f"one takes longer than reading it: {_PACK.format(source.spec)}")
+def group_advice(source: Source) -> list[str]:
+    """Advise to pack a source whose groups are larger than workers can keep."""
+    largest = max(source.groups, default=0)
+    if largest <= _LARGE_GROUP and (len(source.groups) != 1 or largest <= 1000):
+        return []
+    return [f"{source.spec} has a row group or shard of {largest:,} pairs, which every worker reads whole, and keeps "
+            f"{WINDOW} of: 'aclip data pack {source.spec} --output shards' makes shards of 1,000"]
 
 
 def _grey_advice(source: Source) -> Iterator[str]:

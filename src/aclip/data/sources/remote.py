@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from aclip.data.decode import one_line
 from aclip.data.progress import progress
-from aclip.data.sources.base import WINDOW, Delegating, Runs, Summary, digest_of, relative_names
+from aclip.data.sources.base import WINDOW, Delegating, Runs, Summary, digest_of, group_advice, relative_names
 from aclip.data.sources.shard_index import (
     SIZES,
     UNDERSTOOD,
@@ -36,7 +36,6 @@ TIMEOUT = 30.0
 RETRY_AFTER = 300.0  # seconds before a lost shard is requested again
 CACHE_GB = 32.0  # size of the cache, unless `$ACLIP_CACHE_GB` says otherwise
 _AT_ONCE = 8  # downloads while shards are counted
-_LARGE = 20_000  # samples of a shard: fifty times as much as is read before a batch is complete
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -84,10 +83,7 @@ class RemoteShardSource(Delegating):
         return None
 
     def advice(self) -> list[str]:
-        if max(self.groups) <= _LARGE:
-            return []
-        return [f"{self.spec} has a shard of {max(self.groups):,} pairs, and a shard is used once it has arrived: "
-                f"'aclip data pack {self.spec} --output shards' writes shards of 1,000 pairs"]
+        return group_advice(self)  # nothing that needs a shard
 
     @property
     def summary(self) -> Summary:
@@ -166,7 +162,7 @@ def file_system(url: str) -> Any:
 
 
 class _UnavailableError(DataError):
-    """What was requested does not exist, or could not be had in `PATIENCE` seconds."""
+    """What was requested does not exist (`missing`), or could not be had in `PATIENCE` seconds."""
 
     missing = False
 
@@ -185,7 +181,7 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
         _log.log(level, "%s: %s; retried in %.0f s", url, one_line(error and _cause(error)), state.next_action.sleep)
 
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass),
+        retry=tenacity.retry_if_exception(lambda error: _kind(error) == "passing"),
         wait=tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=MAX_WAIT, jitter=FIRST_WAIT),
         stop=lambda state: state.idle_for >= PATIENCE,
         before_sleep=log,
@@ -194,29 +190,26 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
     )
     try:
         return retrying(request)
-    except AclipError:
-        raise
     except Exception as error:  # every store has errors of its own
-        if _is_local(error):
+        kind = _kind(error)
+        if kind == "local":
             raise
-        missing = _is_missing(error)
-        reason = "there is no such file" if missing else one_line(_cause(error))
+        reason = "there is no such file" if kind == "missing" else one_line(_cause(error))
         unavailable = _UnavailableError(f"{url} cannot be fetched: {reason}")
-        unavailable.missing = missing
+        unavailable.missing = kind == "missing"
         raise unavailable from error
 
 
-def _may_pass(error: BaseException) -> bool:
-    if not isinstance(error, Exception) or isinstance(error, AclipError):
-        return False
-    status = getattr(_cause(error), "status", 0)
-    refused = 400 <= status < 500 and status not in (408, 409, 425, 429)
-    return not (refused or _is_missing(error) or _is_local(error))
-
-
-def _is_missing(error: BaseException) -> bool:
+def _kind(error: BaseException) -> Literal["local", "missing", "refused", "passing"]:
+    """Return what is behind the failure of a request."""
     cause = _cause(error)
-    return isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "status", 0) in (403, 404, 410)
+    status = getattr(cause, "status", 0)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if full or isinstance(error, AclipError) or not isinstance(error, Exception):
+        return "local"
+    if isinstance(cause, FileNotFoundError | PermissionError) or status in (403, 404, 410):
+        return "missing"
+    return "refused" if 400 <= status < 500 and status not in (408, 409, 425, 429) else "passing"
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -224,10 +217,6 @@ def _cause(error: BaseException) -> BaseException:
     cause = error.__cause__
     of_http = cause is not None and (type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError))
     return cause if cause is not None and of_http and isinstance(error, FileNotFoundError) else error
-
-
-def _is_local(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
@@ -320,8 +309,6 @@ def _download(url: str, path: Path, endings: Endings) -> None:
         info = _retried(attempt, url)
         tags = (info.get(name) for name in ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "mtime"))
         version = next((str(tag) for tag in tags if tag), "unknown")
-        if version == "unknown":
-            cached_path("index", url, ".npz").unlink(missing_ok=True)
         try:
             index_shard(part, endings, address=url, version=f"{part.stat().st_size} {version}")
         except DataError as error:

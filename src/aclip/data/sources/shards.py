@@ -29,8 +29,9 @@ from aclip.data.sources.shard_index import (
     UNDERSTOOD,
     Endings,
     ShardIndex,
-    cached_index_of,
+    cached_index,
     index_shard,
+    version_of,
 )
 from aclip.data.spec import Spec
 from aclip.data.workers import read_ahead
@@ -212,31 +213,38 @@ class ShardSource(Source):
         return notes
 
 
-def _index_all(spec: str, paths: Sequence[Path], endings: Endings) -> Sequence[ShardIndex | str]:
+def _index_all(spec: str, paths: Sequence[Path], endings: Endings) -> list[ShardIndex | str]:
     """Return the index of every shard, or why there is none.
 
     Those that are not cached are read by as many processes as this one has cores, if they are many. Each rank begins
     with another part of them, and finds in the cache what other ranks have read meanwhile.
     """
-    indexes: dict[Path, ShardIndex | str] = {}
+    found: dict[Path, ShardIndex | str] = {}
     for path in paths:
-        if (cached := cached_index_of(path, endings)) is not None:
-            indexes[path] = cached
-    new = [path for path in paths if path not in indexes]
-    workers = max(1, usable_cores() // dist.processes_here()) if len(new) >= MANY else 0
+        if (cached := _cached(path, endings)) is not None:
+            found[path] = cached
+    new = [path for path in paths if path not in found]
     first = len(new) * dist.rank() // dist.world_size()
-    order = new[first:] + new[:first]
+    new = new[first:] + new[:first]
+    workers = max(1, usable_cores() // dist.processes_here()) if len(new) >= MANY else 0
     with progress(f"indexing {spec}", len(new), "shards") as advance:
-        for path, index in zip(order, read_ahead(functools.partial(_try, endings=endings), order, workers=workers),
-                               strict=True):  # fmt: skip
-            indexes[path] = index
+        answers = read_ahead(functools.partial(_index, endings=endings), new, workers=workers)
+        for path, index in zip(new, answers, strict=True):
+            found[path] = index
             advance(1)
-    return [indexes[path] for path in paths]
+    return [found[path] for path in paths]
 
 
-def _try(path: Path, endings: Endings) -> ShardIndex | str:
+def _cached(path: Path, endings: Endings) -> ShardIndex | None:
     try:
-        return index_shard(path, endings)
+        return cached_index(str(path.absolute()), endings, version_of(path))
+    except OSError:
+        return None
+
+
+def _index(path: Path, endings: Endings) -> ShardIndex | str:
+    try:
+        return _cached(path, endings) or index_shard(path, endings)
     except DataError as error:
         return str(error)
 
