@@ -96,15 +96,22 @@ def parse_spec(text: str) -> Spec:
     """
     path = os.path.expanduser(text)
     weight: float | None = None
-    part: tuple[int, int | None] | None = None
     if os.path.exists(path):
         return Spec(text, path)
     if (match := _WEIGHT.fullmatch(path)) and not _is_value(path, match[1]):
         weight, path = float(match[2]), match[1]
         if not 0.0 < weight < math.inf:
             raise ConfigError(f"the weight of '{path}' must be a positive number, not {match[2]}")
+    part: tuple[int, int | None] | None = None
     while not os.path.exists(path) and (match := _SLICE.fullmatch(path)):
-        path, part = match[1], _within(_part(match), part)
+        path, start, end = match.groups()
+        if "-" in start + end:
+            raise ConfigError(f"'{match[0]}': a part takes no negative numbers, it is counted from the first sample: "
+                              f"'{path}[:1000]' is the first thousand, '{path}[1000:]' the rest")
+        first, last = part or (0, None)  # a part of this part
+        ends = [int(end)] if end else []
+        ends += [] if last is None else [int(start or 0) + last]
+        part = int(start or 0) + first, min(ends, default=None)
     if os.path.exists(path):
         return Spec(text, path, part=part, weight=weight)
     path, options = _split_query(text, path)
@@ -120,22 +127,6 @@ def _is_value(text: str, head: str) -> bool:
         return True
     value = re.split(r"[?&]\w+=", text)[-1]
     return value != text and os.path.exists(os.path.expanduser(value))
-
-
-def _part(match: re.Match[str]) -> tuple[int, int | None]:
-    whole, first, last = match.groups()
-    if "-" in first + last:
-        raise ConfigError(f"'{match[0]}': a part takes no negative numbers, it is counted from the first sample: "
-                          f"'{whole}[:1000]' is the first thousand, '{whole}[1000:]' the rest")
-    return int(first or 0), int(last) if last else None
-
-
-def _within(whole: tuple[int, int | None], part: tuple[int, int | None] | None) -> tuple[int, int | None]:
-    if part is None:
-        return whole
-    first, last = whole[0] + part[0], None if part[1] is None else whole[0] + part[1]
-    ends = [end for end in (whole[1], last) if end is not None]
-    return first, min(ends, default=None)
 
 
 def _split_query(text: str, path: str) -> tuple[str, dict[str, str]]:
@@ -197,15 +188,12 @@ def expand_braces(pattern: str) -> Iterator[str]:
     if match is None:
         yield pattern
         return
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    choices: Sequence[str]
-    if counted:
-        first, last = counted[1], counted[2]
-        if int(last) - int(first) > _MOST_FILES:
+    choices: Sequence[str] = match[1].split(",")
+    if counted := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = map(int, counted.groups())
+        if last - first > _MOST_FILES:
             raise ConfigError(f"'{pattern}' counts more than {_MOST_FILES:,} files: mend the braces")
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        choices = match[1].split(",")
+        choices = [str(number).zfill(len(counted[1])) for number in range(first, last + 1)]
     for choice in choices:
         yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
 

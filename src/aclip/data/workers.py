@@ -94,12 +94,28 @@ def _read_ahead(
     read: Callable[[Request], Answer], requests: Iterable[Request], workers: int, prefetch: int, pin_memory: bool
 ) -> Iterator[Answer]:
     with contextlib.ExitStack() as stack:
+        # Cleared to stop the workers, once they are told to. The traceback of an error keeps this frame: torch's
+        # iterator would live on in a cycle, and a worker forked later that collects it would wait for strangers.
         answers: list[Iterator[Any]] = []
-        # Stops the workers, once they are told to. The traceback of an error keeps this frame: torch's iterator would
-        # live on in a reference cycle, and a worker forked later that collects it would wait for processes not its own.
         stack.callback(answers.clear)
         start = _StartWorker(stack.enter_context(_stopping())) if workers else None
-        answers.append(_start(_Reader(read), requests, workers, prefetch, pin_memory, start))
+        with warnings.catch_warnings():
+            # Torch's wording of too many workers; and that forking beside threads can deadlock (Python 3.12): a worker
+            # waits for no lock of the threads left behind.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+            try:
+                # Without a batch size a request is answered whole. Without a generator torch draws the workers' base
+                # seed from the global one.
+                answers.append(iter(DataLoader(
+                    _Reader(read), sampler=requests, batch_size=None, collate_fn=_unchanged, num_workers=workers,
+                    prefetch_factor=prefetch if workers else None, worker_init_fn=start, pin_memory=pin_memory,
+                    multiprocessing_context=_START_METHOD if workers else None, generator=torch.Generator())))
+            except OSError as error:  # the semaphores of queues lie in shared memory, too
+                remedy = _SMALL_SHM if error.errno == errno.ENOSPC else "lower '--workers'"
+                raise DataError(f"workers cannot be started ({error.strerror}): {remedy}") from error
+        if workers:
+            _watch_workers()
         killed = None
         while killed is None:
             try:
@@ -115,28 +131,6 @@ def _read_ahead(
                 raise answer
             yield answer.open() if isinstance(answer, _Packed) else answer
         raise killed  # outside of the handler: the context would keep torch's iterator
-
-
-def _start(reader: "_Reader", requests: Iterable[Any], workers: int, prefetch: int, pin_memory: bool,
-           start: "_StartWorker | None") -> Iterator[Any]:
-    with warnings.catch_warnings():
-        # Torch's wording of too many workers; and that forking beside threads can deadlock (Python 3.12): a worker
-        # waits for no lock of the threads left behind.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
-        try:
-            # Without a batch size a request is answered whole. Without a generator torch draws the workers' base seed
-            # from the global one.
-            answers = iter(DataLoader(
-                reader, sampler=requests, batch_size=None, collate_fn=_unchanged, num_workers=workers,
-                prefetch_factor=prefetch if workers else None, worker_init_fn=start, pin_memory=pin_memory,
-                multiprocessing_context=_START_METHOD if workers else None, generator=torch.Generator()))
-        except OSError as error:  # the semaphores of queues lie in shared memory, too
-            remedy = _SMALL_SHM if error.errno == errno.ENOSPC else "lower '--workers'"
-            raise DataError(f"workers cannot be started ({error.strerror}): {remedy}") from error
-    if workers:
-        _watch_workers()
-    return answers
 
 
 def _watch_workers() -> None:
