@@ -178,11 +178,7 @@ def clean_captions(captions: Sequence[str]) -> tuple[str, ...]:
 
 
 def caption_id(text: str) -> int:
-    """Return a 63-bit number that two captions share if they differ in case and white space only.
-
-    The first 63 bits of BLAKE2b of the normalised text: the same in every process and release. In a set
-    of n captions two different ones collide with a probability of about n^2 / 2^64.
-    """
+    """Return 63 bits of BLAKE2b of the normalised text: captions that differ in case and white space share them."""
     normalised = " ".join(text.casefold().split())
     digest = hashlib.blake2b(normalised.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -191,15 +187,10 @@ def caption_id(text: str) -> int:
 def draw_caption(
     captions: Sequence[str], tags: Sequence[str], *, seed: int, epoch: int, sample: int
 ) -> DrawnCaption:
-    """Draw what an image is paired with in this epoch.
+    """Draw what an image is paired with in this epoch: one of the captions, at least one, as `clean_captions` returns.
 
-    One of the captions, uniformly. If the image has tags, half of the time it is followed by one to
-    `MAX_TAGS` of them in random order: "red heart, love, emotion".
-
-    Args:
-        captions: at least one, as `clean_captions` returns them.
-        tags: may be empty; a tag that repeats the caption is not used.
-        seed, epoch, sample: what the draw depends on, and nothing else.
+    If the image has tags, half of the time one to `MAX_TAGS` that do not repeat the caption follow in random order:
+    "red heart, love, emotion".
     """
     if len(captions) == 1 and not tags:  # nothing to draw
         return DrawnCaption(captions[0], caption_id(captions[0]))

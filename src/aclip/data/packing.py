@@ -62,7 +62,7 @@ def pack(source: str | Sequence[str], *, output: str, side: int | None = 336, qu
         if value is not None and not least <= value <= most:
             raise ConfigError(f"{name} must be {least} to {most}, not {value}")
     opened, folder = open_training(source), Path(output)
-    left = _read_names(leave_out) if leave_out is not None else frozenset()
+    left = _names_in(leave_out) if leave_out is not None else frozenset()
     samples = write_shards(opened, folder, side=side, quality=quality, shard_size=shard_size, workers=workers,
                            leave_out=left)
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -75,12 +75,12 @@ def pack(source: str | Sequence[str], *, output: str, side: int | None = 336, qu
 
 def write_shards(source: Source, folder: Path, *, side: int | None = None, quality: int = 90, shard_size: int = 1000,
                  leave_out: Collection[str] = (), workers: int | None = None, keep_names: bool = False) -> int:
-    """Write `source` to shards `000000.tar` ... in `folder`, in its order.
+    """Write `source` to shards `000000.tar` ... in `folder`, in its order; return the number of samples in them.
 
     An image that is small enough is copied if it is a JPEG; others are decoded (alpha on white, upright), shrunk and
     encoded as JPEG. Captions, tags, label, concept and name go to a `.json` beside each. Shards appear whole or
-    not at all, and a call that was interrupted goes on after the last of them; the result does not depend on
-    `workers`. At the end `sizes.json` holds the number of samples in each shard.
+    not at all, and a call that was interrupted goes on after the last of them. At the end `sizes.json` holds the number
+    of samples in each shard.
 
     Args:
         source: the pairs.
@@ -88,11 +88,12 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
         side, quality, shard_size, workers: see `pack`, also for errors.
         leave_out: names of samples.
         keep_names: name the members of a shard as the samples, whose names have no dot or slash, instead of by number.
-
-    Returns:
-        Number of samples in all shards; the others are named in `skipped.jsonl`.
     """
-    left = _find(source, leave_out)
+    every = range(len(source) if leave_out else 0)
+    numbers = {name: index for index in every if (name := source.name(index)) in leave_out}
+    if unknown := sorted(set(leave_out) - numbers.keys()):
+        raise ConfigError(f"{source.spec} has no sample '{unknown[0]}' to leave out")
+    left = set(numbers.values())
     settings = {"source": source.spec, "samples": len(source), "left_out": sorted(left), "side": side,
                 "quality": quality, "shard_size": shard_size}
     indices = range(len(source))
@@ -194,20 +195,11 @@ def shrink(data: bytes, side: int | None, quality: int) -> bytes:
     return content.getvalue()
 
 
-def _read_names(path: str) -> frozenset[str]:
+def _names_in(path: str) -> frozenset[str]:
     try:
         return frozenset(Path(path).read_text("utf-8", errors="surrogateescape").splitlines())
     except OSError as error:
         raise ConfigError(f"the list of names to leave out, {path}, cannot be read: {error.strerror}") from error
-
-
-def _find(source: Source, names: Collection[str]) -> frozenset[int]:
-    """Return the numbers of the samples with these names."""
-    found = {source.name(index): index for index in range(len(source)) if source.name(index) in names} if names else {}
-    missing = next((name for name in names if name not in found), None)
-    if missing is not None:
-        raise ConfigError(f"{source.spec} has no sample '{missing}' to leave out")
-    return frozenset(found.values())
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -27,19 +27,12 @@ _TRIES = 10  # of random crops before the central one, as in torchvision
 
 
 class Crop(NamedTuple):
-    """One view of one image, before its colours are changed.
+    """One view of one image, before its colours are changed."""
 
-    Attributes:
-        pixels: (3, h, w) uint8 RGB, already mirrored if `flipped`; channels last in memory.
-        box: the part of the source image that it shows.
-        flipped: whether it is mirrored left to right.
-        augmentation: (A,) float32 parameters for `aclip.data.augment.apply`, or None for a plain view.
-    """
-
-    pixels: UInt8[np.ndarray, "3 h w"]
-    box: Box
-    flipped: bool
-    augmentation: Float32[np.ndarray, " A"] | None
+    pixels: UInt8[np.ndarray, "3 h w"]  # RGB, already mirrored if `flipped`; channels last in memory
+    box: Box  # the part of the source image that it shows
+    flipped: bool  # left to right
+    augmentation: Float32[np.ndarray, " A"] | None  # parameters for `aclip.data.augment.apply`; None: a plain view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +94,7 @@ class ViewPipeline:
         return {name: box for name, (box, _) in drawn.items()}
 
     def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
-        """Return the smallest short side of an image, in pixels, with which no crop is enlarged to its size.
-
-        Up to rounding, and for boxes of the drawn area and ratio.
-        """
+        """Return the smallest short side of an image, in pixels, with which no crop is enlarged, up to rounding."""
         height, width = (max(size[axis] for size in sizes.values()) for axis in (0, 1))
         fraction = min(scale[0] for scale, _ in self._random_crops().values())
         return math.ceil(max(height * math.sqrt(self.ratio[1] / fraction), width / math.sqrt(self.ratio[0] * fraction)))
@@ -227,11 +217,7 @@ def random_box(generator: np.random.Generator, height: int, width: int, scale: t
 
 
 def enclosing_box(generator: np.random.Generator, height: int, width: int, *views: Box) -> Box:
-    """Draw a box inside the image that contains all `views`.
-
-    Starts from the smallest such box and moves each of its four edges outwards, uniformly over the whole
-    pixels up to the image's edge.
-    """
+    """Draw a box that contains all `views`: the smallest, each edge moved outwards uniformly up to the image's."""
     top, left, bottom, right = _union(views)
     u_top, u_left, u_bottom, u_right = generator.random(4).tolist()
     top, left = int(u_top * (top + 1)), int(u_left * (left + 1))
@@ -243,13 +229,9 @@ def enclosing_box(generator: np.random.Generator, height: int, width: int, *view
 def released_context_box(generator: np.random.Generator, height: int, width: int, *views: Box) -> Box:
     """Draw the scored box of the public A-CLIP release, which may not contain the views.
 
-    It differs from `enclosing_box` in two ways:
-
-    - Its left edge starts from the smaller of a's left and b's *height* (instead of b's left), which cuts off a part
-      of b on the left.
-    - Its top and left edges are moved outwards first; then height and width are drawn uniformly between those of the
-      box *before* that move and the most that fits in the image, so that the bottom and right edges can end up inside
-      a view by as much as the other edges were moved.
+    Its left edge starts from the smaller of a's left and b's *height* (instead of b's left). Its top and left edges are
+    moved outwards first; then height and width are drawn uniformly between those of the box *before* that move and the
+    most that fits in the image, so that the bottom and right edges can end up inside a view.
     """
     top, _, bottom, right = _union(views)
     left = min(views[0][1], *(view[2] for view in views[1:]))
@@ -263,16 +245,9 @@ def released_context_box(generator: np.random.Generator, height: int, width: int
 
 def cut(image: UInt8[np.ndarray, "H W 3"], box: Box, size: tuple[int, int], flipped: bool
         ) -> UInt8[np.ndarray, "3 h w"]:
-    """Return the part of an image inside `box`, resized (bicubic, antialiased) and mirrored if asked.
+    """Return the part of an image in `box`, resized to (height, width) (bicubic, antialiased), mirrored if `flipped`.
 
     Equal to torchvision's `RandomResizedCrop` up to rounding: pixels outside the box have no influence.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        box: inside the image.
-        size: (height, width) of the result in pixels.
-        flipped: mirror left to right.
-
     """
     top, left, height, width = box
     part = torch.from_numpy(image[None, top : top + height, left : left + width]).permute(0, 3, 1, 2)

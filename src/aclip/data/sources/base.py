@@ -3,6 +3,7 @@
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -20,18 +21,15 @@ WINDOW = 8
 
 @dataclass(frozen=True)
 class RawSample:
-    """One pair as it is stored.
-
-    Attributes:
-        concept: what the captions name, if they are several ways to say it: images of one concept are not each
-            other's negatives whichever caption each is drawn with. None: every caption stands for itself.
-    """
+    """One pair as it is stored."""
 
     name: str  # unique in its source; reports and journals use it
     image: bytes  # the image file, not yet decoded
     captions: tuple[str, ...]  # as written; empty where the source has none for this image
     tags: tuple[str, ...] = ()  # further words for the image
     label: str | None = None  # the image's class
+    # What the captions name, if they are several ways to say it: images of one concept are not each other's negatives
+    # whichever caption each is drawn with. None: every caption stands for itself.
     concept: str | None = None
 
 
@@ -55,9 +53,9 @@ class Summary:
 
 
 class Source:
-    """A numbered collection of pairs, cheap to hand to worker processes.
+    """A numbered collection of pairs.
 
-    A source is pickled or forked into every worker, so it holds no open file, and all processes see the same samples
+    A source is forked or pickled into every worker, so it holds no open file, and all processes see the same samples
     under the same indices. Subclasses define `__len__`, `read` and `name`; the rest has defaults.
 
     Attributes:
@@ -102,20 +100,18 @@ class Source:
     def order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the samples of an epoch in order, and for each the pass from which its crops and caption are drawn.
 
-        A function of its arguments alone. By default every sample once, the groups mixed `WINDOW` at a time.
-
-        Returns:
-            (n,) int64 each.
+        (n,) int64 each, a function of the arguments alone. By default every sample once, the groups mixed `WINDOW` at
+        a time.
         """
-        samples = window_order(self.groups, seed, epoch) if self.groups else epoch_order(len(self), seed, epoch)
+        samples = (window_order(self.groups, seed, epoch) if self.groups
+                   else rng.generator(seed, "order", epoch).permutation(len(self)))
         return samples, np.full(len(samples), epoch, dtype=np.int64)
 
     def window(self, seed: int, epoch: int, sample: int) -> list[range]:
         """Return the samples that are read at about the time of `sample`: those of its window of groups.
 
-        A replacement drawn from them needs no shard or row group that is not in use anyway. Without groups every sample
-        is as near. The last window, which may be short, is filled up from the one before. `epoch` is the pass that
-        `order` returned with the sample.
+        A replacement drawn from them needs no shard or row group that is not in use anyway. The last window, which may
+        be short, is filled up from the one before. `epoch` is the pass that `order` returned with the sample.
         """
         if not self.groups:
             return [range(len(self))]
@@ -174,17 +170,14 @@ def group_advice(source: Source) -> list[str]:
 
 def _grey_advice(source: Source) -> Iterator[str]:
     """Advise to stretch 16-bit images that use a small part of their range, as those of 12-bit detectors do."""
-    peaks = []
+    peak = 0
     for index in range(min(len(source), _GREYS_READ)):
-        try:
-            peak = grey_peak(source.read(index).image)
-        except BadSampleError:
-            continue
-        peaks += [] if peak is None else [peak]
-    if peaks and 0 < max(peaks) < 2**15:
-        white = 2 ** max(peaks).bit_length() - 1
-        yield (f"{source.spec} has 16-bit grey images whose brightest value is {max(peaks):,} of 65,535, so they are "
-               f"read as nearly black: '?stretch={white}' makes {white:,} white, '?stretch=1' stretches each image")
+        with suppress(BadSampleError):
+            peak = max(peak, grey_peak(source.read(index).image) or 0)
+    if 0 < peak < 2**15:
+        white = 2 ** peak.bit_length() - 1
+        yield (f"{source.spec} has 16-bit grey images whose brightest value is {peak:,} of 65,535, so they are read as "
+               f"nearly black: '?stretch={white}' makes {white:,} white, '?stretch=1' stretches each image")
 
 
 def _caption_advice(source: Source) -> Iterator[str]:
@@ -193,10 +186,8 @@ def _caption_advice(source: Source) -> Iterator[str]:
         numbers = range(min(source.groups[0], _CAPTIONS_READ))
     said: set[str] = set()
     for index in numbers:
-        try:
+        with suppress(BadSampleError):
             said.update(" ".join(text.split()) for text in source.captions(index) if text.strip())
-        except BadSampleError:
-            continue
         if len(said) > 1:
             return
     if said and len(source) > 1:
@@ -221,16 +212,10 @@ def digest_of(*parts: Any) -> str:
     return state.hexdigest()
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of `range(count)`, (count,) int64, that depends on (seed, epoch) alone."""
-    return rng.generator(seed, "order", epoch).permutation(count)
-
-
 def window_order(groups: Sequence[int], seed: int, epoch: int, *, window: int = WINDOW) -> np.ndarray:
     """Return a permutation, (sum of groups,) int64, that needs few groups of consecutive samples at a time.
 
-    The groups are permuted, taken `window` at a time, and the samples of each window are permuted: every sample
-    once, and at any moment at most `window` groups (two windows' at a border) are needed.
+    The groups are permuted, taken `window` at a time, and the samples of each window are permuted.
     """
     generator = rng.generator(seed, "order", epoch)
     ends = np.cumsum(groups, dtype=np.int64)
@@ -278,14 +263,13 @@ class Runs:
 
 
 class PackedStrings:
-    """A list of strings in two flat buffers that strings can be appended to.
+    """A list of strings in two flat buffers that strings can be appended to; undecodable file names survive.
 
     A million Python strings cost about 60 MB more than their text, and touching their reference counts
     copies them into every forked worker; a buffer costs 8 bytes a string and stays shared.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
-        """Pack `strings`; lone surrogates (undecodable file names) survive."""
         self._text = bytearray()
         self._ends = array("q", [0])
         for string in strings:

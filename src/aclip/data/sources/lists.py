@@ -4,7 +4,6 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -204,8 +203,7 @@ def open_list_source(path: Path, spec: Spec) -> ListSource:
     else:
         columns = settle_columns(spec.with_path(path), file.header, file.sample)
     notes = [f"{file.about}, {columns}", *file.notes]
-    split_of = partial(_split_of, column=_split_column(file), image=columns.image)
-    wanted = _wanted_splits(file, split_of, split, notes)
+    wanted, split_of = _splits(file, columns.image, split, notes)
     found = (one for one in file.rows() if not wanted or isinstance(one.fields, str) or split_of(one.fields) in wanted)
     files = ImageFiles(path.parent, spec.folder("images"), (path.stem.rpartition("_")[2].lower(),))
     return ListSource(str(path), _rows(found, columns), files, notes=notes, embedded=_Embedded(file, columns.image))
@@ -238,34 +236,30 @@ class _Embedded:
         return "" if isinstance(fields, str) else str(fields.get(self._column, "")).strip()
 
 
-def _split_of(fields: Fields, column: str | None, image: str) -> str:
-    """Return the split of a row: what a column says, else the folder of its image that is called like a split."""
-    if isinstance(fields, str):
-        return ""
-    if column is not None:
-        return str(fields.get(column)).strip()
-    folders = image_cell(fields.get(image)).replace("\\", "/").split("/")[:-1]
-    return next((name for name in folders if name.lower() in SPLIT_NAMES), "")
+def _splits(file: ListFile, image: str, split: str | None, notes: list[str]
+            ) -> tuple[list[str], Callable[[Fields], str]]:
+    """Return the splits that were asked for, none to take all rows, and what tells the split of a row."""
+    column = next((name for name in file.header if name.strip().lower() in _SPLIT_COLUMNS), None)
 
+    def split_of(fields: Fields) -> str:
+        if isinstance(fields, str):
+            return ""
+        if column is not None:
+            return str(fields.get(column)).strip()
+        folders = image_cell(fields.get(image)).replace("\\", "/").split("/")[:-1]
+        return next((name for name in folders if name.lower() in SPLIT_NAMES), "")
 
-def _split_column(file: ListFile) -> str | None:
-    return next((name for name in file.header if name.strip().lower() in _SPLIT_COLUMNS), None)
-
-
-def _wanted_splits(file: ListFile, split_of: Callable[[Fields], str], split: str | None, notes: list[str]
-                   ) -> frozenset[str]:
-    """Return the splits that were asked for among those of the rows; none takes all rows."""
     if file.given is not None or "split" in file.about or not (split or any(map(split_of, file.sample))):
-        return frozenset()
-    sizes = Counter(filter(None, (split_of(fields) for fields, *_ in file.rows())))
-    if split is None:
-        if len(sizes) > 1 and all(name.lower() in SPLIT_NAMES for name in sizes):
-            there = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())
-            notes.append(f"all of its splits are read, {there}: '?split={next(iter(sizes))}' takes one")
-        return frozenset()
-    if not sizes:
+        return [], split_of
+    sizes = Counter(filter(None, (split_of(one.fields) for one in file.rows())))
+    if split is not None and not sizes:
         raise ConfigError(f"{file.path} has no splits: no column 'split', and no folders such as 'train' in its paths")
-    return frozenset(choose_split(file.path.name, sizes, split))
+    if split is not None:
+        return choose_split(file.path.name, sizes, split), split_of
+    if len(sizes) > 1 and all(name.lower() in SPLIT_NAMES for name in sizes):
+        there = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())
+        notes.append(f"all of its splits are read, {there}: '?split={next(iter(sizes))}' takes one")
+    return [], split_of
 
 
 def _open_stored(file: ListFile) -> ListSource | None:

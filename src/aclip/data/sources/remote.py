@@ -47,8 +47,8 @@ class RemoteShardSource(Delegating):
     Whole, because training wants nearly all of a shard within a short time (`WINDOW` shards are mixed at a time), and
     one stream is what stores and their pricing are made for. The cache is shared by all processes of a machine.
 
-    The number of samples in each shard must be known before training. It is taken from `sizes.json` beside the shards;
-    without one, every shard is downloaded and counted once, and its index is kept.
+    The number of samples in each shard is taken from `sizes.json` beside the shards; without one, every shard is
+    downloaded and counted once, and its index is kept.
     """
 
     def __init__(self, spec: str, urls: Sequence[str], reading: Reading = Reading()) -> None:  # noqa: B008 - immutable
@@ -101,28 +101,24 @@ class RemoteShardSource(Delegating):
         return source, row
 
     def _open(self, url: str) -> ShardSource:
-        """Return a shard; the ones used last stay open."""
+        """Return a shard, which is fetched unless it is open or was lost a short while ago; the last used stay open."""
         path, source = self._opened.pop(url, (None, None))
         if path is None or source is None or not _touch(path):
-            path, source = self._fetch(url)
+            now = time.monotonic()
+            self._lost = {one: (since, why) for one, (since, why) in self._lost.items() if now - since < RETRY_AFTER}
+            if url in self._lost:
+                raise BadSampleError(str(self._lost[url][1]))
+            try:
+                path, index = fetch_and_index(url, self._reading.endings)
+                source = ShardSource(self.spec, [path], self._reading, index)
+            except DataError as error:
+                self._lost[url] = time.monotonic(), error
+                check_lost(self.spec, [why for _, why in self._lost.values()], len(self._urls))
+                raise BadSampleError(str(error)) from error
         self._opened[url] = path, source
         if len(self._opened) > 2 * WINDOW:  # two windows are in use where one ends
             del self._opened[next(iter(self._opened))]
         return source
-
-    def _fetch(self, url: str) -> tuple[Path, ShardSource]:
-        """Download and index a shard, unless it was lost a short while ago."""
-        now = time.monotonic()
-        self._lost = {one: (since, why) for one, (since, why) in self._lost.items() if now - since < RETRY_AFTER}
-        if url in self._lost:
-            raise BadSampleError(str(self._lost[url][1]))
-        try:
-            path, index = fetch_and_index(url, self._reading.endings)
-            return path, ShardSource(self.spec, [path], self._reading, index)
-        except DataError as error:
-            self._lost[url] = time.monotonic(), error
-            check_lost(self.spec, [why for _, why in self._lost.values()], len(self._urls))
-            raise BadSampleError(str(error)) from error
 
 
 def expand_urls(spec: str) -> list[str]:
@@ -244,13 +240,10 @@ def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
 
 def _count(urls: Sequence[str], spec: str, shards: int, endings: Endings) -> dict[str, int]:
     """Return address -> samples, from shards that are downloaded if their index is not cached."""
-    if not urls:
-        return {}
 
     def count(url: str) -> int | DataError:
-        index = cached_index(url, endings)
         try:
-            return len((index or fetch_and_index(url, endings)[1]).keys)
+            return len((cached_index(url, endings) or fetch_and_index(url, endings)[1]).keys)
         except DataError as error:
             return error
 
