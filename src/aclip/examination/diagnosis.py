@@ -15,7 +15,7 @@ from aclip.data.sources.base import Source
 from aclip.errors import BadSampleError, ConfigError
 from aclip.examination.duplicates import find_duplicates
 from aclip.examination.findings import Finding, Limits, Place, captions_of, find_all, shared_rows
-from aclip.examination.measure import GOOD, Measurements, measure
+from aclip.examination.measure import Measurements, measure
 from aclip.files import write_atomically
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def load_example(examined: Examination, place: Place) -> Example:
     from aclip.data.decode import decode_image
 
     measured = examined.measured[place[0]]
-    source, row = measured.source, measured.samples[place[1]]
+    source, row = measured.source, measured.samples.iloc[place[1]]
     index = int(row["index"])
     captions: tuple[str, ...] = ()
     image, problem = None, ""
@@ -210,7 +210,7 @@ def left_out(examined: Examination) -> dict[int, str]:
     """
     source, own = examined.measured[0], examined.groups[0]
     samples = source.samples
-    reasons = {int(row): source.reasons[samples["reason"][row]] for row in np.flatnonzero(samples["reason"] != GOOD)}
+    reasons: dict[int, str] = samples["reason"][samples["reason"] != ""].to_dict()
     for row in np.flatnonzero(samples["blank"] & samples["decoded"]).tolist():
         reasons.setdefault(row, "an image of a single colour")
     for other, theirs in zip(examined.measured[1:], examined.groups[1:], strict=True):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pandas
 
 from aclip.examination.measure import Measurements
 
@@ -23,16 +24,15 @@ def find_duplicates(measured: Sequence[Measurements]) -> tuple[np.ndarray, ...]:
         For each source the (n,) int64 group of every image, -1 if it cannot be decoded: images of one group, in any
         source, have the same bytes or look the same.
     """
-    samples = np.concatenate([one.samples for one in measured])
-    groups = np.full(len(samples), -1, dtype=np.int64)
-    decoded = np.flatnonzero(samples["decoded"])
-    _, first, inverse = np.unique(samples["content"][decoded], return_index=True, return_inverse=True)
-    distinct = decoded[np.sort(first)]  # one of each file
-    distinct = distinct[~(samples["blank"] | samples["dark"])[distinct]]
+    samples = pandas.concat([one.samples for one in measured], ignore_index=True)
+    rows = samples.index.to_series()
+    first = rows.groupby(samples["content"]).transform("min").to_numpy()  # of the same file
+    distinct = np.flatnonzero(samples["decoded"] & (first == rows) & ~samples["blank"] & ~samples["dark"])
     fingerprints = np.concatenate([one.fingerprints for one in measured])[distinct]
-    look_of = np.arange(len(samples))
-    look_of[distinct] = distinct[look_alikes(samples["across"][distinct], samples["down"][distinct], fingerprints)]
-    groups[decoded] = look_of[decoded[first[inverse]]]
+    hashes = (samples[name].to_numpy()[distinct] for name in ("across", "down"))
+    look_of = rows.to_numpy().copy()
+    look_of[distinct] = distinct[look_alikes(*hashes, fingerprints)]
+    groups = np.where(samples["decoded"], look_of[first], -1)
     return tuple(np.split(groups, np.cumsum([len(one.samples) for one in measured])[:-1]))
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import pandas
 
-from aclip.examination.measure import GOOD, Measurements
+from aclip.examination.measure import Measurements
 
 T = TypeVar("T")
 
@@ -85,17 +86,16 @@ def _of_samples(
 
 
 def _bad_samples(source: Measurements) -> Iterator[Finding]:
-    reasons, decoded = source.samples["reason"], source.samples["decoded"]
-    rows = np.flatnonzero((reasons != GOOD) & ~decoded)
-    _, first_of_each = np.unique(reasons[rows], return_index=True)
-    yield from _of_samples(
-        source, rows, "unreadable", "error", "Images that cannot be read",
-        "Training skips them and takes others in their place: repair or fetch them again, or leave them out.",
-        details=_count_reasons(source, rows), first=rows[first_of_each])
-    rows = np.flatnonzero((reasons != GOOD) & decoded)
-    yield from _of_samples(
-        source, rows, "no-caption", "error", "Images without a caption",
-        "Training skips them: caption them, or leave them out.", details=_count_reasons(source, rows))
+    samples = source.samples
+    for name, title, advice, bad in (
+        ("unreadable", "Images that cannot be read", "Training skips them and takes others in their place: repair or "
+         "fetch them again, or leave them out.", samples[(samples["reason"] != "") & ~samples["decoded"]]),
+        ("no-caption", "Images without a caption", "Training skips them: caption them, or leave them out.",
+         samples[(samples["reason"] != "") & samples["decoded"]]),
+    ):
+        counts = tuple((reason, int(count)) for reason, count in bad["reason"].value_counts()[:100].items())
+        yield from _of_samples(source, bad.index.to_numpy(), name, "error", title, advice, details=counts,
+                               first=bad.drop_duplicates("reason").index.to_numpy())
 
 
 def _leaks(measured: Sequence[Measurements], groups: Sequence[np.ndarray]) -> Iterator[Finding]:
@@ -124,7 +124,7 @@ def shared_rows(groups: np.ndarray, others: np.ndarray) -> np.ndarray:
 def captions_of(source: Measurements, row: int) -> set[int]:
     """Return the hashes of a sample's captions, equal for those that differ in case and white space alone."""
     first, last = np.searchsorted(source.captions["sample"], [row, row + 1])
-    return set(source.captions["exact"][first:last].tolist())
+    return set(source.captions["exact"].iloc[first:last].tolist())
 
 
 def _pixels(source: Measurements, limits: Limits) -> Iterator[Finding]:
@@ -142,14 +142,13 @@ def _pixels(source: Measurements, limits: Limits) -> Iterator[Finding]:
         source, rows, "small", "warning" if len(rows) > 0.1 * len(samples) else "note",
         f"Images smaller than the input of {limits.model}, {least_width} x {least_height}",
         "They are enlarged, which adds cost and no detail: take larger originals, or a model with a smaller input.",
-        first=rows[np.argsort(width[rows] * height[rows], kind="stable")])
+        first=(width * height)[rows].sort_values(kind="stable").index.to_numpy())
 
 
 def _duplicates(source: Measurements, groups: np.ndarray) -> Iterator[Finding]:
     extra, examples = _repeated(groups)
     if extra:
-        files = source.samples["content"][groups >= 0]
-        same_file = len(files) - len(np.unique(files))
+        same_file = int(source.samples["content"][groups >= 0].duplicated().sum())
         yield Finding(
             "duplicate", "warning", "Images that are there more than once", extra, len(source.samples), "samples",
             "Copies are drawn more often, and in one batch they count as each other's negatives: keep one, with the "
@@ -167,12 +166,9 @@ def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
                 f"Captions longer than the {limits.context_length} tokens that {limits.model} reads",
                 len(cut), len(captions), "captions",
                 "What they say last is never seen: begin with what matters, shorten them, or split them into several.",
-                examples=_singly(np.unique(captions["sample"][cut])))
-    order = np.lexsort((captions["sample"], captions["exact"]))
-    exact, owners = captions["exact"][order], captions["sample"][order]
-    again = (exact[1:] == exact[:-1]) & (owners[1:] == owners[:-1])  # the same words twice for one image
-    distinct = captions[order[np.concatenate([[True], ~again])] if len(order) else order]
-    extra, groups = _repeated(distinct["exact"], distinct["sample"])
+                examples=_singly(captions["sample"][cut].unique()))
+    distinct = captions.drop_duplicates(["exact", "sample"])  # the same words twice for one image
+    extra, groups = _repeated(distinct["exact"].to_numpy(), distinct["sample"].to_numpy())
     if len(distinct) > 1 and extra == len(distinct) - 1:
         yield Finding(
             "one-caption", "error", "Every image has the same caption", len(captions), len(captions), "captions",
@@ -187,14 +183,11 @@ def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
 
 def _repeated(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[int, tuple[tuple[Place, ...], ...]]:
     """Return how many values repeat an earlier one, without those below 0, and the rows of the largest groups."""
-    rows = np.arange(len(values)) if rows is None else rows
-    known = values >= 0
-    values, rows = values[known], rows[known]
-    order = np.argsort(values, kind="stable")
-    _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
-    largest = np.argsort(-counts, kind="stable")[:_EXAMPLES]
-    groups = (rows[order[first[i] : first[i] + min(counts[i], _GROUP)]] for i in largest if counts[i] > 1)
-    return len(values) - len(counts), tuple(tuple((0, row) for row in group.tolist()) for group in groups)
+    frame = pandas.DataFrame({"value": values, "row": np.arange(len(values)) if rows is None else rows})
+    frame = frame[frame["value"] >= 0]
+    counts = frame["value"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
+    largest = (frame["row"][frame["value"] == value][:_GROUP] for value in counts[counts > 1].index[:_EXAMPLES])
+    return len(frame) - len(counts), tuple(tuple((0, int(row)) for row in group) for group in largest)
 
 
 def _singly(rows: np.ndarray) -> tuple[tuple[Place, ...], ...]:
@@ -205,9 +198,3 @@ def _singly(rows: np.ndarray) -> tuple[tuple[Place, ...], ...]:
 def _spread(items: list[T]) -> list[T]:
     """Return `_EXAMPLES` of the items, evenly spread over them."""
     return [items[i * len(items) // _EXAMPLES] for i in range(_EXAMPLES)] if len(items) > _EXAMPLES else items
-
-
-def _count_reasons(source: Measurements, rows: np.ndarray) -> tuple[tuple[str, int], ...]:
-    counts = np.bincount(source.samples["reason"][rows], minlength=len(source.reasons))
-    common = np.argsort(-counts, kind="stable")[:100]
-    return tuple((source.reasons[i], int(counts[i])) for i in common if counts[i])

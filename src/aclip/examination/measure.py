@@ -5,9 +5,10 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas
 from PIL import ExifTags, Image
 
 from aclip import rng
@@ -17,21 +18,14 @@ from aclip.errors import BadSampleError, category
 if TYPE_CHECKING:
     from aclip.data.captions import CaptionTokenizer
 
-SAMPLE = np.dtype([
-    ("index", np.int64),  # in the source
-    ("content", np.uint64),  # hash of the file
-    ("across", np.uint64), ("down", np.uint64),  # difference hashes, see `look_at`
-    ("bytes", np.int64), ("width", np.int32), ("height", np.int32),  # of the file; upright, in pixels
-    ("captions", np.int32),  # number of usable ones
-    ("reason", np.int32),  # why it cannot be used: index into `Measurements.reasons`, or `GOOD`
-    ("decoded", np.bool_), ("blank", np.bool_), ("dark", np.bool_),  # can be; has one colour; nearly black 16-bit grey
-])
-"""What is kept of a sample."""
-
-CAPTION = np.dtype([("sample", np.int64), ("exact", np.uint64), ("tokens", np.int32)])
-"""What is kept of a usable caption: its sample's row; `caption_id`; its length in tokens."""
-
-GOOD = -1
+SAMPLE = {
+    "index": np.int64,  # in the source
+    "content": np.uint64,  # hash of the file
+    "across": np.uint64, "down": np.uint64,  # difference hashes, see `look_at`
+    "bytes": np.int64, "width": np.int32, "height": np.int32,  # of the file; upright, in pixels
+    "captions": np.int32,  # number of usable ones
+    "decoded": np.bool_, "blank": np.bool_, "dark": np.bool_,  # can be; has one colour; nearly black 16-bit grey
+}  # fmt: skip
 PRINT_BYTES = 16 * 16 + 2 * 4 * 4  # cells of a fingerprint
 
 _CHUNK = 64  # samples per request to a worker
@@ -46,16 +40,15 @@ class Measurements:
     """What was measured of a source.
 
     Attributes:
-        samples: (n,) of `SAMPLE`, in the source's order. captions: (m,) of `CAPTION`, in the samples' order.
+        samples: a row of `SAMPLE` for each, in the source's order, and `reason`: why it cannot be used, "" if it can.
+        captions: a row for each usable one: `sample`, the row of its own; `exact`, its `caption_id`; `tokens`.
         fingerprints: (n, PRINT_BYTES) uint8, see `look_at`.
-        reasons: why samples cannot be used, each once.
     """
 
     source: Source
-    samples: np.ndarray
-    captions: np.ndarray
+    samples: pandas.DataFrame
+    captions: pandas.DataFrame
     fingerprints: np.ndarray
-    reasons: tuple[str, ...]
 
 
 def measure(source: Source, *, tokenizer: "CaptionTokenizer | None" = None, workers: int = 0, limit: int | None = None,
@@ -75,48 +68,32 @@ def measure(source: Source, *, tokenizer: "CaptionTokenizer | None" = None, work
     if limit is not None and len(source) > limit:
         chosen = np.sort(rng.generator(0, "doctor").choice(len(source), size=limit, replace=False))
     chunks = [chosen[first : first + _CHUNK] for first in range(0, len(chosen), _CHUNK)]
-    samples, fingerprints = np.empty(len(chosen), SAMPLE), np.empty((len(chosen), PRINT_BYTES), np.uint8)
-    captions = [np.empty(0, CAPTION)]
-    reasons: dict[str, int] = {}
-    done = 0
-    for chunk in read_ahead(_Measure(source, tokenizer), chunks, workers=workers, prefetch=4):
-        for row, reason in chunk.bad.items():
-            chunk.samples["reason"][row] = reasons.setdefault(reason, len(reasons))
-        chunk.captions["sample"] += done
-        captions.append(chunk.captions)
-        rows = slice(done, done + len(chunk.samples))
-        samples[rows], fingerprints[rows] = chunk.samples, chunk.fingerprints
-        done = rows.stop
-        advance(len(chunk.samples))
-    return Measurements(source, samples, np.concatenate(captions), fingerprints, tuple(reasons))
-
-
-class _Chunk(NamedTuple):
-    """What a worker sends back: as in `Measurements`, rows counted from the chunk's first; row -> reason."""
-
-    samples: np.ndarray
-    captions: np.ndarray
-    fingerprints: np.ndarray
-    bad: dict[int, str]
+    found: list[tuple[pandas.DataFrame, pandas.DataFrame, np.ndarray]] = []
+    for number, answer in enumerate(read_ahead(_Measure(source, tokenizer), chunks, workers=workers, prefetch=4)):
+        answer[1]["sample"] += number * _CHUNK
+        found.append(answer)
+        advance(len(answer[0]))
+    samples, captions, fingerprints = zip(*found, strict=True)
+    return Measurements(source, pandas.concat(samples, ignore_index=True), pandas.concat(captions, ignore_index=True),
+                        np.concatenate(fingerprints))
 
 
 class _Measure:
-    """What a worker does."""
+    """What a worker does: samples, captions and fingerprints of a chunk, as in `Measurements`."""
 
     def __init__(self, source: Source, tokenizer: "CaptionTokenizer | None") -> None:
         self._source, self._tokenizer = source, tokenizer
         self._padding = None if tokenizer is None else int(tokenizer([""])[0, -1])
 
-    def __call__(self, indices: np.ndarray) -> _Chunk:
+    def __call__(self, indices: np.ndarray) -> tuple[pandas.DataFrame, pandas.DataFrame, np.ndarray]:
         from aclip.data.captions import caption_id, clean_captions
 
-        samples = np.zeros(len(indices), SAMPLE)
-        samples["index"], samples["reason"] = indices, GOOD
+        samples: list[dict[str, Any]] = []
         fingerprints = np.zeros((len(indices), PRINT_BYTES), np.uint8)
-        bad: dict[int, str] = {}
         texts: list[str] = []
         for row, index in enumerate(indices.tolist()):
-            sample = samples[row]
+            sample: dict[str, Any] = dict.fromkeys(SAMPLE, 0) | {"index": index, "reason": ""}
+            samples.append(sample)
             try:
                 raw = self._source.read(index)
                 sample["bytes"] = len(raw.image)
@@ -126,20 +103,20 @@ class _Measure:
                     texts += usable
                     sample["captions"] = len(usable)
                 except BadSampleError as error:
-                    bad[row] = category(error.reason)
+                    sample["reason"] = category(error.reason)
                 fingerprints[row] = look_at(raw.image, sample)
             except BadSampleError as error:
-                bad[row] = category(error.reason)  # takes precedence over a missing caption
-        captions = np.zeros(len(texts), CAPTION)
-        captions["sample"] = np.repeat(np.arange(len(samples)), samples["captions"])
-        captions["exact"] = np.array([caption_id(text) for text in texts], np.uint64)
+                sample["reason"] = category(error.reason)  # takes precedence over a missing caption
+        captions = pandas.DataFrame({
+            "sample": np.repeat(np.arange(len(samples)), [sample["captions"] for sample in samples]),
+            "exact": np.array([caption_id(text) for text in texts], np.uint64), "tokens": np.int32(0)})
         if self._tokenizer is not None and texts:
             tokens = self._tokenizer(texts).numpy()
             captions["tokens"] = tokens.shape[1] - np.argmax(tokens[:, ::-1] != self._padding, axis=1)
-        return _Chunk(samples, captions, fingerprints, bad)
+        return pandas.DataFrame(samples).astype(SAMPLE), captions, fingerprints
 
 
-def look_at(data: bytes, sample: np.void) -> np.ndarray:
+def look_at(data: bytes, sample: dict[str, Any]) -> np.ndarray:
     """Decode an image and note in its `SAMPLE` what finds it again in another size, format or quality.
 
     A JPEG is decoded at the smallest scale that serves, which still reads the whole file: a truncated or damaged one
