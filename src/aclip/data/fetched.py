@@ -22,11 +22,7 @@ def split_sizes(folder: Path) -> dict[str, int]:
 
 
 def resolve(path: str) -> str | None:
-    """Return the folder of shards that `NAME:SPLIT` stands for, or None if the path has another form or exists.
-
-    Raises:
-        DataError: the set has not been fetched, or has no such split.
-    """
+    """Return the folder of shards that `NAME:SPLIT` stands for, or None if the path has another form or exists."""
     match = _SET.fullmatch(path)
     if match is None or os.path.exists(path):
         return None

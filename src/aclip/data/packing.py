@@ -173,11 +173,7 @@ class _Pack:
 
 
 def shrink(data: bytes, side: int | None, quality: int) -> bytes:
-    """Return an image file whose shorter side is at most `side`; `data` itself if it is one.
-
-    Raises:
-        BadSampleError: it cannot be decoded.
-    """
+    """Return an image file whose shorter side is at most `side`; `data` itself if it is one."""
     from aclip.data.decode import decode_image
 
     # Decoded in any case: what cannot be decoded must not get into a shard. A JPEG is decoded at reduced scale, but

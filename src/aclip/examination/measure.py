@@ -126,9 +126,6 @@ def look_at(data: bytes, sample: dict[str, Any]) -> np.ndarray:
 
     Returns:
         (PRINT_BYTES,) uint8: 16 x 16 cells of brightness, then 4 x 4 of Cb and of Cr.
-
-    Raises:
-        BadSampleError: it cannot be decoded.
     """
     from aclip.data.decode import decode_image, grey_peak
 

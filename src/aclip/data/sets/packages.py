@@ -55,12 +55,7 @@ class Package:
 
 
 def download(packages: Sequence[Package], folder: Path) -> dict[str, Path]:
-    """Download packages into a folder, except those that it has, and return the file of each by the package's name.
-
-    Raises:
-        MissingDependencyError: the client of a package is not installed.
-        DataError: the client failed or timed out, or a file does not have the pinned hash.
-    """
+    """Download packages into a folder, except those that it has, and return the file of each by the package's name."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {package.name: folder / package.filename for package in packages}
     missing = [one for one in packages if not paths[one.name].is_file() or file_sha256(paths[one.name]) != one.sha256]
@@ -125,9 +120,6 @@ def read_npm(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of those `names` that an npm package has, in the package's order.
 
     Names are paths below `package/`, where all members of the tarball lie.
-
-    Raises:
-        DataError: not a tarball, or a truncated one.
     """
     wanted = {f"package/{name}": name for name in names}
     try:
@@ -142,11 +134,7 @@ def read_npm(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def read_debian(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Return the files of a Debian package for which `wanted(path)` is true, by path and in the package's order.
-
-    Raises:
-        DataError: not a Debian package, truncated, or of an unknown compression.
-    """
+    """Return the files of a Debian package for which `wanted(path)` is true, by path and in the package's order."""
     try:
         with path.open("rb") as package:
             package.seek(8)  # an `ar` archive, see deb(5): headers of 60 bytes, members padded to an even length

@@ -86,11 +86,7 @@ class Source:
         raise NotImplementedError
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of sample `index`; sources that can do so without reading the image override this.
-
-        Raises:
-            BadSampleError: the sample cannot be read.
-        """
+        """Return the captions of sample `index`; sources that can do so without reading the image override this."""
         return self.read(index).captions
 
     def path(self, index: int) -> Path | None:

@@ -135,11 +135,7 @@ _PATHS = ("path", "file_name", "filename", "url", "src", "id")
 
 
 def json_object(data: bytes | str) -> dict[str, Any]:
-    """Return the object in a JSON file that describes one image.
-
-    Raises:
-        BadSampleError: it is none.
-    """
+    """Return the object in a JSON file that describes one image."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:

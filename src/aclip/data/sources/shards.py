@@ -258,11 +258,7 @@ def _dotted(endings: Iterable[str]) -> str:
 
 
 def check_lost(spec: str, lost: Sequence[DataError], shards: int) -> None:
-    """Log that a shard is left out.
-
-    Raises:
-        DataError: too many are, see `MAX_LOST`; of a single shard, what is wrong with it.
-    """
+    """Log that a shard is left out."""
     if len(lost) <= MAX_LOST * shards:
         _log.warning("a shard of %s is left out: %s", spec, lost[-1])
         return
