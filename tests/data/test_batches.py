@@ -55,7 +55,7 @@ def mixed_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_of_bad_samples_trains_to_the_end(mixed_folder: Path, workers: int) -> None:
     data = dataset(mixed_folder)
-    assert len(data.source) == 112
+    assert len(data) == 112
     loader = build_loader(data, batch_size=16, total_steps=14, workers=workers)  # two epochs
     batches = list(loader)
     assert [batch.size for batch in batches] == [16] * 14

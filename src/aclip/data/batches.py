@@ -81,6 +81,10 @@ class PairDataset:
         self._views, self._sizes = views, dict(sizes)
         self._min_side = views.least_side(self._sizes)  # JPEGs are decoded no larger than that takes
 
+    def __len__(self) -> int:
+        """Return the number of samples in the source, bad ones included."""
+        return len(self.source)
+
     def __getitem__(self, request: Request) -> Item:
         """Return the sample for `request`, or a good one in its place."""
         return next(self.items([request]))
@@ -121,7 +125,7 @@ class PairDataset:
         skipped = {name: reason}
         for number in self._replacements(request):
             try:
-                start = self._start(number, request.epoch, place=len(self.source) + request.sample)
+                start = self._start(number, request.epoch, place=len(self) + request.sample)
                 return self._finish(start, self.tokenizer([start.text])[0], tuple(skipped.items()))
             except BadSampleError as error:
                 skipped[self.source.name(number)] = error.reason
@@ -136,7 +140,7 @@ class PairDataset:
         for drawn in generator.integers(ends[-1], size=_NEARBY).tolist():
             group = int(np.searchsorted(ends, drawn, side="right"))
             yield window[group][drawn - int(ends[group])]  # counted from the end of the group
-        yield from generator.integers(len(self.source), size=MAX_REPLACEMENTS - _NEARBY).tolist()
+        yield from generator.integers(len(self), size=MAX_REPLACEMENTS - _NEARBY).tolist()
 
     def _start(self, number: int, epoch: int, *, place: int) -> _Start:
         raw = self.source.read(number)
