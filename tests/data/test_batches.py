@@ -27,9 +27,9 @@ from aclip.data import (
     open_source,
 )
 from aclip.data.batches import MAX_REPLACEMENTS, collate
+from aclip.data.packing import Sample, write_tar
 from aclip.data.sources.base import WINDOW, RawSample, Source
 from aclip.data.sources.combined import Mixture
-from aclip.data.tar_files import Sample, write_tar
 from aclip.data.views import VIEWS, Crop
 from aclip.errors import BadSampleError, ConfigError, DataError
 from aclip.structs import Batch

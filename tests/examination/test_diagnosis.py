@@ -14,9 +14,8 @@ from aclip.data import CaptionTokenizer, RawSample, Source, decode_image, open_s
 from aclip.errors import BadSampleError, ConfigError
 from aclip.examination import Examination, Finding, Limits, diagnosis, doctor, examine
 from aclip.examination.diagnosis import left_out, load_example, write_fix
-from aclip.examination.duplicates import find_duplicates, look_alikes
 from aclip.examination.findings import find_all
-from aclip.examination.measure import jpeg_size, look_at, measure
+from aclip.examination.measure import find_duplicates, jpeg_size, look_alikes, look_at, measure
 from bad_samples import SKIPPED, make_mixed_folder
 from made_pictures import WordTokenizer, encode
 

@@ -4,18 +4,18 @@ import contextlib
 import errno
 import io
 import json
+import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
 from aclip.data.progress import progress
 from aclip.data.sources.base import Source
-from aclip.data.tar_files import Sample, write_tar
 from aclip.errors import BadSampleError, ConfigError, DataError
 from aclip.files import atomic_file, write_atomically
 
@@ -24,6 +24,13 @@ SETTINGS, SIZES, SKIPPED = "pack.json", "sizes.json", "skipped.jsonl"
 _CHUNK = 50  # samples per request to a worker
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _Bad = tuple[str, str]  # name of a sample, and what is wrong
+
+
+class Sample(NamedTuple):
+    """The name that a sample's members share, without dot and slash, and their bytes by extension."""
+
+    key: str
+    members: Mapping[str, bytes]
 
 
 def pack(source: str | Sequence[str], *, output: str, side: int | None = 336, quality: int = 90, shard_size: int = 1000,
@@ -221,3 +228,19 @@ def _skipped_in_finished(folder: Path) -> Counter[str]:
     lines = [line for line in lines if (folder / line["shard"]).exists()]
     write_atomically(folder / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
     return Counter(line["shard"] for line in lines)
+
+
+def write_tar(file: IO[bytes], samples: Iterable[Sample]) -> int:
+    """Write the members `key.extension` of samples, in order; return the number of samples.
+
+    The bytes depend on the samples alone: no times, no owners.
+    """
+    count = 0
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in samples:
+            for extension, data in sorted(sample.members.items()):
+                member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+            count += 1
+    return count

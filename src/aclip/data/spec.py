@@ -7,6 +7,7 @@ the value of an option; where a name would still be taken for syntax, `%26` writ
 
 import difflib
 import glob
+import json
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from aclip.errors import ConfigError, DataError, unknown_name
+from aclip.files import data_root
 
 OPTIONS = ("image", "caption", "tags", "label", "images", "split", "encoding", "templates", "captions", "labels",
            "root", "stretch")  # fmt: skip
@@ -234,3 +236,37 @@ def absolute(text: str) -> str:
         if path and "://" not in path and not os.path.isabs(path) and (os.path.exists(path) or is_pattern(path)):
             rest = rest.replace(before + path, before + os.path.join(os.getcwd(), path), 1)
     return rest if name is None else f"{name}={rest}"
+
+
+# Data sets that have been fetched by name
+
+DESCRIPTION = "dataset.json"  # file of a set's folder that is written when the set is complete
+_SET = re.compile(r"([A-Za-z][\w-]+)(?::([\w-]*))?")  # two letters, as C: is a drive
+
+
+def split_sizes(folder: Path) -> dict[str, int]:
+    """Return the number of samples in each split of a complete set; empty for any other folder."""
+    try:
+        splits = json.loads((folder / DESCRIPTION).read_bytes())["splits"]
+        return {split: int(facts["samples"]) for split, facts in splits.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def resolve(path: str) -> str | None:
+    """Return the folder of shards that `NAME:SPLIT` stands for, or None if the path has another form or exists."""
+    match = _SET.fullmatch(path)
+    if match is None or os.path.exists(path):
+        return None
+    name, split = match.groups()
+    folder = data_root() / name
+    splits = split_sizes(folder)
+    if split in splits:
+        return str(folder / split)
+    if splits:
+        choices = ", ".join(f"{name}:{one}" for one in splits)
+        raise DataError(f"'{path}' names no split of the data set '{name}': there are {choices}")
+    if split is None:
+        return None
+    raise DataError(f"'{path}' does not exist, and the data set '{name}' is not in {folder.parent}: fetch it with "
+                    f"`aclip data fetch {name}`")

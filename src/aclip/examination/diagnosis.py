@@ -13,9 +13,8 @@ from PIL import Image
 from aclip.data.progress import progress
 from aclip.data.sources.base import Source
 from aclip.errors import BadSampleError, ConfigError
-from aclip.examination.duplicates import find_duplicates
 from aclip.examination.findings import Finding, Limits, Place, captions_of, find_all, shared_rows
-from aclip.examination.measure import Measurements, measure
+from aclip.examination.measure import Measurements, find_duplicates, measure
 from aclip.files import write_atomically
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from aclip.data.decode import IMAGE_EXTENSIONS
-from aclip.data.fetched import resolve, split_sizes
 from aclip.data.sources.base import RawSample, Source, Summary
 from aclip.data.sources.columnar import ColumnarSource, is_columnar, is_saved, open_columnar, open_saved
 from aclip.data.sources.columns import settle_columns
@@ -21,7 +20,7 @@ from aclip.data.sources.remote import RemoteShardSource, expand_urls
 from aclip.data.sources.shards import ShardSource, reading_of
 from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
 from aclip.data.sources.torchvision_sets import TorchvisionSource
-from aclip.data.spec import Spec, expand_paths, is_pattern, missing, parse_spec
+from aclip.data.spec import Spec, expand_paths, is_pattern, missing, parse_spec, resolve, split_sizes
 from aclip.errors import ConfigError, DataError
 
 __all__ = [
