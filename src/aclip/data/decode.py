@@ -236,7 +236,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float32)
         white = 1.0 if image.mode == "F" else 65535.0
         if not np.isfinite(values).all() or values.min() < 0.0 or values.max() > white:
-            raise BadSampleError(f"pixel values outside 0..{white:.0f}: no telling which of them is white")
+            raise BadSampleError(f"pixel values outside 0..{white:.0f}: which of them is white is not defined")
         image = Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8))
     if image.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")

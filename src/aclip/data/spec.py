@@ -194,7 +194,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
     if counted := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
         first, last = map(int, counted.groups())
         if last - first > _MOST_FILES:
-            raise ConfigError(f"'{pattern}' counts more than {_MOST_FILES:,} files: mend the braces")
+            raise ConfigError(f"'{pattern}' expands to more than {_MOST_FILES:,} files: check the braces")
         choices = [str(number).zfill(len(counted[1])) for number in range(first, last + 1)]
     for choice in choices:
         yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])

@@ -383,7 +383,7 @@ def list_with_windows_paths(root: Path) -> Layout:
 def list_with_paths_of_another_drive(root: Path) -> Layout:
     images(root, "images/0.jpg", "images/1.jpg")
     table(root / "pairs.csv", ("image", "caption"), (r"D:\data\images\0.jpg", "zero"), (r"D:\data\images\1.jpg", "one"))
-    return Layout("pairs.csv", ["zero", "one"], says=("parts of their paths left out",))
+    return Layout("pairs.csv", ["zero", "one"], says=("parts of their paths removed",))
 
 
 @layout
@@ -476,7 +476,7 @@ def karpathy_whose_first_image_is_missing(root: Path) -> Layout:
 def a_long_field(root: Path) -> Layout:
     images(root, "1.jpg", "2.jpg")
     table(root / "pairs.csv", ("image", "caption"), ("1.jpg", "word " * 40_000), ("2.jpg", "short"))
-    return Layout("pairs.csv", [("word " * 40_000)[:20_000], "short"], says=("1 captions longer than",))
+    return Layout("pairs.csv", [("word " * 40_000)[:20_000], "short"], says=("1 captions are truncated",))
 
 
 @layout

@@ -199,8 +199,8 @@ def test_rows_of_one_picture_are_one_sample(folder: Path, caplog: pytest.LogCapt
     for index, reason in ((2, "3 fields in the row"), (3, "missing image path"), (4, "missing image path")):
         with pytest.raises(BadSampleError, match=reason):
             source.read(index)
-    assert ("2 of 8 rows have the image of an earlier one: each image has all its captions, and 1 of them another "
-            "label: the first row decides") in caplog.text
+    assert ("2 of 8 rows repeat an image, which gets all captions; 1 have another label, and the first is kept"
+            ) in caplog.text
     assert "6 images, 3 captioned" not in caplog.text  # nothing is left to guess: three rows cannot be used
     assert "3 left out (rows that cannot be read)" in caplog.text
 

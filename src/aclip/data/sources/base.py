@@ -189,8 +189,8 @@ def _caption_advice(source: Source) -> Iterator[str]:
     if said and len(source) > 1:
         yield f"{source.spec} has one caption for every image, {said.pop()[:80]!r}: nothing can be learnt from it"
     elif not said and numbers:
-        yield (f"no image of {source.spec} has a caption, as far as {len(numbers)} tell: it serves evaluation by "
-               "classes, not training with text")
+        yield (f"no image of {source.spec} has a caption, of {len(numbers)} that were checked: it can evaluate "
+               "classification, not train on captions")
 
 
 def digest_of(*parts: Any) -> str:

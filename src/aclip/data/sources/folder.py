@@ -152,7 +152,7 @@ class FolderSource(Source):
         if self._with_text and (orphans := sorted(set(listing.texts.values()) - set(files))):
             self._notes.append(f"{len(orphans):,} text files have no image beside them: {printable(orphans[0])}")
         if listing.links:
-            self._notes.append(f"{listing.links} linked folders are read where they lie, and once")
+            self._notes.append(f"{listing.links} linked folders are skipped: what they link to is read anyway")
         self._fallback = None if encoding else self._look_at_texts([one for one in files if one[-5:] != ".json"])
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 Lists travel: their paths have another machine's folders, Windows separators, missing or other endings, `file://`
 addresses, or are mere ids. If files are not where a list says, some of its cells tell where they are: below another
-folder, with the first parts of their paths left out, or else wherever a file of that name is found.
+folder, with the first parts of their paths removed, or else wherever a file of that name is found.
 """
 
 import base64
@@ -72,7 +72,7 @@ class ImageFiles:
         root, drop = self._place
         self.notes = [f"images found in {root}"] if root != str(self.folder) else []
         if drop > 0:
-            self.notes.append(f"the first {drop} parts of their paths left out")
+            self.notes.append(f"the first {drop} parts of their paths removed")
         if found >= 0.9 * len(cells):
             return None
         index = self._index(around=not as_written)

@@ -66,7 +66,7 @@ class ListSource(Source):
         if not keys:
             raise DataError(f"{spec} holds no rows")
         if long:
-            self._notes.append(f"{long:,} captions longer than {MAX_STORED:,} characters are cut")
+            self._notes.append(f"{long:,} captions are truncated to {MAX_STORED:,} characters")
         self._merge(np.frombuffer(keys, dtype=np.int64))
         self._missing = self._find_images()
 
@@ -148,9 +148,8 @@ class ListSource(Source):
             PackedStrings(strings[number] for number in self._numbers.data)
             for strings in (self._images, self._tags, self._labels))
         self._problems = {int(np.searchsorted(self._numbers, row)): why for row, why in self._problems.items()}
-        other = f", and {relabelled} of them another label: the first row decides" if relabelled else ""
-        self._notes.append(f"{rows - len(first):,} of {rows:,} rows have the image of an earlier one: each image has "
-                           f"all its captions{other}")
+        other = f"; {relabelled} have another label, and the first is kept" if relabelled else ""
+        self._notes.append(f"{rows - len(first):,} of {rows:,} rows repeat an image, which gets all captions{other}")
 
     def _together(self, order: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
         """Yield the captions of `sizes` rows at a time, taken in this order, each caption once."""

@@ -183,7 +183,8 @@ def _open_table(path: Path, codec: str, notes: list[str]) -> ListFile:
         raise DataError(f"{path} holds no rows")
     width = len(best.rows[0])
     if width < 2:
-        raise DataError(f"{path} lists no images: it is no JSON, and a table of one column ({best.rows[0][0][:80]!r})")
+        raise DataError(f"{path} lists no images: it is not JSON, and as a table it has one column "
+                        f"({best.rows[0][0][:80]!r})")
     headed = best.rank != 1
     header = [name.strip() for name in best.rows[0]] if headed else [str(number + 1) for number in range(width)]
     named = [sum(names_image(row[at]) for row in best.rows if at < len(row)) for at in range(width)]

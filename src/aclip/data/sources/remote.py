@@ -154,7 +154,7 @@ def file_system(url: str) -> Any:
         raise MissingDependencyError(f"{url} needs more packages to be read: pip install 'attentive-clip[remote]' "
                                      f"({one_line(error)})") from error
     except ValueError as error:
-        raise DataError(f"'{protocol}://' is no kind of address that fsspec knows: {one_line(error)}") from error
+        raise DataError(f"fsspec does not know the protocol '{protocol}://': {one_line(error)}") from error
 
 
 class _UnavailableError(DataError):

@@ -67,8 +67,8 @@ class TorchvisionSource(Source):
         try:
             self._set = getattr(datasets, kind)(root=str(Path(root).expanduser()), **(chosen if splits else {}))
         except Exception as error:  # RuntimeError of a set that is not there, OSError, ImportError of a reader, ...
-            raise DataError(f"torchvision cannot open '{self.spec}': {error}; it wants the folder above the one that "
-                            "its own download makes") from error
+            raise DataError(f"torchvision cannot open '{self.spec}': {error}; root must be the "
+                            "parent of the folder that torchvision's download creates") from error
         names = getattr(self._set, "classes", None) or getattr(self._set, "categories", None)
         self._names = list(map(str, names)) if labels == "name" and isinstance(names, list | tuple) else []
 
