@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -70,24 +70,26 @@ class ImageFiles:
             self._place = self._best_place([cells[at] for at in evenly(len(cells), 20)])
         found = _found(self._place, cells)
         root, drop = self._place
-        self.notes = [f"images found in {root}"] if root != str(self.folder) else []
-        if drop > 0:
-            self.notes.append(f"the first {drop} parts of their paths removed")
-        if found >= 0.9 * len(cells):
+        how = [f"in {root}"] if root != str(self.folder) else []
+        how += [f"without the first {drop} part{'s' * (drop > 1)} of their paths"] if drop > 0 else []
+        self.notes = [f"images found {', '.join(how)}"] if how else []
+        if found > 0.9 * len(cells):
             return None
         index = self._index(around=not as_written)
 
         def by_name(cell: str) -> str | None:
             return _alike(index, cell, same_folder=as_written > 0)
 
-        example = next(((cell, path) for cell in cells if (path := by_name(cell)) and path != cell), None)
-        if example is None or sum(by_name(cell) is not None for cell in cells) <= found:
+        alike = {cell: path for cell in cells if (path := by_name(cell)) is not None}
+        example = next((one for one in alike.items() if one[0] != one[1]), None)
+        below = all(not path.startswith("../") for path in alike.values())
+        if example is None or len(alike) <= found or len(alike) < _least(len(cells), below):
             return None
         self._place = str(self.folder), -1
         self.notes = [f"images found by name, such as {printable(example[1])} for {printable(example[0][:80])!r}"]
         return by_name
 
-    def _best_place(self, cells: Sequence[str]) -> "_Place":
+    def _best_place(self, cells: Sequence[str]) -> _Place:
         roots = [str(self.folder), *self._folders_in(self.folder)]
         if self._around:
             above = Path(os.path.normpath(self.folder.parent))
@@ -95,8 +97,7 @@ class ImageFiles:
         places = ((cell, (root, drop)) for cell in cells[:5] for drop in range(len(_parts(cell))) for root in roots)
         counts = {place: _found(place, cells) for cell, place in places if os.path.isfile(_below(place, cell))}
         best = max(counts, key=lambda place: counts[place], default=self._place)
-        # A file of the same name beside another list is not this list's: half of the images must be there.
-        least = len(cells) / (10 if Path(best[0]).is_relative_to(self.folder) else 2)
+        least = _least(len(cells), below=Path(best[0]).is_relative_to(self.folder))
         return best if counts.get(best, 0) >= least else self._place
 
     def _folders_in(self, folder: Path) -> list[str]:
@@ -114,30 +115,34 @@ class ImageFiles:
     def _index(self, around: bool) -> dict[str, list[str]]:
         """Return name without ending, and number at its end, -> images below or `around` the folder, relative to it."""
         index: dict[str, list[str]] = {}
-        for parent, name in islice(self._all_files(around), _MOST_FILES):
-            stem, _, ending = unicodedata.normalize("NFC", name).rpartition(".")
-            if ending.lower() in ENDINGS:
-                path = os.path.normpath(os.path.join(os.path.relpath(parent, self.folder), name))
+        for path in islice(self._all_files(around), _MOST_FILES):
+            stem, ending = os.path.splitext(unicodedata.normalize("NFC", os.path.basename(path)))
+            if ending[1:].lower() in ENDINGS:
                 digits = re.search(r"\d+$", stem)
                 for key in {stem, f"#{digits[0].lstrip('0')}" if digits else stem}:
                     index.setdefault(key, []).append(path)
         return index
 
-    def _all_files(self, around: bool) -> Iterator[tuple[str, str]]:
-        walks = [os.walk(self.folder)]
+    def _all_files(self, around: bool) -> Iterator[str]:
+        walks: list[Iterator[tuple[str, list[str], list[str]]]] = [os.walk(self.folder)]
         if around and self._around:
             beside = [one for one in self._folders_in(self.folder.parent) if one != str(self.folder)]
             deep = self.folder.name.lower() in _OF_LISTS
-            walks += [walk if deep else islice(walk, 1) for walk in map(os.walk, beside)]  # type: ignore[misc]
-        for walk in walks:
-            for parent, folders, names in walk:
-                folders.sort(key=self._rank)
-                yield from ((parent, name) for name in sorted(names))
+            walks += [os.walk(one) if deep else islice(os.walk(one), 1) for one in beside]
+        for parent, folders, names in chain.from_iterable(walks):
+            folders.sort(key=self._rank)
+            below = os.path.relpath(parent, self.folder).replace(os.sep, "/")
+            yield from (name if below == "." else f"{below}/{name}" for name in sorted(names))
 
 
 def _below(place: _Place, cell: str) -> str:
     root, drop = place
     return os.path.join(root, cell if drop < 0 else "/".join(_parts(cell)[drop:]))
+
+
+def _least(count: int, below: bool) -> float:
+    """Return how many of some images must be found: a file of one name beside another list is not this list's."""
+    return count / (10 if below else 2)
 
 
 def _found(place: _Place, cells: Sequence[str]) -> int:
@@ -147,9 +152,10 @@ def _found(place: _Place, cells: Sequence[str]) -> int:
 def _alike(index: dict[str, list[str]], cell: str, same_folder: bool) -> str | None:
     """Return the file in an index whose name is most like that of a cell, of several the one in the likest folder."""
     *folders, name = _parts(cell)
+    folders = [folder for folder in folders if folder not in ("", ".")]
     names = [unicodedata.normalize("NFC", one) for one in (name, unquote(name), _UPLOADED.sub("", name))]
     stems = [os.path.splitext(one)[0] if one.rpartition(".")[2].lower() in ENDINGS else one for one in names]
-    keys = [*stems, f"#{name.lstrip('0')}"] if name.isdecimal() else stems
+    keys = [*stems, *names, os.path.splitext(names[0])[0], f"#{name.lstrip('0')}" if name.isdecimal() else name]
     found = next((index[key] for key in keys if key in index), [])
     if same_folder:
         found = [path for path in found if path.split("/")[:-1] == folders]
