@@ -81,7 +81,8 @@ def texts(value: Any) -> tuple[str, ...]:
     objects, such as turns of a conversation about an image, the text is taken.
     """
     if isinstance(value, str):
-        return tuple(text[:MAX_STORED] for text in _listed(value))
+        found = _listed(value)
+        return (value[:MAX_STORED],) if found is None else tuple(text[:MAX_STORED] for text in found)
     if isinstance(value, bool) or value is None or (isinstance(value, float) and math.isnan(value)):
         return ()
     if isinstance(value, int | float):
@@ -97,22 +98,22 @@ def texts(value: Any) -> tuple[str, ...]:
 _TEXTS = ("caption", "raw", "text", "value", "content", "sentence", "title", "label")
 
 
-def _listed(value: str) -> Sequence[str]:
-    """Return the strings in a string that is a JSON or Python list of strings, else the string itself."""
+def _listed(value: str) -> list[str] | None:
+    """Return the strings in a string that is a JSON or Python list of strings; None: it is not."""
     if value[:2] in ('["', "['") and value.rstrip().endswith("]"):
         for parse in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 items = parse(value)
                 if items and all(isinstance(item, str) for item in items):
                     return list(items)
-    return [value]
+    return None
 
 
 def label_of(value: Any) -> str:
     """Return a class as text: whole numbers without the ".0" that tables with gaps give them, "" for none."""
     found = (str(value),) if isinstance(value, bool) else texts(value)
     text = found[0].strip() if len(found) == 1 else ""
-    return "" if text.lower() in ("nan", "<na>") else _WHOLE_FLOAT.sub(r"\1", text)
+    return "" if not text or text.lower() in ("nan", "<na>") else _WHOLE_FLOAT.sub(r"\1", text)
 
 
 def split_tags(values: Iterable[str]) -> tuple[str, ...]:
@@ -123,7 +124,7 @@ def split_tags(values: Iterable[str]) -> tuple[str, ...]:
 def image_cell(value: Any) -> str:
     """Return what names an image: a path, an address or an id; "" for none."""
     if isinstance(value, str):
-        return _listed(value)[0].strip()
+        return (_listed(value) or [value])[0].strip()
     if isinstance(value, Mapping):
         return next((image_cell(value[name]) for name in _PATHS if value.get(name)), "")
     if isinstance(value, list | tuple):
