@@ -15,7 +15,7 @@ from aclip.errors import BadSampleError, ConfigError
 from aclip.examination import Examination, Finding, Limits, diagnosis, doctor, examine
 from aclip.examination.diagnosis import left_out, load_example, write_fix
 from aclip.examination.findings import find_all
-from aclip.examination.measure import find_duplicates, jpeg_size, look_alikes, look_at, measure
+from aclip.examination.measure import find_duplicates, hash_images, jpeg_size, look_alikes, look_at, measure
 from bad_samples import SKIPPED, make_mixed_folder
 from made_pictures import WordTokenizer, encode
 
@@ -244,9 +244,7 @@ def test_the_size_of_a_jpeg_is_upright() -> None:
 def test_look_alikes_are_confirmed_and_not_only_hashed() -> None:
     images = [smooth(number, 128) for number in range(60)]
     copies = [image.resize((80, 80)) for image in images]
-    samples: list[dict[str, int]] = [{} for _ in range(120)]
-    prints = np.stack([look_at(encode(one), sample) for one, sample in zip((*images, *copies), samples, strict=True)])
-    across, down = (np.array([sample[name] for sample in samples], np.uint64) for name in ("across", "down"))
+    across, down, _, prints = hash_images(np.stack([look_at(encode(one), {}) for one in (*images, *copies)]))
     assert look_alikes(across, down, prints).tolist() == [*range(60), *range(60)]
     same = np.zeros(120, np.uint64)  # all hashes equal: fingerprints decide
     assert len(set(look_alikes(same, same, prints).tolist())) == 60

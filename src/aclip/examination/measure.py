@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SAMPLE = {
     "index": np.int64,  # in the source
     "content": np.uint64,  # hash of the file
-    "across": np.uint64, "down": np.uint64,  # difference hashes, see `look_at`
+    "across": np.uint64, "down": np.uint64,  # difference hashes, see `hash_images`
     "bytes": np.int64, "width": np.int32, "height": np.int32,  # of the file; upright, in pixels
     "captions": np.int32,  # number of usable ones
     "decoded": np.bool_, "blank": np.bool_, "dark": np.bool_,  # can be; has one colour; nearly black 16-bit grey
@@ -42,7 +42,7 @@ class Measurements:
     Attributes:
         samples: a row of `SAMPLE` for each, in the source's order, and `reason`: why it cannot be used, "" if it can.
         captions: a row for each usable one: `sample`, the row of its own; `exact`, its `caption_id`; `tokens`.
-        fingerprints: (n, PRINT_BYTES) uint8, see `look_at`.
+        fingerprints: (n, PRINT_BYTES) uint8, see `hash_images`.
     """
 
     source: Source
@@ -89,7 +89,7 @@ class _Measure:
         from aclip.data.captions import caption_id, clean_captions
 
         samples: list[dict[str, Any]] = []
-        fingerprints = np.zeros((len(indices), PRINT_BYTES), np.uint8)
+        cells = np.zeros((len(indices), 16, 16, 3), np.uint8)
         texts: list[str] = []
         for row, index in enumerate(indices.tolist()):
             sample: dict[str, Any] = dict.fromkeys(SAMPLE, 0) | {"index": index, "reason": ""}
@@ -104,7 +104,7 @@ class _Measure:
                     sample["captions"] = len(usable)
                 except BadSampleError as error:
                     sample["reason"] = category(error.reason)
-                fingerprints[row] = look_at(raw.image, sample)
+                cells[row] = look_at(raw.image, sample)
             except BadSampleError as error:
                 sample["reason"] = category(error.reason)  # takes precedence over a missing caption
         captions = pandas.DataFrame({
@@ -113,19 +113,18 @@ class _Measure:
         if self._tokenizer is not None and texts:
             tokens = self._tokenizer(texts).numpy()
             captions["tokens"] = tokens.shape[1] - np.argmax(tokens[:, ::-1] != self._padding, axis=1)
-        return pandas.DataFrame(samples).astype(SAMPLE), captions, fingerprints
+        frame = pandas.DataFrame({name: np.array([sample[name] for sample in samples], kind)
+                                  for name, kind in (SAMPLE | {"reason": object}).items()})
+        frame["across"], frame["down"], blank, fingerprints = hash_images(cells)
+        frame["blank"] = blank & frame["decoded"] & ~frame["dark"]
+        return frame, captions, fingerprints
 
 
 def look_at(data: bytes, sample: dict[str, Any]) -> np.ndarray:
-    """Decode an image and note in its `SAMPLE` what finds it again in another size, format or quality.
+    """Decode an image, note in its `SAMPLE` what it is, and return (16, 16, 3) uint8 cells of Y, Cb and Cr.
 
     A JPEG is decoded at the smallest scale that serves, which still reads the whole file: a truncated or damaged one
-    is found as at full size. Bit (r, c) of the difference hashes says whether cell (r, c) of 8 x 8 is brighter than
-    the next to the right (`across`), or below (`down`); the last cell's next is the first. `blank` is an image in which
-    no cell differs from another by more than 8 levels of 255: the hashes then say nothing.
-
-    Returns:
-        (PRINT_BYTES,) uint8: 16 x 16 cells of brightness, then 4 x 4 of Cb and of Cr.
+    is found as at full size.
     """
     from aclip.data.decode import decode_image, grey_peak
 
@@ -134,14 +133,25 @@ def look_at(data: bytes, sample: dict[str, Any]) -> np.ndarray:
     sample["width"], sample["height"] = jpeg_size(data) if is_jpeg else image.size
     sample["decoded"] = True
     sample["dark"] = not is_jpeg and 0 < (grey_peak(data) or 0) < _DARK
-    small = image.resize((16, 16), Image.Resampling.BILINEAR, reducing_gap=1.0).convert("YCbCr")
-    luma, *chroma = small.split()
-    cells = [np.asarray(one).ravel() for one in (luma, *(channel.reduce(4) for channel in chroma))]
-    sample["blank"] = not sample["dark"] and max(int(np.ptp(part)) for part in cells) <= _BLANK
-    coarse = np.asarray(luma, np.float32).reshape(8, 2, 8, 2).mean(axis=(1, 3))
-    for name, axis in (("across", 1), ("down", 0)):
-        sample[name] = np.packbits(coarse > np.roll(coarse, -1, axis=axis) + _MARGIN).view(np.uint64)[0]
-    return np.concatenate(cells)
+    return np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR, reducing_gap=1.0).convert("YCbCr"))
+
+
+def hash_images(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what finds images again in another size, format or quality, from the (B, 16, 16, 3) cells of `look_at`.
+
+    Returns:
+        (B,) uint64 difference hashes: bit (r, c) says whether cell (r, c) of 8 x 8 is brighter than the next to the
+        right, or below; the last cell's next is the first. (B,) whether no cell differs from another by more than 8
+        levels of 255: the hashes then say nothing. (B, PRINT_BYTES) uint8: all Y, then 4 x 4 of Cb and of Cr.
+    """
+    count, luma = len(cells), cells[..., 0]
+    chroma = cells[..., 1:].reshape(count, 4, 4, 4, 4, 2).mean(axis=(2, 4)).round().astype(np.uint8)
+    parts = [part.reshape(count, -1) for part in (luma, chroma[..., 0], chroma[..., 1])]
+    blank = np.max([np.ptp(part, axis=1) for part in parts], axis=0) <= _BLANK
+    coarse = luma.reshape(count, 8, 2, 8, 2).mean(axis=(2, 4))
+    brighter = (coarse > np.roll(coarse, -1, axis=axis) + _MARGIN for axis in (2, 1))
+    across, down = (np.packbits(bits.reshape(count, 64), axis=1).view(np.uint64)[:, 0] for bits in brighter)
+    return across, down, blank, np.concatenate(parts, axis=1)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
@@ -195,7 +205,7 @@ def look_alikes(across: np.ndarray, down: np.ndarray, fingerprints: np.ndarray) 
     is missed only where a band has more images than the window. Time and memory grow as n log n and n.
 
     Args:
-        across, down: (n,) uint64 hashes; see `look_at`.
+        across, down: (n,) uint64 hashes; see `hash_images`.
         fingerprints: (n, PRINT_BYTES) uint8; they confirm what the hashes propose.
 
     Returns:
