@@ -190,9 +190,9 @@ def find_duplicates(measured: Sequence[Measurements]) -> tuple[np.ndarray, ...]:
     first = rows.groupby(samples["content"]).transform("min").to_numpy()  # of the same file
     distinct = np.flatnonzero(samples["decoded"] & (first == rows) & ~samples["blank"] & ~samples["dark"])
     fingerprints = np.concatenate([one.fingerprints for one in measured])[distinct]
-    hashes = (samples[name].to_numpy()[distinct] for name in ("across", "down"))
+    across, down = (samples[name].to_numpy()[distinct] for name in ("across", "down"))
     look_of = rows.to_numpy().copy()
-    look_of[distinct] = distinct[look_alikes(*hashes, fingerprints)]
+    look_of[distinct] = distinct[look_alikes(across, down, fingerprints)]
     groups = np.where(samples["decoded"], look_of[first], -1)
     return tuple(np.split(groups, np.cumsum([len(one.samples) for one in measured])[:-1]))
 

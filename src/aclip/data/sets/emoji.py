@@ -167,7 +167,7 @@ def match(packs: Mapping[str, Pack], concepts: Mapping[str, Concept]) -> dict[st
         for code, concept in concepts.items() if not pack.codes else ():
             candidates = [by_letters.get(letters(concept.label)), *(pack.icons.get(name) for name in elsewhere[code])]
             found[code] = next(filter(None, candidates), None)
-        matches[style] = {code: icon for code in concepts if (icon := found.get(code)) is not None}
+        matches[style] = {code: shown for code in concepts if (shown := found.get(code)) is not None}
     return matches
 
 

@@ -189,7 +189,8 @@ def _open_table(path: Path, codec: str, notes: list[str]) -> ListFile:
     header = [name.strip() for name in best.rows[0]] if headed else [str(number + 1) for number in range(width)]
     named = [sum(names_image(row[at]) for row in best.rows if at < len(row)) for at in range(width)]
     image_at = named.index(max(named)) if max(named) else None
-    sample = [dict(zip(header, map(str.strip, row), strict=True)) for row in best.rows[headed:] if len(row) == width]
+    sample: list[Mapping[str, Any]] = [dict(zip(header, map(str.strip, row), strict=True))
+                                       for row in best.rows[headed:] if len(row) == width]
     about = f"table, delimiter {best.delimiter!r}{'' if headed else ', no header'}"
     rows = partial(_table_rows, path, codec, best.delimiter, header, image_at, headed)
     return ListFile(path, about, rows, notes, header, sample)
