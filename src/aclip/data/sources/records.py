@@ -84,7 +84,9 @@ def open_list(path: Path, encoding: str | None = None, split: str | None = None)
     if not first:
         raise DataError(f"{path} holds no rows")
     lines = [] if first == "[" else [line for line, _ in islice(_lines(path, codec, _SAMPLE_BYTES), 20) if line.strip()]
-    if any(not isinstance(_parse_line(line), str) for line in lines) and not _is_document(lines):
+    parsed = [line for line in lines if not isinstance(_parse_line(line), str)]
+    # A single line may be a document of records rather than a record.
+    if parsed and (len(lines) > 1 or _is_record(json.loads(lines[0].lstrip("\ufeff")))):
         return ListFile(path, "JSON lines", partial(_json_rows, path, codec), notes)
     if first == "[" and path.stat().st_size >= LARGE and codec == "utf-8-sig":
         return ListFile(path, "JSON", partial(_json_items, path), notes)
@@ -93,11 +95,6 @@ def open_list(path: Path, encoding: str | None = None, split: str | None = None)
         records = list(shape.rows)
         return ListFile(path, shape.about, lambda: map(Found, records), [*notes, *shape.notes], given=shape.given)
     return _open_table(path, codec, notes)
-
-
-def _is_document(lines: Sequence[str]) -> bool:
-    """Return whether a single line of JSON is a document of records rather than a record."""
-    return len(lines) == 1 and not _is_record(json.loads(lines[0].lstrip("\ufeff")))
 
 
 def _is_record(value: dict[str, Any]) -> bool:
