@@ -42,10 +42,11 @@ class ListSource(Source):
     """
 
     def __init__(self, spec: str, rows: Iterable[Row], files: ImageFiles, *, notes: Sequence[str] = (),
-                 embedded: "Callable[[int], str] | None" = None) -> None:
+                 embedded: Callable[[int], str] | None = None) -> None:
         """Keep `rows`, whose images `files` finds, or `embedded` reads as base64 from a place in the list."""
         self.spec = spec
-        self._files, self._embedded, self._notes = files, embedded, list(notes)
+        self._files, self._notes = files, list(notes)
+        self._embedded: Callable[[int], str] | None = None
         self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
         self._problems: dict[int, str] = {}
         self._numbers: np.ndarray | None = None  # of each sample's first row, where images repeat
@@ -61,6 +62,8 @@ class ListSource(Source):
             usable = image and not row.problem
             if not usable:
                 self._problems[number] = row.problem or "missing image path"
+            if image.startswith(_PLACE):
+                self._embedded = embedded  # not for other lists: it holds the records of a JSON document
             alone = not usable or image.startswith(_PLACE)
             keys.append(number if alone else hash(_identity(image, base)))
         if not keys:
