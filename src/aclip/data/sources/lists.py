@@ -62,10 +62,10 @@ class ListSource(Source):
             usable = image and not row.problem
             if not usable:
                 self._problems[number] = row.problem or "missing image path"
-            if image.startswith(_PLACE):
+            in_list = image[:1] == _PLACE
+            if in_list:
                 self._embedded = embedded  # not for other lists: it holds the records of a JSON document
-            alone = not usable or image.startswith(_PLACE)
-            keys.append(number if alone else hash(_identity(image, base)))
+            keys.append(hash(_identity(image, base)) if usable and not in_list else number)
         if not keys:
             raise DataError(f"{spec} holds no rows")
         if long:
@@ -206,7 +206,9 @@ def open_list_source(path: Path, spec: Spec) -> ListSource:
         columns = settle_columns(spec.with_path(path), file.header, file.sample)
     notes = [f"{file.about}, {columns}", *file.notes]
     wanted, split_of = _splits(file, columns.image, split, notes)
-    found = (one for one in file.rows() if not wanted or isinstance(one.fields, str) or split_of(one.fields) in wanted)
+    found = file.rows()
+    if wanted:
+        found = (one for one in found if isinstance(one.fields, str) or split_of(one.fields) in wanted)
     files = ImageFiles(path.parent, spec.folder("images"), (path.stem.rpartition("_")[2].lower(),))
     return ListSource(str(path), _rows(found, columns), files, notes=notes, embedded=_Embedded(file, columns.image))
 
