@@ -55,7 +55,7 @@ from aclip import data
 from aclip.data import augment
 from aclip.data.batches import ReadBatch
 from aclip.data.order import BatchSampler
-from aclip.data.tar_files import Sample, write_tar
+from aclip.data.packing import Sample, write_tar
 from aclip.data.views import VIEWS
 from aclip.data.workers import read_ahead
 from aclip.models import tokenizer_of

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from aclip import data
-from aclip.data.tar_files import Sample, write_tar
+from aclip.data.packing import Sample, write_tar
 from aclip.examination import Limits, examine
 from aclip.models import tokenizer_of
 

@@ -24,7 +24,7 @@ from rich.progress import track
 
 from aclip import data, rng
 from aclip.data import RawSample
-from aclip.data.tar_files import Sample, write_tar
+from aclip.data.packing import Sample, write_tar
 from kept_on_object import add_options, measure
 
 CANVAS, PHOTO, TILE = 64, 32, 8

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import aclip
-from aclip.data.tar_files import Sample, write_tar
+from aclip.data.packing import Sample, write_tar
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SOURCE = Path(aclip.__file__).parents[1]

@@ -177,8 +177,7 @@ def _train(given: list[str]) -> None:
 
 def check_early(config: Any) -> None:
     """Raise what can be found without PyTorch, which takes seconds to load."""
-    from aclip.data.fetched import resolve
-    from aclip.data.spec import is_pattern, missing, parse_spec, split_name
+    from aclip.data.spec import is_pattern, missing, parse_spec, resolve, split_name
     from aclip.run_folder import RunFolder
 
     RunFolder(Path(config.output)).check_free()

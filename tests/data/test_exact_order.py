@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aclip.data import CaptionTokenizer, PairDataset, build_loader, open_source, open_training
-from aclip.data.tar_files import Sample, write_tar
+from aclip.data.packing import Sample, write_tar
 from made_pictures import WholePicture, WordTokenizer, encode, picture
 
 PAIRS, BATCH = 40, 8

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aclip.data.order import BatchSampler
-from aclip.data.sources.base import epoch_order
 from aclip.errors import ConfigError, DataError
 from tests_support import Numbers
 
@@ -16,13 +15,14 @@ SEEDS = st.integers(0, 2**40)
 
 @given(count=COUNTS, seed=SEEDS, epoch=st.integers(0, 9))
 def test_an_epoch_is_a_permutation_and_a_function_of_its_arguments(count: int, seed: int, epoch: int) -> None:
-    order = epoch_order(count, seed, epoch)
+    order, passes = Numbers(count).order(seed, epoch)
     assert sorted(order.tolist()) == list(range(count))
-    assert np.array_equal(order, epoch_order(count, seed, epoch))
+    assert passes.tolist() == [epoch] * count
+    assert np.array_equal(order, Numbers(count).order(seed, epoch)[0])
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    orders = {tuple(Numbers(50).order(seed, epoch)[0]) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 

@@ -107,7 +107,8 @@ def test_an_interrupted_call_continues(source: Source, tmp_path: Path, monkeypat
 
 def test_what_a_crash_cut_off_is_dropped(source: Source, tmp_path: Path) -> None:
     whole = content_of_one_process(source, tmp_path / "packed")
-    (tmp_path / "packed/.finished.jsonl").write_text('{"shard": "000000.tar", "samples": 14}\n{"shard": "00')
+    for name in ("000001.tar", "000002.tar", SIZES):
+        (tmp_path / "packed" / name).unlink()
     (tmp_path / "packed/skipped.jsonl").write_text(whole["skipped.jsonl"].decode() + '{"shard": "000001.tar", "key"')
     (tmp_path / "packed/.000001.tar.0123456789ab.part").write_bytes(b"half")
     write_small(source, tmp_path / "packed")

@@ -4,8 +4,7 @@ Settings are those of the A-CLIP release (arXiv 2212.08653) and of SLIP (arXiv 2
 the colour jitter applies its four parts in a fixed order (brightness, contrast, saturation, hue) where
 torchvision permutes them per image, and values stay float between operations where PIL truncates to 8 bits.
 
-Plain torch rather than kornia: on a CPU thread it takes 1/5 to 3/4 of the time, and kornia's blur reads its sigmas on
-the host, which would stall a GPU in every step.
+Plain torch takes 1/5 to 3/4 of kornia's time on a CPU thread, and kornia's blur reads its sigmas on the host.
 """
 
 from collections.abc import Callable

@@ -23,8 +23,7 @@ from aclip.data.workers import check_workers, empty_shared, read_ahead
 from aclip.errors import BadSampleError, DataError
 from aclip.structs import Batch, ViewBatch
 
-MAX_REPLACEMENTS = 1000
-"""Samples that are tried in place of a bad one before the source counts as unusable."""
+MAX_REPLACEMENTS = 1000  # samples that are tried in place of a bad one before the source counts as unusable
 
 _READ_AHEAD = 8  # batches that all workers together read before they are needed, held in memory
 _NEARBY = 100  # of the replacements, drawn from the window of the bad sample; the rest from the whole source
@@ -63,7 +62,6 @@ class _Start(NamedTuple):
     place: int
     text: str
     caption_id: int
-    seed: int
 
 
 class PairDataset:
@@ -102,7 +100,12 @@ class PairDataset:
         """
         for first in range(0, len(requests), _TOGETHER):
             some = requests[first : first + _TOGETHER]
-            starts = list(map(self._start_or_error, some))
+            starts: list[_Start | BadSampleError] = []
+            for request in some:
+                try:
+                    starts.append(self._start(request.sample, request.epoch, place=request.sample))
+                except BadSampleError as error:
+                    starts.append(error)
             tokens = iter(self.tokenizer([start.text for start in starts if isinstance(start, _Start)]))
             for request, start in zip(some, starts, strict=True):
                 try:
@@ -139,24 +142,18 @@ class PairDataset:
             yield window[group][drawn - int(ends[group])]  # counted from the end of the group
         yield from generator.integers(len(self), size=MAX_REPLACEMENTS - _NEARBY).tolist()
 
-    def _start_or_error(self, request: Request) -> _Start | BadSampleError:
-        try:
-            return self._start(request.sample, request.epoch, place=request.sample)
-        except BadSampleError as error:
-            return error
-
     def _start(self, number: int, epoch: int, *, place: int) -> _Start:
-        """Do all of sample `number` but its image and tokens, everything random drawn for (`epoch`, `place`)."""
         raw = self.source.read(number)
         captions = clean_captions(raw.captions)  # before the image: cheaper to find bad
         caption = draw_caption(captions, raw.tags, seed=self.seed, epoch=epoch, sample=place)
-        concept = caption.caption_id if raw.concept is None else caption_id(raw.concept)
-        return _Start(raw, epoch, place, caption.text, concept, rng.sample_seed(self.seed, epoch, place))
+        return _Start(raw, epoch, place, caption.text,
+                      caption.caption_id if raw.concept is None else caption_id(raw.concept))
 
     def _finish(self, start: _Start, tokens: Int[Tensor, " T"], skipped: tuple[tuple[str, str], ...] = ()) -> Item:
         image = decode_pixels(start.raw.image, min_side=self._min_side)
         views = self._views(image, seed=self.seed, epoch=start.epoch, sample=start.place, sizes=self._sizes)
-        return Item(views, tokens, start.caption_id, start.seed, start.raw.name, skipped)
+        seed = rng.sample_seed(self.seed, start.epoch, start.place)
+        return Item(views, tokens, start.caption_id, seed, start.raw.name, skipped)
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,6 @@ class BatchLoader:
     read: ReadBatch
     sampler: BatchSampler
     workers: int
-    prefetch: int
     pin_memory: bool
 
     def __len__(self) -> int:
@@ -185,8 +181,8 @@ class BatchLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        return read_ahead(self.read, self.sampler, workers=self.workers, prefetch=self.prefetch,
-                          pin_memory=self.pin_memory)
+        return read_ahead(self.read, self.sampler, workers=self.workers, pin_memory=self.pin_memory,
+                          prefetch=max(1, _READ_AHEAD // max(1, self.workers)))
 
 
 def build_loader(dataset: PairDataset, *, batch_size: int, total_steps: int, start_step: int = 0, workers: int = 0,
@@ -212,8 +208,7 @@ def build_loader(dataset: PairDataset, *, batch_size: int, total_steps: int, sta
     """
     sampler = BatchSampler(dataset.source, batch_size=batch_size, seed=dataset.seed, start_step=start_step,
                            total_steps=total_steps, rank=rank, world_size=world_size)
-    return BatchLoader(ReadBatch(dataset, cut_text), sampler, workers=check_workers(workers),
-                       prefetch=max(1, _READ_AHEAD // max(1, workers)),
+    return BatchLoader(ReadBatch(dataset, cut_text), sampler, check_workers(workers),
                        pin_memory=device is not None and device.type == "cuda")
 
 

@@ -26,76 +26,68 @@ class DrawnCaption(NamedTuple):
     caption_id: int  # of the caption without its tags
 
 
-class TextEncoding(NamedTuple):
-    """How a text file is read."""
-
-    codec: str  # for Python's decoders
-    note: str = ""  # one sentence if that was not plain UTF-8
-
-
 def decode_text(data: bytes, encoding: str | None = None, fallback: str | None = None) -> str:
     """Decode a text in a known `encoding`, else by its mark, as UTF-8, or in `fallback`, which None guesses."""
     codec = encoding or _marked(data)
     if codec is None:
-        codec = "utf-8-sig" if _is_utf8(data) else fallback or guess_encoding(data) or "cp1252"
+        codec = "utf-8-sig" if is_utf8(data) else fallback or guess_encoding(data) or "cp1252"
     return data.decode(codec, errors=text_errors(codec))
 
 
-def find_encoding(path: Path, chosen: str | None = None) -> TextEncoding:
-    """Return the encoding of a text file: as `chosen`, by its mark, UTF-8, or what most of its other lines are in.
+def find_encoding(path: Path, chosen: str | None = None) -> tuple[str, str]:
+    """Return the codec of a text file, and a note if it is not plain UTF-8.
 
-    A file put together from several often has a few lines of Windows-1252 in UTF-8: bytes of those that are not UTF-8
-    are read as Windows-1252, where they stand, so that they do not spoil the other lines.
+    It is as `chosen`, by its mark, UTF-8, or what most lines beyond ASCII are in. A file put together from several
+    often has a few lines of Windows-1252 in UTF-8: only their bytes that are not UTF-8 are read so.
+
+    Raises:
+        ConfigError: no such encoding.
+        DataError: no encoding fits.
     """
     if chosen is not None:
         try:
-            return TextEncoding(codecs.lookup(chosen).name, f"read as {chosen}")
+            return codecs.lookup(chosen).name, f"read as {chosen}"
         except LookupError as error:
             raise ConfigError(f"'encoding={chosen}' is unknown: write a name such as utf-8, gb18030 or "
                               "shift_jis") from error
     with open_binary(path) as file:
-        head = file.read(_HEAD)
-        marked = _marked(head) or _wide(head)
-        if marked:
-            return TextEncoding(marked)
+        head = file.read(4096)
+        if codec := _marked(head) or _wide(head):
+            return codec, ""
         file.seek(0)
         decoder = codecs.getincrementaldecoder("utf-8")()
         try:
-            while chunk := file.read(_CHUNK):
+            while chunk := file.read(_SAMPLE_BYTES):
                 decoder.decode(chunk)
             decoder.decode(b"", final=True)
-            return TextEncoding("utf-8-sig")
+            return "utf-8-sig", ""
         except UnicodeDecodeError:
             file.seek(0)
-            return _of_mixed_lines(path, file)
+        broken, first, sound, odd = bytearray(), 0, 0, 0
+        for number, line in enumerate(file, start=1):
+            if line.isascii():
+                continue
+            if is_utf8(line):
+                sound += 1
+                continue
+            odd, first = odd + 1, first or number
+            broken += line[: max(0, _SAMPLE_BYTES - len(broken))]
+    if sound >= odd:
+        return "utf-8-sig", (f"{odd} lines are not UTF-8, the first is line {first}: what is not in them is read as "
+                             "Windows-1252")
+    guessed = guess_encoding(bytes(broken))
+    if guessed is None:
+        raise DataError(f"{path} is not UTF-8 and no other encoding fits it: say which with "
+                        f"'{path.name}?encoding=NAME'")
+    said = "Windows-1252" if guessed == "cp1252" else guessed
+    return guessed, f"read as {said}, as it is not UTF-8 ('?encoding=NAME' reads it as another)"
 
 
 def open_binary(path: Path) -> BinaryIO:
+    """Open a file that may be compressed by gzip."""
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
-
-
-def _of_mixed_lines(path: Path, file: BinaryIO) -> TextEncoding:
-    broken, first, sound, odd = bytearray(), 0, 0, 0
-    for number, line in enumerate(file, start=1):
-        if line.isascii():
-            continue
-        if _is_utf8(line):
-            sound += 1
-            continue
-        odd, first = odd + 1, first or number
-        if len(broken) < _CHUNK:
-            broken += line[:_CHUNK]
-    if sound >= odd:
-        return TextEncoding("utf-8-sig", f"{odd} lines are not UTF-8, the first is line {first}: what is not in them "
-                                         "is read as Windows-1252")
-    codec = guess_encoding(bytes(broken))
-    if codec is None:
-        raise DataError(f"{path} is not UTF-8 and no other encoding fits it: say which with "
-                        f"'{path.name}?encoding=NAME'")
-    said = "Windows-1252" if codec == "cp1252" else codec
-    return TextEncoding(codec, f"read as {said}, as it is not UTF-8 ('?encoding=NAME' reads it as another)")
 
 
 def guess_encoding(data: bytes) -> str | None:
@@ -104,27 +96,22 @@ def guess_encoding(data: bytes) -> str | None:
     In Western European text (Windows-1252) letters beyond ASCII stand alone or in twos among ASCII ones; in Chinese,
     Japanese, Korean or Cyrillic they come in runs, which charset-normalizer tells apart.
     """
-    if wide := _wide(data[:_HEAD]):
+    if wide := _wide(data[:4096]):
         return wide
-    runs = _HIGH.findall(data)
-    sound = [run for run in runs if _is_utf8(run)]
-    high = sum(map(len, runs))
-    in_sequences = sum(len(one) for run in runs for one in _SEQUENCE.findall(run))
-    if 2 * len(sound) >= len(runs) or in_sequences > 0.85 * high:
+    high = sum(map(len, _HIGH.findall(data)))
+    sound = data.decode("utf-8", errors="ignore")
+    if sum(len(letter.encode()) for letter in sound if not letter.isascii()) > 0.7 * high:
         return "utf-8-sig"
-    western = sum(len(run) for run in _WESTERN.findall(data))
-    if 2 * western > high:
+    if 2 * sum(map(len, _WESTERN.findall(data))) > high:
         return "cp1252"
     from charset_normalizer import from_bytes
 
     logging.getLogger("charset_normalizer").setLevel(logging.ERROR)
-    words = b" ".join(word for word in re.split(rb"[\s,;]", data[:_CHUNK]) if not word.isascii())
+    words = b" ".join(word for word in re.split(rb"[\s,;]", data[:_SAMPLE_BYTES]) if not word.isascii())
     matches = list(from_bytes(words, cp_isolation=_CODECS))
-    if not matches:
-        return None
-    alike = [match.encoding for match in matches if match.percent_chaos <= matches[0].percent_chaos + 5]
-    return max((match for match in matches if match.encoding in alike),
-               key=lambda match: (match.percent_coherence, -_CODECS.index(match.encoding))).encoding
+    alike = [match for match in matches if match.percent_chaos <= matches[0].percent_chaos + 5]
+    best = max(alike, key=lambda match: (match.percent_coherence, -_CODECS.index(match.encoding)), default=None)
+    return None if best is None else str(best.encoding)
 
 
 def text_errors(codec: str) -> str:
@@ -132,12 +119,18 @@ def text_errors(codec: str) -> str:
     return _AS_CP1252 if codec in ("utf-8-sig", "utf-8") else "replace"
 
 
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _marked(data: bytes) -> str | None:
-    for mark, codec in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-                        (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
-        if data.startswith(mark):
-            return codec
-    return None
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+             codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+    return next((codec for mark, codec in marks.items() if data.startswith(mark)), None)
 
 
 def _wide(data: bytes) -> str | None:
@@ -145,14 +138,6 @@ def _wide(data: bytes) -> str | None:
     if data.count(0) <= len(data) // 4:
         return None
     return "utf-16-le" if data[1::2].count(0) > data[::2].count(0) else "utf-16-be"
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _as_cp1252(error: UnicodeError) -> tuple[str, int]:
@@ -163,13 +148,10 @@ def _as_cp1252(error: UnicodeError) -> tuple[str, int]:
 
 _AS_CP1252 = "aclip-cp1252"
 codecs.register_error(_AS_CP1252, _as_cp1252)
-_HEAD, _CHUNK = 4096, 2**18  # bytes
+_SAMPLE_BYTES = 2**18
 _HIGH = re.compile(rb"[\x80-\xff]+")
-_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-_SIGN = rb"[\x80\x84\x85\x8b\x91-\x97\x99\x9b\xa0-\xbf]"
-_LETTERS = _SIGN + rb"?[\xc0-\xff]{1,2}" + _SIGN + rb"?"
-_WESTERN = re.compile(rb"(?<=[A-Za-z])" + _LETTERS + rb"(?![\x80-\xff])|(?<![\x80-\xff])" + _LETTERS + rb"(?=[A-Za-z ])"
-                      rb"|(?<![\x80-\xff])" + _SIGN + rb"(?![\x80-\xff])")
+_WESTERN = re.compile(rb"(?<![\x80-\xff])"
+                      rb"(?:[\x80-\xff]|(?<=[A-Za-z])[\x80-\xff]{2}|[\x80-\xff]{2}(?=[A-Za-z ]))(?![\x80-\xff])")
 _CODECS = ["gb18030", "cp932", "cp949", "big5", "euc_jp", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256",
            "cp1250", "cp874"]  # fmt: skip
 
@@ -196,11 +178,7 @@ def clean_captions(captions: Sequence[str]) -> tuple[str, ...]:
 
 
 def caption_id(text: str) -> int:
-    """Return a 63-bit number that two captions share if they differ in case and white space only.
-
-    The first 63 bits of BLAKE2b of the normalised text: the same in every process and release. In a set
-    of n captions two different ones collide with a probability of about n^2 / 2^64.
-    """
+    """Return 63 bits of BLAKE2b of the normalised text: captions that differ in case and white space share them."""
     normalised = " ".join(text.casefold().split())
     digest = hashlib.blake2b(normalised.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -209,15 +187,10 @@ def caption_id(text: str) -> int:
 def draw_caption(
     captions: Sequence[str], tags: Sequence[str], *, seed: int, epoch: int, sample: int
 ) -> DrawnCaption:
-    """Draw what an image is paired with in this epoch.
+    """Draw what an image is paired with in this epoch: one of the captions, at least one, as `clean_captions` returns.
 
-    One of the captions, uniformly. If the image has tags, half of the time it is followed by one to
-    `MAX_TAGS` of them in random order: "red heart, love, emotion".
-
-    Args:
-        captions: at least one, as `clean_captions` returns them.
-        tags: may be empty; a tag that repeats the caption is not used.
-        seed, epoch, sample: what the draw depends on, and nothing else.
+    If the image has tags, half of the time one to `MAX_TAGS` that do not repeat the caption follow in random order:
+    "red heart, love, emotion".
     """
     if len(captions) == 1 and not tags:  # nothing to draw
         return DrawnCaption(captions[0], caption_id(captions[0]))

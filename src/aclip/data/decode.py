@@ -108,21 +108,13 @@ def _with_end(data: bytes) -> bytes | None:
 
 
 def decode_pixels(data: bytes, *, min_side: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """Return the pixels of `decode_image(data, min_side=min_side)`, which raises the same errors.
-
-    Returns:
-        (h, w, 3) uint8 RGB, contiguous.
-    """
+    """Return the pixels of `decode_image(data, min_side=min_side)`, contiguous; raises the same errors."""
     pixels = _decode_plain_jpeg(data, min_side) if data.startswith(_JPEG) else None
     return np.array(decode_image(data, min_side=min_side)) if pixels is None else pixels
 
 
 def _decode_plain_jpeg(data: bytes, min_side: int | None) -> UInt8[np.ndarray, "h w 3"] | None:
-    """Decode a JPEG without Pillow around it; None if anything about it is out of the ordinary.
-
-    Out of the ordinary are metadata, which may turn the image, colours of print, too many pixels, and whatever
-    the decoder complains of: Pillow then decides.
-    """
+    """Decode a JPEG without Pillow around it; None for metadata, which may turn it, colours of print, and errors."""
     if _has_metadata(data):
         return None
     try:
@@ -151,11 +143,7 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image that is decoded already as `decode_image` does: upright, RGB, alpha on white.
-
-    Raises:
-        BadSampleError: no pixels, or numbers without an agreed white.
-    """
+    """Return an image that is decoded already as `decode_image` does: upright, RGB, alpha on white."""
     if image.width < 1 or image.height < 1:
         raise BadSampleError(f"image without pixels: {image.width}x{image.height}")
     with warnings.catch_warnings():
@@ -211,22 +199,19 @@ def reads_heic() -> bool:
     return True
 
 
-def _formats(data: bytes) -> list[str]:
-    is_heic = data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis")
-    return [*FORMATS, "HEIF"] if is_heic and reads_heic() else list(FORMATS)
-
-
 def _open(data: bytes) -> Image.Image:
-    formats = _formats(data)
+    is_heif = data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis")
+    formats = [*FORMATS, "HEIF"] if is_heif and reads_heic() else list(FORMATS)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise BadSampleError(f"image too large: more than {MAX_PIXELS // 1_000_000} million pixels") from error
     except Exception as error:
-        known = next((name for name in formats if name in Image.OPEN and _accepts(name, data)), None)
-        if known is not None:
-            raise BadSampleError(f"truncated or damaged {known} image: {one_line(error)}") from error
-        heic = data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf")
+        for name in formats:
+            accept = Image.OPEN.get(name, (None, None))[1]
+            if accept is not None and accept(data[:16]) is True:
+                raise BadSampleError(f"truncated or damaged {name} image: {one_line(error)}") from error
+        heic = is_heif and data[8:11] in (b"hei", b"hev", b"mif", b"msf")
         advice = "; HEIC: pip install 'attentive-clip[heic]'" if heic else ""
         raise BadSampleError(f"not an image in a known format ({', '.join(FORMATS)}){advice}") from error
     width, height = image.size
@@ -238,11 +223,6 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _accepts(name: str, data: bytes) -> bool:
-    accept = Image.OPEN[name][1]
-    return accept is not None and accept(data[:16]) is True
-
-
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -252,26 +232,22 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        image = _scale_to_8_bits(image)
+        # 16-bit integers and floats in [0, 1]; other ranges have no agreed white
+        values = np.asarray(image).astype(np.float32)
+        white = 1.0 if image.mode == "F" else 65535.0
+        if not np.isfinite(values).all() or values.min() < 0.0 or values.max() > white:
+            raise BadSampleError(f"pixel values outside 0..{white:.0f}: which of them is white is not defined")
+        image = Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8))
     if image.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
         return image.convert("RGB") if converted is None else converted
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image)
-        return white
+        white_image = Image.new("RGB", image.size, "white")
+        white_image.paste(image, mask=image)
+        return white_image
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit integers by 1/257 and floats in [0, 1] by 255; other ranges have no agreed white."""
-    values = np.asarray(image).astype(np.float32)
-    white = 1.0 if image.mode == "F" else 65535.0
-    if not np.isfinite(values).all() or values.min() < 0.0 or values.max() > white:
-        raise BadSampleError(f"pixel values outside 0..{white:.0f}: no telling which of them is white")
-    return Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8))
 
 
 def one_line(error: BaseException | None) -> str:

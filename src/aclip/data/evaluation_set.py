@@ -24,21 +24,13 @@ MAX_ASPECT = 100
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """Some images with what they are compared to.
+    """Some images with what they are compared to."""
 
-    Attributes:
-        pixels: (B, 3, h, w) float32, preprocessed.
-        all_captions: the captions of each image, without tags; none where there are none, or a label is the target.
-        labels: the class of each image, or None.
-        keys: the samples' names.
-        indices: their numbers in the source.
-    """
-
-    pixels: Float[Tensor, "B 3 h w"]
-    all_captions: tuple[tuple[str, ...], ...]
+    pixels: Float[Tensor, "B 3 h w"]  # float32, preprocessed
+    all_captions: tuple[tuple[str, ...], ...]  # of each image, without tags; empty if a label is the target
     labels: tuple[str | None, ...]
     keys: tuple[str, ...]
-    indices: tuple[int, ...]
+    indices: tuple[int, ...]  # in the source
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -49,8 +41,8 @@ class EvaluationBatch:
 class EvaluationSet:
     """The images of a source for evaluation, in batches: every good one once, in the source's order.
 
-    Bad samples are left out, with nothing in their place. The batches are the same for any number of workers. Captions
-    are cleaned and never drawn, so iterating twice gives the same.
+    Bad samples are left out. Captions are cleaned and never drawn, and the batches are the same for any number of
+    workers.
 
     Args:
         source: the images.
@@ -61,7 +53,6 @@ class EvaluationSet:
         share: (i, n) reads the i-th of n runs of whole batches, i from 0; the batches are the same for any n.
 
     Attributes:
-        source: where the images come from.
         skipped: (name, reason) of the samples that the latest iteration has left out so far.
 
     Raises:
@@ -140,13 +131,9 @@ class _ReadImages:
     def _read(self, index: int) -> tuple[Float[Tensor, "3 h w"], tuple[str, ...], str | None, str, int]:
         raw = self.source.read(index)
         captions: tuple[str, ...] = ()
-        if self.target == "label":
-            if raw.label is None:
-                raise BadSampleError("missing label")
-        else:
-            try:
-                captions = clean_captions(raw.captions)
-            except BadSampleError:
-                if self.target == "caption" or raw.label is None:
-                    raise
+        if self.target == "label" and raw.label is None:
+            raise BadSampleError("missing label")
+        needed = self.target == "caption" or raw.label is None
+        if needed or (self.target == "either" and any(map(str.strip, raw.captions))):
+            captions = clean_captions(raw.captions)
         return self.preprocess(limit_aspect(decode_image(raw.image))), captions, raw.label, raw.name, index

@@ -21,10 +21,9 @@ def token_frequencies(
 ) -> Float32[Tensor, " V"]:
     """Return the fraction of each token id in the captions that training draws, for frequency masking.
 
-    Counted are the captions of the first epoch of a run with this seed, tags included, of all samples or of
-    `limit` drawn at random; start, end and padding are not. Bad samples are skipped, and no image is decoded. Of
-    sources read by groups (remote shards, row groups) only the first groups of the epoch are read, which training needs
-    anyway, and captions without tags.
+    Counted are the captions of the first epoch of a run with this seed, tags included, of all samples or of `limit`
+    drawn at random. No image is decoded. Of sources read by groups (remote shards, row groups) only the first groups of
+    the epoch are read, which training needs anyway, and captions without tags.
 
     Args:
         source: the training pairs.

@@ -10,27 +10,18 @@ from aclip.errors import ConfigError, DataError
 
 
 class Request(NamedTuple):
-    """One place in a batch.
+    """One place in a batch."""
 
-    Attributes:
-        epoch: number of times the sample has come before, from which its crops and caption are drawn: the epoch of the
-            run, or in a mixture the pass over the sample's own source.
-        sample: its number in the source.
-    """
-
-    epoch: int
-    sample: int
+    epoch: int  # of the run, or in a mixture the pass over the sample's own source; crops and caption depend on it
+    sample: int  # its number in the source
 
 
 class BatchSampler:
     """The requests of the optimizer steps [`start_step`, `total_steps`), for one rank.
 
-    An epoch is `steps_per_epoch` batches of its own order; the last places, which do not fill a batch, are dropped.
-    A global batch is cut into contiguous slices, one per rank: together the ranks see what one process would.
-
-    In one source an epoch has every sample at most once, and drops others every time. In a mixture the same holds for
-    each pass over a source, which may span several epochs: the places dropped at the end of an epoch (fewer than
-    `batch_size` over all sources) are not made up for, so their samples come again only in the source's next pass.
+    An epoch is `steps_per_epoch` batches of its own order; the last places, which do not fill a batch, are dropped,
+    and their samples come again in the next epoch, or in a mixture in the next pass over their source. A global batch
+    is cut into contiguous slices, one per rank: together the ranks see what one process would.
 
     Args:
         source: its samples are requested, in the order of `source.order`.

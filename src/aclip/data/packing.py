@@ -4,26 +4,33 @@ import contextlib
 import errno
 import io
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import tarfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
 from aclip.data.progress import progress
 from aclip.data.sources.base import Source
-from aclip.data.tar_files import Sample, write_tar
 from aclip.errors import BadSampleError, ConfigError, DataError
 from aclip.files import atomic_file, write_atomically
 
 SETTINGS, SIZES, SKIPPED = "pack.json", "sizes.json", "skipped.jsonl"
 
-_JOURNAL = ".finished.jsonl"  # a line per shard
 _CHUNK = 50  # samples per request to a worker
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _Bad = tuple[str, str]  # name of a sample, and what is wrong
+
+
+class Sample(NamedTuple):
+    """The name that a sample's members share, without dot and slash, and their bytes by extension."""
+
+    key: str
+    members: Mapping[str, bytes]
 
 
 def pack(source: str | Sequence[str], *, output: str, side: int | None = 336, quality: int = 90, shard_size: int = 1000,
@@ -62,7 +69,7 @@ def pack(source: str | Sequence[str], *, output: str, side: int | None = 336, qu
         if value is not None and not least <= value <= most:
             raise ConfigError(f"{name} must be {least} to {most}, not {value}")
     opened, folder = open_training(source), Path(output)
-    left = _read_names(leave_out) if leave_out is not None else frozenset()
+    left = _names_in(leave_out) if leave_out is not None else frozenset()
     samples = write_shards(opened, folder, side=side, quality=quality, shard_size=shard_size, workers=workers,
                            leave_out=left)
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -75,12 +82,12 @@ def pack(source: str | Sequence[str], *, output: str, side: int | None = 336, qu
 
 def write_shards(source: Source, folder: Path, *, side: int | None = None, quality: int = 90, shard_size: int = 1000,
                  leave_out: Collection[str] = (), workers: int | None = None, keep_names: bool = False) -> int:
-    """Write `source` to shards `000000.tar` ... in `folder`, in its order.
+    """Write `source` to shards `000000.tar` ... in `folder`, in its order; return the number of samples in them.
 
     An image that is small enough is copied if it is a JPEG; others are decoded (alpha on white, upright), shrunk and
     encoded as JPEG. Captions, tags, label, concept and name go to a `.json` beside each. Shards appear whole or
-    not at all, and a call that was interrupted goes on after the last of them; the result does not depend on
-    `workers`. At the end `sizes.json` holds the number of samples in each shard.
+    not at all, and a call that was interrupted goes on after the last of them. At the end `sizes.json` holds the number
+    of samples in each shard.
 
     Args:
         source: the pairs.
@@ -88,11 +95,12 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
         side, quality, shard_size, workers: see `pack`, also for errors.
         leave_out: names of samples.
         keep_names: name the members of a shard as the samples, whose names have no dot or slash, instead of by number.
-
-    Returns:
-        Number of samples in all shards; the others are named in `skipped.jsonl`.
     """
-    left = _find(source, leave_out)
+    every = range(len(source) if leave_out else 0)
+    numbers = {name: index for index in every if (name := source.name(index)) in leave_out}
+    if unknown := sorted(set(leave_out) - numbers.keys()):
+        raise ConfigError(f"{source.spec} has no sample '{unknown[0]}' to leave out")
+    left = set(numbers.values())
     settings = {"source": source.spec, "samples": len(source), "left_out": sorted(left), "side": side,
                 "quality": quality, "shard_size": shard_size}
     indices = range(len(source))
@@ -100,10 +108,11 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
               for first in indices[::shard_size]}
     try:
         _check_settings(folder, settings)
-        sizes = _finished(folder)
-        _write_missing(source, folder, {name: some for name, some in shards.items() if name not in sizes}, sizes,
-                       _Pack(source, side, quality, keep_names), workers)
-        write_atomically(folder / SIZES, json.dumps(dict(sorted(sizes.items())), indent=1) + "\n")
+        skipped = _skipped_in_finished(folder)
+        _write_missing(source, folder, {name: some for name, some in shards.items() if not (folder / name).exists()},
+                       skipped, _Pack(source, side, quality, keep_names), workers)
+        sizes = {name: len(some) - skipped[name] for name, some in shards.items()}
+        write_atomically(folder / SIZES, json.dumps(sizes, indent=1) + "\n")
     except OSError as error:
         full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
         raise DataError(f"cannot write to {folder}: {full}; finished shards stay, and the same command continues after "
@@ -111,40 +120,35 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
     return sum(sizes.values())
 
 
-def _write_missing(source: Source, folder: Path, missing: dict[str, list[int]], sizes: dict[str, int],
+def _write_missing(source: Source, folder: Path, missing: dict[str, list[int]], skipped: Counter[str],
                    pack_samples: "_Pack", workers: int | None) -> None:
-    """Write some shards, add them to `sizes`, and note each and its bad samples in the journals."""
+    """Write some shards; name their bad samples in `skipped.jsonl` and count them in `skipped`."""
     from aclip.data.workers import read_ahead
     from aclip.devices import usable_cores
 
-    requests = {name: [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
-                for name, indices in missing.items()}
-    answers = read_ahead(pack_samples, (chunk for chunks in requests.values() for chunk in chunks),
+    chunks = {name: [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
+              for name, indices in missing.items()}
+    answers = read_ahead(pack_samples, chain.from_iterable(chunks.values()),
                          workers=usable_cores() if workers is None else workers)
     with (
-        (folder / _JOURNAL).open("a") as journal,
-        (folder / SKIPPED).open("a") as skips,
+        (folder / SKIPPED).open("a") as journal,
         progress(f"packing {source.spec}", sum(map(len, missing.values()))) as advance,
     ):
-        for name, chunks in requests.items():
-            bad: list[_Bad] = []
+
+        def good_samples(name: str) -> Iterator[Sample]:
+            for samples in islice(answers, len(chunks[name])):
+                for sample in samples:
+                    if isinstance(sample, Sample):
+                        yield sample
+                    else:
+                        journal.write(json.dumps({"shard": name, "key": sample[0], "reason": sample[1]}) + "\n")
+                        skipped[name] += 1
+                advance(len(samples))
+
+        for name in missing:
             with atomic_file(folder / name) as file:
-                sizes[name] = write_tar(file, _good(islice(answers, len(chunks)), bad, advance))
-            skips.write(_json_lines({"shard": name, "key": key, "reason": reason} for key, reason in bad))
-            skips.flush()
-            journal.write(_json_lines([{"shard": name, "samples": sizes[name]}]))
-            journal.flush()
-
-
-def _good(answers: Iterator[list[Sample | _Bad]], bad: list[_Bad], advance: Callable[[int], None]) -> Iterator[Sample]:
-    """Yield the good samples, and add the others to `bad`."""
-    for samples in answers:
-        for sample in samples:
-            if isinstance(sample, Sample):
-                yield sample
-            else:
-                bad.append(sample)
-        advance(len(samples))
+                write_tar(file, good_samples(name))
+                journal.flush()  # before the shard appears: it is counted by what the journal says of it
 
 
 @dataclass(frozen=True)
@@ -176,11 +180,7 @@ class _Pack:
 
 
 def shrink(data: bytes, side: int | None, quality: int) -> bytes:
-    """Return an image file whose shorter side is at most `side`; `data` itself if it is one.
-
-    Raises:
-        BadSampleError: it cannot be decoded.
-    """
+    """Return an image file whose shorter side is at most `side`; `data` itself if it is one."""
     from aclip.data.decode import decode_image
 
     # Decoded in any case: what cannot be decoded must not get into a shard. A JPEG is decoded at reduced scale, but
@@ -198,20 +198,11 @@ def shrink(data: bytes, side: int | None, quality: int) -> bytes:
     return content.getvalue()
 
 
-def _read_names(path: str) -> frozenset[str]:
+def _names_in(path: str) -> frozenset[str]:
     try:
         return frozenset(Path(path).read_text("utf-8", errors="surrogateescape").splitlines())
     except OSError as error:
         raise ConfigError(f"the list of names to leave out, {path}, cannot be read: {error.strerror}") from error
-
-
-def _find(source: Source, names: Collection[str]) -> frozenset[int]:
-    """Return the numbers of the samples with these names."""
-    found = {source.name(index): index for index in range(len(source)) if source.name(index) in names} if names else {}
-    missing = next((name for name in names if name not in found), None)
-    if missing is not None:
-        raise ConfigError(f"{source.spec} has no sample '{missing}' to leave out")
-    return frozenset(found.values())
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -226,24 +217,30 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
-def _finished(folder: Path) -> dict[str, int]:
-    """Return the sizes of finished shards; drop other lines of the journals, and what a killed call left."""
-    sizes = {line["shard"]: line["samples"] for line in _read_lines(folder / _JOURNAL)
-             if (folder / line["shard"]).is_file()}
+def _skipped_in_finished(folder: Path) -> Counter[str]:
+    """Return the number of bad samples in finished shards; drop other lines of the journal, and unfinished files."""
     for part in folder.glob(".*.tar.*.part"):
         part.unlink()
-    for name in (_JOURNAL, SKIPPED):
-        write_atomically(folder / name, _json_lines(
-            line for line in _read_lines(folder / name) if line["shard"] in sizes))
-    return sizes
+    lines = []
+    for line in (folder / SKIPPED).read_bytes().splitlines() if (folder / SKIPPED).is_file() else ():
+        with contextlib.suppress(ValueError):  # a last line that was cut off
+            lines.append(json.loads(line))
+    lines = [line for line in lines if (folder / line["shard"]).exists()]
+    write_atomically(folder / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
+    return Counter(line["shard"] for line in lines)
 
 
-def _json_lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
+def write_tar(file: IO[bytes], samples: Iterable[Sample]) -> int:
+    """Write the members `key.extension` of samples, in order; return the number of samples.
 
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file of JSON lines, if there is one, without a last line that was cut off."""
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+    The bytes depend on the samples alone: no times, no owners.
+    """
+    count = 0
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in samples:
+            for extension, data in sorted(sample.members.items()):
+                member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+            count += 1
+    return count

@@ -32,8 +32,8 @@ def progress(doing: str, total: int, unit: str = "samples") -> Iterator[Callable
     from aclip import dist
 
     done, start = 0, time.monotonic()
-    bar: Progress | None = None
     next_report = start + _DELAY
+    bar: Progress | None = None
 
     def advance(amount: int) -> None:
         nonlocal bar, done, next_report

@@ -7,6 +7,7 @@ the value of an option; where a name would still be taken for syntax, `%26` writ
 
 import difflib
 import glob
+import json
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from aclip.errors import ConfigError, DataError, unknown_name
+from aclip.files import data_root
 
 OPTIONS = ("image", "caption", "tags", "label", "images", "split", "encoding", "templates", "captions", "labels",
            "root", "stretch")  # fmt: skip
@@ -96,15 +98,22 @@ def parse_spec(text: str) -> Spec:
     """
     path = os.path.expanduser(text)
     weight: float | None = None
-    part: tuple[int, int | None] | None = None
     if os.path.exists(path):
         return Spec(text, path)
     if (match := _WEIGHT.fullmatch(path)) and not _is_value(path, match[1]):
         weight, path = float(match[2]), match[1]
         if not 0.0 < weight < math.inf:
             raise ConfigError(f"the weight of '{path}' must be a positive number, not {match[2]}")
+    part: tuple[int, int | None] | None = None
     while not os.path.exists(path) and (match := _SLICE.fullmatch(path)):
-        path, part = match[1], _within(_part(match), part)
+        path, start, end = match.groups()
+        if "-" in start + end:
+            raise ConfigError(f"'{match[0]}': a part takes no negative numbers, it is counted from the first sample: "
+                              f"'{path}[:1000]' is the first thousand, '{path}[1000:]' the rest")
+        first, last = part or (0, None)  # a part of this part
+        ends = [int(end)] if end else []
+        ends += [] if last is None else [int(start or 0) + last]
+        part = int(start or 0) + first, min(ends, default=None)
     if os.path.exists(path):
         return Spec(text, path, part=part, weight=weight)
     path, options = _split_query(text, path)
@@ -120,22 +129,6 @@ def _is_value(text: str, head: str) -> bool:
         return True
     value = re.split(r"[?&]\w+=", text)[-1]
     return value != text and os.path.exists(os.path.expanduser(value))
-
-
-def _part(match: re.Match[str]) -> tuple[int, int | None]:
-    whole, first, last = match.groups()
-    if "-" in first + last:
-        raise ConfigError(f"'{match[0]}': a part takes no negative numbers, it is counted from the first sample: "
-                          f"'{whole}[:1000]' is the first thousand, '{whole}[1000:]' the rest")
-    return int(first or 0), int(last) if last else None
-
-
-def _within(whole: tuple[int, int | None], part: tuple[int, int | None] | None) -> tuple[int, int | None]:
-    if part is None:
-        return whole
-    first, last = whole[0] + part[0], None if part[1] is None else whole[0] + part[1]
-    ends = [end for end in (whole[1], last) if end is not None]
-    return first, min(ends, default=None)
 
 
 def _split_query(text: str, path: str) -> tuple[str, dict[str, str]]:
@@ -197,15 +190,12 @@ def expand_braces(pattern: str) -> Iterator[str]:
     if match is None:
         yield pattern
         return
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    choices: Sequence[str]
-    if counted:
-        first, last = counted[1], counted[2]
-        if int(last) - int(first) > _MOST_FILES:
-            raise ConfigError(f"'{pattern}' counts more than {_MOST_FILES:,} files: mend the braces")
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        choices = match[1].split(",")
+    choices: Sequence[str] = match[1].split(",")
+    if counted := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = map(int, counted.groups())
+        if last - first > _MOST_FILES:
+            raise ConfigError(f"'{pattern}' expands to more than {_MOST_FILES:,} files: check the braces")
+        choices = [str(number).zfill(len(counted[1])) for number in range(first, last + 1)]
     for choice in choices:
         yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
@@ -246,3 +236,37 @@ def absolute(text: str) -> str:
         if path and "://" not in path and not os.path.isabs(path) and (os.path.exists(path) or is_pattern(path)):
             rest = rest.replace(before + path, before + os.path.join(os.getcwd(), path), 1)
     return rest if name is None else f"{name}={rest}"
+
+
+# Data sets that have been fetched by name
+
+DESCRIPTION = "dataset.json"  # file of a set's folder that is written when the set is complete
+_SET = re.compile(r"([A-Za-z][\w-]+)(?::([\w-]*))?")  # two letters, as C: is a drive
+
+
+def split_sizes(folder: Path) -> dict[str, int]:
+    """Return the number of samples in each split of a complete set; empty for any other folder."""
+    try:
+        splits = json.loads((folder / DESCRIPTION).read_bytes())["splits"]
+        return {split: int(facts["samples"]) for split, facts in splits.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def resolve(path: str) -> str | None:
+    """Return the folder of shards that `NAME:SPLIT` stands for, or None if the path has another form or exists."""
+    match = _SET.fullmatch(path)
+    if match is None or os.path.exists(path):
+        return None
+    name, split = match.groups()
+    folder = data_root() / name
+    splits = split_sizes(folder)
+    if split in splits:
+        return str(folder / split)
+    if splits:
+        choices = ", ".join(f"{name}:{one}" for one in splits)
+        raise DataError(f"'{path}' names no split of the data set '{name}': there are {choices}")
+    if split is None:
+        return None
+    raise DataError(f"'{path}' does not exist, and the data set '{name}' is not in {folder.parent}: fetch it with "
+                    f"`aclip data fetch {name}`")

@@ -6,7 +6,7 @@ sample gets the same views in any process and at any batch position.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -21,25 +21,18 @@ from aclip.errors import ConfigError, unknown_name
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels of the decoded source image."""
 
-_DrawFor = tuple[int, int, int]  # (seed, epoch, sample)
+_Draw = Callable[[str, str], np.random.Generator]  # purpose and view -> the generator for one image in one epoch
 
 _TRIES = 10  # of random crops before the central one, as in torchvision
 
 
 class Crop(NamedTuple):
-    """One view of one image, before its colours are changed.
+    """One view of one image, before its colours are changed."""
 
-    Attributes:
-        pixels: (3, h, w) uint8 RGB, already mirrored if `flipped`; channels last in memory.
-        box: the part of the source image that it shows.
-        flipped: whether it is mirrored left to right.
-        augmentation: (A,) float32 parameters for `aclip.data.augment.apply`, or None for a plain view.
-    """
-
-    pixels: UInt8[np.ndarray, "3 h w"]
-    box: Box
-    flipped: bool
-    augmentation: Float32[np.ndarray, " A"] | None
+    pixels: UInt8[np.ndarray, "3 h w"]  # RGB, already mirrored if `flipped`; channels last in memory
+    box: Box  # the part of the source image that it shows
+    flipped: bool  # left to right
+    augmentation: Float32[np.ndarray, " A"] | None  # parameters for `aclip.data.augment.apply`; None: a plain view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,41 +79,38 @@ class ViewPipeline:
         for name in sizes:
             if name not in self.names:
                 raise ConfigError(unknown_name("view", name, self.names))
-        draw_for = seed, epoch, sample
-        return {name: Crop(cut(image, box, sizes[name], flipped), box, flipped, self._draw_augmentation(name, draw_for))
-                for name, (box, flipped) in self._draw(image.shape[0], image.shape[1], draw_for).items()
-                if name in sizes}
+        generator = _generators(seed, epoch, sample)
+        crops = {}
+        for name, (box, flipped) in self._draw(image.shape[0], image.shape[1], generator).items():
+            if name in sizes:
+                plain = self.augmentation == "none" or name in self.plain
+                drawn = None if plain else draw(AUGMENTATIONS[self.augmentation], generator("augment", name))
+                crops[name] = Crop(cut(image, box, sizes[name], flipped), box, flipped, drawn)
+        return crops
 
     def boxes(self, height: int, width: int, *, seed: int, epoch: int, sample: int) -> dict[str, Box]:
         """Return the boxes that `__call__` cuts from an image of this size in pixels."""
-        return {name: box for name, (box, _) in self._draw(height, width, (seed, epoch, sample)).items()}
+        drawn = self._draw(height, width, _generators(seed, epoch, sample))
+        return {name: box for name, (box, _) in drawn.items()}
 
     def least_side(self, sizes: Mapping[str, tuple[int, int]]) -> int:
-        """Return the smallest short side of an image, in pixels, with which no crop is enlarged to its size.
-
-        Up to rounding, and for boxes of the drawn area and ratio.
-        """
+        """Return the smallest short side of an image, in pixels, with which no crop is enlarged, up to rounding."""
         height, width = (max(size[axis] for size in sizes.values()) for axis in (0, 1))
-        fraction = self._least_scale()
+        fraction = min(scale[0] for scale, _ in self._random_crops().values())
         return math.ceil(max(height * math.sqrt(self.ratio[1] / fraction), width / math.sqrt(self.ratio[0] * fraction)))
 
-    def _least_scale(self) -> float:
-        return self.scale[0]
+    def _random_crops(self) -> dict[str, tuple[tuple[float, float], float]]:
+        """Return scale and probability of a flip of the views that are cropped at random."""
+        return dict.fromkeys(self.names, (self.scale, self.flip))
 
-    def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
+    def _draw(self, height: int, width: int, generator: _Draw) -> dict[str, tuple[Box, bool]]:
         """Return each view's box and whether it is flipped."""
-        return {name: self._draw_crop(name, height, width, draw_for, self.scale, self.flip) for name in self.names}
-
-    def _draw_crop(self, name: str, height: int, width: int, draw_for: _DrawFor, scale: tuple[float, float],
-                   flip: float) -> tuple[Box, bool]:
-        generator = _generator("crop", name, draw_for)
-        flipped = generator.random() < flip
-        return random_box(generator, height, width, scale, self.ratio), flipped
-
-    def _draw_augmentation(self, name: str, draw_for: _DrawFor) -> Float32[np.ndarray, " A"] | None:
-        if self.augmentation == "none" or name in self.plain:
-            return None
-        return draw(AUGMENTATIONS[self.augmentation], _generator("augment", name, draw_for))
+        drawn = {}
+        for name, (scale, flip) in self._random_crops().items():
+            random = generator("crop", name)
+            flipped = random.random() < flip
+            drawn[name] = random_box(random, height, width, scale, self.ratio), flipped
+        return drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +147,14 @@ class TwoCropsInContext(ViewPipeline):
     augmentation: AugmentationName = "a-clip"
     context: Literal["paper", "released"] = "paper"
 
-    def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
-        crops = {name: self._draw_crop(name, height, width, draw_for, self.scale, self.flip)
-                 for name in self.names if name != "context"}
+    def _random_crops(self) -> dict[str, tuple[tuple[float, float], float]]:
+        return {name: (self.scale, self.flip) for name in self.names if name != "context"}
+
+    def _draw(self, height: int, width: int, generator: _Draw) -> dict[str, tuple[Box, bool]]:
+        crops = super()._draw(height, width, generator)
         draw_box = enclosing_box if self.context == "paper" else released_context_box
-        boxes = [box for box, _ in crops.values()]
-        context = draw_box(_generator("crop", "context", draw_for), height, width, *boxes)
-        return {**crops, "context": (context, False)}
+        box = draw_box(generator("crop", "context"), height, width, *(box for box, _ in crops.values()))
+        return {**crops, "context": (box, False)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +184,8 @@ class CropAndTwoAugs(ViewPipeline):
         super().__post_init__()
         _check_interval("augmented_scale", self.augmented_scale, largest=1.0)
 
-    def _least_scale(self) -> float:
-        return min(self.scale[0], self.augmented_scale[0])
-
-    def _draw(self, height: int, width: int, draw_for: _DrawFor) -> dict[str, tuple[Box, bool]]:
-        options = {"a": (self.scale, 0.0), "b": (self.augmented_scale, self.flip),
-                   "c": (self.augmented_scale, self.flip)}
-        return {name: self._draw_crop(name, height, width, draw_for, *some) for name, some in options.items()}
+    def _random_crops(self) -> dict[str, tuple[tuple[float, float], float]]:
+        return {"a": (self.scale, 0.0), "b": (self.augmented_scale, self.flip), "c": (self.augmented_scale, self.flip)}
 
 
 VIEWS: dict[str, type[ViewPipeline]] = {
@@ -231,11 +217,7 @@ def random_box(generator: np.random.Generator, height: int, width: int, scale: t
 
 
 def enclosing_box(generator: np.random.Generator, height: int, width: int, *views: Box) -> Box:
-    """Draw a box inside the image that contains all `views`.
-
-    Starts from the smallest such box and moves each of its four edges outwards, uniformly over the whole
-    pixels up to the image's edge.
-    """
+    """Draw a box that contains all `views`: the smallest, each edge moved outwards uniformly up to the image's."""
     top, left, bottom, right = _union(views)
     u_top, u_left, u_bottom, u_right = generator.random(4).tolist()
     top, left = int(u_top * (top + 1)), int(u_left * (left + 1))
@@ -247,13 +229,9 @@ def enclosing_box(generator: np.random.Generator, height: int, width: int, *view
 def released_context_box(generator: np.random.Generator, height: int, width: int, *views: Box) -> Box:
     """Draw the scored box of the public A-CLIP release, which may not contain the views.
 
-    It differs from `enclosing_box` in two ways:
-
-    - Its left edge starts from the smaller of a's left and b's *height* (instead of b's left), which cuts off a part
-      of b on the left.
-    - Its top and left edges are moved outwards first; then height and width are drawn uniformly between those of the
-      box *before* that move and the most that fits in the image, so that the bottom and right edges can end up inside
-      a view by as much as the other edges were moved.
+    Its left edge starts from the smaller of a's left and b's *height* (instead of b's left). Its top and left edges are
+    moved outwards first; then height and width are drawn uniformly between those of the box *before* that move and the
+    most that fits in the image, so that the bottom and right edges can end up inside a view.
     """
     top, _, bottom, right = _union(views)
     left = min(views[0][1], *(view[2] for view in views[1:]))
@@ -267,18 +245,9 @@ def released_context_box(generator: np.random.Generator, height: int, width: int
 
 def cut(image: UInt8[np.ndarray, "H W 3"], box: Box, size: tuple[int, int], flipped: bool
         ) -> UInt8[np.ndarray, "3 h w"]:
-    """Return the part of an image inside `box`, resized (bicubic, antialiased) and mirrored if asked.
+    """Return the part of an image in `box`, resized to (height, width) (bicubic, antialiased), mirrored if `flipped`.
 
     Equal to torchvision's `RandomResizedCrop` up to rounding: pixels outside the box have no influence.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        box: inside the image.
-        size: (height, width) of the result in pixels.
-        flipped: mirror left to right.
-
-    Returns:
-        (3, height, width) uint8.
     """
     top, left, height, width = box
     part = torch.from_numpy(image[None, top : top + height, left : left + width]).permute(0, 3, 1, 2)
@@ -296,9 +265,8 @@ def _union(boxes: tuple[Box, ...]) -> tuple[int, int, int, int]:
             max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes))
 
 
-def _generator(purpose: str, view: str, draw_for: _DrawFor) -> np.random.Generator:
-    seed, epoch, sample = draw_for
-    return rng.generator(seed, purpose, epoch, sample, view)
+def _generators(seed: int, epoch: int, sample: int) -> _Draw:
+    return lambda purpose, view: rng.generator(seed, purpose, epoch, sample, view)
 
 
 def _check_interval(name: str, interval: tuple[float, float], largest: float = math.inf) -> None:

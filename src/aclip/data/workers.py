@@ -6,20 +6,17 @@ import errno
 import functools
 import logging
 import math
-import mmap
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -38,7 +35,8 @@ Answer = TypeVar("Answer")
 
 _MAX_WORKERS = 8
 _GRACE = 0.5  # seconds in which a worker may finish what it reads before it exits
-_ALIGNMENT = 64  # bytes, of arrays in a file that workers map
+# Forked workers share the index of a source, which spawned ones (Python 3.14's default) would copy.
+_START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 _SMALL_SHM = ("/dev/shm has no room for batches: give the container more ('docker run --shm-size=8g'), or read in the "
              "training process with '--workers 0'")
@@ -75,7 +73,7 @@ def read_ahead(read: Callable[[Request], Answer], requests: Iterable[Request], *
     end or the parent's death, also in the middle of a long read.
 
     Args:
-        read: a pure function; pickled once where workers are spawned, its arrays shared through a file.
+        read: a pure function, picklable where processes cannot fork.
         requests: may be endless; consumed in this process as workers become free.
         workers: processes; 0 reads in this one.
         prefetch: requests that each worker reads ahead.
@@ -96,14 +94,28 @@ def _read_ahead(
     read: Callable[[Request], Answer], requests: Iterable[Request], workers: int, prefetch: int, pin_memory: bool
 ) -> Iterator[Answer]:
     with contextlib.ExitStack() as stack:
+        # Cleared to stop the workers, once they are told to. The traceback of an error keeps this frame: torch's
+        # iterator would live on in a cycle, and a worker forked later that collects it would wait for strangers.
         answers: list[Iterator[Any]] = []
-        # Stops the workers, once they are told to. The traceback of an error keeps this frame: torch's iterator would
-        # live on in a reference cycle, and a worker forked later that collects it would wait for processes not its own.
         stack.callback(answers.clear)
         start = _StartWorker(stack.enter_context(_stopping())) if workers else None
-        spawned = workers and multiprocessing.get_start_method() != "fork"
-        reader = _Reader(_shared_by_file(read, stack) if spawned else read)
-        answers.append(_start(reader, requests, workers, prefetch, pin_memory, start))
+        with warnings.catch_warnings():
+            # Torch's wording of too many workers; and that forking beside threads can deadlock (Python 3.12): a worker
+            # waits for no lock of the threads left behind.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+            try:
+                # Without a batch size a request is answered whole. Without a generator torch draws the workers' base
+                # seed from the global one.
+                answers.append(iter(DataLoader(
+                    _Reader(read), sampler=requests, batch_size=None, collate_fn=_unchanged, num_workers=workers,
+                    prefetch_factor=prefetch if workers else None, worker_init_fn=start, pin_memory=pin_memory,
+                    multiprocessing_context=_START_METHOD if workers else None, generator=torch.Generator())))
+            except OSError as error:  # the semaphores of queues lie in shared memory, too
+                remedy = _SMALL_SHM if error.errno == errno.ENOSPC else "lower '--workers'"
+                raise DataError(f"workers cannot be started ({error.strerror}): {remedy}") from error
+        if workers:
+            _watch_workers()
         killed = None
         while killed is None:
             try:
@@ -121,48 +133,25 @@ def _read_ahead(
         raise killed  # outside of the handler: the context would keep torch's iterator
 
 
-def _start(reader: "_Reader", requests: Iterable[Any], workers: int, prefetch: int, pin_memory: bool,
-           start: "_StartWorker | None") -> Iterator[Any]:
-    with warnings.catch_warnings():
-        # Torch's wording of too many workers; and that forking beside threads can deadlock (Python 3.12): a worker
-        # waits for no lock of the threads left behind.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
-        try:
-            # Without a batch size a request is answered whole. Without a generator torch draws the workers' base seed
-            # from the global one.
-            answers = iter(DataLoader(
-                reader, sampler=requests, batch_size=None, collate_fn=_unchanged, num_workers=workers,
-                prefetch_factor=prefetch if workers else None, worker_init_fn=start, pin_memory=pin_memory,
-                generator=torch.Generator()))
-        except OSError as error:  # the semaphores of queues lie in shared memory, too
-            remedy = _SMALL_SHM if error.errno == errno.ENOSPC else "lower '--workers'"
-            raise DataError(f"workers cannot be started ({error.strerror}): {remedy}") from error
-    if workers:
-        _watch_workers()
-    return answers
-
-
 def _watch_workers() -> None:
     """Turn what torch's SIGCHLD handler raises, at any point of the main thread, into one sentence.
 
     In other threads, where there is no handler, torch notices a dead worker within seconds.
     """
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-        handler = signal.getsignal(signal.SIGCHLD)
-        if callable(handler) and not isinstance(handler, _OnDeadWorker):
-            signal.signal(signal.SIGCHLD, _OnDeadWorker(handler))
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return
+    torch_handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(torch_handler) or hasattr(torch_handler, "wrapped"):
+        return
 
-
-class _OnDeadWorker:
-    def __init__(self, torch_handler: Callable[[int, Any], Any]) -> None:
-        self._torch_handler = torch_handler
-
-    def __call__(self, number: int, frame: Any) -> None:
+    def handler(number: int, frame: Any) -> None:
         try:
-            self._torch_handler(number, frame)
+            torch_handler(number, frame)
         except RuntimeError as error:
             raise _killed(error) or error from None
+
+    handler.wrapped = torch_handler  # type: ignore[attr-defined]
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def _killed(error: RuntimeError) -> DataError | None:
@@ -197,8 +186,7 @@ class _StartWorker:
 
     def __init__(self, stop: Connection) -> None:
         self._stop = stop
-        # asked here, because the parent may have gone before the worker asks; a worker of a fork server is its child
-        self._parent = None if multiprocessing.get_start_method() == "forkserver" else os.getpid()
+        self._parent = os.getpid()  # asked here, because the parent may have gone before the worker asks
 
     def __call__(self, _: int) -> None:
         torch.set_num_threads(1)
@@ -207,11 +195,11 @@ class _StartWorker:
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-        threading.Thread(target=self._exit_when_told, args=(self._parent or os.getppid(),), daemon=True).start()
+        threading.Thread(target=self._exit_when_told, daemon=True).start()
 
-    def _exit_when_told(self, parent: int) -> None:
+    def _exit_when_told(self) -> None:
         while not self._stop.poll(1.0):
-            if os.getppid() != parent:
+            if os.getppid() != self._parent:
                 os._exit(1)
         time.sleep(_GRACE)  # torch stops an idle worker meanwhile
         os._exit(0)
@@ -247,40 +235,6 @@ class _Reader(Dataset[Any]):
         except (RuntimeError, OSError):
             return _Packed(answer)
         return answer
-
-
-def _shared_by_file(function: Callable[[Any], Any], stack: contextlib.ExitStack) -> "_Mapped":
-    """Pickle a function once for all workers, its arrays into a file that they map and that `stack` removes."""
-    arrays: list[pickle.PickleBuffer] = []
-    rest = pickle.dumps(function, protocol=5, buffer_callback=arrays.append)
-    spans = []
-    file, path = tempfile.mkstemp(prefix="aclip-", suffix=".arrays")
-    stack.callback(lambda: Path(path).unlink(missing_ok=True))
-    with open(file, "wb") as out:
-        for array in arrays:
-            start = out.tell()
-            out.write(array.raw())
-            spans.append((start, out.tell()))
-            out.write(bytes(-out.tell() % _ALIGNMENT))
-        out.write(bytes(not arrays))  # an empty file cannot be mapped
-    return _Mapped(path, rest, spans)
-
-
-class _Mapped:
-    """A function that is unpickled when it is first called, its arrays mapped from a file."""
-
-    def __init__(self, path: str, rest: bytes, spans: list[tuple[int, int]]) -> None:
-        self._path, self._rest, self._spans = path, rest, spans
-
-    def __call__(self, request: Any) -> Any:
-        return self._function(request)
-
-    @functools.cached_property
-    def _function(self) -> Callable[[Any], Any]:
-        with open(self._path, "rb") as file:  # copied on write, so that arrays are as writable as they were
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        function: Callable[[Any], Any] = pickle.loads(self._rest, buffers=[content[a:b] for a, b in self._spans])
-        return function
 
 
 class _Packed:

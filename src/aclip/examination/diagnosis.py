@@ -1,11 +1,7 @@
 """`aclip data doctor`: what is wrong with a source, before a training run finds out."""
 
-import csv
-import io
-import json
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +13,8 @@ from PIL import Image
 from aclip.data.progress import progress
 from aclip.data.sources.base import Source
 from aclip.errors import BadSampleError, ConfigError
-from aclip.examination.duplicates import Duplicates, find_duplicates
-from aclip.examination.findings import Finding, Limits, Place, captions_of, find_all, leaked
-from aclip.examination.measure import GOOD, Measurements, measure
+from aclip.examination.findings import Finding, Limits, Place, captions_of, find_all, shared_rows
+from aclip.examination.measure import Measurements, find_duplicates, measure
 from aclip.files import write_atomically
 
 if TYPE_CHECKING:
@@ -27,7 +22,6 @@ if TYPE_CHECKING:
 
     from aclip.data.captions import CaptionTokenizer
 
-_LISTS, _NAMES = (".jsonl", ".csv", ".tsv"), ".txt"  # what `fix` writes: the samples that are left, or the others
 _EXAMPLE_SIDE = 160  # pixels
 _LONGER = 4  # times the model's context that captions are counted to
 
@@ -37,15 +31,22 @@ class Examination:
     """What was found in a source.
 
     Attributes:
-        measured: the source, then those that it was compared with; `duplicates` are of all of these.
+        measured: the source, then those that it was compared with.
+        groups: of the images of each, see `find_duplicates`.
         limits: of the model that the data is for.
         findings: errors first.
     """
 
     measured: tuple[Measurements, ...]
-    duplicates: Duplicates
+    groups: tuple[np.ndarray, ...]
     limits: Limits
     findings: tuple[Finding, ...]
+
+    @property
+    def usable(self) -> int:
+        """Number of samples that have an image and a caption."""
+        samples = self.measured[0].samples
+        return int((samples["decoded"] & (samples["captions"] > 0)).sum())
 
     def load_examples(self) -> "list[list[list[Example]]]":
         """Read the examples of every finding again, in groups of samples that belong together."""
@@ -65,9 +66,8 @@ def doctor(source: str, *, against: Sequence[str] = (), model: str = "vit-tiny",
         against: evaluation sets, which should share no image with the source.
         model: the model that the data is for: its input size and context length.
         output: folder for data.html and data.json.
-        fix: also write what training should leave out: bad samples, duplicates and shared images. A .txt file lists
-            their names, for `aclip data pack --leave-out`; a .jsonl, .csv or .tsv file lists the other samples, ready
-            to train on.
+        fix: new file for the names of what training should leave out, which `aclip data pack --leave-out` takes: bad
+            samples, duplicates and shared images.
         workers: processes that read (default: one per core).
         limit: examine at most so many samples of each source, drawn at random.
 
@@ -75,7 +75,7 @@ def doctor(source: str, *, against: Sequence[str] = (), model: str = "vit-tiny",
         The measurements and findings.
 
     Raises:
-        ConfigError: an option out of range, or a `fix` that cannot be written.
+        ConfigError: an option out of range, or a `fix` that exists already.
     """
     from rich.console import Console
 
@@ -87,11 +87,11 @@ def doctor(source: str, *, against: Sequence[str] = (), model: str = "vit-tiny",
             raise ConfigError(f"{name} {value}: give {least} or more")
     if fix is not None and limit is not None:
         raise ConfigError("a fix needs the whole source: leave out the limit")
+    if fix is not None and Path(fix).exists():
+        raise ConfigError(f"--fix {fix} exists already: name a new file")
     limits, tokenizer = _needs(model)
     opened = open_training(source)
     others = [open_source(spec) for spec in against]
-    if fix is not None:
-        check_fix(Path(fix), opened)
     examined = examine(opened, others, limits=limits, tokenizer=tokenizer, workers=workers, limit=limit)
     page = write_data_page(examined, Path(output))
     console = Console(highlight=False)
@@ -101,8 +101,7 @@ def doctor(source: str, *, against: Sequence[str] = (), model: str = "vit-tiny",
         left_out = write_fix(examined, Path(fix))
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "nothing"
         say(f"{fix}: {len(opened) - sum(left_out.values()):,} samples are kept, left out: {reasons}")
-        if Path(fix).suffix.lower() == _NAMES:
-            say(f"next: aclip data pack '{opened.spec}' --leave-out {fix} --output FOLDER")
+        say(f"next: aclip data pack '{opened.spec}' --leave-out {fix} --output FOLDER")
     say(f"done. page: {page}")
     return examined
 
@@ -127,8 +126,8 @@ def examine(source: Source, against: Sequence[Source] = (), *, limits: Limits,
     with progress("examining", total) as advance:
         measured = tuple(measure(one, tokenizer=tokenizer if one is source else None, workers=workers, limit=limit,
                                  advance=advance) for one in (source, *against))
-    duplicates = find_duplicates(measured)
-    return Examination(measured, duplicates, limits, find_all(measured, duplicates, limits))
+    groups = find_duplicates(measured)
+    return Examination(measured, groups, limits, find_all(measured, groups, limits))
 
 
 def _needs(model: str) -> "tuple[Limits, CaptionTokenizer | None]":
@@ -151,9 +150,8 @@ def print_findings(console: "Console", examined: Examination) -> None:
     from rich.table import Table
 
     source = examined.measured[0]
-    usable = int((source.samples["decoded"] & (source.samples["captions"] > 0)).sum())
     console.print(f"{source.source.spec}: {len(source.samples):,} of {len(source.source):,} samples examined, "
-                  f"{usable:,} usable, {len(source.captions):,} captions", markup=False, soft_wrap=True)
+                  f"{examined.usable:,} usable, {len(source.captions):,} captions", markup=False, soft_wrap=True)
     if not examined.findings:
         console.print("no findings")
         return
@@ -168,22 +166,15 @@ def print_findings(console: "Console", examined: Examination) -> None:
 
 @dataclass(frozen=True)
 class Example:
-    """One sample of a finding, read again.
+    """One sample of a finding, read again."""
 
-    Attributes:
-        source, index, key: spec of its source, its number and its name there.
-        captions: usable ones.
-        size: the image's upright (width, height) in pixels; picture: the image, small; None if it cannot be decoded.
-        problem: why it cannot be used, in full; empty for a usable one.
-    """
-
-    source: str
+    source: str  # spec
     index: int
     key: str
-    captions: tuple[str, ...] = ()
-    size: tuple[int, int] | None = None
-    picture: Image.Image | None = None
-    problem: str = ""
+    captions: tuple[str, ...] = ()  # usable ones
+    size: tuple[int, int] | None = None  # upright, in pixels; None: it cannot be decoded
+    picture: Image.Image | None = None  # small
+    problem: str = ""  # why it cannot be used, in full
 
 
 def load_example(examined: Examination, place: Place) -> Example:
@@ -192,7 +183,7 @@ def load_example(examined: Examination, place: Place) -> Example:
     from aclip.data.decode import decode_image
 
     measured = examined.measured[place[0]]
-    source, row = measured.source, measured.samples[place[1]]
+    source, row = measured.source, measured.samples.iloc[place[1]]
     index = int(row["index"])
     captions: tuple[str, ...] = ()
     image, problem = None, ""
@@ -214,17 +205,16 @@ def left_out(examined: Examination) -> dict[int, str]:
     """Return row -> reason of the samples that training should leave out.
 
     Those are samples that cannot be used, images of a single colour, images that an evaluation set has too, and
-    duplicates, by file or by look, that bring no caption which the kept one does not have.
+    duplicates that bring no caption which the kept one does not have.
     """
-    source, duplicates = examined.measured[0], examined.duplicates
+    source, own = examined.measured[0], examined.groups[0]
     samples = source.samples
-    reasons = {int(row): source.reasons[samples["reason"][row]] for row in np.flatnonzero(samples["reason"] != GOOD)}
+    reasons: dict[int, str] = samples["reason"][samples["reason"] != ""].to_dict()
     for row in np.flatnonzero(samples["blank"] & samples["decoded"]).tolist():
         reasons.setdefault(row, "an image of a single colour")
-    for number, other in enumerate(examined.measured[1:], start=1):
-        for row in leaked(duplicates, duplicates.by_look, number).tolist():
+    for other, theirs in zip(examined.measured[1:], examined.groups[1:], strict=True):
+        for row in shared_rows(own, theirs).tolist():
             reasons.setdefault(row, f"also in {other.source.spec}")
-    own = duplicates.by_look[: len(samples)]
     kept: dict[int, int] = {}
     _, inverse, counts = np.unique(own, return_inverse=True, return_counts=True)
     for row in np.flatnonzero((own >= 0) & (counts[inverse] > 1)).tolist():
@@ -235,59 +225,9 @@ def left_out(examined: Examination) -> dict[int, str]:
     return reasons
 
 
-def check_fix(path: Path, source: Source) -> None:
-    """Raise ConfigError for a fix that cannot be written, before anything is read."""
-    if path.suffix.lower() not in (*_LISTS, _NAMES):
-        raise ConfigError(f"--fix {path}: give it the ending {_NAMES} (names to leave out), or {', '.join(_LISTS)} "
-                          "(a list of the other samples)")
-    if path.exists():
-        raise ConfigError(f"--fix {path} exists already: name a new file")
-    if path.suffix.lower() != _NAMES and not any(source.path(index) for index in range(min(len(source), 100))):
-        names = path.with_suffix(_NAMES)
-        raise ConfigError(f"the images of {source.spec} are not files of their own, which a list could name: --fix "
-                          f"{names} writes the names to leave out, and `aclip data pack {source.spec} --leave-out "
-                          f"{names} --output FOLDER` shards without them")
-
-
 def write_fix(examined: Examination, path: Path) -> dict[str, int]:
-    """Write the names of the samples to leave out, or a list of the others, see `doctor` and `check_fix`.
-
-    A list has a row for each caption, with paths relative to the list where the image lies below its folder, and
-    absolute ones elsewhere.
-
-    Returns:
-        Number of samples left out by reason, the most frequent first.
-    """
+    """Write the names of the samples to leave out; return their number by reason, the most frequent first."""
     measured, reasons = examined.measured[0], left_out(examined)
-    text, ending = io.StringIO(), path.suffix.lower()
-    if ending == _NAMES:
-        text.writelines(f"{measured.source.name(int(measured.samples['index'][row]))}\n" for row in sorted(reasons))
-    elif ending == ".jsonl":
-        text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in _kept(measured, reasons, path))
-    else:
-        table = csv.DictWriter(text, ("image", "caption", "tags", "label"), lineterminator="\n",
-                               delimiter="\t" if ending == ".tsv" else ",")
-        table.writeheader()
-        table.writerows(_kept(measured, reasons, path))
-    write_atomically(path, text.getvalue().encode("utf-8", errors="surrogateescape"))
+    names = (measured.source.name(int(measured.samples["index"][row])) for row in sorted(reasons))
+    write_atomically(path, "".join(f"{name}\n" for name in names))
     return dict(Counter(reasons.values()).most_common())
-
-
-def _kept(measured: Measurements, reasons: dict[int, str], manifest: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of the samples that are left; a sample that is not a file of its own joins `reasons`."""
-    from aclip.data.captions import clean_captions
-
-    folder = manifest.parent.resolve()
-    with progress("writing the list", len(measured.samples)) as advance:
-        for row, index in enumerate(measured.samples["index"].tolist()):
-            advance(1)
-            path = None if row in reasons else measured.source.path(index)
-            if path is None:
-                reasons.setdefault(row, "not a file of its own")
-                continue
-            raw = measured.source.read(index)
-            path = path.resolve()
-            image = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else os.fspath(path)
-            fields = {"tags": ";".join(raw.tags), "label": raw.label or ""}
-            for caption in clean_captions(raw.captions):
-                yield {"image": image, "caption": caption, **{name: text for name, text in fields.items() if text}}

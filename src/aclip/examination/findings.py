@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import pandas
 
-from aclip.examination.duplicates import Duplicates
-from aclip.examination.measure import GOOD, Measurements
+from aclip.examination.measure import Measurements
 
 T = TypeVar("T")
 
@@ -61,11 +61,16 @@ class Limits:
     context_length: int | None
 
 
-def find_all(measured: Sequence[Measurements], duplicates: Duplicates, limits: Limits) -> tuple[Finding, ...]:
-    """Return the findings about the first source, errors first; it must share no image with the others."""
+def find_all(measured: Sequence[Measurements], groups: Sequence[np.ndarray], limits: Limits) -> tuple[Finding, ...]:
+    """Return the findings about the first source, errors first; it must share no image with the others.
+
+    Args:
+        measured, groups: of each source, see `find_duplicates`.
+        limits: of the model that the data is for.
+    """
     source = measured[0]
-    found = [*_bad_samples(source), *_leaks(measured, duplicates), *_pixels(source, limits),
-             *_duplicates(source, duplicates), *_captions(source, limits)]
+    found = [*_bad_samples(source), *_leaks(measured, groups), *_pixels(source, limits),
+             *_duplicates(source, groups[0]), *_captions(source, limits)]
     order = ("error", "warning", "note")
     return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
 
@@ -81,51 +86,45 @@ def _of_samples(
 
 
 def _bad_samples(source: Measurements) -> Iterator[Finding]:
-    reasons, decoded = source.samples["reason"], source.samples["decoded"]
-    rows = np.flatnonzero((reasons != GOOD) & ~decoded)
-    _, first_of_each = np.unique(reasons[rows], return_index=True)
-    yield from _of_samples(
-        source, rows, "unreadable", "error", "Images that cannot be read",
-        "Training skips them and takes others in their place: repair or fetch them again, or leave them out.",
-        details=_count_reasons(source, rows), first=rows[first_of_each])
-    rows = np.flatnonzero((reasons != GOOD) & decoded)
-    yield from _of_samples(
-        source, rows, "no-caption", "error", "Images without a caption",
-        "Training skips them: caption them, or leave them out.", details=_count_reasons(source, rows))
+    samples = source.samples
+    for name, title, advice, bad in (
+        ("unreadable", "Images that cannot be read", "Training skips them and takes others in their place: repair or "
+         "fetch them again, or leave them out.", samples[(samples["reason"] != "") & ~samples["decoded"]]),
+        ("no-caption", "Images without a caption", "Training skips them: caption them, or leave them out.",
+         samples[(samples["reason"] != "") & samples["decoded"]]),
+    ):
+        counts = tuple((reason, int(count)) for reason, count in bad["reason"].value_counts()[:100].items())
+        yield from _of_samples(source, bad.index.to_numpy(), name, "error", title, advice, details=counts,
+                               first=bad.drop_duplicates("reason").index.to_numpy())
 
 
-def _leaks(measured: Sequence[Measurements], duplicates: Duplicates) -> Iterator[Finding]:
+def _leaks(measured: Sequence[Measurements], groups: Sequence[np.ndarray]) -> Iterator[Finding]:
     source = measured[0]
-    for name, title, groups in (("leak-file", "Files that are also in {}", duplicates.by_file),
-                                ("leak-look", "Images that look like one in {}", duplicates.by_look)):
-        for number, other in enumerate(measured[1:], start=1):
-            start, end = duplicates.starts[number], duplicates.starts[number + 1]
-            shared = leaked(duplicates, groups, number)
-            if groups is duplicates.by_look:
-                shared = np.setdiff1d(shared, leaked(duplicates, duplicates.by_file, number))
-            if not len(shared):
-                continue
-            twins = {int(group): row for row, group in reversed(list(enumerate(groups[start:end].tolist())))}
-            pairs = [(row, twins[int(groups[row])]) for row in shared.tolist()]
-            same = sum(bool(captions_of(source, row) & captions_of(other, twin)) for row, twin in pairs)
-            yield Finding(
-                name, "error", title.format(Path(other.source.spec).name), len(shared), len(source.samples), "samples",
-                "Results on it are too good for a model that has trained on them: leave them out of training.",
-                (("with the same caption", same), ("with another caption", len(shared) - same)),
-                tuple(((0, row), (number, twin)) for row, twin in _spread(pairs)))
+    for number, (other, theirs) in enumerate(zip(measured[1:], groups[1:], strict=True), start=1):
+        rows = shared_rows(groups[0], theirs)
+        if not len(rows):
+            continue
+        twins = {int(group): row for row, group in reversed(list(enumerate(theirs.tolist())))}
+        pairs = [(row, twins[int(groups[0][row])]) for row in rows.tolist()]
+        same_file = int(np.isin(source.samples["content"][rows], other.samples["content"]).sum())
+        same_caption = sum(bool(captions_of(source, row) & captions_of(other, twin)) for row, twin in pairs)
+        yield Finding(
+            "leak", "error", f"Images that are also in {Path(other.source.spec).name}", len(rows), len(source.samples),
+            "samples", "Results on it are too good for a model that has trained on them: leave them out of training.",
+            (("the same file", same_file), ("another file that looks the same", len(rows) - same_file),
+             ("with the same caption", same_caption)),
+            tuple(((0, row), (number, twin)) for row, twin in _spread(pairs)))
 
 
-def leaked(duplicates: Duplicates, groups: np.ndarray, number: int) -> np.ndarray:
-    """Return the rows of the first source whose image is in source `number` too, by `by_file` or `by_look`."""
-    own = groups[: duplicates.starts[1]]
-    others = groups[duplicates.starts[number] : duplicates.starts[number + 1]]
-    return np.flatnonzero((own >= 0) & np.isin(own, others))
+def shared_rows(groups: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the rows of a source whose image another source has, too."""
+    return np.flatnonzero((groups >= 0) & np.isin(groups, others))
 
 
 def captions_of(source: Measurements, row: int) -> set[int]:
     """Return the hashes of a sample's captions, equal for those that differ in case and white space alone."""
     first, last = np.searchsorted(source.captions["sample"], [row, row + 1])
-    return set(source.captions["exact"][first:last].tolist())
+    return set(source.captions["exact"].iloc[first:last].tolist())
 
 
 def _pixels(source: Measurements, limits: Limits) -> Iterator[Finding]:
@@ -143,26 +142,18 @@ def _pixels(source: Measurements, limits: Limits) -> Iterator[Finding]:
         source, rows, "small", "warning" if len(rows) > 0.1 * len(samples) else "note",
         f"Images smaller than the input of {limits.model}, {least_width} x {least_height}",
         "They are enlarged, which adds cost and no detail: take larger originals, or a model with a smaller input.",
-        first=rows[np.argsort(width[rows] * height[rows], kind="stable")])
+        first=(width * height)[rows].sort_values(kind="stable").index.to_numpy())
 
 
-def _duplicates(source: Measurements, duplicates: Duplicates) -> Iterator[Finding]:
-    own = slice(0, int(duplicates.starts[1]))
-    files, looks = duplicates.by_file[own], duplicates.by_look[own]
-    extra, examples = _repeated(files)
+def _duplicates(source: Measurements, groups: np.ndarray) -> Iterator[Finding]:
+    extra, examples = _repeated(groups)
     if extra:
+        same_file = int(source.samples["content"][groups >= 0].duplicated().sum())
         yield Finding(
-            "same-file", "warning", "Duplicates of the same file", extra, len(source.samples), "samples",
-            "Each is drawn more often than others, and in one batch they count as each other's negatives: keep one, "
-            "with the captions of all.", examples=examples)
-    # one of each file, so that what is counted above is not counted again
-    distinct = np.flatnonzero(files == np.arange(len(files)))
-    extra, examples = _repeated(looks[distinct], distinct)
-    if extra:
-        yield Finding(
-            "same-look", "warning", "Images that look like another", extra, len(source.samples), "samples",
-            "Copies in another size, format or quality, or variants of one drawing: keep one where they are copies.",
-            examples=examples)
+            "duplicate", "warning", "Images that are there more than once", extra, len(source.samples), "samples",
+            "Copies are drawn more often, and in one batch they count as each other's negatives: keep one, with the "
+            "captions of all. Variants of a drawing may stay.",
+            (("the same file", same_file), ("in another size, format or quality", extra - same_file)), examples)
 
 
 def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
@@ -175,12 +166,9 @@ def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
                 f"Captions longer than the {limits.context_length} tokens that {limits.model} reads",
                 len(cut), len(captions), "captions",
                 "What they say last is never seen: begin with what matters, shorten them, or split them into several.",
-                examples=_singly(np.unique(captions["sample"][cut])))
-    order = np.lexsort((captions["sample"], captions["exact"]))
-    exact, owners = captions["exact"][order], captions["sample"][order]
-    again = (exact[1:] == exact[:-1]) & (owners[1:] == owners[:-1])  # the same words twice for one image
-    distinct = captions[order[np.concatenate([[True], ~again])] if len(order) else order]
-    extra, groups = _repeated(distinct["exact"], distinct["sample"])
+                examples=_singly(captions["sample"][cut].unique()))
+    distinct = captions.drop_duplicates(["exact", "sample"])  # the same words twice for one image
+    extra, groups = _repeated(distinct["exact"].to_numpy(), distinct["sample"].to_numpy())
     if len(distinct) > 1 and extra == len(distinct) - 1:
         yield Finding(
             "one-caption", "error", "Every image has the same caption", len(captions), len(captions), "captions",
@@ -195,14 +183,11 @@ def _captions(source: Measurements, limits: Limits) -> Iterator[Finding]:
 
 def _repeated(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[int, tuple[tuple[Place, ...], ...]]:
     """Return how many values repeat an earlier one, without those below 0, and the rows of the largest groups."""
-    rows = np.arange(len(values)) if rows is None else rows
-    known = values >= 0
-    values, rows = values[known], rows[known]
-    order = np.argsort(values, kind="stable")
-    _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
-    largest = np.argsort(-counts, kind="stable")[:_EXAMPLES]
-    groups = (rows[order[first[i] : first[i] + min(counts[i], _GROUP)]] for i in largest if counts[i] > 1)
-    return len(values) - len(counts), tuple(tuple((0, row) for row in group.tolist()) for group in groups)
+    frame = pandas.DataFrame({"value": values, "row": np.arange(len(values)) if rows is None else rows})
+    frame = frame[frame["value"] >= 0]
+    counts = frame["value"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
+    largest = (frame["row"][frame["value"] == value][:_GROUP] for value in counts[counts > 1].index[:_EXAMPLES])
+    return len(frame) - len(counts), tuple(tuple((0, int(row)) for row in group) for group in largest)
 
 
 def _singly(rows: np.ndarray) -> tuple[tuple[Place, ...], ...]:
@@ -212,12 +197,4 @@ def _singly(rows: np.ndarray) -> tuple[tuple[Place, ...], ...]:
 
 def _spread(items: list[T]) -> list[T]:
     """Return `_EXAMPLES` of the items, evenly spread over them."""
-    if len(items) <= _EXAMPLES:
-        return items
-    return [items[i * len(items) // _EXAMPLES] for i in range(_EXAMPLES)]
-
-
-def _count_reasons(source: Measurements, rows: np.ndarray) -> tuple[tuple[str, int], ...]:
-    counts = np.bincount(source.samples["reason"][rows], minlength=len(source.reasons))
-    common = np.argsort(-counts, kind="stable")[:100]
-    return tuple((source.reasons[i], int(counts[i])) for i in common if counts[i])
+    return [items[i * len(items) // _EXAMPLES] for i in range(_EXAMPLES)] if len(items) > _EXAMPLES else items

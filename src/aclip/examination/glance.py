@@ -5,8 +5,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from aclip.data.sources.base import RawSample, Source
 from aclip.errors import BadSampleError, ConfigError
 
@@ -89,7 +87,8 @@ def _evenly(source: Source, wanted: int) -> list[int]:
         return [start + index for start, part in zip(starts, source.parts, strict=False)
                 for index in _evenly(part, each)]
     count = source.groups[0] if source.groups else len(source)
-    return [int(index) for index in np.unique(np.linspace(0, count - 1, min(count, wanted)).round())]
+    wanted = min(count, wanted)
+    return [round(number * (count - 1) / max(1, wanted - 1)) for number in range(wanted)]
 
 
 def _one_line(text: str) -> str:

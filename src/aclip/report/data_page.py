@@ -31,7 +31,7 @@ def write_data_page(examined: "Examination", folder: Path) -> Path:
         folder / "data.html", "data", name=f"{name}: data doctor", folder=name,
         title=Path(name).name or name,
         sections=[("findings", "Findings"), ("images", "Images"), ("captions", "Captions")],
-        source=examined.measured[0], spec=name, against=against, limits=examined.limits, usable=usable(examined),
+        source=examined.measured[0], spec=name, against=against, limits=examined.limits, usable=examined.usable,
         findings=list(zip(examined.findings, shown, strict=True)), image_histograms=image_histograms(examined),
         caption_histograms=caption_histograms(examined))
 
@@ -62,17 +62,12 @@ def to_record(examined: "Examination", shown: Groups) -> dict[str, Any]:
     source, *against = examined.measured
     return {
         "source": str(source.source.spec), "samples": len(source.source), "examined": len(source.samples),
-        "usable": usable(examined), "captions": len(source.captions), "model": examined.limits.model,
+        "usable": examined.usable, "captions": len(source.captions), "model": examined.limits.model,
         "against": [str(one.source.spec) for one in against],
         "findings": [vars(finding) | {"details": dict(finding.details), "examples": [
             [{"source": one.source, "index": one.index, "key": one.key} for one in group] for group in groups]}
             for finding, groups in zip(examined.findings, shown, strict=True)],
     }
-
-
-def usable(examined: "Examination") -> int:
-    samples = examined.measured[0].samples
-    return int((samples["decoded"] & (samples["captions"] > 0)).sum())
 
 
 def image_histograms(examined: "Examination") -> list[dict[str, Any]]:

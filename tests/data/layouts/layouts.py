@@ -302,7 +302,7 @@ def kaggle_competition(root: Path) -> Layout:
     table(root / "set/train.csv", ("id", "label"), ("aa", "cat"), ("bb", "dog"))
     table(root / "set/sample_submission.csv", ("id", "label"), ("cc", "cat"))
     table(root / "set/test.csv", ("id",), ("cc",))
-    return Layout("set", ["cat", "dog"], ["cat", "dog"], says=("'.jpg' added", "train"))
+    return Layout("set", ["cat", "dog"], ["cat", "dog"], says=("found by name, such as train/aa.jpg for 'aa'",))
 
 
 @layout
@@ -383,7 +383,7 @@ def list_with_windows_paths(root: Path) -> Layout:
 def list_with_paths_of_another_drive(root: Path) -> Layout:
     images(root, "images/0.jpg", "images/1.jpg")
     table(root / "pairs.csv", ("image", "caption"), (r"D:\data\images\0.jpg", "zero"), (r"D:\data\images\1.jpg", "one"))
-    return Layout("pairs.csv", ["zero", "one"], says=("parts of their paths left out",))
+    return Layout("pairs.csv", ["zero", "one"], says=("without the first 1 part of their paths",))
 
 
 @layout
@@ -419,7 +419,7 @@ def list_of_ids_in_nested_folders(root: Path) -> Layout:
 def list_with_other_endings(root: Path) -> Layout:
     images(root, "0.webp", "1.webp")
     table(root / "pairs.csv", ("image", "caption"), ("0.jpg", "zero"), ("1.jpg", "one"))
-    return Layout("pairs.csv", ["zero", "one"], says=("in place of their endings",))
+    return Layout("pairs.csv", ["zero", "one"], says=("found by name, such as 0.webp",))
 
 
 @layout
@@ -476,7 +476,7 @@ def karpathy_whose_first_image_is_missing(root: Path) -> Layout:
 def a_long_field(root: Path) -> Layout:
     images(root, "1.jpg", "2.jpg")
     table(root / "pairs.csv", ("image", "caption"), ("1.jpg", "word " * 40_000), ("2.jpg", "short"))
-    return Layout("pairs.csv", [("word " * 40_000)[:20_000], "short"], says=("1 captions longer than",))
+    return Layout("pairs.csv", [("word " * 40_000)[:20_000], "short"], says=("1 captions are truncated",))
 
 
 @layout

@@ -1,5 +1,6 @@
 """Every layout of `layouts.py` gives its samples, captions and classes, and says how it was read."""
 
+import pickle
 from pathlib import Path
 
 import published
@@ -27,7 +28,7 @@ def test_layout(tmp_path: Path, name: str) -> None:
         assert len(message) < 1500
         assert all(text in message for text in expected.says), message
         return
-    source = open_source(spec)
+    source = pickle.loads(pickle.dumps(open_source(spec)))  # as spawned workers get it
     summary = source.summary
     assert len(source) == len(expected.captions), str(summary)
     for index, said in enumerate(expected.captions):

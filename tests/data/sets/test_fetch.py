@@ -9,10 +9,10 @@ import pytest
 from synthetic_packages import Shelf, tree
 
 from aclip.data import sets
-from aclip.data.fetched import resolve
 from aclip.data.sets import SETS, DataSet, fetch, list_sets
 from aclip.data.sets.base import Entries, shuffle_key, unit_hash
 from aclip.data.sources.base import RawSample
+from aclip.data.spec import resolve
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError
 from made_pictures import encode, picture
 

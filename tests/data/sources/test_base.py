@@ -124,17 +124,8 @@ def test_groups_that_are_large_or_single_are_advised_against(tmp_path: Path, mon
     source = open_source(parquet(tmp_path))
     assert source.advice() == []
     monkeypatch.setattr(base, "_LARGE_GROUP", 1)
-    assert "a row group of 2 pairs" in advice(source)
+    assert "a row group or shard of 2 pairs" in advice(source)
     assert "aclip data pack" in advice(source)
-
-
-def test_many_small_files_are_advised_against(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(folder(tmp_path))
-    assert source.advice() == []
-    monkeypatch.setattr(base, "_MANY_FILES", 6)
-    assert "has 6 files of about 2 kB" in advice(source)
-    monkeypatch.setattr(base, "_SMALL_FILE", 10)
-    assert source.advice() == []
 
 
 def advice(source: Source) -> str:

@@ -238,7 +238,7 @@ def test_a_cache_size_that_is_no_number(server: Server, monkeypatch: pytest.Monk
 
 
 def test_addresses_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'nosuch://' is no kind of address that fsspec knows"):
+    with pytest.raises(DataError, match="fsspec does not know the protocol 'nosuch://'"):
         open_source("nosuch://a/b.tar")
     with pytest.raises(DataError, match=r"'http://x/pairs\.csv' cannot be read remotely"):
         open_source("http://x/pairs.csv")

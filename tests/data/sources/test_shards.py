@@ -193,7 +193,7 @@ def test_an_index_is_read_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("ACLIP_CACHE", str(tmp_path / "cache"))
     read: list[Path] = []
     original = shard_index._read_headers
-    monkeypatch.setattr(shard_index, "_read_headers", lambda path, size: read.append(path) or original(path, size))
+    monkeypatch.setattr(shard_index, "_read_headers", lambda path: read.append(path) or original(path))
     path = write_tar(tmp_path / "s.tar", {f"ä{n}.png": bytes([n]) for n in range(3)})
     first = open_source(str(path))
     kept = next((tmp_path / "cache" / "index").iterdir())

@@ -34,9 +34,6 @@ def draw_icon(sample: RawSample, icon: Icon) -> RawSample:
     """Return a sample with a PNG of an icon in the smallest square around it, transparent where nothing is drawn.
 
     The same bytes on every call with the same version of the renderer.
-
-    Raises:
-        BadSampleError: nothing is drawn, as in an animation that starts with nothing.
     """
     side = max(icon.width, icon.height)
     left, top = icon.left - (side - icon.width) / 2, icon.top - (side - icon.height) / 2
@@ -55,11 +52,7 @@ def _empty() -> bytes:
 
 
 def render(document: str, *, width: int | None = None, height: int | None = None) -> bytes:
-    """Return a PNG of an svg document, RGBA with straight alpha; one side alone keeps the proportions.
-
-    Raises:
-        BadSampleError: the renderer refuses the document.
-    """
+    """Return a PNG of an svg document, RGBA with straight alpha; one side alone keeps the proportions."""
     from resvg_py import svg_to_bytes
 
     try:

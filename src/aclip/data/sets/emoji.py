@@ -9,8 +9,8 @@ A tenth of the concepts, by a stable hash, and three styles are held out:
 | val_concept | held out | known | 706 |
 | val_both | held out | held out | 490 |
 
-Which icon shows which concept is decided by `match`. Its second rule follows names: seven images show a neighbour of
-their concept, such as the cricket bat for the insect. They are kept: the counts above define the set.
+Which icon shows which concept is decided by `match`. Seven images show a neighbour of their concept, such as the
+cricket bat for the insect. They are kept: the counts above define the set.
 
 A *concept* is a sequence of code points in lower-case hex joined by "-", without the variation selector fe0f, e.g.
 "2764" or "1f468-200d-1f373". Entries of emojibase without a group (bare regional letters) and those of the group of
@@ -20,7 +20,7 @@ components (skin tones, hair styles alone) are none.
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,30 +155,20 @@ def match(packs: Mapping[str, Pack], concepts: Mapping[str, Concept]) -> dict[st
     for pack in packs.values():
         for code, name in pack.codes.items():
             elsewhere.get(concept_code(code), []).append(name)
-    matches = {style: _by_codes(pack) if pack.codes else dict(_by_names(pack, concepts, elsewhere))
-               for style, pack in packs.items()}
-    return {style: {code: found[code] for code in concepts if code in found} for style, found in matches.items()}
-
-
-def _by_codes(pack: Pack) -> dict[str, Icon]:
-    found: dict[str, Icon] = {}
-    for code, name in pack.codes.items():
-        if name in pack.icons:
-            found.setdefault(concept_code(code), pack.icons[name])
-    return found
-
-
-def _by_names(
-    pack: Pack, concepts: Mapping[str, Concept], elsewhere: Mapping[str, list[str]]
-) -> Iterator[tuple[str, Icon]]:
-    by_letters: dict[str, Icon] = {}
-    for name, icon in pack.icons.items():
-        by_letters.setdefault(letters(name), icon)
-    for code, concept in concepts.items():
-        candidates = [by_letters.get(letters(concept.label)), *(pack.icons.get(name) for name in elsewhere[code])]
-        shown = next(filter(None, candidates), None)
-        if shown is not None:
-            yield code, shown
+    matches = {}
+    for style, pack in packs.items():
+        found: dict[str, Icon | None] = {}
+        by_letters: dict[str, Icon] = {}
+        for code, name in pack.codes.items():
+            if name in pack.icons:
+                found.setdefault(concept_code(code), pack.icons[name])
+        for name, icon in pack.icons.items():
+            by_letters.setdefault(letters(name), icon)
+        for code, concept in concepts.items() if not pack.codes else ():
+            candidates = [by_letters.get(letters(concept.label)), *(pack.icons.get(name) for name in elsewhere[code])]
+            found[code] = next(filter(None, candidates), None)
+        matches[style] = {code: shown for code in concepts if (shown := found.get(code)) is not None}
+    return matches
 
 
 EMOJI = DataSet(

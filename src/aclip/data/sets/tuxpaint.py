@@ -1,16 +1,12 @@
 """The set `tuxpaint`: 934 stamps of the drawing program Tux Paint, each with a sentence in English.
 
 A stamp is one thing cut out of its background, so its alpha channel says which pixels are the thing: ground truth for
-what a model should look at. The images are stored as RGBA with straight alpha, padded to a square by transparent pixels
-and never rescaled (19 to 2,348 pixels a side, half of them below 200); decoded as an image, they are composited on
-white. Stamps that come as a vector drawing alone are rendered at 256 pixels; 16 of those state no size that the
-renderer understands and are left out.
+what a model should look at. The images are RGBA with straight alpha, padded to a square by transparent pixels and never
+rescaled. Vector drawings are rendered at 256 pixels; 16 that state no size that the renderer understands are left out.
 
 A stamp has the label `photo` if there is no vector drawing of it, it lies neither below `symbols` nor in a folder
-`cartoon`, and its opaque pixels, 1,000 or more, have at least half as many distinct colours: 259 stamps, of which fewer
-than ten are drawings by eye; about a hundred photos are missed. The others have the label `drawing`.
-
-There is one split, `all`: the set is for evaluation.
+`cartoon`, and its opaque pixels, 1,000 or more, have at least half as many distinct colours (259 stamps, of which fewer
+than ten are drawings by eye; about a hundred photos are missed), else `drawing`. There is one split, `all`.
 """
 
 import io
@@ -66,7 +62,6 @@ def _finish(sample: RawSample, stamp: Stamp) -> RawSample:
 
 
 def _render(svg: bytes) -> bytes:
-    """Return a PNG whose longer side has `DRAWING_PIXELS`."""
     document = _EMBEDDED.sub("", svg.decode("utf-8", errors="replace"))  # one drawing has bitmaps in it
     png = render(document, width=DRAWING_PIXELS)
     too_high = int.from_bytes(png[20:24], "big") > DRAWING_PIXELS  # the height in a PNG's first chunk
@@ -74,7 +69,6 @@ def _render(svg: bytes) -> bytes:
 
 
 def _is_colourful(image: Image.Image) -> bool:
-    """Return whether an RGBA image has as many colours as a photo: see `PHOTO_PIXELS` and `PHOTO_COLOURS`."""
     pixels = np.asarray(image).reshape(-1, 4)
     opaque = pixels[pixels[:, 3] == 255]
     colours = len(np.unique(opaque.view(np.uint32)))  # the four channels as one number

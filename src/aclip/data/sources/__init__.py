@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from aclip.data.decode import IMAGE_EXTENSIONS
-from aclip.data.fetched import resolve, split_sizes
 from aclip.data.sources.base import RawSample, Source, Summary
 from aclip.data.sources.columnar import ColumnarSource, is_columnar, is_saved, open_columnar, open_saved
 from aclip.data.sources.columns import settle_columns
@@ -21,7 +20,7 @@ from aclip.data.sources.remote import RemoteShardSource, expand_urls
 from aclip.data.sources.shards import ShardSource, reading_of
 from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
 from aclip.data.sources.torchvision_sets import TorchvisionSource
-from aclip.data.spec import Spec, expand_paths, is_pattern, missing, parse_spec
+from aclip.data.spec import Spec, expand_paths, is_pattern, missing, parse_spec, resolve, split_sizes
 from aclip.errors import ConfigError, DataError
 
 __all__ = [
@@ -35,6 +34,7 @@ SOURCES: dict[str, Callable[[str], Source]] = {}
 _log = logging.getLogger(__name__)
 _LIST_NAMES = ("metadata", "captions", "annotations")  # whatever their ending
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_DEPTHS = ("*", "*/*", "*/*/*")
 _SPLIT_OF_FILE = re.compile(rf"(?:.*[-_.])?({'|'.join(SPLIT_NAMES)})\d*(?:[-_.].*)?", re.IGNORECASE)
 
 
@@ -109,7 +109,9 @@ def _open_whole(spec: Spec) -> Source:
 def _open_files(paths: Sequence[Path], spec: Spec) -> Source:
     """Open files of one kind; what the first is decides."""
     first = paths[0]
-    if _is_tar(first):
+    with first.open("rb") as file:
+        is_tar = first.name.lower().endswith(_TAR_ENDINGS) or file.read(262)[257:] == b"ustar"
+    if is_tar:
         return ShardSource(spec.path, paths, reading_of(spec))
     if is_columnar(first) or first.suffix.lower() == ".parquet":
         return open_columnar(paths, spec)
@@ -123,13 +125,6 @@ def _joined(spec: Spec, sources: Sequence[Source]) -> Source:
     return sources[0] if len(sources) == 1 else Joined(spec.path, sources)
 
 
-def _is_tar(path: Path) -> bool:
-    if path.name.lower().endswith(_TAR_ENDINGS):
-        return True
-    with path.open("rb") as file:
-        return file.read(262)[257:] == b"ustar"
-
-
 def _open_folder(folder: Path, spec: Spec) -> Source:
     """Open what a folder holds: a saved data set, shards, Parquet, or images with their captions."""
     if is_saved(folder):
@@ -138,16 +133,16 @@ def _open_folder(folder: Path, spec: Spec) -> Source:
         return _open_split_folders(folder, sizes, spec)
     listing = list_folder(folder)
     if not listing.images and not listing.unread:
-        for ending in ("tar", "parquet", "arrow"):
-            for depth in ("*", "*/*", "*/*/*"):
-                if paths := [path for path in sorted(folder.glob(f"{depth}.{ending}")) if path.is_file()]:
-                    return _open_data_files(folder, paths, spec)
-    if "templates" in spec.options or _has_captions(listing):
+        for pattern in (f"{depth}.{ending}" for ending in ("tar", "parquet", "arrow") for depth in _DEPTHS):
+            if paths := [path for path in sorted(folder.glob(pattern)) if path.is_file()]:
+                return _open_data_files(folder, paths, spec)
+    if "templates" in spec.options or any(map(listing.captions_of, listing.images)):
         return _open_images(listing, spec)
     if lists := _lists_in(folder):
         return _open_listed(folder, lists, spec)
-    if splits := _split_folders(listing):
-        return _open_split_folders(folder, splits, spec, alone=True)
+    in_folders = Counter(image.partition("/")[0] for image in listing.images if "/" in image)
+    if 0 < in_folders.total() == len(listing.images) and all(name.lower() in SPLIT_NAMES for name in in_folders):
+        return _open_split_folders(folder, in_folders, spec, alone=True)
     if lists := _lists_in(folder, below=True):
         return _open_listed(folder, lists, spec)
     if len(listing.top) == 1 and all(image.count("/") > 1 for image in listing.images) and not beside(listing):
@@ -180,11 +175,6 @@ def _open_images(listing: Listing, spec: Spec) -> Source:
             raise ConfigError(f"'{spec.text}': the template '{template}' has no {{}} for the folder's name")
     whole = spec.one_of("captions", ("lines", "whole")) == "whole"
     return FolderSource(listing, templates, whole_texts=whole, encoding=spec.get("encoding"))
-
-
-def _has_captions(listing: Listing) -> bool:
-    stems = {os.path.splitext(image)[0] for image in listing.images} | set(listing.images)
-    return not stems.isdisjoint(listing.texts) or not stems.isdisjoint(listing.described)
 
 
 def _lists_in(folder: Path, below: bool = False) -> list[Path]:
@@ -241,17 +231,7 @@ def _by_split(folder: Path, paths: Sequence[Path]) -> dict[str, list[Path]] | No
     for path in paths:
         folders = [name for name in path.relative_to(folder).parts[:-1] if name.lower() in SPLIT_NAMES]
         match = _SPLIT_OF_FILE.fullmatch(path.name.partition(".")[0])
-        name = folders[0] if folders else match[1] if match else None
-        if name is None:
+        if not folders and match is None:
             return None
-        found.setdefault(name, []).append(path)
+        found.setdefault(folders[0] if folders else match[1] if match else "", []).append(path)
     return found
-
-
-def _split_folders(listing: Listing) -> dict[str, int]:
-    """Return split -> images if the folders right below are the splits of a set, else nothing."""
-    top = listing.top
-    if not top or any(name.lower() not in SPLIT_NAMES for name in top) or any("/" not in one for one in listing.images):
-        return {}
-    counts = Counter(image.partition("/")[0] for image in listing.images)
-    return {name: counts[name] for name in top}

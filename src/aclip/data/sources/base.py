@@ -1,13 +1,13 @@
 """What every source is: image-text pairs that can be counted, and read in any order."""
 
 import hashlib
-import pickle
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 
@@ -21,18 +21,15 @@ WINDOW = 8
 
 @dataclass(frozen=True)
 class RawSample:
-    """One pair as it is stored.
-
-    Attributes:
-        concept: what the captions name, if they are several ways to say it: images of one concept are not each
-            other's negatives whichever caption each is drawn with. None: every caption stands for itself.
-    """
+    """One pair as it is stored."""
 
     name: str  # unique in its source; reports and journals use it
     image: bytes  # the image file, not yet decoded
     captions: tuple[str, ...]  # as written; empty where the source has none for this image
     tags: tuple[str, ...] = ()  # further words for the image
     label: str | None = None  # the image's class
+    # What the captions name, if they are several ways to say it: images of one concept are not each other's negatives
+    # whichever caption each is drawn with. None: every caption stands for itself.
     concept: str | None = None
 
 
@@ -56,9 +53,9 @@ class Summary:
 
 
 class Source:
-    """A numbered collection of pairs, cheap to hand to worker processes.
+    """A numbered collection of pairs.
 
-    A source is pickled or forked into every worker, so it holds no open file, and all processes see the same samples
+    A source is forked or pickled into every worker, so it holds no open file, and all processes see the same samples
     under the same indices. Subclasses define `__len__`, `read` and `name`; the rest has defaults.
 
     Attributes:
@@ -89,11 +86,7 @@ class Source:
         raise NotImplementedError
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of sample `index`; sources that can do so without reading the image override this.
-
-        Raises:
-            BadSampleError: the sample cannot be read.
-        """
+        """Return the captions of sample `index`; sources that can do so without reading the image override this."""
         return self.read(index).captions
 
     def path(self, index: int) -> Path | None:
@@ -103,20 +96,18 @@ class Source:
     def order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the samples of an epoch in order, and for each the pass from which its crops and caption are drawn.
 
-        A function of its arguments alone. By default every sample once, the groups mixed `WINDOW` at a time.
-
-        Returns:
-            (n,) int64 each.
+        (n,) int64 each, a function of the arguments alone. By default every sample once, the groups mixed `WINDOW` at
+        a time.
         """
-        samples = window_order(self.groups, seed, epoch) if self.groups else epoch_order(len(self), seed, epoch)
+        samples = (window_order(self.groups, seed, epoch) if self.groups
+                   else rng.generator(seed, "order", epoch).permutation(len(self)))
         return samples, np.full(len(samples), epoch, dtype=np.int64)
 
     def window(self, seed: int, epoch: int, sample: int) -> list[range]:
         """Return the samples that are read at about the time of `sample`: those of its window of groups.
 
-        A replacement drawn from them needs no shard or row group that is not in use anyway. Without groups every sample
-        is as near. The last window, which may be short, is filled up from the one before. `epoch` is the pass that
-        `order` returned with the sample.
+        A replacement drawn from them needs no shard or row group that is not in use anyway. The last window, which may
+        be short, is filled up from the one before. `epoch` is the pass that `order` returned with the sample.
         """
         if not self.groups:
             return [range(len(self))]
@@ -128,7 +119,7 @@ class Source:
 
     def advice(self) -> list[str]:
         """Return what makes training on this source slow or useless, and what to do; a few samples are read."""
-        return [*_group_advice(self), *_file_advice(self), *_grey_advice(self), *_caption_advice(self)]
+        return [*group_advice(self), *_grey_advice(self), *_caption_advice(self)]
 
     @property
     def summary(self) -> Summary:
@@ -160,47 +151,29 @@ class Delegating(Source):
         return source.path(inner)
 
 
-_PACK = "'aclip data pack {} --output shards' makes shards of 1,000 pairs of it"
 _LARGE_GROUP = 20_000  # samples: eight such groups of 30 kB images are 5 GB in each worker
-_MANY_FILES = 50_000
-_SMALL_FILE = 16_384  # bytes: below it, opening a file takes longer than reading it on most disks
-_FILES_READ, _GREYS_READ, _CAPTIONS_READ = 15, 5, 200
+_GREYS_READ, _CAPTIONS_READ = 5, 200
 
 
-def _group_advice(source: Source) -> Iterator[str]:
-    if source.groups and max(source.groups) > _LARGE_GROUP:
-        yield (f"{source.spec} has a row group of {max(source.groups):,} pairs, and each worker keeps {WINDOW} in "
-               f"memory: {_PACK.format(source.spec)}")
-    elif source.groups and len(source.groups) == 1 and len(source) > 1000:
-        yield f"{source.spec} has one row group, which every worker reads whole: {_PACK.format(source.spec)}"
-
-
-def _file_advice(source: Source) -> Iterator[str]:
-    if len(source) < _MANY_FILES or source.path(0) is None:
-        return
-    sizes = []
-    for index in evenly(len(source), _FILES_READ):
-        path = source.path(index)
-        if path is not None and path.is_file():
-            sizes.append(path.stat().st_size)
-    if sizes and (size := float(np.median(sizes))) < _SMALL_FILE:
-        yield (f"{source.spec} has {len(source):,} files of about {size / 1000:.0f} kB, and on many disks opening "
-               f"one takes longer than reading it: {_PACK.format(source.spec)}")
+def group_advice(source: Source) -> list[str]:
+    """Advise to pack a source whose groups are larger than workers can keep."""
+    largest = max(source.groups, default=0)
+    if largest <= _LARGE_GROUP and (len(source.groups) != 1 or largest <= 1000):
+        return []
+    return [f"{source.spec} has a row group or shard of {largest:,} pairs, which every worker reads whole, and keeps "
+            f"{WINDOW} of: 'aclip data pack {source.spec} --output shards' makes shards of 1,000"]
 
 
 def _grey_advice(source: Source) -> Iterator[str]:
     """Advise to stretch 16-bit images that use a small part of their range, as those of 12-bit detectors do."""
-    peaks = []
+    peak = 0
     for index in range(min(len(source), _GREYS_READ)):
-        try:
-            peak = grey_peak(source.read(index).image)
-        except BadSampleError:
-            continue
-        peaks += [] if peak is None else [peak]
-    if peaks and 0 < max(peaks) < 2**15:
-        white = 2 ** max(peaks).bit_length() - 1
-        yield (f"{source.spec} has 16-bit grey images whose brightest value is {max(peaks):,} of 65,535, so they are "
-               f"read as nearly black: '?stretch={white}' makes {white:,} white, '?stretch=1' stretches each image")
+        with suppress(BadSampleError):
+            peak = max(peak, grey_peak(source.read(index).image) or 0)
+    if 0 < peak < 2**15:
+        white = 2 ** peak.bit_length() - 1
+        yield (f"{source.spec} has 16-bit grey images whose brightest value is {peak:,} of 65,535, so they are read as "
+               f"nearly black: '?stretch={white}' makes {white:,} white, '?stretch=1' stretches each image")
 
 
 def _caption_advice(source: Source) -> Iterator[str]:
@@ -209,17 +182,15 @@ def _caption_advice(source: Source) -> Iterator[str]:
         numbers = range(min(source.groups[0], _CAPTIONS_READ))
     said: set[str] = set()
     for index in numbers:
-        try:
+        with suppress(BadSampleError):
             said.update(" ".join(text.split()) for text in source.captions(index) if text.strip())
-        except BadSampleError:
-            continue
         if len(said) > 1:
             return
     if said and len(source) > 1:
         yield f"{source.spec} has one caption for every image, {said.pop()[:80]!r}: nothing can be learnt from it"
     elif not said and numbers:
-        yield (f"no image of {source.spec} has a caption, as far as {len(numbers)} tell: it serves evaluation by "
-               "classes, not training with text")
+        yield (f"no image of {source.spec} has a caption, of {len(numbers)} that were checked: it can evaluate "
+               "classification, not train on captions")
 
 
 def digest_of(*parts: Any) -> str:
@@ -237,16 +208,10 @@ def digest_of(*parts: Any) -> str:
     return state.hexdigest()
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of `range(count)`, (count,) int64, that depends on (seed, epoch) alone."""
-    return rng.generator(seed, "order", epoch).permutation(count)
-
-
 def window_order(groups: Sequence[int], seed: int, epoch: int, *, window: int = WINDOW) -> np.ndarray:
     """Return a permutation, (sum of groups,) int64, that needs few groups of consecutive samples at a time.
 
-    The groups are permuted, taken `window` at a time, and the samples of each window are permuted: every sample
-    once, and at any moment at most `window` groups (two windows' at a border) are needed.
+    The groups are permuted, taken `window` at a time, and the samples of each window are permuted.
     """
     generator = rng.generator(seed, "order", epoch)
     ends = np.cumsum(groups, dtype=np.int64)
@@ -294,14 +259,13 @@ class Runs:
 
 
 class PackedStrings:
-    """A list of strings in two flat buffers that strings can be appended to.
+    """A list of strings in two flat buffers that strings can be appended to; undecodable file names survive.
 
     A million Python strings cost about 60 MB more than their text, and touching their reference counts
     copies them into every forked worker; a buffer costs 8 bytes a string and stays shared.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
-        """Pack `strings`; lone surrogates (undecodable file names) survive."""
         self._text = bytearray()
         self._ends = array("q", [0])
         for string in strings:
@@ -318,12 +282,6 @@ class PackedStrings:
         """Return the (n,) int64 number of bytes of each string."""
         return np.diff(np.frombuffer(self._ends, dtype=np.int64))
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickle the buffers out of band where the pickler can, so that spawned workers map them from one file."""
-        if int(protocol) < 5:
-            return super().__reduce_ex__(protocol)
-        return _unpacked, (pickle.PickleBuffer(self._text), pickle.PickleBuffer(self._ends))
-
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -331,9 +289,3 @@ class PackedStrings:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} strings")
         return str(self._text[self._ends[index] : self._ends[index + 1]], "utf-8", "surrogateescape")
-
-
-def _unpacked(text: Any, ends: Any) -> PackedStrings:
-    strings = PackedStrings.__new__(PackedStrings)
-    strings._text, strings._ends = memoryview(text).cast("B"), memoryview(ends).cast("B").cast("q")  # type: ignore
-    return strings

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aclip.data.sources.base import WINDOW, RawSample, Runs, Source, Summary, digest_of, printable, relative_names
-from aclip.data.sources.columns import OPTIONS, Columns, Row, label_of, row_of, settle_columns
+from aclip.data.sources.columns import OPTIONS, Columns, Row, row_of, settle_columns
 from aclip.data.sources.image_files import ImageFiles, embedded_image, looks_embedded, read_image
 from aclip.data.sources.lists import ListSource
 from aclip.data.sources.records import choose_split
@@ -33,10 +33,10 @@ class _File:
         """Return some columns of a row group of Parquet, or of all batches of Arrow, which are mapped."""
         import pyarrow.parquet
 
-        if self.parquet:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                return [file.read_row_group(group, columns=columns)]
-        return [batch.select(columns) for batch in _arrow_batches(self.path)]
+        if not self.parquet:
+            return [batch.select(columns) for batch in _arrow_batches(self.path)]
+        with pyarrow.parquet.ParquetFile(self.path) as file:
+            return [file.read_row_group(group, columns=columns)]
 
     def batches(self, columns: list[str]) -> Iterator[Any]:
         """Yield the columns piece by piece."""
@@ -45,10 +45,10 @@ class _File:
         if self.parquet:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 yield from file.iter_batches(columns=columns, batch_size=_ROWS_AT_ONCE)
-        else:
-            for batch in self.read(columns, 0):
-                batch.validate(full=True)
-                yield batch
+            return
+        for batch in self.read(columns, 0):
+            batch.validate(full=True)
+            yield batch
 
 
 class ColumnarSource(Source):
@@ -91,8 +91,8 @@ class ColumnarSource(Source):
 
     def read(self, index: int) -> RawSample:
         fields = self._fields(index, with_image=True)
-        path = self._files[self._places[self._runs.place(index)[0]][0]].path
-        data = _image_bytes(fields.get(self._columns.image), path.parent)
+        file, _ = self._places[self._runs.place(index)[0]]
+        data = _image_bytes(fields.get(self._columns.image), self._files[file].path.parent)
         row = self._row(fields)
         return RawSample(self.name(index), data, row.captions, row.tags, row.label or None)
 
@@ -105,11 +105,11 @@ class ColumnarSource(Source):
 
     def _row(self, fields: Mapping[str, Any]) -> Row:
         row = row_of({**fields, self._columns.image: ""}, self._columns)
-        label = label_of(fields.get(self._columns.label)) if self._columns.label else ""
-        if label.isdecimal() and int(label) < len(self._labels):
-            label = self._labels[int(label)]
-        return row._replace(label=label,
-                            captions=(label,) if self._columns.captions == (self._columns.label,) else row.captions)
+        if not row.label.isdecimal() or int(row.label) >= len(self._labels):
+            return row
+        label = self._labels[int(row.label)]
+        only_classes = self._columns.captions == (self._columns.label,)
+        return row._replace(label=label, captions=(label,) if only_classes else row.captions)
 
     def _fields(self, index: int, with_image: bool) -> dict[str, Any]:
         place, row = self._runs.place(index)
@@ -142,19 +142,19 @@ def open_columnar(paths: Sequence[Path], spec: Spec) -> Source:
         if list(one.schema.names) != header:
             raise DataError(f"{one.path} has other columns than {paths[0]}: {', '.join(one.schema.names)} "
                             f"in place of {', '.join(header)}")
-    sample = _sample(files[0], header)
-    columns = settle_columns(spec, header, sample)
-    kind = _inner(files[0].schema.field(columns.image).type)
+    columns = settle_columns(spec, header, sample := _sample(files[0], header))
+    kind = files[0].schema.field(columns.image).type
+    kind = str(getattr(kind, "value_type", kind))  # of a list or dictionary, what is in it
     notes = [f"{len(files)} {'Parquet' if files[0].parquet else 'Arrow'} file{'s' * (len(files) > 1)}, {columns}"]
     images = spec.folder("images")
-    is_text = str(kind) in ("string", "large_string", "string_view", "null")
+    is_text = kind in ("string", "large_string", "string_view", "null")
     if is_text and not (sample and looks_embedded(sample[0].get(columns.image))):
-        found = ImageFiles(paths[0].parent, images)
-        return ListSource(spec.path, _rows(files, columns, images is None), found, notes=notes)
+        rows = _rows(files, columns, own_folders=images is None)
+        return ListSource(spec.path, rows, ImageFiles(paths[0].parent, images), notes=notes)
     if images is not None:
         raise ConfigError(f"{spec.path}: column '{columns.image}' holds {kind}, not paths: 'images' is for lists of "
                           f"paths")
-    if is_text or "binary" in str(kind):  # a struct has its bytes among its fields
+    if is_text or "binary" in kind:  # a struct has its bytes among its fields
         return ColumnarSource(spec.path, files, columns, notes)
     raise DataError(f"{spec.path}: column '{columns.image}' holds {kind}, neither paths nor images")
 
@@ -258,11 +258,6 @@ def _class_names(schema: Any, label: str | None) -> list[str]:
         return [str(name) for name in features[label]["names"]]
     except (KeyError, ValueError, TypeError):
         return []
-
-
-def _inner(kind: Any) -> Any:
-    """Return the type of the values in a list or dictionary, else the type itself."""
-    return getattr(kind, "value_type", kind)
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ DOWNLOAD = "download the images first, for example with img2dataset, whose shard
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _IMAGE_NAME = re.compile(rf"\w\.({'|'.join(sorted(ENDINGS))})(#\d+)?$", re.IGNORECASE)
-_WHOLE_FLOAT = re.compile(r"(-?\d+)\.0+")
+_WHOLE_FLOAT = re.compile(r"^(-?\d+)\.0+$")
 _IDS = ("id", "image_id", "imageid", "img_id", "photo_id", "images")
 _PROSE = 1.5  # words of a typical caption where no column is named like one
 
@@ -80,47 +81,39 @@ def texts(value: Any) -> tuple[str, ...]:
     objects, such as turns of a conversation about an image, the text is taken.
     """
     if isinstance(value, str):
-        return _listed(value) if value[:2] in _LISTS and value.rstrip().endswith("]") else (value[:MAX_STORED],)
+        found = _listed(value)
+        return (value[:MAX_STORED],) if found is None else tuple(text[:MAX_STORED] for text in found)
     if isinstance(value, bool) or value is None or (isinstance(value, float) and math.isnan(value)):
         return ()
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return (str(int(value)),)
     if isinstance(value, int | float):
-        return (str(value),)
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+        return (str(int(value) if whole else value),)
     if isinstance(value, Mapping):
         if value.get("from", value.get("role", "assistant")) in ("human", "user", "system"):
             return ()
         return next((texts(value[name]) for name in _TEXTS if isinstance(value.get(name), str | list)), ())
-    if isinstance(value, list | tuple):
-        return tuple(text for item in value for text in texts(item))
-    return ()
+    return tuple(text for item in value for text in texts(item)) if isinstance(value, list | tuple) else ()
 
 
-_LISTS = ('["', "['")
 _TEXTS = ("caption", "raw", "text", "value", "content", "sentence", "title", "label")
 
 
-def _listed(value: str) -> tuple[str, ...]:
-    try:
-        items = json.loads(value)
-    except (ValueError, RecursionError):
-        try:
-            items = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            items = None
-    if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
-        return tuple(item[:MAX_STORED] for item in items)
-    return (value[:MAX_STORED],)
+def _listed(value: str) -> list[str] | None:
+    """Return the strings in a string that is a JSON or Python list of strings; None: it is not."""
+    if value[:2] in ('["', "['") and value.rstrip().endswith("]"):
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                items = parse(value)
+                if items and all(isinstance(item, str) for item in items):
+                    return list(items)
+    return None
 
 
 def label_of(value: Any) -> str:
     """Return a class as text: whole numbers without the ".0" that tables with gaps give them, "" for none."""
-    if isinstance(value, bool):
-        return str(value)
-    found = texts(value)
+    found = (str(value),) if isinstance(value, bool) else texts(value)
     text = found[0].strip() if len(found) == 1 else ""
-    whole = _WHOLE_FLOAT.fullmatch(text)
-    return whole[1] if whole else "" if text.lower() in ("nan", "<na>") else text
+    return "" if not text or text.lower() in ("nan", "<na>") else _WHOLE_FLOAT.sub(r"\1", text)
 
 
 def split_tags(values: Iterable[str]) -> tuple[str, ...]:
@@ -131,7 +124,7 @@ def split_tags(values: Iterable[str]) -> tuple[str, ...]:
 def image_cell(value: Any) -> str:
     """Return what names an image: a path, an address or an id; "" for none."""
     if isinstance(value, str):
-        return (_listed(value)[0] if value[:2] in _LISTS else value).strip()
+        return (_listed(value) or [value])[0].strip()
     if isinstance(value, Mapping):
         return next((image_cell(value[name]) for name in _PATHS if value.get(name)), "")
     if isinstance(value, list | tuple):
@@ -143,11 +136,7 @@ _PATHS = ("path", "file_name", "filename", "url", "src", "id")
 
 
 def json_object(data: bytes | str) -> dict[str, Any]:
-    """Return the object in a JSON file that describes one image.
-
-    Raises:
-        BadSampleError: it is none.
-    """
+    """Return the object in a JSON file that describes one image."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -222,22 +211,17 @@ def _guess(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]
     plain = [name for name in CAPTION_COLUMNS if name not in ("raw", "name")]
     caption = _first([*plain, "raw"], rest) or _prose_column(rest, sample) or _first(("name",), rest)
     label = _first(LABEL_COLUMNS, rest)
-    if caption is None and len(rest) == 1 and len(header) == 2 and header == ["1", "2"]:
+    if caption is None and header == ["1", "2"]:
         caption = label = rest[0]  # names and numbers of classes
     if image is None or caption is None:
         what, example = ("image", "image") if image is None else ("caption", CAPTION_COLUMNS[0])
-        raise ConfigError(f"{spec.path}: no column looks like the {what}; there are: {_short(header)}; name it "
-                          f"'{example}', or say which with "
-                          f"'{spec.path.rpartition('/')[2]}?image=COLUMN&caption=COLUMN'")
+        names = ", ".join(name[:60] for name in header[:40]) or "none"
+        raise ConfigError(f"{spec.path}: no column looks like the {what}; there are: {names}; name it '{example}', or "
+                          f"say which with '{spec.path.rpartition('/')[2]}?image=COLUMN&caption=COLUMN'")
     captions = [caption]
     if _normalised(caption) == "title" and (description := _first(("description",), rest)):
         captions.append(description)
     return Columns(image, tuple(captions), _first(TAG_COLUMNS, rest), label)
-
-
-def _short(header: Sequence[str]) -> str:
-    names = ", ".join(name if len(name) <= 60 else f"{name[:60]}..." for name in header[:40]) or "none"
-    return f"{names}, ..." if len(header) > 40 else names
 
 
 def _image_column(header: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> str | None:

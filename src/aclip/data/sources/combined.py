@@ -58,24 +58,15 @@ class Mixture(Joined):
     """Sources that share the places of an epoch in proportion to their weights.
 
     An epoch has as many places as all sources have samples together. Source i takes the fraction w_i / sum(w) of
-    them, and walks through permutations of itself, from one epoch to the next: each permutation is gone through before
-    the next begins. (Training leaves out the places that do not fill the last batch of an epoch, and what they hold
-    comes again with the next permutation.) With weights that are the sources' sizes, every sample has one place an
-    epoch.
-
-    A sample that comes again has the next number of its pass, from which crops and captions are drawn, so that
-    a small source with a large weight does not repeat its views.
+    them, and walks through permutations of itself, from one epoch to the next. (Training leaves out the places that do
+    not fill the last batch of an epoch; what they hold comes again with the next permutation.) A sample that comes
+    again has the next number of its pass, from which crops and captions are drawn.
 
     Attributes:
         shares: of each source, adding up to 1.
     """
 
     def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[float]) -> None:
-        """Mix `sources` by `weights`, positive numbers.
-
-        Raises:
-            DataError: fewer samples than it takes to give every source its share.
-        """
         super().__init__(spec, sources)
         whole = sum(map(Fraction, weights))
         self._exact = [Fraction(weight) / whole for weight in weights]  # rounding would shift whole places
@@ -134,11 +125,6 @@ class Part(Delegating):
     """
 
     def __init__(self, source: Source, first: int = 0, last: int | None = None) -> None:
-        """Take a part.
-
-        Raises:
-            DataError: no sample lies in it.
-        """
         self.parts = (source,)
         self.first, self.last = first, len(source) if last is None else min(last, len(source))
         self.spec = f"{source.spec}[{first}:{'' if last is None else last}]"
@@ -165,11 +151,7 @@ class Stretched(Part):
     """A source whose 16-bit grey images are stretched to 8 bits, see `aclip.data.decode.stretch_grey`."""
 
     def __init__(self, source: Source, white: str) -> None:
-        """Stretch each image from its darkest value to its brightest for "1", from 0 to `white` for greater numbers.
-
-        Raises:
-            ConfigError: no such number.
-        """
+        """Stretch each image from its darkest value to its brightest for "1", from 0 to `white` for greater numbers."""
         super().__init__(source)
         if not white.isdecimal() or int(white) < 1:
             raise ConfigError(f"'stretch={white}': write 1, or the grey value that is white, such as 4095 for 12 bits")
@@ -182,14 +164,7 @@ class Stretched(Part):
 
 
 def open_mixture(specs: str | Sequence[str], open_one: Callable[[str], Source]) -> Source:
-    """Open `a.csv=2 b.tar=1`, or one source alone.
-
-    Without weights, sources weigh as much as they have samples: every sample is seen once an epoch.
-
-    Raises:
-        ConfigError: a weight that is not positive, or weights behind some sources only.
-        AclipError: as `open_one`.
-    """
+    """Open `a.csv=2 b.tar=1`, or one source alone; without weights, sources weigh as much as they have samples."""
     given = [specs] if isinstance(specs, str) else list(specs)
     weights = weights_of(given)
     known = [weight for weight in weights if weight is not None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from aclip.data.captions import caption_lines, decode_text, guess_encoding
+from aclip.data.captions import caption_lines, decode_text, guess_encoding, is_utf8
 from aclip.data.decode import HEIC_EXTENSIONS, IMAGE_EXTENSIONS, reads_heic
 from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, evenly, printable
 from aclip.data.sources.columns import CAPTION_COLUMNS, json_object, label_of, split_tags, texts
@@ -23,7 +23,7 @@ LIST_ENDINGS = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".parquet"
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "restval")
 
-_TEXT_ENDINGS = (".txt", ".caption", ".captions")
+_TEXT_ENDINGS = ("txt", "caption", "captions")
 _NUMBERED = re.compile(r"\d{4,}")  # folders that a downloader fills in turn are no classes
 _MAP = re.compile(r"(.+?)[._-](?:masks?|depth|seg|segmentation|matte|normals?|edges?|canny|pose)", re.IGNORECASE)
 _BOXES = re.compile(rb"(?:\s*\d+(?:[ \t]+-?[\d.]+(?:e-?\d+)?){4,}[ \t\r]*(?:\n|$))+\s*")  # YOLO: class and coordinates
@@ -48,13 +48,8 @@ class Listing:
         """The folders directly below that hold images, sorted."""
         return sorted({path.partition("/")[0] for path in self.images if "/" in path})
 
-    def unreadable(self, error: OSError) -> None:
-        """Pass over a folder that cannot be listed, unless it is the one that was asked for."""
-        if error.filename == str(self.folder):
-            raise DataError(f"{self.folder} cannot be read: {error.strerror}") from error
-
     def captions_of(self, image: str) -> str:
-        """Return the path of the caption file of an image: beside it, or in a folder beside its own; "" for none."""
+        """Return the path of the caption file beside an image, "" for none."""
         found = (table.get(name) for table in (self.described, self.texts) for name in (_stem(image), image))
         return next(filter(None, found), "")
 
@@ -63,37 +58,29 @@ def list_folder(folder: Path) -> Listing:
     """List the files below `folder`, in linked folders too; names that begin with a dot are passed over."""
     found = Listing(folder)
     readable = IMAGE_EXTENSIONS | (HEIC_EXTENSIONS if reads_heic() else frozenset())
-    for parent, names in _walk(folder, found):
-        below = os.path.relpath(parent, folder)
-        below = "" if below == "." else below.replace(os.sep, "/") + "/"
-        for name in names:
-            ending = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if ending[1:] in readable:
-                found.images.append(below + name)
-            elif ending[1:] in HEIC_EXTENSIONS:
-                found.unread[ending] += 1
-            elif ending in _TEXT_ENDINGS:
-                found.texts.setdefault(_stem(below + name), below + name)
-            elif ending == ".json":
-                found.described.setdefault(_stem(below + name), below + name)
+    for path in _walk(folder, found):
+        stem, ending = os.path.splitext(path)
+        kind = ending[1:].lower()
+        if kind in readable:
+            found.images.append(path)
+        elif kind in HEIC_EXTENSIONS:
+            found.unread[ending.lower()] += 1
+        elif kind in _TEXT_ENDINGS:
+            found.texts.setdefault(stem, path)
+        elif kind == "json":
+            found.described.setdefault(stem, path)
     stems = {_stem(path) for path in found.images}
     maps = {path for path in found.images if (match := _MAP.fullmatch(_stem(path))) and match[1] in stems}
     found.images, found.maps = sorted(set(found.images) - maps), len(maps)
-    _drop_annotations(found)
-    return found
-
-
-def _drop_annotations(found: Listing) -> None:
-    """Forget files beside images that hold boxes and outlines rather than captions, judged by some of them."""
-    stems = {_stem(path) for path in found.images} | set(found.images)
+    # Files beside images that hold boxes and outlines rather than captions, judged by some of them.
+    beside_images = stems | set(found.images)
     for files, kind in ((found.texts, "boxes"), (found.described, "no captions")):
-        beside_images = [file for stem, file in files.items() if stem in stems]
-        some = [beside_images[at] for at in evenly(len(beside_images), _JUDGED)]
-        if some and not any(_has_caption(found.folder / file) for file in some):
-            found.notes.append(f"{len(beside_images):,} {os.path.splitext(some[0])[1]} files beside images hold {kind}")
+        own = [file for stem, file in files.items() if stem in beside_images]
+        some = [own[at] for at in evenly(len(own), _JUDGED)]
+        if some and not any(_has_caption(folder / file) for file in some):
+            found.notes.append(f"{len(own):,} {os.path.splitext(some[0])[1]} files beside images hold {kind}")
             files.clear()
+    return found
 
 
 def _has_caption(path: Path) -> bool:
@@ -106,27 +93,26 @@ def _has_caption(path: Path) -> bool:
     return not _BOXES.fullmatch(data)
 
 
-def _walk(folder: Path, found: Listing) -> Iterator[tuple[str, list[str]]]:
-    """Yield folders and the names of their files; a link is followed to a folder that is not read anyway."""
-    read = [os.path.realpath(folder)]
-    for parent, folders, names in os.walk(folder, onerror=found.unreadable, followlinks=True):
-        kept = []
-        for name in sorted(folders):
-            path = os.path.join(parent, name)
-            real = os.path.realpath(path) if os.path.islink(path) else ""
-            if name.startswith(".") or name == "__MACOSX":
-                continue
-            if real and any(_holds(one, real) or _holds(real, one) for one in read):
-                found.links += 1
-                continue
-            kept.append(name)
-            read += [real] if real else []
-        folders[:] = kept
-        yield parent, sorted(names)
+def _walk(folder: Path, found: Listing) -> Iterator[str]:
+    """Yield the files below a folder, relative to it; a link is followed to a folder that is not read anyway."""
 
+    def unreadable(error: OSError) -> None:
+        if error.filename == str(folder):
+            raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 
-def _holds(folder: str, path: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+    read = [Path(os.path.realpath(folder))]
+    for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and name != "__MACOSX"]
+        for name in list(folders):
+            if os.path.islink(os.path.join(parent, name)):
+                real = Path(os.path.realpath(os.path.join(parent, name)))
+                if any(real.is_relative_to(one) or one.is_relative_to(real) for one in read):
+                    found.links += 1
+                    folders.remove(name)
+                else:
+                    read.append(real)
+        below = os.path.relpath(parent, folder).replace(os.sep, "/")
+        yield from (name if below == "." else f"{below}/{name}" for name in sorted(names) if not name.startswith("."))
 
 
 class FolderSource(Source):
@@ -147,11 +133,13 @@ class FolderSource(Source):
         With `whole_texts` a `.txt` file is one caption, line breaks and all. Its encoding is found out if it is None.
         """
         self.spec = str(listing.folder)
-        self._folder, self._whole, self._notes = listing.folder, whole_texts, list(listing.notes)
-        self._unread, self._maps = dict(listing.unread), listing.maps
+        self._folder, self._whole, self._encoding = listing.folder, whole_texts, encoding
+        self._unread, self._maps, self._notes = dict(listing.unread), listing.maps, list(listing.notes)
         if not listing.images:
+            heic = (f"; {listing.unread.total()} {', '.join(listing.unread)} files are read with pip install "
+                    "'attentive-clip[heic]'" if listing.unread else "")
             raise DataError(f"no images in {listing.folder}: looked there and below for "
-                            f"{', '.join(sorted(IMAGE_EXTENSIONS))}{_heic_advice(self._unread)}")
+                            f"{', '.join(sorted(IMAGE_EXTENSIONS))}{heic}")
         elsewhere = beside(listing)
         files = [listing.captions_of(image) or elsewhere.get(_below_top(image), "") for image in listing.images]
         self._images, self._texts = PackedStrings(listing.images), PackedStrings(files)
@@ -161,13 +149,11 @@ class FolderSource(Source):
             self.templates = CLASS_TEMPLATES
             self._notes.append(f"no caption files, so its {len(_parents(listing))} folders are classes: "
                                f"'{CLASS_TEMPLATES[0]}' ('?templates=...' says otherwise)")
-        orphans = sorted(set(listing.texts.values()) - set(files)) if self._with_text else []
-        if orphans:
+        if self._with_text and (orphans := sorted(set(listing.texts.values()) - set(files))):
             self._notes.append(f"{len(orphans):,} text files have no image beside them: {printable(orphans[0])}")
         if listing.links:
-            self._notes.append(f"{listing.links} linked folders are read where they lie, and once")
-        self._encoding = encoding
-        self._fallback = None if encoding else self._look_at_texts(files)
+            self._notes.append(f"{listing.links} linked folders are skipped: what they link to is read anyway")
+        self._fallback = None if encoding else self._look_at_texts([one for one in files if one[-5:] != ".json"])
 
     def __len__(self) -> int:
         return len(self._images)
@@ -216,24 +202,21 @@ class FolderSource(Source):
         return printable(PurePosixPath(self._images[index]).parent.name)
 
     def _look_at_texts(self, files: Sequence[str]) -> str | None:
+        """Look at some text files; return the codec of those that are not UTF-8, if it can be told."""
+        files = [file for file in files if file]
         odd, several, last = bytearray(), 0, ""
-        some = [file for file in files if file and not file.endswith(".json")]
-        for at in evenly(len(some), _SAMPLED_TEXTS):
+        for at in evenly(len(files), _SAMPLED_TEXTS):
             try:
-                data = (self._folder / some[at]).read_bytes()
+                data = (self._folder / files[at]).read_bytes()
             except OSError:
                 continue
             several += len(caption_lines(decode_text(data))) > 1
-            try:
-                data.decode("utf-8")
-            except UnicodeDecodeError:
-                odd, last = odd + data + b"\n", some[at]
+            if not is_utf8(data):
+                odd, last = odd + data + b"\n", files[at]
         if several and not self._whole:
-            self._notes.append(f"{several} of {min(len(some), _SAMPLED_TEXTS)} text files have several lines: each is "
+            self._notes.append(f"{several} of {min(len(files), _SAMPLED_TEXTS)} text files have several lines: each is "
                                "a caption of its own ('?captions=whole' makes a file one caption)")
-        if not odd or odd.startswith((b"\xff\xfe", b"\xfe\xff")):
-            return None
-        codec = guess_encoding(bytes(odd))
+        codec = guess_encoding(bytes(odd)) if odd and not odd.startswith((b"\xff\xfe", b"\xfe\xff")) else None
         if codec in (None, "utf-8-sig"):
             return None
         self._notes.append(f"{printable(last)} and others are read as {codec} where they are not UTF-8 "
@@ -282,9 +265,3 @@ def _below_top(path: str) -> str:
 
 def _stem(path: str) -> str:
     return os.path.splitext(path)[0]
-
-
-def _heic_advice(unread: Mapping[str, int]) -> str:
-    if not unread:
-        return ""
-    return f"; {sum(unread.values())} {', '.join(unread)} files are read with pip install 'attentive-clip[heic]'"

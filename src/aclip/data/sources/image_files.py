@@ -1,8 +1,8 @@
 """From what a list writes for an image to the file on this machine.
 
 Lists travel: their paths have another machine's folders, Windows separators, missing or other endings, `file://`
-addresses, or are mere ids. Some cells of a list are tried in every way; the ways that find files (`_Way`) are
-then applied to every cell, so that finding one costs no more than looking whether a file is there.
+addresses, or are mere ids. If files are not where a list says, some of its cells tell where they are: below another
+folder, with the first parts of their paths removed, or else wherever a file of that name is found.
 """
 
 import base64
@@ -10,224 +10,162 @@ import binascii
 import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice, takewhile
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import unquote
 
 from aclip.data.decode import HEIC_EXTENSIONS, IMAGE_EXTENSIONS
-from aclip.data.sources.base import printable
+from aclip.data.sources.base import evenly, printable
 from aclip.errors import BadSampleError
 
 ENDINGS = IMAGE_EXTENSIONS | HEIC_EXTENSIONS
 """Endings, lower case and without the dot, by which names of images are known."""
 
-_LOOKED_INTO = 200  # folders beside a list in which its images are sought
+_MOST_FOLDERS, _MOST_FILES = 200, 1_000_000  # beside a list, and below it, among which its images are sought
 _OF_LISTS = ("annotations", "annotation", "captions", "labels", "meta", "metadata", "lists")  # folders beside images
-_ENTRIES = 1_000_000  # files of one folder that are listed
 _DRIVE = re.compile(r"^[A-Za-z]:[\\/]|^[\\/]{2}")
 _LOCAL_FILES = re.compile(r".*[?&]d=(.+)")  # Label Studio: /data/local-files/?d=FOLDER/FILE
 _UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # Label Studio puts it before the names of uploaded files
 _ADDRESS = re.compile(r"^(https?|ftp)://", re.IGNORECASE)
 _BUCKET = re.compile(r"^[A-Za-z][\w+.-]+://")  # s3://bucket/..., whose files may have been copied here
 _BASE64 = re.compile(r"(?:data:image/[\w.+-]+;base64,)?([A-Za-z0-9+/_=\s-]{60,})")
+_Place = tuple[str, int]  # where files lie, and the leading parts of cells that are left out; -1 takes cells as written
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
-
-
-class _Way(NamedTuple):
-    """One way from a cell to a file: `root` / `prefix` + the cell's parts after `drop` + `ending`."""
-
-    root: str  # "" for paths that are absolute
-    drop: int = -1  # leading parts of the cell's path that are left out; -1 takes the cell exactly as it is written
-    ending: str = ""  # put behind the name; in place of its own with `swap`
-    swap: bool = False
-    prefix: str = ""  # before a number, and
-    digits: int = 0  # its width with leading zeros
-    form: str = ""  # Unicode normalisation of the file names
-    decoded: bool = False  # %XX are decoded
-    uploaded: bool = False  # Label Studio's prefix is left out
-
-    def path(self, cell: str) -> str:
-        if self.drop < 0:
-            return os.path.join(self.root, cell)
-        *folders, name = _parts(cell)[self.drop :] or [""]
-        name = unquote(name) if self.decoded else name
-        name = _UPLOADED.sub("", name) if self.uploaded else name
-        name = unicodedata.normalize(self.form, name) if self.form else name  # type: ignore[arg-type]
-        stem = name.rpartition(".")[0] or name if self.swap else name
-        return os.path.join(self.root or os.sep, *folders, self.prefix + stem.zfill(self.digits) + self.ending)
 
 
 class ImageFiles:
     """Finds the images of a list.
 
     Attributes:
-        folder: that paths are relative to: that of the option `images`, else the list's own.
+        folder: that paths are relative to, absolute: that of the option `images`, else the list's own.
         notes: sentences about how cells are read, where that is not exactly as written.
     """
 
     def __init__(self, folder: Path, chosen: Path | None = None, hints: Sequence[str] = ()) -> None:
         """Look below `chosen` if it is given, else in `folder` and the folders around it, those named `hints` first."""
-        self.folder = folder if chosen is None else chosen
+        self.folder = (folder if chosen is None else chosen).absolute()
         self.notes: list[str] = []
         self._around = chosen is None
-        self._hints = hints
-        self._ways = [_Way(str(self.folder))]
-        self._listings: dict[str, dict[str, str]] = {}
+        self._hints = (*hints, "images", "image", "img", "imgs")
+        self._place: _Place = (str(self.folder), -1)
 
-    def read(self, cell: str) -> bytes | None:
-        """Return the bytes of a cell's file, or None if it is not where most are."""
-        try:
-            with open(self._ways[0].path(cell), "rb") as file:
-                return file.read()
-        except (OSError, ValueError):
-            return None
+    def path(self, cell: str) -> str:
+        """Return where the file of a cell should lie."""
+        return _below(self._place, cell)
 
     def find(self, cell: str) -> Path | None:
         """Return the file of a cell, or None if there is none."""
-        for way in self._ways:
-            path = way.path(cell)
-            if os.path.isfile(path):
-                return Path(path)
-        return None
+        path = self.path(cell)
+        return Path(path) if os.path.isfile(path) else None
 
-    def learn(self, cells: Sequence[str]) -> dict[str, str]:
-        """Find out how cells are written, from some of them.
+    def learn(self, cells: Sequence[str]) -> Callable[[str], str | None] | None:
+        """Find out from some cells where their files lie.
 
         Returns:
-            What `by_name` finds files in, if only a search of all folders finds them; else nothing.
+            What gives the path of a cell, relative to `folder`, if only a search by name finds them; else None.
         """
-        used: Counter[_Way] = Counter()
-        lost: list[str] = []
-        as_written = any(os.path.isfile(self._ways[0].path(cell)) for cell in cells)
-        for cell in cells:
-            way = next((way for way in self._ways if os.path.isfile(way.path(cell))), None)
-            if way is None and len(lost) < 20:
-                way = self._way_to(cell, elsewhere=not as_written)
-            if way is None:
-                lost.append(cell)
-                continue
-            if way not in self._ways:
-                self._ways.append(way)
-            used[way] += 1
-        # A file of the same name beside another list is not this list's: a way must find a good part of the images.
-        self._ways = [way for way, count in used.most_common()
-                      if count * (10 if _holds(str(self.folder), way.root) else 2) >= len(cells)] or self._ways[:1]
-        self.notes = [note for way in self._ways if (note := self._note(way))]
-        names: dict[str, str] = {}
-        if not used and lost:
-            names = _all_names(self.folder)
-            if not names and self._around and self.folder.name.lower() in _OF_LISTS:
-                names = _all_names(self.folder.parent)
-            if any(by_name(names, cell) for cell in lost):
-                self.notes = ["images found by name in folders below"]
-            else:
-                names = {}
-        self._listings.clear()
-        return names
+        as_written = _found(self._place, cells)
+        if cells and not as_written:
+            self._place = self._best_place([cells[at] for at in evenly(len(cells), 20)])
+        found = _found(self._place, cells)
+        root, drop = self._place
+        how = [f"in {root}"] if root != str(self.folder) else []
+        how += [f"without the first {drop} part{'s' * (drop > 1)} of their paths"] if drop > 0 else []
+        self.notes = [f"images found {', '.join(how)}"] if how else []
+        if found > 0.9 * len(cells):
+            return None
+        index = self._index(around=not as_written)
 
-    def _way_to(self, cell: str, elsewhere: bool) -> _Way | None:
-        """Return the plainest way that finds a cell's file, in other folders only if `elsewhere`; None for no way."""
-        parts = _parts(cell)
-        if os.path.isfile("/".join(parts)) and (cell.startswith("file:") or os.path.isabs(cell)):
-            return _Way("", 0)
-        roots = list(self._roots()) if elsewhere else [str(self.folder)]
-        for rename in (_same_name, _like_name):
-            for drop in range(len(parts) if elsewhere else 1):
-                *folders, name = parts[drop:]
-                for root in roots:
-                    names = self._names(os.path.join(root, *folders))
-                    if names and (way := rename(_Way(root, drop), name, names)):
-                        return way
-        return None
+        def by_name(cell: str) -> str | None:
+            return _alike(index, cell, same_folder=as_written > 0)
 
-    def _roots(self) -> Iterator[str]:
-        yield str(self.folder)
-        yield from _folders_in(self.folder, self._hints)
+        alike = {cell: path for cell in cells if (path := by_name(cell)) is not None}
+        example = next((one for one in alike.items() if one[0] != one[1]), None)
+        below = all(not path.startswith("../") for path in alike.values())
+        if example is None or len(alike) <= found or len(alike) < _least(len(cells), below):
+            return None
+        self._place = str(self.folder), -1
+        self.notes = [f"images found by name, such as {printable(example[1])} for {printable(example[0][:80])!r}"]
+        return by_name
+
+    def _best_place(self, cells: Sequence[str]) -> _Place:
+        roots = [str(self.folder), *self._folders_in(self.folder)]
         if self._around:
-            above = Path(os.path.normpath(self.folder.absolute().parent))
-            yield str(above)
-            yield from _folders_in(above, self._hints)
+            above = Path(os.path.normpath(self.folder.parent))
+            roots += [str(above), *self._folders_in(above)]
+        places = ((cell, (root, drop)) for cell in cells[:5] for drop in range(len(_parts(cell))) for root in roots)
+        counts = {place: _found(place, cells) for cell, place in places if os.path.isfile(_below(place, cell))}
+        best = max(counts, key=lambda place: counts[place], default=self._place)
+        least = _least(len(cells), below=Path(best[0]).is_relative_to(self.folder))
+        return best if counts.get(best, 0) >= least else self._place
 
-    def _names(self, folder: str) -> dict[str, str]:
-        if folder not in self._listings:
-            names: dict[str, str] = {}
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in islice(entries, _ENTRIES):
-                        stem, _, ending = entry.name.rpartition(".")
-                        if ending.lower() in ENDINGS:
-                            names[stem if stem not in names else entry.name] = entry.name
-            except (OSError, ValueError):
-                pass
-            self._listings[folder] = names
-        return self._listings[folder]
+    def _folders_in(self, folder: Path) -> list[str]:
+        try:
+            with os.scandir(folder) as entries:
+                found = [entry.name for entry in islice(entries, _MOST_FILES) if entry.is_dir()]
+        except OSError:
+            return []
+        return [os.path.join(folder, name) for name in sorted(found, key=self._rank)[:_MOST_FOLDERS]]
 
-    def _note(self, way: _Way) -> str:
-        said = []
-        if way.root and way.root != str(self.folder):
-            said.append(f"found in {way.root}")
-        if way.drop > 0:
-            said.append(f"the first {way.drop} parts of their paths left out")
-        if way.ending:
-            said.append(f"'{way.ending}' {'in place of their endings' if way.swap else 'added to their names'}")
-        if way.prefix or way.digits:
-            said.append(f"numbers written as {way.prefix}{'0' * way.digits}")
-        return "images " + ", ".join(said) if said else ""
+    def _rank(self, name: str) -> tuple[int, str]:
+        known = name.lower() in self._hints
+        return self._hints.index(name.lower()) if known else len(self._hints), name
 
+    def _index(self, around: bool) -> dict[str, list[str]]:
+        """Return name without ending, and number at its end, -> images below or `around` the folder, relative to it."""
+        index: dict[str, list[str]] = {}
+        for path in islice(self._all_files(around), _MOST_FILES):
+            stem, ending = os.path.splitext(unicodedata.normalize("NFC", os.path.basename(path)))
+            if ending[1:].lower() in ENDINGS:
+                digits = re.search(r"\d+$", stem)
+                for key in {stem, f"#{digits[0].lstrip('0')}" if digits else stem}:
+                    index.setdefault(key, []).append(path)
+        return index
 
-def _same_name(way: _Way, name: str, names: dict[str, str]) -> _Way | None:
-    files = names.values()
-    if name in files:
-        return way
-    if unquote(name) in files:
-        return way._replace(decoded=True)
-    forms = (form for form in ("NFC", "NFD") if unicodedata.normalize(form, name) in files)
-    return next((way._replace(form=form) for form in forms), None)
-
-
-def _like_name(way: _Way, name: str, names: dict[str, str]) -> _Way | None:
-    """Return the way to a file whose name has another ending, zeros and a prefix before a number, or lost a prefix."""
-    if name in names:
-        return way._replace(ending=names[name][len(name) :])
-    stem, _, ending = name.rpartition(".")
-    if ending.lower() in ENDINGS and stem in names:
-        return way._replace(ending=names[stem][len(stem) :], swap=True)
-    if _UPLOADED.sub("", name) in names.values():
-        return way._replace(uploaded=True)
-    if name.isdecimal():
-        number = re.compile(rf"(.*?[^\d])?(0*{int(name)})")
-        for other, file in names.items():
-            if match := number.fullmatch(other):
-                return way._replace(ending=file[len(other) :], prefix=match[1] or "", digits=len(match[2]))
-    return None
+    def _all_files(self, around: bool) -> Iterator[str]:
+        walks: list[Iterator[tuple[str, list[str], list[str]]]] = [os.walk(self.folder)]
+        if around and self._around:
+            beside = [one for one in self._folders_in(self.folder.parent) if one != str(self.folder)]
+            deep = self.folder.name.lower() in _OF_LISTS
+            walks += [os.walk(one) if deep else islice(os.walk(one), 1) for one in beside]
+        for parent, folders, names in chain.from_iterable(walks):
+            folders.sort(key=self._rank)
+            below = os.path.relpath(parent, self.folder).replace(os.sep, "/")
+            yield from (name if below == "." else f"{below}/{name}" for name in sorted(names))
 
 
-def _all_names(folder: Path) -> dict[str, str]:
-    """Return name, name without ending, and number -> the image, in all folders below."""
-    found: dict[str, str] = {}
-    for parent, _, names in os.walk(folder.absolute()):
-        for name in names:
-            stem, _, ending = name.rpartition(".")
-            if ending.lower() in ENDINGS:
-                for key in (name, stem, stem.lstrip("0") if stem.isdecimal() else stem):
-                    found.setdefault(key, os.path.join(parent, name))
-        if len(found) > 2 * _ENTRIES:
-            break
-    return found
+def _below(place: _Place, cell: str) -> str:
+    root, drop = place
+    return os.path.join(root, cell if drop < 0 else "/".join(_parts(cell)[drop:]))
 
 
-def by_name(names: Mapping[str, str], cell: str) -> str | None:
-    """Return the file of a cell that a search of all folders found, see `ImageFiles.learn`."""
-    name = _parts(cell)[-1]
-    keys = (name, name.rpartition(".")[0], name.lstrip("0") if name.isdecimal() else name)
-    return next((names[key] for key in keys if key in names), None)
+def _least(count: int, below: bool) -> float:
+    """Return how many of some images must be found: a file of one name beside another list is not this list's."""
+    return count / (10 if below else 2)
 
 
-def _holds(folder: str, path: str) -> bool:
-    return path in ("", folder) or path.startswith(folder.rstrip(os.sep) + os.sep)
+def _found(place: _Place, cells: Sequence[str]) -> int:
+    return sum(os.path.isfile(_below(place, cell)) for cell in cells)
+
+
+def _alike(index: dict[str, list[str]], cell: str, same_folder: bool) -> str | None:
+    """Return the file in an index whose name is most like that of a cell, of several the one in the likest folder."""
+    *folders, name = _parts(cell)
+    folders = [folder for folder in folders if folder not in ("", ".")]
+    names = [unicodedata.normalize("NFC", one) for one in (name, unquote(name), _UPLOADED.sub("", name))]
+    stems = [os.path.splitext(one)[0] if one.rpartition(".")[2].lower() in ENDINGS else one for one in names]
+    keys = [*stems, *names, os.path.splitext(names[0])[0], f"#{name.lstrip('0')}" if name.isdecimal() else name]
+    found = next((index[key] for key in keys if key in index), [])
+    if same_folder:
+        found = [path for path in found if path.split("/")[:-1] == folders]
+
+    def likeness(path: str) -> tuple[int, bool]:
+        *parents, own = path.split("/")
+        pairs = zip(reversed(parents), reversed(folders), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)), own == name
+
+    return max(found, key=likeness, default=None)
 
 
 def _parts(cell: str) -> list[str]:
@@ -242,18 +180,6 @@ def _parts(cell: str) -> list[str]:
     if _DRIVE.match(cell):
         cell = cell[2:].lstrip("\\/")
     return cell.replace("\\", "/").split("/")
-
-
-def _folders_in(folder: Path, hints: Sequence[str]) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            found = [entry.path for entry in islice(entries, _ENTRIES) if entry.is_dir()]
-    except OSError:
-        return []
-    first = (*hints, "images", "image", "img", "imgs")
-    names = {path: os.path.basename(path).lower() for path in found}
-    return sorted(found, key=lambda path: (first.index(names[path]) if names[path] in first else len(first), path))[
-        :_LOOKED_INTO]
 
 
 def is_address(cell: str) -> bool:

@@ -3,10 +3,9 @@
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,16 +22,8 @@ from aclip.data.sources.columns import (
     texts,
 )
 from aclip.data.sources.folder import SPLIT_NAMES
-from aclip.data.sources.image_files import (
-    ImageFiles,
-    by_name,
-    embedded_image,
-    full_path,
-    is_address,
-    looks_embedded,
-    read_image,
-)
-from aclip.data.sources.records import JsonLines, ListFile, Table, choose_split, open_list
+from aclip.data.sources.image_files import ImageFiles, embedded_image, is_address, looks_embedded, read_image
+from aclip.data.sources.records import Fields, Found, ListFile, choose_split, open_list
 from aclip.data.spec import Spec
 from aclip.errors import BadSampleError, ConfigError, DataError
 
@@ -48,22 +39,19 @@ class ListSource(Source):
 
     Rows of one image, wherever they stand, are one sample with all of their captions: as samples of their own
     they would be each other's negatives in training, and right answers that count as wrong in retrieval.
-
-    `rows` counts repeated images and rows that cannot be used, too.
     """
 
-    def __init__(
-        self, spec: str, rows: Iterable[Row], files: ImageFiles, *, file: ListFile | None = None,
-        columns: Columns | None = None, notes: Sequence[str] = (),
-    ) -> None:
-        """Keep `rows`, whose images `files` finds, or which lie in base64 in a field (`columns`) of `file`."""
+    def __init__(self, spec: str, rows: Iterable[Row], files: ImageFiles, *, notes: Sequence[str] = (),
+                 embedded: Callable[[int], str] | None = None) -> None:
+        """Keep `rows`, whose images `files` finds, or `embedded` reads as base64 from a place in the list."""
         self.spec = spec
-        self._files, self._file, self._columns, self._notes = files, file, columns, list(notes)
+        self._files, self._notes = files, list(notes)
+        self._embedded: Callable[[int], str] | None = None
         self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
         self._problems: dict[int, str] = {}
         self._numbers: np.ndarray | None = None  # of each sample's first row, where images repeat
         keys, long = array("q"), 0
-        base = os.path.abspath(files.folder)
+        base = str(files.folder)
         for number, row in enumerate(rows):
             image = _storable(row.image)
             self._images.append(image)
@@ -71,15 +59,18 @@ class ListSource(Source):
             self._tags.append(_join(row.tags))
             self._labels.append(_storable(row.label))
             long += MAX_STORED in map(len, row.captions)
-            if row.problem or not image:
+            usable = image and not row.problem
+            if not usable:
                 self._problems[number] = row.problem or "missing image path"
-            keys.append(hash(_identity(number, image, row.problem, base)))
-        self.rows = len(keys)
-        if not self.rows:
+            in_list = image[:1] == _PLACE
+            if in_list:
+                self._embedded = embedded  # not for other lists: it holds the records of a JSON document
+            keys.append(hash(_identity(image, base)) if usable and not in_list else number)
+        if not keys:
             raise DataError(f"{spec} holds no rows")
         if long:
-            self._notes.append(f"{long:,} captions longer than {MAX_STORED:,} characters are cut")
-        self._merge(np.frombuffer(keys, dtype=np.int64), base)
+            self._notes.append(f"{long:,} captions are truncated to {MAX_STORED:,} characters")
+        self._merge(np.frombuffer(keys, dtype=np.int64))
         self._missing = self._find_images()
 
     def __len__(self) -> int:
@@ -98,7 +89,7 @@ class ListSource(Source):
 
     def path(self, index: int) -> Path | None:
         image = self._images[index]
-        return None if index in self._problems or not image or image.startswith(_PLACE) else self._files.find(image)
+        return None if index in self._problems or image.startswith(_PLACE) else self._files.find(image)
 
     def read(self, index: int) -> RawSample:
         captions = self.captions(index)
@@ -126,60 +117,42 @@ class ListSource(Source):
         return digest_of(self._images, self._captions, self._tags, self._labels, sorted(self._problems))
 
     def _image(self, image: str) -> bytes:
-        if image.startswith(_PLACE):
-            return self._cut_out(image)
-        if is_address(image):
-            raise BadSampleError("the image is a URL, not a file: download it first")
-        if (data := self._files.read(image)) is not None:
+        if image.startswith(_PLACE) and self._embedded is not None:
+            data = embedded_image(self._embedded(int(image[1:])))
+            if data is None:
+                raise BadSampleError("the image is not base64")
             return data
-        path = self._files.find(image)
-        if path is None and (data := embedded_image(image)) is not None:
-            return data
-        return read_image(path or self._files.folder / image)
-
-    def _cut_out(self, image: str) -> bytes:
-        assert self._file is not None
-        assert self._columns is not None
-        offset, _, size = image[1:].partition(":")
+        path = self._files.path(image)
         try:
-            with self._file.path.open("rb") as file:
-                file.seek(int(offset))
-                fields = self._file.parse(file.read(int(size)))
-        except (OSError, ValueError, StopIteration) as error:
-            raise BadSampleError(f"cannot read the list: {error}") from error
-        data = None if isinstance(fields, str) else embedded_image(str(fields.get(self._columns.image, "")).strip())
-        if data is None:
-            raise BadSampleError("the image is not base64")
-        return data
+            with open(path, "rb") as file:
+                return file.read()
+        except (OSError, ValueError):
+            if is_address(image):
+                raise BadSampleError("the image is a URL, not a file: download it first") from None
+            data = embedded_image(image)
+            return read_image(Path(path)) if data is None else data
 
-    def _merge(self, keys: np.ndarray, base: str) -> None:
+    def _merge(self, keys: np.ndarray) -> None:
         """Make one sample of the rows of each image, at the place of the first, whose tags and label it has.
 
         The (rows,) hashes of `_identity` tell ten million rows apart without an object for each.
         """
-        ordered = np.sort(keys)
-        if np.all(ordered[1:] != ordered[:-1]):
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        rows = len(keys)
+        if len(first) == rows:
             return
-        _, first, place = np.unique(keys, return_index=True, return_inverse=True)
-        first = first[place]
-        relabelled, of_equal_hash = 0, dict[str, int]()
-        for row in np.flatnonzero(first != np.arange(self.rows)).tolist():
-            one, other = (_identity(number, self._images[number], self._problems.get(number, ""), base)
-                          for number in (row, int(first[row])))
-            if one != other:
-                first[row] = of_equal_hash.setdefault(one, row)
-            relabelled += self._labels[row] != self._labels[first[row]]
-        numbers = np.flatnonzero(first == np.arange(self.rows))
-        sizes = np.bincount(first, minlength=self.rows)[numbers]
-        self._captions = PackedStrings(self._together(np.argsort(first, kind="stable"), sizes))
+        first_of = first[inverse]
+        relabelled = sum(self._labels[row] != self._labels[int(first_of[row])]
+                         for row in np.flatnonzero(first_of != np.arange(rows)).tolist())
+        self._numbers = np.sort(first)
+        self._captions = PackedStrings(self._together(
+            np.argsort(first_of, kind="stable"), np.bincount(first_of, minlength=rows)[self._numbers]))
         self._images, self._tags, self._labels = (
-            PackedStrings(strings[number] for number in numbers.data)
+            PackedStrings(strings[number] for number in self._numbers.data)
             for strings in (self._images, self._tags, self._labels))
-        self._problems = {int(np.searchsorted(numbers, row)): why for row, why in self._problems.items()}
-        self._numbers = numbers
-        other = f", and {relabelled} of them another label: the first row decides" if relabelled else ""
-        self._notes.append(f"{self.rows - len(numbers):,} of {self.rows:,} rows have the image of an earlier one: each "
-                           f"image has all its captions{other}")
+        self._problems = {int(np.searchsorted(self._numbers, row)): why for row, why in self._problems.items()}
+        other = f"; {relabelled} have another label, and the first is kept" if relabelled else ""
+        self._notes.append(f"{rows - len(first):,} of {rows:,} rows repeat an image, which gets all captions{other}")
 
     def _together(self, order: np.ndarray, sizes: np.ndarray) -> Iterator[str]:
         """Yield the captions of `sizes` rows at a time, taken in this order, each caption once."""
@@ -194,15 +167,15 @@ class ListSource(Source):
     def _find_images(self) -> tuple[int, str, int]:
         """Learn where the images lie; return how many of some are missing, the first of them, and how many are some."""
         cells = [(index, cell) for index in evenly(len(self), _CHECKED) if index not in self._problems
-                 and (cell := self._images[index]) and not cell.startswith(_PLACE)]
+                 and not (cell := self._images[index]).startswith(_PLACE)]
         local = [cell for _, cell in cells if not is_address(cell) and not looks_embedded(cell)]
-        if names := self._files.learn([local[at] for at in evenly(len(local), _LEARNT)]):
-            cells_now = map(self._images.__getitem__, range(len(self)))
-            self._images = PackedStrings(by_name(names, cell) or cell for cell in cells_now)
+        if by_name := self._files.learn([local[at] for at in evenly(len(local), _LEARNT)]):
+            every = map(self._images.__getitem__, range(len(self)))
+            self._images = PackedStrings(by_name(cell) or cell for cell in every)
             local = [self._images[index] for index, _ in cells]
         missing = [cell for cell in local if self._files.find(cell) is None]
         if local and len(missing) == len(local) and not any(looks_embedded(cell) for _, cell in cells):
-            where = full_path(self._files.folder / missing[0][:1000])[:1200]
+            where = printable(self._files.path(missing[0][:1000]))[:1200]
             raise DataError(f"{self.spec}: none of {len(local):,} of its images is there, looked for {where} first: "
                             f"say where they lie with '{self.spec}?images=FOLDER'")
         if cells and not local and is_address(cells[0][1]):
@@ -210,38 +183,42 @@ class ListSource(Source):
         return len(missing), printable(missing[0][:200]) if missing else "", len(cells)
 
 
+def _identity(image: str, folder: str) -> str:
+    """Return what the rows of one image share: its path."""
+    path = image.replace("\\", "/")
+    path = path if path.startswith("/") else f"{folder}/{path}"
+    return path if "/../" in path else os.path.normpath(path)  # what is above a link to a folder is elsewhere
+
+
 def open_list_source(path: Path, spec: Spec) -> ListSource:
     """Open a table, JSON lines or a JSON document."""
     spec.allow(*OPTIONS, "images", "split", "encoding")
     split = spec.get("split")
     file = open_list(path, spec.get("encoding"), split)
-    files = ImageFiles(path.parent, spec.folder("images"), (path.stem.rpartition("_")[2].lower(),))
-    named = spec.with_path(path)
-    stored = _image_store(file)
+    stored = _open_stored(file)
     if stored is not None:
-        return _open_stored(named, *stored)
+        return stored
     if file.given is not None:
         if spec.options.keys() & set(OPTIONS):
             raise ConfigError(f"{path} is {file.about}, whose fields are known: it takes no 'image' and 'caption'")
         columns = Columns(file.given[0], file.given[1:2], *file.given[2:])
     else:
-        columns = settle_columns(named, file.header, file.sample)
+        columns = settle_columns(spec.with_path(path), file.header, file.sample)
     notes = [f"{file.about}, {columns}", *file.notes]
-    rows = _rows(file, columns, *_split_column(path, file, columns.image, split, notes))
-    return ListSource(str(path), rows, files, file=file, columns=columns, notes=notes)
+    wanted, split_of = _splits(file, columns.image, split, notes)
+    found = file.rows()
+    if wanted:
+        found = (one for one in found if isinstance(one.fields, str) or split_of(one.fields) in wanted)
+    files = ImageFiles(path.parent, spec.folder("images"), (path.stem.rpartition("_")[2].lower(),))
+    return ListSource(str(path), _rows(found, columns), files, notes=notes, embedded=_Embedded(file, columns.image))
 
 
-def _rows(
-    file: ListFile, columns: Columns, split_column: str | None = None, wanted: frozenset[str] = frozenset()
-) -> Iterator[Row]:
-    embedded = any(looks_embedded(one.get(columns.image)) for one in file.sample)
-    for fields, offset, size, image in file.rows():
+def _rows(records: Iterable[Found], columns: Columns) -> Iterator[Row]:
+    for fields, offset, image in records:
         if isinstance(fields, str):
             yield Row(image, problem=fields)
-        elif wanted and _split_of(fields, split_column, columns.image) not in wanted:
-            continue
-        elif embedded and offset >= 0 and looks_embedded(fields.get(columns.image)):
-            yield row_of({**fields, columns.image: f"{_PLACE}{offset}:{size}"}, columns)
+        elif offset >= 0 and looks_embedded(fields.get(columns.image)):
+            yield row_of({**fields, columns.image: f"{_PLACE}{offset}"}, columns)
         else:
             row = row_of(fields, columns)
             name, mark, number = row.image.rpartition("#")  # Flickr8k.token.txt: 123.jpg#0
@@ -249,79 +226,76 @@ def _rows(
             yield row._replace(image=name) if numbered else row
 
 
-def _split_of(fields: Mapping[str, Any], column: str | None, image: str) -> str:
-    """Return the split of a row: what a column says, else the folder of its image that is called like a split."""
-    if column is not None:
-        return str(fields.get(column)).strip()
-    folders = image_cell(fields.get(image)).replace("\\", "/").split("/")[:-1]
-    return next((name for name in folders if name.lower() in SPLIT_NAMES), "")
+class _Embedded:
+    """Reads the image in base64 of the row at a place in a list."""
+
+    def __init__(self, file: ListFile, column: str) -> None:
+        self._rows, self._column = file.rows, column
+
+    def __call__(self, offset: int) -> str:
+        try:
+            fields = next(self._rows(offset=offset)).fields
+        except (OSError, StopIteration) as error:
+            raise BadSampleError(f"cannot read the list: {error}") from error
+        return "" if isinstance(fields, str) else str(fields.get(self._column, "")).strip()
 
 
-def _split_column(
-    path: Path, file: ListFile, image: str, split: str | None, notes: list[str]
-) -> tuple[str | None, frozenset[str]]:
-    """Return the column that names the split of each row, and the splits that are asked for."""
-    if file.given is not None or "split" in file.about:
-        return None, frozenset()
+def _splits(file: ListFile, image: str, split: str | None, notes: list[str]
+            ) -> tuple[list[str], Callable[[Fields], str]]:
+    """Return the splits that were asked for, none to take all rows, and what tells the split of a row."""
     column = next((name for name in file.header if name.strip().lower() in _SPLIT_COLUMNS), None)
-    if column is None and split is None and not any(_split_of(fields, None, image) for fields in file.sample):
-        return None, frozenset()
-    sizes: Counter[str] = Counter()
-    if isinstance(file, Table | JsonLines):
-        found = (_split_of(fields, column, image) for fields, *_ in file.rows() if not isinstance(fields, str))
-        sizes.update(filter(None, found))
-    if split is None:
-        if len(sizes) > 1 and all(name.lower() in SPLIT_NAMES for name in sizes):
-            there = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())
-            notes.append(f"all of its splits are read, {there}: '?split={next(iter(sizes))}' takes one")
-        return None, frozenset()
-    if not sizes:
-        raise ConfigError(f"{path} has no splits: no column 'split', and no folders such as 'train' in its paths")
-    return column, frozenset(choose_split(path.name, sizes, split))
+
+    def split_of(fields: Fields) -> str:
+        if isinstance(fields, str):
+            return ""
+        if column is not None:
+            return str(fields.get(column)).strip()
+        folders = image_cell(fields.get(image)).replace("\\", "/").split("/")[:-1]
+        return next((name for name in folders if name.lower() in SPLIT_NAMES), "")
+
+    if file.given is not None or "split" in file.about or not (split or any(map(split_of, file.sample))):
+        return [], split_of
+    sizes = Counter(filter(None, (split_of(one.fields) for one in file.rows())))
+    if split is not None and not sizes:
+        raise ConfigError(f"{file.path} has no splits: no column 'split', and no folders such as 'train' in its paths")
+    if split is not None:
+        return choose_split(file.path.name, sizes, split), split_of
+    if len(sizes) > 1 and all(name.lower() in SPLIT_NAMES for name in sizes):
+        there = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())
+        notes.append(f"all of its splits are read, {there}: '?split={next(iter(sizes))}' takes one")
+    return [], split_of
 
 
-def _image_store(file: ListFile) -> tuple[ListFile, ListFile] | None:
-    """Return a table of ids and images in base64, and the JSON lines of captions that name those ids, or None.
-
-    The layout of Chinese-CLIP: `train_imgs.tsv` beside `train_texts.jsonl`, whose objects have `image_ids`.
-    """
+def _open_stored(file: ListFile) -> ListSource | None:
+    """Open the layout of Chinese-CLIP: a table of ids and images in base64, `train_imgs.tsv`, beside JSON lines of
+    captions that name `image_ids`, `train_texts.jsonl`; given either. None: the file is neither."""
     folder, name = file.path.parent, file.path.name
-    if isinstance(file, JsonLines) and "image_ids" in file.header:
+    if "image_ids" in file.header:
         stem = name.partition("_texts")[0]
         other = next((path for path in (folder / f"{stem}_imgs.tsv", folder / f"{stem}.tsv") if path.is_file()), None)
-        return None if other is None else (open_list(other), file)
-    if not isinstance(file, Table) or len(file.header) != 2 or not file.sample:
-        return None
-    if not any(looks_embedded(value) for value in file.sample[0].values()):
-        return None
-    other = folder / f"{name.rpartition('_imgs')[0]}_texts.jsonl"
-    if other.is_file():
-        return file, open_list(other)
-    if file.header == ["1", "2"]:
-        raise DataError(f"{file.path} holds images in base64 and no captions: they belong into {other.name} beside it")
-    return None
-
-
-def _open_stored(spec: Spec, images: ListFile, captions: ListFile) -> ListSource:
+        if other is None:
+            return None
+        images, captions = open_list(other), file
+    else:
+        if len(file.header) != 2 or not file.sample or not any(map(looks_embedded, file.sample[0].values())):
+            return None
+        other = folder / f"{name.rpartition('_imgs')[0]}_texts.jsonl"
+        if not other.is_file():
+            if file.header != ["1", "2"]:
+                return None
+            raise DataError(f"{file.path} holds images in base64 and no captions: they belong into {other.name} beside "
+                            "it")
+        images, captions = file, open_list(other)
     said: dict[str, list[str]] = {}
     for fields, *_ in captions.rows():
         if not isinstance(fields, str) and isinstance(ids := fields.get("image_ids"), list):
             for one in ids:
                 said.setdefault(str(one), []).extend(texts(fields.get("text")))
-    key = next(name for name in images.header if not looks_embedded(images.sample[0][name]))
-    columns = Columns(next(name for name in images.header if name != key), (), label=key)
-    rows = (row._replace(captions=tuple(said.get(row.label, ())), label="") for row in _rows(images, columns))
+    key, image = sorted(images.header, key=lambda name: looks_embedded(images.sample[0][name]))
+    rows = (row._replace(captions=tuple(said.get(row.label, ())), label="")
+            for row in _rows(images.rows(), Columns(image, (), label=key)))
     notes = (f"images in base64 from {images.path.name}, captions from {captions.path.name}",)
-    return ListSource(spec.path, rows, ImageFiles(images.path.parent), file=images, columns=columns, notes=notes)
-
-
-def _identity(number: int, image: str, problem: str, base: str) -> str:
-    """Return what the rows of one image share: its path; a row that cannot be used shares it with none."""
-    if problem or not image or image.startswith(_PLACE):
-        return f"{_BETWEEN}{number}"
-    path = image.replace("\\", "/")
-    path = path if path.startswith("/") else f"{base}/{path}"
-    return path if "/../" in path else os.path.normpath(path)  # what is above a link to a folder is elsewhere
+    return ListSource(str(file.path), rows, ImageFiles(folder), notes=notes, embedded=_Embedded(images, image))
 
 
 def _join(strings: Sequence[str]) -> str:

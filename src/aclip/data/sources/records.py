@@ -5,7 +5,9 @@ import io
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,173 +22,79 @@ LARGE = 2**26  # bytes from which on a JSON list is parsed item by item
 _DELIMITERS = (",", "\t", ";", "|")
 _WORDS = " "  # "delimiter" of lists of an image's name, white space, and the rest
 _SAMPLE_BYTES = 2**23
-_OPEN_LINES, _OPEN_TEXT = 500, 2**20  # lines and characters of one quoted field
-_SEPARATOR = re.compile(r'"?sep=."?,*')
+_OPEN_LINES = 500  # lines of one quoted field
+_SEPARATOR = re.compile(r'"?sep=."?,*')  # first line of a spreadsheet's table
 _SPLIT_KEYS = re.compile(r"train\w*|val\w*|test\w*|dev|restval", re.IGNORECASE)
 
 csv.field_size_limit(2**31 - 1)
+
+Fields = Mapping[str, Any] | str  # of a record by name; or why there are none, in words
+Line = tuple[str, int]  # and its place in the file, -1 where the encoding or compression leaves it none
 
 
 class Found(NamedTuple):
     """One record of a file."""
 
-    fields: Mapping[str, Any] | str  # by name; or why there are none, in words
-    offset: int = -1  # its bytes in the file; -1 and 0 where it has none of its own
-    size: int = 0
+    fields: Fields
+    offset: int = -1  # where it begins in the file, in bytes; -1 where it has no place of its own
     image: str = ""  # what seems to name the image of a record without fields
 
 
+@dataclass
 class ListFile:
-    """A file that lists things. Picklable; every call of `rows` reads the file anew."""
+    """A file that lists things.
 
-    def __init__(self, path: Path, about: str, codec: str, notes: Iterable[str] = ()) -> None:
-        self.path, self.about, self.codec = path, about, codec
-        self.notes = [note for note in notes if note]  # on how it is read
-        self.header: list[str] = []  # names of all fields
-        self.sample: list[Mapping[str, Any]] = []  # the first records
-        self.given: tuple[str, ...] | None = None  # fields of image, caption, tags, label, if the format says so
-
-    def rows(self) -> Iterator[Found]:
-        raise NotImplementedError
-
-    def parse(self, data: bytes) -> Mapping[str, Any] | str:
-        """Return the record that `Found.offset` and `Found.size` cut out of the file."""
-        raise NotImplementedError
-
-    def _look(self, records: Iterable[Mapping[str, Any] | str]) -> None:
-        self.sample = [one for one in islice(records, SAMPLED) if not isinstance(one, str)]
-        self.header = list(dict.fromkeys(chain.from_iterable(self.sample)))
-
-
-class Table(ListFile):
-    """A table with or without a header row; without one the fields are "1", "2", ...
-
-    Fields may be quoted as RFC 4180 has it, line breaks included. A quote that is never closed, or whose field would
-    swallow lines that are rows by themselves, is taken literally.
+    Attributes:
+        about: format, for people.
+        rows: reads the records anew, from the one at an offset on, by default from the first.
+        notes: on how it is read.
+        header: names of all fields.
+        sample: the first records.
+        given: fields of image, caption, tags, label, if the format says so.
     """
 
-    def __init__(self, path: Path, codec: str, notes: Iterable[str]) -> None:
-        super().__init__(path, "table", codec, notes)
-        lines = list(_head(_table_lines(path, codec)))
-        best = max((_merit(lines, delimiter) for delimiter in (*_DELIMITERS, _WORDS)), key=lambda merit: merit[:4])
-        self.delimiter, rows = best[4], best[5]
-        if not rows:
-            raise DataError(f"{path} holds no rows")
-        self._headed = best[0] != 1
-        names = [name.strip() for name in rows[0]] if self._headed else [str(n + 1) for n in range(len(rows[0]))]
-        self.header = names
-        self.about = f"table, delimiter {self.delimiter!r}{'' if self._headed else ', no header'}"
-        named = [sum(names_image(row[at]) for row in rows if at < len(row)) for at in range(len(names))]
-        self._image_at = named.index(max(named)) if max(named) else None
-        self.sample = [dict(zip(names, map(str.strip, row), strict=True)) for row in rows[self._headed :]
-                       if len(row) == len(names)]
+    path: Path
+    about: str
+    rows: Callable[..., Iterator[Found]]
+    notes: list[str]
+    header: list[str] = field(default_factory=list)
+    sample: list[Mapping[str, Any]] = field(default_factory=list)
+    given: tuple[str, ...] | None = None
 
-    def rows(self) -> Iterator[Found]:
-        lines = _table_lines(self.path, self.codec)
-        found = _split_rows(lines, self.delimiter, len(self.header), self._image_at)
-        for fields, offset, size in islice(found, int(self._headed), None):
-            image = "" if self._image_at is None or self._image_at >= len(fields) else fields[self._image_at]
-            yield Found(self._fields(fields), offset, size, image.strip())
-
-    def parse(self, data: bytes) -> Mapping[str, Any] | str:
-        text = data.decode(self.codec, errors=text_errors(self.codec))
-        lines = ((line, -1, 0) for line in text.splitlines(keepends=True))
-        return self._fields(next(_split_rows(lines, self.delimiter, len(self.header), self._image_at))[0])
-
-    def _fields(self, fields: list[str]) -> Mapping[str, Any] | str:
-        width = len(self.header)
-        if len(fields) > width and not any(field.strip() for field in fields[width:]):
-            del fields[width:]
-        if len(fields) != width:
-            return f"{len(fields)} fields in the row, {width} in the header"
-        return dict(zip(self.header, map(str.strip, fields), strict=True))
-
-
-class JsonLines(ListFile):
-    """One JSON object a line; a line that cannot be read is a bad record."""
-
-    def __init__(self, path: Path, codec: str, notes: Iterable[str]) -> None:
-        super().__init__(path, "JSON lines", codec, notes)
-        self._look(one.fields for one in self.rows())
-
-    def rows(self) -> Iterator[Found]:
-        for line, offset, size in _lines(self.path, self.codec):
-            if line.strip():
-                yield Found(_parse_line(line), offset, size)
-
-    def parse(self, data: bytes) -> Mapping[str, Any] | str:
-        return _parse_line(data.decode(self.codec, errors=text_errors(self.codec)))
-
-
-class JsonDocument(ListFile):
-    """One JSON document, whatever shape its records have in it."""
-
-    def __init__(self, path: Path, codec: str, notes: Iterable[str], split: str | None) -> None:
-        super().__init__(path, "JSON", codec, notes)
-        self._kept: Iterator[Mapping[str, Any] | str] = iter(())
-        self._large = path.stat().st_size >= LARGE and codec == "utf-8-sig" and _starts_with(path, b"[")
-        if self._large:
-            self._look(one.fields for one in self.rows())
-            return
-        shape = _shape_of(path, _load(path, codec), split)
-        self.about, self.given = shape.about, shape.given
-        self.notes += shape.notes
-        head = list(islice(shape.rows, SAMPLED))
-        self._look(head)
-        self._kept = chain(head, shape.rows)
-
-    def rows(self) -> Iterator[Found]:
-        """Yield the records; those of a document that is held whole can be read once."""
-        if not self._large:
-            yield from map(Found, self._kept)
-            return
-        import ijson
-
-        try:
-            with open_binary(self.path) as file:
-                for one in ijson.items(file, "item", use_float=True):
-                    yield Found(_item(one))
-        except (ijson.JSONError, UnicodeError) as error:
-            raise DataError(f"{self.path} is not JSON: {error}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": iter(())}
+    def __post_init__(self) -> None:
+        if not self.header:
+            self.sample = [one.fields for one in islice(self.rows(), SAMPLED) if not isinstance(one.fields, str)]
+            self.header = list(dict.fromkeys(chain.from_iterable(self.sample)))
 
 
 def open_list(path: Path, encoding: str | None = None, split: str | None = None) -> ListFile:
     """Open a file that lists things; its content tells its format."""
-    if _starts_binary(path) or _starts_with(path, b"PK\3\4"):
-        packed = "unpack it first" if _starts_with(path, b"PK\3\4") else "it is neither text nor Parquet nor Arrow"
-        raise DataError(f"{path} lists no images: {packed}")
-    codec, note = find_encoding(path, encoding)
     with open_binary(path) as file:
-        first = file.read(4096).decode(codec, text_errors(codec)).lstrip("\ufeff \t\r\n")[:1]
+        try:
+            head = file.read(4096)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+    if head.startswith(b"PK\3\4"):
+        raise DataError(f"{path} lists no images: unpack it first")
+    if not head.startswith((b"\xff\xfe", b"\xfe\xff")) and len(head) // 50 < head.count(0) < len(head) // 4:
+        raise DataError(f"{path} lists no images: it is neither text nor Parquet nor Arrow")
+    codec, note = find_encoding(path, encoding)
+    notes = [note] if note else []
+    first = head.decode(codec, text_errors(codec)).lstrip("\ufeff \t\r\n")[:1]
     if not first:
         raise DataError(f"{path} holds no rows")
-    head = [] if first == "[" else _first_lines(path, codec)
-    if any(not isinstance(_parse_line(line), str) for line in head) and not _is_document(head):
-        return JsonLines(path, codec, [note])
+    lines = [] if first == "[" else [line for line, _ in islice(_lines(path, codec, _SAMPLE_BYTES), 20) if line.strip()]
+    parsed = [line for line in lines if not isinstance(_parse_line(line), str)]
+    # A single line may be a document of records rather than a record.
+    if parsed and (len(lines) > 1 or _is_record(json.loads(lines[0].lstrip("\ufeff")))):
+        return ListFile(path, "JSON lines", partial(_json_rows, path, codec), notes)
+    if first == "[" and path.stat().st_size >= LARGE and codec == "utf-8-sig":
+        return ListFile(path, "JSON", partial(_json_items, path), notes)
     if first in "[{":
-        return JsonDocument(path, codec, [note], split)
-    table = Table(path, codec, [note])
-    if len(table.header) < 2:
-        raise DataError(f"{path} lists no images: it is no JSON, and a table of one column ({table.header[0][:80]!r})")
-    return table
-
-
-def _first_lines(path: Path, codec: str) -> list[str]:
-    """Return some lines that are not blank; of a very long one the beginning alone, which is no JSON then."""
-    if codec.startswith(("utf-16", "utf-32")):
-        lines = [line for line, *_ in islice(_lines(path, codec), 20)]
-    else:
-        with open_binary(path) as file:
-            lines = [file.readline(_SAMPLE_BYTES).decode(codec, text_errors(codec)) for _ in range(20)]
-    return [line for line in lines if line.strip("\ufeff \t\r\n")]
-
-
-def _is_document(head: Sequence[str]) -> bool:
-    """Return whether a single line of JSON is a document of records rather than a record."""
-    return len(head) == 1 and not _is_record(json.loads(head[0].lstrip("\ufeff")))
+        shape = _shape_of(path, _load(path, codec), split)
+        records = list(shape.rows)
+        return ListFile(path, shape.about, lambda: map(Found, records), [*notes, *shape.notes], given=shape.given)
+    return _open_table(path, codec, notes)
 
 
 def _is_record(value: dict[str, Any]) -> bool:
@@ -197,7 +105,30 @@ def _is_record(value: dict[str, Any]) -> bool:
     return guessable(list(flat(value) if nested == 1 else value))
 
 
-def _parse_line(line: str) -> Mapping[str, Any] | str:
+def _lines(path: Path, codec: str, longest: int = -1, offset: int = 0) -> Iterator[Line]:
+    """Yield the lines from an offset on; of those longer than `longest` bytes the pieces."""
+    with open_binary(path) as file:
+        start = file.read(_SAMPLE_BYTES // 8)
+        file.seek(offset)
+        if codec.startswith(("utf-16", "utf-32")) or (b"\r" in start and b"\n" not in start):
+            with io.TextIOWrapper(file, codec, errors=text_errors(codec)) as text:
+                yield from ((line, -1) for line in text)
+            return
+        errors, placed = text_errors(codec), isinstance(file, io.BufferedReader)
+        for line in file if longest < 0 else iter(partial(file.readline, longest), b""):
+            yield line.decode(codec, errors), offset if placed else -1
+            offset += len(line)
+            codec = "utf-8" if codec == "utf-8-sig" else codec  # which looks for a mark in every line, slowly
+
+
+# JSON
+
+
+def _json_rows(path: Path, codec: str, offset: int = 0) -> Iterator[Found]:
+    return (Found(_parse_line(line), place) for line, place in _lines(path, codec, offset=offset) if line.strip())
+
+
+def _parse_line(line: str) -> Fields:
     try:
         one = json.loads(line.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
@@ -205,137 +136,14 @@ def _parse_line(line: str) -> Mapping[str, Any] | str:
     return _item(one) if isinstance(one, dict) else "not a JSON object"
 
 
-# Lines and rows of text
+def _json_items(path: Path) -> Iterator[Found]:
+    import ijson
 
-
-def _starts_with(path: Path, start: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(start)
-
-
-def _starts_binary(path: Path) -> bool:
-    with open_binary(path) as file:
-        try:
-            head = file.read(4096)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
-    marked = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return not marked and len(head) // 50 < head.count(0) < len(head) // 4
-
-
-def _lines(path: Path, codec: str) -> Iterator[tuple[str, int, int]]:
-    """Yield each line with its place in the file, (-1, 0) where the encoding or compression leaves it none."""
-    with open_binary(path) as file:
-        start = file.read(_SAMPLE_BYTES // 8)
-        file.seek(0)
-        if codec.startswith(("utf-16", "utf-32")) or (b"\r" in start and b"\n" not in start):
-            with io.TextIOWrapper(file, codec, errors=text_errors(codec)) as text:
-                yield from ((line, -1, 0) for line in text)
-            return
-        errors, offset = text_errors(codec), 0
-        placed = isinstance(file, io.BufferedReader)
-        for line in file:
-            yield line.decode(codec, errors), offset if placed else -1, len(line)
-            offset += len(line)
-            codec = "utf-8" if codec == "utf-8-sig" else codec  # which looks for a mark in every line, slowly
-
-
-def _table_lines(path: Path, codec: str) -> Iterator[tuple[str, int, int]]:
-    """Yield the lines of a table without the first where that says `sep=;`, as spreadsheets write it."""
-    for number, line in enumerate(_lines(path, codec)):
-        if number or not _SEPARATOR.fullmatch(line[0].strip("\ufeff\r\n")):
-            yield line
-
-
-def _head(lines: Iterator[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
-    size = 0
-    for number, line in enumerate(lines):
-        size += len(line[0])
-        if number > 4 * SAMPLED or (size > _SAMPLE_BYTES and number > 3):
-            return
-        yield line
-
-
-def _split_rows(
-    lines: Iterator[tuple[str, int, int]], delimiter: str, width: int | None = None, image_at: int | None = None
-) -> Iterator[tuple[list[str], int, int]]:
-    """Yield the fields and the place of rows that are not blank.
-
-    Quotes that swallow rows are known by the `width` of the header and by the place of the image in it.
-    """
-    waiting: deque[tuple[str, int, int]] = deque()
-    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
-        text, offset, size = line
-        text = text.rstrip("\r\n")
-        if not text.strip():
-            continue
-        if delimiter == _WORDS:
-            yield text.split(None, 1), offset, size
-            continue
-        if '"' not in text:
-            yield text.split(delimiter), offset, size
-            continue
-        fields, whole = _quoted([text], delimiter)
-        taken = [line]
-        while not whole and len(taken) < _OPEN_LINES and sum(len(one[0]) for one in taken[-1:]) < _OPEN_TEXT:
-            more = waiting.popleft() if waiting else next(lines, None)
-            if more is None:
-                break
-            taken.append(more)
-            if '"' in more[0]:
-                fields, whole = _quoted([one[0].rstrip("\r\n") for one in taken], delimiter)
-        if not whole or (len(taken) > 1 and _are_rows(taken, delimiter, width, image_at)):
-            waiting.extendleft(reversed(taken[1:]))
-            del taken[1:]
-            if not whole or len(fields) != width or "\n" in "".join(fields):
-                fields = text.split(delimiter)
-        yield fields, offset, sum(one[2] for one in taken)
-
-
-def _quoted(lines: list[str], delimiter: str) -> tuple[list[str], bool]:
-    text = "\n".join(lines) + "\n"
-    fields = next(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True), [])
-    return fields, not fields or not fields[-1].endswith("\n")
-
-
-def _are_rows(lines: Sequence[tuple[str, int, int]], delimiter: str, width: int | None, image_at: int | None) -> bool:
-    """Return whether the lines that a quoted field spans are rows by themselves."""
-    if width is None or width < 2:
-        return False
-    later = [line[0].rstrip("\r\n").split(delimiter) for line in lines[1:]]
-    if any(len(fields) != width for fields in later):
-        return False
-    return all(names_image(fields[image_at]) for fields in later) if image_at is not None else width > 2
-
-
-def _merit(
-    lines: Sequence[tuple[str, int, int]], delimiter: str
-) -> tuple[int, int, float, int, str, list[list[str]]]:
-    """Return how well a delimiter fits: 2 for a header that tells image and caption, 1 for images without a header;
-    whether some column has images; the fraction of rows that fit; how many columns; the delimiter; the first rows."""
-    rows = [fields for fields, *_ in islice(_split_rows(iter(lines), delimiter), SAMPLED)]
-    if not rows or len(rows[0]) < 2:
-        return 0, 0, 0.0, 0, delimiter, rows if delimiter == "," else []
-    header = [name.strip() for name in rows[0]]
-    first_is_row = any(names_image(cell) or looks_embedded(cell.strip()) for cell in header)
-    with_images = max(sum(names_image(row[at]) for row in rows[1:] if at < len(row)) for at in range(len(header)))
-    fitting = sum(len(row) == len(header) for row in rows) / len(rows)
-    if delimiter == _WORDS:
-        if not names_image(header[0]):
-            return 0, 0, 0.0, 0, delimiter, []
-        return 1, 1, 0.5 * fitting, 0, delimiter, rows
-    named = 2 if not first_is_row and guessable(header) else int(first_is_row)
-    return named, int(2 * with_images > len(rows) - 1 > 0), fitting, len(header), delimiter, rows
-
-
-# Shapes of JSON documents
-
-
-class _Shape(NamedTuple):
-    about: str
-    rows: Iterator[Mapping[str, Any] | str]
-    given: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
+    try:
+        with open_binary(path) as file:
+            yield from (Found(_item(one)) for one in ijson.items(file, "item", use_float=True))
+    except (ijson.JSONError, UnicodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
 
 
 def _load(path: Path, codec: str) -> Any:
@@ -353,6 +161,138 @@ def _load(path: Path, codec: str) -> Any:
         return list(ijson.items(text.encode(), "", multiple_values=True, use_float=True))
     except (ijson.JSONError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+
+
+# Tables
+
+
+def _open_table(path: Path, codec: str, notes: list[str]) -> ListFile:
+    """Open a table with or without a header row; without one the fields are "1", "2", ..."""
+    lines, size = [], 0
+    for line, _ in islice(_table_lines(path, codec), 4 * SAMPLED):
+        lines.append(line)
+        size += len(line)
+        if size > _SAMPLE_BYTES and len(lines) > 3:
+            break
+    fits = [_fit(lines, delimiter) for delimiter in (*_DELIMITERS, _WORDS)]
+    best = max(fits, key=lambda fit: fit[:4])
+    if not best.rows:
+        raise DataError(f"{path} holds no rows")
+    width = len(best.rows[0])
+    if width < 2:
+        raise DataError(f"{path} lists no images: it is not JSON, and as a table it has one column "
+                        f"({best.rows[0][0][:80]!r})")
+    headed = best.rank != 1
+    header = [name.strip() for name in best.rows[0]] if headed else [str(number + 1) for number in range(width)]
+    named = [sum(names_image(row[at]) for row in best.rows if at < len(row)) for at in range(width)]
+    image_at = named.index(max(named)) if max(named) else None
+    sample: list[Mapping[str, Any]] = [dict(zip(header, map(str.strip, row), strict=True))
+                                       for row in best.rows[headed:] if len(row) == width]
+    about = f"table, delimiter {best.delimiter!r}{'' if headed else ', no header'}"
+    rows = partial(_table_rows, path, codec, best.delimiter, header, image_at, headed)
+    return ListFile(path, about, rows, notes, header, sample)
+
+
+class _Fit(NamedTuple):
+    """How well a delimiter fits, the better the greater; and what it makes of the first rows."""
+
+    rank: int  # 2: a header tells image and caption, 1: images without a header, 0: neither
+    has_images: bool  # in most rows of one column
+    fitting: float  # fraction of rows that are as wide as the first
+    width: int
+    delimiter: str
+    rows: list[list[str]]
+
+
+def _fit(lines: Sequence[str], delimiter: str) -> _Fit:
+    rows = [fields for fields, _ in islice(_split_rows(((line, -1) for line in lines), delimiter), SAMPLED)]
+    if not rows or len(rows[0]) < 2:
+        return _Fit(0, False, 0.0, 0, delimiter, rows if delimiter == "," else [])
+    header = [name.strip() for name in rows[0]]
+    fitting = sum(len(row) == len(header) for row in rows) / len(rows)
+    if delimiter == _WORDS:
+        return _Fit(1, True, 0.5 * fitting, 0, delimiter, rows) if names_image(header[0]) else _Fit(
+            0, False, 0.0, 0, delimiter, [])
+    first_is_row = any(names_image(cell) or looks_embedded(cell) for cell in header)
+    images = max(sum(names_image(row[at]) for row in rows[1:] if at < len(row)) for at in range(len(header)))
+    rank = 2 if not first_is_row and guessable(header) else int(first_is_row)
+    return _Fit(rank, 2 * images > len(rows) - 1 > 0, fitting, len(header), delimiter, rows)
+
+
+def _table_lines(path: Path, codec: str, offset: int = 0) -> Iterator[Line]:
+    for number, line in enumerate(_lines(path, codec, offset=offset)):
+        if number or not _SEPARATOR.fullmatch(line[0].strip("\ufeff\r\n")):
+            yield line
+
+
+def _table_rows(path: Path, codec: str, delimiter: str, header: Sequence[str], image_at: int | None, headed: bool,
+                offset: int = 0) -> Iterator[Found]:
+    width = len(header)
+    found = _split_rows(_table_lines(path, codec, offset), delimiter, width, image_at)
+    for fields, place in islice(found, int(headed and not offset), None):
+        if len(fields) > width and not any(field.strip() for field in fields[width:]):
+            del fields[width:]
+        if len(fields) == width:
+            yield Found(dict(zip(header, map(str.strip, fields), strict=True)), place)
+        else:
+            image = fields[image_at].strip() if image_at is not None and image_at < len(fields) else ""
+            yield Found(f"{len(fields)} fields in the row, {width} in the header", place, image)
+
+
+def _split_rows(lines: Iterator[Line], delimiter: str, width: int | None = None, image_at: int | None = None
+                ) -> Iterator[tuple[list[str], int]]:
+    """Yield the fields and the place of rows that are not blank.
+
+    Fields may be quoted as RFC 4180 has it, line breaks included. A quote that is never closed, or whose field would
+    swallow lines that are rows by themselves, known by `width` and by the place of the image, is taken literally.
+    """
+    waiting: deque[Line] = deque()
+    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        text, place = line[0].rstrip("\r\n"), line[1]
+        if not text.strip():
+            continue
+        if delimiter == _WORDS:
+            yield text.split(None, 1), place
+            continue
+        fields, taken = text.split(delimiter), [line]
+        if '"' in text:
+            quoted, closed = _quoted(taken, delimiter)
+            while not closed and len(taken) < _OPEN_LINES:
+                more = waiting.popleft() if waiting else next(lines, None)
+                if more is None:
+                    break
+                taken.append(more)
+                if '"' in more[0]:
+                    quoted, closed = _quoted(taken, delimiter)
+            if closed and not (len(taken) > 1 and _are_rows(taken[1:], delimiter, width, image_at)):
+                fields = quoted
+            else:
+                waiting.extendleft(reversed(taken[1:]))
+        yield fields, place
+
+
+def _quoted(lines: Iterable[Line], delimiter: str) -> tuple[list[str], bool]:
+    """Return the fields of a row, and whether its last quote is closed."""
+    text = "".join(line.rstrip("\r\n") + "\n" for line, _ in lines)
+    fields = next(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True), [])
+    return fields, not fields or not fields[-1].endswith("\n")
+
+
+def _are_rows(lines: Sequence[Line], delimiter: str, width: int | None, image_at: int | None) -> bool:
+    rows = [line.rstrip("\r\n").split(delimiter) for line, _ in lines]
+    if width is None or width < 2 or any(len(fields) != width for fields in rows):
+        return False
+    return width > 2 if image_at is None else all(names_image(fields[image_at]) for fields in rows)
+
+
+# Shapes of JSON documents
+
+
+class _Shape(NamedTuple):
+    about: str
+    rows: Iterable[Fields]
+    given: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
@@ -377,7 +317,7 @@ def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
         name = max(lists, key=lambda one: len(lists[one]))
         return _Shape(f"JSON, list '{name}'", map(_item, lists[name]))
     if _is_record(content):
-        return _Shape("JSON object", iter([flat(content)]))
+        return _Shape("JSON object", [flat(content)])
     keyed = _keyed(content)
     if keyed is not None:
         return _Shape("JSON by image", keyed)
@@ -388,7 +328,7 @@ def _shape_of(path: Path, content: Any, split: str | None) -> _Shape:
                     "('images' and 'annotations')")
 
 
-def _item(one: Any) -> Mapping[str, Any] | str:
+def _item(one: Any) -> Fields:
     if isinstance(one, dict):
         name = next(iter(one)) if len(one) == 1 else ""
         return {"image": name, "caption": one[name]} if names_image(name) else flat(one)
@@ -467,7 +407,7 @@ def _coco(content: dict[str, Any], images: list[dict[str, Any]]) -> _Shape:
         rows.append({"image": file, "caption": captions.get(key, []), "tags": kinds,
                      "label": kinds[0] if len(kinds) == 1 else ""})
     notes = () if captions else ("no captions among its annotations, only categories: they are read as tags",)
-    return _Shape("COCO captions", iter(rows), ("image", "caption", "tags", "label"), notes)
+    return _Shape("COCO captions", rows, ("image", "caption", "tags", "label"), notes)
 
 
 def _id(value: Any) -> str:

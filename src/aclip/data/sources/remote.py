@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from aclip.data.decode import one_line
 from aclip.data.progress import progress
-from aclip.data.sources.base import WINDOW, Delegating, Runs, Summary, digest_of, relative_names
+from aclip.data.sources.base import WINDOW, Delegating, Runs, Summary, digest_of, group_advice, relative_names
 from aclip.data.sources.shard_index import (
     SIZES,
     UNDERSTOOD,
@@ -36,7 +36,6 @@ TIMEOUT = 30.0
 RETRY_AFTER = 300.0  # seconds before a lost shard is requested again
 CACHE_GB = 32.0  # size of the cache, unless `$ACLIP_CACHE_GB` says otherwise
 _AT_ONCE = 8  # downloads while shards are counted
-_LARGE = 20_000  # samples of a shard: fifty times as much as is read before a batch is complete
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -48,8 +47,8 @@ class RemoteShardSource(Delegating):
     Whole, because training wants nearly all of a shard within a short time (`WINDOW` shards are mixed at a time), and
     one stream is what stores and their pricing are made for. The cache is shared by all processes of a machine.
 
-    The number of samples in each shard must be known before training. It is taken from `sizes.json` beside the shards;
-    without one, every shard is downloaded and counted once, and its index is kept.
+    The number of samples in each shard is taken from `sizes.json` beside the shards; without one, every shard is
+    downloaded and counted once, and its index is kept.
     """
 
     def __init__(self, spec: str, urls: Sequence[str], reading: Reading = Reading()) -> None:  # noqa: B008 - immutable
@@ -84,10 +83,7 @@ class RemoteShardSource(Delegating):
         return None
 
     def advice(self) -> list[str]:
-        if max(self.groups) <= _LARGE:
-            return []
-        return [f"{self.spec} has a shard of {max(self.groups):,} pairs, and a shard is used once it has arrived: "
-                f"'aclip data pack {self.spec} --output shards' writes shards of 1,000 pairs"]
+        return group_advice(self)  # nothing that needs a shard
 
     @property
     def summary(self) -> Summary:
@@ -105,28 +101,24 @@ class RemoteShardSource(Delegating):
         return source, row
 
     def _open(self, url: str) -> ShardSource:
-        """Return a shard; the ones used last stay open."""
+        """Return a shard, which is fetched unless it is open or was lost a short while ago; the last used stay open."""
         path, source = self._opened.pop(url, (None, None))
         if path is None or source is None or not _touch(path):
-            path, source = self._fetch(url)
+            now = time.monotonic()
+            self._lost = {one: (since, why) for one, (since, why) in self._lost.items() if now - since < RETRY_AFTER}
+            if url in self._lost:
+                raise BadSampleError(str(self._lost[url][1]))
+            try:
+                path, index = fetch_and_index(url, self._reading.endings)
+                source = ShardSource(self.spec, [path], self._reading, index)
+            except DataError as error:
+                self._lost[url] = time.monotonic(), error
+                check_lost(self.spec, [why for _, why in self._lost.values()], len(self._urls))
+                raise BadSampleError(str(error)) from error
         self._opened[url] = path, source
         if len(self._opened) > 2 * WINDOW:  # two windows are in use where one ends
             del self._opened[next(iter(self._opened))]
         return source
-
-    def _fetch(self, url: str) -> tuple[Path, ShardSource]:
-        """Download and index a shard, unless it was lost a short while ago."""
-        now = time.monotonic()
-        self._lost = {one: (since, why) for one, (since, why) in self._lost.items() if now - since < RETRY_AFTER}
-        if url in self._lost:
-            raise BadSampleError(str(self._lost[url][1]))
-        try:
-            path, index = fetch_and_index(url, self._reading.endings)
-            return path, ShardSource(self.spec, [path], self._reading, index)
-        except DataError as error:
-            self._lost[url] = time.monotonic(), error
-            check_lost(self.spec, [why for _, why in self._lost.values()], len(self._urls))
-            raise BadSampleError(str(error)) from error
 
 
 def expand_urls(spec: str) -> list[str]:
@@ -162,11 +154,11 @@ def file_system(url: str) -> Any:
         raise MissingDependencyError(f"{url} needs more packages to be read: pip install 'attentive-clip[remote]' "
                                      f"({one_line(error)})") from error
     except ValueError as error:
-        raise DataError(f"'{protocol}://' is no kind of address that fsspec knows: {one_line(error)}") from error
+        raise DataError(f"fsspec does not know the protocol '{protocol}://': {one_line(error)}") from error
 
 
 class _UnavailableError(DataError):
-    """What was requested does not exist, or could not be had in `PATIENCE` seconds."""
+    """What was requested does not exist (`missing`), or could not be had in `PATIENCE` seconds."""
 
     missing = False
 
@@ -185,7 +177,7 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
         _log.log(level, "%s: %s; retried in %.0f s", url, one_line(error and _cause(error)), state.next_action.sleep)
 
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass),
+        retry=tenacity.retry_if_exception(lambda error: _kind(error) == "passing"),
         wait=tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=MAX_WAIT, jitter=FIRST_WAIT),
         stop=lambda state: state.idle_for >= PATIENCE,
         before_sleep=log,
@@ -194,29 +186,26 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
     )
     try:
         return retrying(request)
-    except AclipError:
-        raise
     except Exception as error:  # every store has errors of its own
-        if _is_local(error):
+        kind = _kind(error)
+        if kind == "local":
             raise
-        missing = _is_missing(error)
-        reason = "there is no such file" if missing else one_line(_cause(error))
+        reason = "there is no such file" if kind == "missing" else one_line(_cause(error))
         unavailable = _UnavailableError(f"{url} cannot be fetched: {reason}")
-        unavailable.missing = missing
+        unavailable.missing = kind == "missing"
         raise unavailable from error
 
 
-def _may_pass(error: BaseException) -> bool:
-    if not isinstance(error, Exception) or isinstance(error, AclipError):
-        return False
-    status = getattr(_cause(error), "status", 0)
-    refused = 400 <= status < 500 and status not in (408, 409, 425, 429)
-    return not (refused or _is_missing(error) or _is_local(error))
-
-
-def _is_missing(error: BaseException) -> bool:
+def _kind(error: BaseException) -> Literal["local", "missing", "refused", "passing"]:
+    """Return what is behind the failure of a request."""
     cause = _cause(error)
-    return isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "status", 0) in (403, 404, 410)
+    status = getattr(cause, "status", 0)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if full or isinstance(error, AclipError) or not isinstance(error, Exception):
+        return "local"
+    if isinstance(cause, FileNotFoundError | PermissionError) or status in (403, 404, 410):
+        return "missing"
+    return "refused" if 400 <= status < 500 and status not in (408, 409, 425, 429) else "passing"
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -224,10 +213,6 @@ def _cause(error: BaseException) -> BaseException:
     cause = error.__cause__
     of_http = cause is not None and (type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError))
     return cause if cause is not None and of_http and isinstance(error, FileNotFoundError) else error
-
-
-def _is_local(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
@@ -255,13 +240,10 @@ def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
 
 def _count(urls: Sequence[str], spec: str, shards: int, endings: Endings) -> dict[str, int]:
     """Return address -> samples, from shards that are downloaded if their index is not cached."""
-    if not urls:
-        return {}
 
     def count(url: str) -> int | DataError:
-        index = cached_index(url, endings)
         try:
-            return len((index or fetch_and_index(url, endings)[1]).keys)
+            return len((cached_index(url, endings) or fetch_and_index(url, endings)[1]).keys)
         except DataError as error:
             return error
 
@@ -320,8 +302,6 @@ def _download(url: str, path: Path, endings: Endings) -> None:
         info = _retried(attempt, url)
         tags = (info.get(name) for name in ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "mtime"))
         version = next((str(tag) for tag in tags if tag), "unknown")
-        if version == "unknown":
-            cached_path("index", url, ".npz").unlink(missing_ok=True)
         try:
             index_shard(part, endings, address=url, version=f"{part.stat().st_size} {version}")
         except DataError as error:

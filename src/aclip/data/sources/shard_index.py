@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,9 +30,6 @@ ROLES = ("image", "txt", "json", "cls")  # what a member can be in a sample
 ABSENT = -1  # offset of a member that a sample does not have
 _FORMAT = 2  # of cached indexes
 _BLOCK = 512  # bytes; POSIX.1-2017, pax, "ustar Interchange Format"
-_MAX_EXTENSION = 2**24  # bytes of one header that extends the next; names and attributes need far less
-_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
-               tarfile.GNUTYPE_LONGLINK)  # fmt: skip
 # What tarfile raises for hostile bytes: a chain of extension headers recurses, absurd sizes overflow.
 _BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
@@ -45,7 +42,6 @@ _PRIMARY = frozenset(("image", "img", "input", "rgb", "photo", "picture", "sourc
 _NAMINGS = (0, 1, 2)  # words of an ending, counted from the back; 0: all after the first dot, as WebDataset has it
 
 _Members = list[tuple[str, int, int]]  # name, offset, size
-_Groups = dict[str, dict[str, tuple[int, int]]]  # sample name -> ending -> offset and size
 
 
 class Endings(NamedTuple):
@@ -71,18 +67,6 @@ class ShardIndex:
     rivals: Sequence[str] = ()  # endings of images that could as well be those of their samples
 
 
-class _Header(tarfile.TarInfo):
-    """A header whose size is possible; `tarfile` believes any, goes backwards for negative ones and never ends."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
-        limit = _MAX_EXTENSION if header.type in _EXTENSIONS else 2**62
-        if not 0 <= header.size <= limit:
-            raise tarfile.InvalidHeaderError(f"a size of {header.size} bytes")  # type: ignore[attr-defined]
-        return header
-
-
 def cached_path(kind: str, address: str, ending: str = "") -> Path:
     """Return the file of a kind in the cache that belongs to an address; there is one for each."""
     name = hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()[:32]
@@ -92,36 +76,31 @@ def cached_path(kind: str, address: str, ending: str = "") -> Path:
 def index_shard(
     path: Path, endings: Endings = UNDERSTOOD, *, address: str | None = None, version: str | None = None
 ) -> ShardIndex:
-    """Return the index of a shard: the cached one if it belongs to this version of the shard, else from its headers.
+    """Read and cache the index of a shard.
 
     Of a truncated shard the readable part is indexed, and `damage` says so. The index is cached under the `address`
     and `version`, by default the absolute path, and the shard's size and time of change.
     """
     try:
-        size = path.stat().st_size
-        version = version or _version(path)
+        version = version or version_of(path)
+        index = _as_samples(*_read_headers(path), endings)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    address = address or str(path.absolute())
-    index = cached_index(address, endings, version)
-    if index is None:
-        members, damage = _read_headers(path, size)
-        index = _as_samples(members, endings, damage)
-        _save(cached_path("index", address, ".npz"), index, endings, version)
+    about = {"format": _FORMAT, "endings": endings, "version": version, "index": {
+        name: getattr(index, name) for name in ("damage", "repeated", "used", "unused", "rivals")}}  # fmt: skip
+    text = "".join(f"{index.keys[number]}\0" for number in range(len(index.keys)))
+    content = io.BytesIO()
+    np.savez(content, keys=_bytes(text), members=index.members, about=_bytes(json.dumps(about)))
+    try:
+        write_atomically(cached_path("index", address or str(path.absolute()), ".npz"), content.getvalue())
+    except OSError as error:
+        _log.info("the index of a shard is not cached: %s", error)
     return index
 
 
-def _version(path: Path) -> str:
+def version_of(path: Path) -> str:
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def cached_index_of(path: Path, endings: Endings) -> ShardIndex | None:
-    """Return the cached index of a local shard, or None if it has changed since or there is none."""
-    try:
-        return cached_index(str(path.absolute()), endings, _version(path))
-    except OSError:
-        return None
 
 
 def cached_index(address: str, endings: Endings = UNDERSTOOD, version: str | None = None) -> ShardIndex | None:
@@ -145,129 +124,106 @@ def cached_index(address: str, endings: Endings = UNDERSTOOD, version: str | Non
         return None
 
 
-def _save(path: Path, index: ShardIndex, endings: Endings, version: str) -> None:
-    """Cache an index; where that is not possible the shard is read again next time."""
-    about = {"format": _FORMAT, "endings": endings, "version": version, "index": {
-        name: getattr(index, name) for name in ("damage", "repeated", "used", "unused", "rivals")}}  # fmt: skip
-    text = "".join(f"{index.keys[number]}\0" for number in range(len(index.keys)))
-    content = io.BytesIO()
-    np.savez(content, keys=_bytes(text), members=index.members, about=_bytes(json.dumps(about)))
-    try:
-        write_atomically(path, content.getvalue())
-    except OSError as error:
-        _log.info("the index of a shard is not cached: %s", error)
-
-
 def _bytes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8", errors="surrogateescape"), dtype=np.uint8)
 
 
-def _read_headers(path: Path, size: int) -> tuple[_Members, str]:
+def _read_headers(path: Path) -> tuple[_Members, str]:
+    """Return the members of an archive, and what is wrong with it: "" for nothing."""
     members: _Members = []
-    damage = ""
+    damage, size = "", path.stat().st_size
     try:
-        with tarfile.open(path, mode="r:", tarinfo=_Header) as archive:
+        with tarfile.open(path, mode="r:") as archive:
             try:
                 for header in archive:
-                    if header.isreg() and header.offset_data + header.size > size:
-                        damage = f"truncated within {header.name}"
-                    if header.size < 0 or archive.offset <= header.offset:  # an extension header may say so
+                    if header.size < 0 or archive.offset <= header.offset:  # which would lead backwards
                         damage = f"impossible size of {header.name}"
+                    elif header.isreg() and header.offset_data + header.size > size:
+                        damage = f"truncated within {header.name}"
+                    if damage:
                         break
-                    if not damage and header.isreg() and not header.issparse():
+                    if header.isreg() and not header.issparse():
                         members.append((header.name, header.offset_data, header.size))
                     archive.members = []  # type: ignore[attr-defined]  # it keeps what it has seen: 1 kB a member
             except _BROKEN as error:
                 damage = str(error)
             end = archive.offset
-        damage = damage or _damage_at_end(path, end)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except _BROKEN as error:
-        raise DataError(f"{path} {_why_unreadable(path)}: {error}") from error
+        with path.open("rb") as file:
+            compressed = file.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
+        what = ("is compressed, and a compressed tar file has no random access: unpack it to a plain .tar" if compressed
+                else "is not a tar file")
+        raise DataError(f"{path} {what}: {error}") from error
+    if not damage:  # `tarfile` stops without a word at a header that it cannot read; a whole archive ends in zeros
+        with path.open("rb") as file:
+            file.seek(end)
+            block = file.read(_BLOCK)
+        damage = f"unreadable header at byte {end}" if any(block) else "" if block else "no end-of-archive mark"
     return members, damage
 
 
-def _damage_at_end(path: Path, end: int) -> str:
-    """`tarfile` stops without a word at a header that it cannot read; a whole archive ends in zeros."""
-    with path.open("rb") as file:
-        file.seek(end)
-        block = file.read(_BLOCK)
-    if not block:
-        return "no end-of-archive mark"
-    return f"unreadable header at byte {end}" if any(block) else ""
-
-
-def _why_unreadable(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
-        return "is compressed, and a compressed tar file has no random access: unpack it to a plain .tar"
-    return "is not a tar file"
-
-
-def _as_samples(members: _Members, endings: Endings, damage: str) -> ShardIndex:
+def _as_samples(members: _Members, damage: str, endings: Endings) -> ShardIndex:
     """Group members into samples, by the naming under which most images have a caption or a label.
 
     WebDataset's rule, a name ends at its first dot, wins unless another gives more pairs: that is the case where names
     have dots of their own, as in `22.00.jpg`, `22.00.txt`, `22.01.jpg`.
     """
     with_dots = any(name.rpartition("/")[2].count(".") > 1 for name, *_ in members)
-    namings = [_grouped(members, words) for words in (_NAMINGS if with_dots else _NAMINGS[:1])]
-    groups, repeated = max(namings, key=lambda naming: _score(naming[0], endings)) if with_dots else namings[0]
-    rows, used, unused, rivals = [], Counter[str](), Counter[str](), Counter[str]()
-    for group in groups.values():
-        chosen, spare = _chosen(group, endings)
-        rows.append([group[ending] if ending is not None else (ABSENT, 0) for ending in chosen])
-        image = chosen[0]
+    namings = (_grouped(members, words, endings) for words in (_NAMINGS if with_dots else _NAMINGS[:1]))
+    samples, repeated = max(namings, key=lambda naming: _score(naming[0]))
+    used, unused, rivals = Counter[str](), Counter[str](), Counter[str]()
+    for sample in samples.values():
+        image = sample.chosen[0]
+        spare = [ending for ending in sample.members if _role(ending, endings)[0] == 0 and ending != image]
+        unused.update(spare)
         if image is not None:
             used[image] += 1
-            rivals.update(ending for ending in spare if _role(ending, endings)[1] == _role(image, endings)[1])
-        unused.update(spare)
+            rivals.update(one for one in spare if _role(one, endings) == _role(image, endings))
+    rows = [[(ABSENT, 0) if ending is None else sample.members[ending] for ending in sample.chosen]
+            for sample in samples.values()]
     return ShardIndex(
-        PackedStrings(groups), np.array(rows, dtype=np.int64).reshape(-1, len(ROLES), 2), damage, repeated,
+        PackedStrings(samples), np.array(rows, dtype=np.int64).reshape(-1, len(ROLES), 2), damage, repeated,
         dict(used.most_common(9)), dict(unused.most_common(9)), sorted(dict(rivals.most_common(9))),
     )  # fmt: skip
 
 
-def _grouped(members: _Members, words: int) -> tuple[_Groups, int]:
-    """Return samples, and how many members repeat a name; files whose name starts with a dot are left out."""
-    groups: _Groups = {}
+class _Sample:
+    """The members of one name: offset and size by ending."""
+
+    def __init__(self) -> None:
+        self.members: dict[str, tuple[int, int]] = {}
+        self.chosen: list[str | None] = [None] * len(ROLES)  # ending for each role
+
+
+def _grouped(members: _Members, words: int, endings: Endings) -> tuple[dict[str, _Sample], int]:
+    """Return samples by name, and how many members repeat a name; files whose name starts with a dot are left out."""
+    samples: dict[str, _Sample] = {}
     repeated = 0
     for name, offset, size in members:
         folder, slash, file_name = name.removeprefix("./").rpartition("/")
         parts = file_name.split(".")
-        split = 1 if words == 0 else max(1, len(parts) - words)
-        if not parts[0] or len(parts) == split:
-            continue
-        key, ending = folder + slash + ".".join(parts[:split]), ".".join(parts[split:]).lower()
-        if _role(ending, UNDERSTOOD)[0] is None:
-            continue
+        split = max(1, len(parts) - words) if words else 1
         if words and _AUXILIARY.intersection(word.lower() for word in parts[1:split]):
-            key, ending = folder + slash + parts[0], ".".join(parts[1:]).lower()  # `0.depth.png` is no sample "0.depth"
-        group = groups.setdefault(key, {})
-        if ending in group:
-            repeated += 1
-        else:
-            group[ending] = offset, size
-    return groups, repeated
+            split = 1  # `0.depth.png` is no sample "0.depth"
+        ending = ".".join(parts[split:]).lower()
+        if not parts[0] or not ending or _role(ending, UNDERSTOOD)[0] is None:
+            continue
+        sample = samples.setdefault(folder + slash + ".".join(parts[:split]), _Sample())
+        repeated += ending in sample.members
+        sample.members.setdefault(ending, (offset, size))
+    for sample in samples.values():
+        best = sorted((rank, ending, role) for ending in sample.members
+                      for role, rank in [_role(ending, endings)] if role is not None and rank >= 0)
+        for _, ending, role in reversed(best):
+            sample.chosen[role] = ending
+    return samples, repeated
 
 
-def _score(groups: _Groups, endings: Endings) -> tuple[int, int]:
+def _score(samples: Mapping[str, _Sample]) -> tuple[int, int]:
     """Return how many samples have an image with a companion, and if none has, how many have an image."""
-    chosen = [_chosen(group, endings)[0] for group in groups.values()]
-    with_image = [others for image, *others in chosen if image is not None]
-    pairs = sum(any(others) for others in with_image)
-    return pairs, 0 if pairs else len(with_image)
-
-
-def _chosen(group: Mapping[str, tuple[int, int]], endings: Endings) -> tuple[list[str | None], list[str]]:
-    """Return the ending for each role of a sample, and those of images that are not used."""
-    found = [(*_role(ending, endings), ending) for ending in group]
-    best = (min(((rank, ending) for of, rank, ending in found if of == role and rank >= 0), default=(0, None))
-            for role in range(len(ROLES)))
-    chosen = [ending for _, ending in best]
-    return chosen, [ending for role, _, ending in found if role == 0 and ending != chosen[0]]
+    images = [sample.chosen for sample in samples.values() if sample.chosen[0] is not None]
+    pairs = sum(any(others) for _, *others in images)
+    return pairs, 0 if pairs else len(images)
 
 
 @functools.lru_cache(maxsize=10_000)

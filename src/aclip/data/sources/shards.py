@@ -29,8 +29,9 @@ from aclip.data.sources.shard_index import (
     UNDERSTOOD,
     Endings,
     ShardIndex,
-    cached_index_of,
+    cached_index,
     index_shard,
+    version_of,
 )
 from aclip.data.spec import Spec
 from aclip.data.workers import read_ahead
@@ -59,12 +60,11 @@ class Reading(NamedTuple):
 def reading_of(spec: Spec) -> Reading:
     """Return what the options of a specification ask for; `caption` is an ending or a field of the JSON."""
     spec.allow("image", "caption", "captions")
-    image, caption = spec.get("image"), spec.get("caption")
-    image = None if image is None else image.lstrip(".").lower()
+    image, caption = ((spec.get(name) or "").lstrip(".") or None for name in ("image", "caption"))
     whole = spec.one_of("captions", ("lines", "whole")) == "whole"
-    if caption is None or caption.rpartition(".")[2].lower() not in ("txt", "json"):
-        return Reading(Endings(image), caption, whole)
-    return Reading(Endings(image, caption.lstrip(".").lower()), None, whole)
+    is_ending = caption is not None and caption.rpartition(".")[2].lower() in ("txt", "json")
+    endings = Endings(image and image.lower(), caption.lower() if caption and is_ending else None)
+    return Reading(endings, None if is_ending else spec.get("caption"), whole)
 
 
 class ShardSource(Source):
@@ -92,8 +92,8 @@ class ShardSource(Source):
         paths = list(dict.fromkeys(paths))
         found: list[tuple[Path, ShardIndex]] = []
         lost: list[DataError] = []
-        indexes = _index_all(spec, paths, reading.endings) if index is None else [index]
-        for path, one in zip(paths, indexes, strict=True):
+        found_or_why = _index_all(spec, paths, reading.endings) if index is None else [index]
+        for path, one in zip(paths, found_or_why, strict=True):
             if isinstance(one, str):
                 lost.append(DataError(one))
                 check_lost(spec, lost, len(paths))
@@ -103,19 +103,18 @@ class ShardSource(Source):
             if one.repeated:
                 _log.warning("%s has %d members that repeat a name: the first of each is used", path, one.repeated)
             found.append((path, one))
-        self._paths = [path for path, _ in found]
+        self._paths, indexes = [path for path, _ in found], [one for _, one in found]
         names = relative_names([path.as_posix() for path in self._paths])
         self._names = PackedStrings(printable(f"{name}/{one.keys[number]}")
-                                    for name, (_, one) in zip(names, found, strict=True)
+                                    for name, one in zip(names, indexes, strict=True)
                                     for number in range(len(one.keys)))  # fmt: skip
-        self._unused = sum((Counter(one.unused) for _, one in found), Counter())
-        if not any(one.used for _, one in found):
+        self._unused = sum((Counter(one.unused) for one in indexes), Counter())
+        if not any(one.used for one in indexes):
             only = f" that is chosen, only {_dotted(self._unused)}" if self._unused else ""
             raise DataError(f"no samples in {spec}: its {len(found)} tar files hold no image{only}")
-        self._members = np.concatenate([one.members for _, one in found])  # (n, roles, (offset, size)) in bytes
-        self._shards = np.repeat(np.arange(len(found), dtype=np.int32), [len(one.keys) for _, one in found])
-        self._notes = [] if index is not None else [*_image_notes([one for _, one in found], reading.endings),
-                                                    *self._caption_notes()]
+        self._members = np.concatenate([one.members for one in indexes])  # (n, roles, (offset, size)) in bytes
+        self._shards = np.repeat(np.arange(len(found), dtype=np.int32), [len(one.keys) for one in indexes])
+        self._notes = [] if index is not None else [*_image_notes(indexes, reading.endings), *self._caption_notes()]
 
     def __len__(self) -> int:
         return len(self._names)
@@ -212,31 +211,35 @@ class ShardSource(Source):
         return notes
 
 
-def _index_all(spec: str, paths: Sequence[Path], endings: Endings) -> Sequence[ShardIndex | str]:
+def _index_all(spec: str, paths: Sequence[Path], endings: Endings) -> list[ShardIndex | str]:
     """Return the index of every shard, or why there is none.
 
     Those that are not cached are read by as many processes as this one has cores, if they are many. Each rank begins
     with another part of them, and finds in the cache what other ranks have read meanwhile.
     """
-    indexes: dict[Path, ShardIndex | str] = {}
-    for path in paths:
-        if (cached := cached_index_of(path, endings)) is not None:
-            indexes[path] = cached
-    new = [path for path in paths if path not in indexes]
-    workers = max(1, usable_cores() // dist.processes_here()) if len(new) >= MANY else 0
+    found: dict[Path, Any] = {path: cached for path in paths if (cached := _cached(path, endings)) is not None}
+    new = [path for path in paths if path not in found]
     first = len(new) * dist.rank() // dist.world_size()
-    order = new[first:] + new[:first]
+    new = new[first:] + new[:first]
+    workers = max(1, usable_cores() // dist.processes_here()) if len(new) >= MANY else 0
     with progress(f"indexing {spec}", len(new), "shards") as advance:
-        for path, index in zip(order, read_ahead(functools.partial(_try, endings=endings), order, workers=workers),
-                               strict=True):  # fmt: skip
-            indexes[path] = index
+        answers = read_ahead(functools.partial(_index, endings=endings), new, workers=workers)
+        for path, index in zip(new, answers, strict=True):
+            found[path] = index
             advance(1)
-    return [indexes[path] for path in paths]
+    return [found[path] for path in paths]
 
 
-def _try(path: Path, endings: Endings) -> ShardIndex | str:
+def _cached(path: Path, endings: Endings) -> ShardIndex | None:
     try:
-        return index_shard(path, endings)
+        return cached_index(str(path.absolute()), endings, version_of(path))
+    except OSError:
+        return None
+
+
+def _index(path: Path, endings: Endings) -> ShardIndex | str:
+    try:
+        return _cached(path, endings) or index_shard(path, endings)
     except DataError as error:
         return str(error)
 
@@ -255,11 +258,7 @@ def _dotted(endings: Iterable[str]) -> str:
 
 
 def check_lost(spec: str, lost: Sequence[DataError], shards: int) -> None:
-    """Log that a shard is left out.
-
-    Raises:
-        DataError: too many are, see `MAX_LOST`; of a single shard, what is wrong with it.
-    """
+    """Log that a shard is left out."""
     if len(lost) <= MAX_LOST * shards:
         _log.warning("a shard of %s is left out: %s", spec, lost[-1])
         return

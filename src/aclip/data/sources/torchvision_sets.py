@@ -49,6 +49,8 @@ class TorchvisionSource(Source):
 
     def __init__(self, spec: Spec) -> None:
         """Open `torchvision:NAME?root=FOLDER&split=SPLIT`."""
+        from torchvision import datasets
+
         spec.allow("root", "split", "labels")
         root, split, labels = spec.get("root"), spec.get("split"), spec.one_of("labels", ("name", "number"))
         if root is None:
@@ -62,7 +64,11 @@ class TorchvisionSource(Source):
                               f"'{spec.path}?root={root}&split={known[-1]}'")
         self.spec = f"{spec.path}?root={root}&split={split or 'all'}"
         chosen: dict[str, Any] = {"train": split == "train"} if kind in _SPLIT_IS_FLAG else {"split": split}
-        self._set = _open(kind, Path(root).expanduser(), chosen if splits else {}, self.spec)
+        try:
+            self._set = getattr(datasets, kind)(root=str(Path(root).expanduser()), **(chosen if splits else {}))
+        except Exception as error:  # RuntimeError of a set that is not there, OSError, ImportError of a reader, ...
+            raise DataError(f"torchvision cannot open '{self.spec}': {error}; root must be the "
+                            "parent of the folder that torchvision's download creates") from error
         names = getattr(self._set, "classes", None) or getattr(self._set, "categories", None)
         self._names = list(map(str, names)) if labels == "name" and isinstance(names, list | tuple) else []
 
@@ -90,13 +96,3 @@ class TorchvisionSource(Source):
         number = int(target)
         label = self._names[number] if number < len(self._names) else f"{number:04d}"
         return RawSample(self.name(index), buffer.getvalue(), (), label=label)
-
-
-def _open(kind: str, root: Path, chosen: dict[str, Any], name: str) -> Any:
-    from torchvision import datasets
-
-    try:
-        return getattr(datasets, kind)(root=str(root), **chosen)
-    except Exception as error:  # RuntimeError of a set that is not there, OSError, ImportError of a reader, ...
-        raise DataError(f"torchvision cannot open '{name}': {error}; it wants the folder above the one that its own "
-                        "download makes") from error
