@@ -43,8 +43,7 @@ def measure(trainer: Trainer, batch: Batch, folder: Path, checkpoints: int) -> N
     def step() -> float:
         begun = time.perf_counter()
         trainer.train_step(batch)
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
+        devices.synchronize(trainer.device)
         return time.perf_counter() - begun
 
     for _ in range(2):

@@ -68,8 +68,9 @@ def formulas(method: Method, parallel: str, batch: int) -> Counter[str]:
             found["reduce-scatter"] += features
     for name, module in method.named_modules():
         if isinstance(module, nn.BatchNorm1d):
-            times = 2 if "ema_" in name else 4  # sums of rows and of squares, and their gradients
-            found["all-reduce"] += 4 * (times * module.num_features + 1)
+            moments = 2 * 4 * module.num_features * dist.world_size()  # mean and variance of every rank
+            found["all-gather"] += moments
+            found["reduce-scatter"] += 0 if "ema_" in name else moments
     return found
 
 

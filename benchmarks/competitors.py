@@ -22,6 +22,7 @@ from aclip import models, plan
 from aclip.bench import synthetic_batch
 from aclip.config import Recipe
 from aclip.data import augment
+from aclip.devices import synchronize
 from aclip.method import Method
 from aclip.models import text
 from aclip.recipes import RECIPES
@@ -70,8 +71,7 @@ class Stopwatch:
 
     def wait(self) -> None:
         """Let the device finish."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aclip import models
 from aclip.data.views import Crop
-from aclip.devices import choose_device
+from aclip.devices import choose_device, synchronize
 from aclip.errors import ConfigError, OutOfMemoryError
 from aclip.masking import MaskingContext, UniformMasking
 from aclip.plan import Plan
@@ -32,6 +32,7 @@ from aclip.training.memory import in_units, peak_memory
 
 LENGTH_SPREAD = 0.5
 """Standard deviation of the logarithm of a caption's length, see `caption_lengths`."""
+DIFFERENT_CROPS = 64  # in a synthetic batch: cropping thousands would take longer than timing them
 SCHEDULE = 1000  # steps of the schedule that timed steps are the first of
 WARMUP = 2  # rounds that are not counted
 CAPTIONS = ("a photo of a dog", "two people walk along a beach at sunset", "red apple",
@@ -270,10 +271,10 @@ def time_in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warmup + rounds):
         for name, step in steps.items():
-            _synchronize(device)
+            synchronize(device)
             begun = time.perf_counter()
             step()
-            _synchronize(device)
+            synchronize(device)
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - begun)
             advance()
@@ -316,7 +317,8 @@ def synthetic_batch(
     plan: Plan, batch_size: int, *, text_tokens: float = 14.0, cut_text: bool = True, augmented: bool = True,
     seed: int = 0,
 ) -> Batch:
-    """Return a batch for a plan, on the CPU: the recipe's own crops of one noise image, and synthetic captions.
+    """Return a batch for a plan, on the CPU: the recipe's own crops of one noise image, repeated after
+    `DIFFERENT_CROPS`, and synthetic captions.
 
     Args:
         plan: says which views there are, and how large.
@@ -331,7 +333,9 @@ def synthetic_batch(
     lengths = caption_lengths(batch_size, text_tokens, shape.context_length, generator)
     width = int(lengths.max()) if cut_text and shape.text_cut else shape.context_length
     image = torch.randint(0, 256, (240, 320, 3), dtype=torch.uint8, generator=generator).numpy()
-    crops = [plan.pipeline(image, seed=seed, epoch=0, sample=i, sizes=plan.view_sizes) for i in range(batch_size)]
+    drawn = [plan.pipeline(image, seed=seed, epoch=0, sample=i, sizes=plan.view_sizes)
+             for i in range(min(batch_size, DIFFERENT_CROPS))]
+    crops = [drawn[i % len(drawn)] for i in range(batch_size)]
     return Batch(
         views={name: _stacked([crop[name] for crop in crops], augmented) for name in plan.view_sizes},
         tokens=synthetic_tokens(lengths, width, shape.vocab_size, generator),
@@ -348,8 +352,3 @@ def _stacked(crops: list[Crop], augmented: bool) -> ViewBatch:
         flipped=torch.tensor([crop.flipped for crop in crops]),
         augmentation=torch.from_numpy(np.stack(drawn)) if augmented and drawn else None,
     )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

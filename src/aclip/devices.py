@@ -37,6 +37,14 @@ def choose_device(name: str) -> "torch.device":
     return device
 
 
+def synchronize(device: "torch.device") -> None:
+    """Wait for the device; a CPU has nothing to wait for."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def fast_precision(device: "torch.device") -> Precision:
     """Return bf16 where the hardware multiplies in it, fp16 on older GPUs, which only emulate bf16, else fp32.
 

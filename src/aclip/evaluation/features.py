@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aclip.data import EvaluationSet, decode_image
+from aclip.devices import synchronize
 from aclip.errors import CheckpointError, ConfigError, DataError, unknown_name
 from aclip.evaluation import sharding
 from aclip.masking import AttentiveMasking, MaskingContext, MaskingStrategy, UniformMasking, crop_scores
@@ -236,6 +237,5 @@ def _check_finite(features: Float[Tensor, "B _"], what: str) -> None:
 
 
 def _synchronized_time(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()

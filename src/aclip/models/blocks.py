@@ -88,7 +88,10 @@ def run_blocks(
     for index, block in enumerate(blocks):
         run = block if "forward" in vars(block) else partial(run_block, block)
         arguments = (x, read if index == len(blocks) - 1 else None, causal, visible, with_scores, packing)
-        x, row = checkpoint(run, *arguments, use_reentrant=False) if recompute else run(*arguments)
+        if recompute:  # nothing is drawn in a block
+            x, row = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x, row = run(*arguments)
         if row is not None:
             rows.append(row)
     return x, torch.stack(rows).mean(dim=0) if with_scores else None

@@ -111,12 +111,24 @@ def mlp(widths: Sequence[int], bias: bool) -> nn.Sequential:
 class BatchNorm1d(nn.BatchNorm1d):
     """Batch normalisation over the rows of all ranks, so that N ranks equal one process with the whole batch.
 
-    torch's `SyncBatchNorm` exchanges moments instead of rows, but runs on CUDA alone, where training replaces this
-    module by it. Every rank must pass equally many rows.
+    Ranks exchange moments, on any device; torch's `SyncBatchNorm` does so too, but runs on CUDA alone. Every rank must
+    pass equally many rows.
     """
 
     def forward(self, input: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-        if not self.training:
+        if not self.training or dist.world_size() == 1:
             return super().forward(input)
-        first = dist.rank() * len(input)
-        return super().forward(dist.gather(input))[first : first + len(input)]
+        rows = input.float()
+        mean = _mean_over_ranks(rows)
+        centred = rows - mean
+        variance = _mean_over_ranks(centred.square())
+        count = len(rows) * dist.world_size()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return (centred * (variance + self.eps).rsqrt() * self.weight + self.bias).to(input.dtype)
+
+
+def _mean_over_ranks(rows: Float[Tensor, "B C"]) -> Float[Tensor, " C"]:
+    return dist.gather(rows.mean(dim=0, keepdim=True)).mean(dim=0)

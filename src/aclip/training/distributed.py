@@ -83,13 +83,11 @@ def wrap(
         return Wrapped(method, method, _nothing, method, _nothing)
     for tensor in [*method.parameters(), *method.buffers()]:  # the same on all ranks from here on
         torch_dist.broadcast(tensor.data, src=0)
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if parallel == "fsdp":
         _shard(method, device, in_parts)
         return Wrapped(method, method, _nothing, whole_method, lambda: _fill(whole_method, whole_state(method)))
     trained = [p for p in method.parameters() if p.requires_grad]
-    replicas = method if in_parts else _replicas(method, device)
+    replicas = method if in_parts else _replicas(method)
     return Wrapped(method, replicas, lambda: average_gradients(trained), method, _nothing)
 
 
@@ -104,13 +102,13 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def _replicas(method: Method, device: torch.device) -> nn.Module:
+def _replicas(method: Method) -> nn.Module:
     """Every rank holds everything; gradients are averaged during the backward pass."""
     # buffers are equal on all ranks: batch statistics are those of the whole batch
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.13
     options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True, "init_sync": False}
-    return DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None, **options)
+    return DistributedDataParallel(method, **options)
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

@@ -45,8 +45,6 @@ class Saver:
         self.wait()
         part = {name: (self._copied(name, tensor), offset) for name, (tensor, offset) in
                 checkpoint.own_part(tensors).items()}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         self._writing = step, self._thread.submit(self._write, step, part, values)
 
     def wait(self) -> None:
@@ -78,9 +76,8 @@ class Saver:
         """Copy a tensor into a buffer that is reused from one checkpoint to the next."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
-        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return buffer.copy_(tensor)
 
     def _write(self, step: int, part: Mapping[str, tuple[Tensor, list[int]]], values: Mapping[str, Any]) -> None:
         temporary = self._folder / f".step-{step:08d}-{self._attempt}.tmp"
