@@ -105,21 +105,61 @@ def peak_rate(settings: Settings, shape: Any, clock: Callable[[], float]) -> flo
     """Return the multiply-accumulates a second of the best of a few large matrix products."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     best = 0.0
+    on_gpu = settings.device.type == "cuda"
     tokens = math.prod(shape.grid_size) * settings.batch_size
-    for rows, inner, outer in ((tokens, shape.width, shape.mlp_width), (2048, 2048, 2048), (4096, 1024, 4096)):
+    for rows, inner, outer in ((tokens, shape.width, shape.mlp_width), (2048, 2048, 2048), (4096, 1024, 4096),
+                               *([(8192, 8192, 8192)] if on_gpu else [])):
         a, b = (torch.randn(n, inner, device=settings.device, dtype=dtype) for n in (rows, outer))
+        times = 10 if on_gpu else 1  # between two readings of the clock, as a launch takes time, too
         for _ in range(5):
             watch = Stopwatch(settings.device, clock)
             with watch.measure("product"):
-                torch.nn.functional.linear(a, b)
-            best = max(best, rows * inner * outer / watch.seconds["product"])
+                for _ in range(times):
+                    torch.nn.functional.linear(a, b)
+            best = max(best, times * rows * inner * outer / watch.seconds["product"])
     return best
 
 
-def spread(seconds: Sequence[float], scale: float = 1e3) -> str:
-    """Return median and quartiles in words."""
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return f"{scale * middle:.0f} ({scale * low:.0f} to {scale * high:.0f})"
+def take_turns(
+    rows: Sequence[Row], watch: Stopwatch, *, warmup: int, rounds: int, advance: Callable[[], object] = lambda: None
+) -> None:
+    """Take steps of all competitors in turns; those of the warm-up are forgotten."""
+    for number in range(warmup + rounds):
+        if number == warmup:
+            for row in rows:
+                row.forget()
+        for row in rows:
+            row.take(watch, number)
+            advance()
+
+
+def measure_memory(row: Row, watch: Stopwatch) -> None:
+    """Take one more step, which is not timed, for its peak."""
+    times = (list(row.step), list(row.optimizer), list(row.ema))
+    row.memory = peak_of(row.competitor, partial(row.take, watch, 0))
+    row.step, row.optimizer, row.ema = times
+
+
+def figures(row: Row, rows: Sequence[Row], rate: float) -> dict[str, Any]:
+    """Return what the table of times shows of a row: seconds, quartiles, ratios to the first row and to own `clip`."""
+    base, pairs = rows[0], row.competitor.settings.batch_size
+    own = next((one for one in rows if (one.title, one.text) == ("clip", row.text)), None)
+    ratio = statistics.median(a / b for a, b in zip(row.step, base.step, strict=True))
+    arithmetic = row.macs() / base.macs()
+    seconds = statistics.median(row.step)
+    whole = statistics.median(sum(t) for t in zip(row.step, row.optimizer, row.ema, strict=True))
+    return {
+        "quartiles": statistics.quantiles(row.step, n=4, method="inclusive"), "ratio": ratio, "arithmetic": arithmetic,
+        "to_own_clip": own and statistics.median(a / b for a, b in zip(row.step, own.step, strict=True)),
+        "optimizer": statistics.median(row.optimizer), "ema": statistics.median(row.ema),
+        "pairs_per_second": pairs / whole, "tokens_per_second": pairs * row.tokens() / seconds,
+        "flops": 2 * pairs * row.macs() / seconds, "mfu": pairs * row.macs() / seconds / rate, "memory": row.memory}
+
+
+def spread(quartiles: Sequence[float]) -> str:
+    """Return median and quartiles in words, in milliseconds."""
+    low, middle, high = (1e3 * seconds for seconds in quartiles)
+    return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -128,32 +168,19 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def times_table(rows: list[Row], settings: Settings, rate: float) -> str:
+def times_table(rows: list[Row], rate: float) -> str:
     """Return the table of times, costs and rates."""
-    base = rows[0]
     lines = []
     for row in rows:
-        ratio = statistics.median(a / b for a, b in zip(row.step, base.step, strict=True))
-        whole = statistics.median(sum(t) for t in zip(row.step, row.optimizer, row.ema, strict=True))
-        arithmetic = row.macs() / base.macs()
-        seconds = statistics.median(row.step)
-        pairs = settings.batch_size
+        of = figures(row, rows, rate)
         lines.append([
-            row.title, row.text, spread(row.step), f"{ratio:.2f}", f"{arithmetic:.2f}", f"{ratio / arithmetic:.2f}",
-            to_own_clip(row, rows),
-            f"{1e3 * statistics.median(row.optimizer):.0f}", f"{1e3 * statistics.median(row.ema):.0f}",
-            f"{pairs / whole:.1f}", f"{pairs * row.tokens() / seconds:,.0f}",
-            f"{pairs * row.macs() / seconds / rate:.0%}", f"{row.memory / 2**30:.2f}" if row.memory else "-"])
+            row.title, row.text, spread(of["quartiles"]), f"{of['ratio']:.2f}", f"{of['arithmetic']:.2f}",
+            f"{of['ratio'] / of['arithmetic']:.2f}", f"{of['to_own_clip']:.2f}" if of["to_own_clip"] else "-",
+            f"{1e3 * of['optimizer']:.0f}", f"{1e3 * of['ema']:.0f}", f"{of['pairs_per_second']:.1f}",
+            f"{of['tokens_per_second']:,.0f}", f"{of['mfu']:.0%}",
+            f"{row.memory / 2**30:.2f}" if row.memory else "-"])
     return markdown(["method", "text", "step, ms", "x open_clip", "arithmetic", "over arithmetic", "x clip",
                      "optimizer, ms", "EMA update, ms", "pairs/s", "tokens/s", "MFU", "peak GiB"], lines)
-
-
-def to_own_clip(row: Row, rows: list[Row]) -> str:
-    """Return the ratio to our own `clip` on the same text, which knows the same tricks."""
-    own = next((one for one in rows if (one.title, one.text) == ("clip", row.text)), None)
-    if own is None:
-        return "-"
-    return f"{statistics.median(a / b for a, b in zip(row.step, own.step, strict=True)):.2f}"
 
 
 def parts_table(rows: list[Row]) -> str:
@@ -227,18 +254,10 @@ def main() -> None:
     watch = Stopwatch(device, CLOCKS[args.clock])
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("steps", total=(args.warmup + args.rounds + args.parts) * len(rows))
-        for number in range(args.warmup + args.rounds):
-            if number == args.warmup:
-                for row in rows:
-                    row.forget()
-            for row in rows:
-                row.take(watch, number)
-                progress.advance(task)
+        take_turns(rows, watch, warmup=args.warmup, rounds=args.rounds, advance=lambda: progress.advance(task))
         rate = peak_rate(settings, rows[0].competitor.plan.shape, watch.clock)
         for row in rows:
-            table = (list(row.step), list(row.optimizer), list(row.ema))
-            row.memory = peak_of(row.competitor, partial(row.take, watch, 0))
-            row.step, row.optimizer, row.ema = table
+            measure_memory(row, watch)
             row.parts = parts_of(row, args.parts, watch.clock) if args.parts else {}
             progress.advance(task, args.parts)
     print_results(console, rows, settings, rate, args.rounds, time.perf_counter() - begun)
@@ -262,7 +281,7 @@ def print_results(
         f"taken in turns, first to third quartile; {seconds / 60:.1f} minutes in all. attentive-clip "
         f"{aclip.__version__}, torch {torch.__version__}, open_clip {open_clip.__version__}, Python "
         f"{platform.python_version()}.")
-    for block in (text, times_table(rows, settings, rate), parts_table(rows)):
+    for block in (text, times_table(rows, rate), parts_table(rows)):
         console.print(block, "", sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 

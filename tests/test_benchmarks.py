@@ -17,8 +17,8 @@ from aclip.data.packing import Sample, write_tar
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SOURCE = Path(aclip.__file__).parents[1]
-PARTS = {"checkouts", "competitors"}  # imported by others
-NOT_RUN = {"reading"}  # reads fetched sets
+PARTS = {"checkouts", "competitors", "gpu_checks", "gpu_speed", "gpu_training"}  # imported by others
+NOT_RUN = {"reading", "gpu_bundle"}  # read fetched sets
 NEEDS = {"evaluation_parity": "clip_benchmark"}
 
 IN_THIS_PROCESS = {
@@ -40,6 +40,7 @@ IN_PROCESSES = {
     "data": "--synthetic --only memory --rows 2000",
     "equality": "--recipes clip",
     "first_step": "",
+    "gpu": "--stages optimizers=2 attention=2 --tiny --device cpu --output FOLDER/gpu",
     "soak": "--steps 6 --minutes 0 --kills 1 --pause 1 --signals-only --output FOLDER/soak --data SHARD SHARD",
     "step": "--against SOURCE --methods clip --models vit-micro --batch-size 2 --rounds 1 --turns 1 --precision fp32",
     "threads": "--model vit-micro --batch-size 2 --rounds 1 --turns 1 --busy 1",

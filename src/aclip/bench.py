@@ -125,8 +125,6 @@ def _time_batch_sizes(trainer: Trainer, sizes: Sequence[int], text_tokens: float
         timed = partial(time_in_turns, device=device, advance=lambda: bar.advance(task))
         for size in sizes:
             batch = synthetic_batch(trainer.method.plan, size, text_tokens=text_tokens).to(device)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
             step = partial(_first_step, trainer, batch)
             try:
                 timed({"first": step}, warmup=WARMUP - 1, rounds=1)

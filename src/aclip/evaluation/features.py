@@ -77,7 +77,7 @@ def encode_image_set(
     about: list[tuple[tuple[str, ...], str | None, str, int]] = []
     with evaluating(model), torch.inference_mode(), sharding.raise_on_all_ranks():
         for batch in images:
-            pixels = batch.pixels.to(device, non_blocking=True)
+            pixels = batch.pixels.to(device)
             encoded = model.encode_image(pixels) if space == "joint" else model.encode_trunk(pixels)
             features.append(F.normalize(encoded.float(), dim=-1) if space == "joint" else encoded.float())
             about += zip(batch.all_captions, batch.labels, batch.keys, batch.indices, strict=True)

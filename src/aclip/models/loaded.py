@@ -197,7 +197,7 @@ class LoadedModel(nn.Module):
         """Collect the features of all batches on the CPU; without any batch, no rows of the width of `example`'s."""
         found = []
         for batch in batches:
-            features = encode(batch.to(self.device, non_blocking=True)).float().cpu()
+            features = encode(batch.to(self.device)).float().cpu()
             usable = batch.flatten(1).isfinite().all(dim=1)  # rows of images that could not be used are NaN
             if not features[usable].isfinite().all():
                 raise CheckpointError(f"the features of {self.name} are NaN or inf: its weights are damaged or its "
