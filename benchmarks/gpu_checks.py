@@ -27,7 +27,10 @@ from aclip.recipes import RECIPES, configure
 from aclip.structs import Batch, EncodedBatch
 from aclip.trainer import Trainer, build_trainer, resolve_defaults
 from aclip.training.distributed import whole
+from competitors import Ours, Settings, Stopwatch
 from gpu import Bench
+from gpu_speed import TEXT_TOKENS, add_parts
+from step import Row, take_turns
 
 LOSS_ERROR, GRADIENT_ERROR = 1e-4, 1e-2
 """Largest relative differences that count as equal in fp32: BatchNorm heads amplify rounding."""
@@ -162,7 +165,7 @@ def profile(bench: Bench) -> None:
     for name in SYNCHRONISATIONS:
         results.add("synchronisations inside a step", what=name, count=sum(
             e.count for e in events if e.key == name) / bench.sizes.profile_steps)
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA]
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     time_of = "self_device_time_total" if on_device else "self_cpu_time_total"
     kernels = on_device or [e for e in events if e.key.startswith("aten::")]
     by_kind: Counter[str] = Counter()
@@ -180,6 +183,11 @@ def profile(bench: Bench) -> None:
         results.add("longest kernels", ms=ms, share=ms / each, calls=event.count / bench.sizes.profile_steps,
                     kernel=event.key[:100].replace("|", " "))
     profiler.export_chrome_trace(str(results.folder / "trace.json.gz"))
+    del trainer
+    settings = Settings(bench.sizes.model, device, "bf16", False, bench.sizes.profile_batch, TEXT_TOKENS)
+    row = Row("a-clip", "cut", Ours(settings, RECIPES["a-clip"], cut_text=True))
+    take_turns([row], Stopwatch(device), warmup=1, rounds=2)
+    add_parts(bench, row)
 
 
 def first_synchronisation(step: Any) -> str:

@@ -1,6 +1,7 @@
 """Stages of `gpu.py` that time: whole steps, optimizers, and the operations in question."""
 
 import gc
+import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -53,9 +54,7 @@ def steps(bench: Bench) -> None:
         measure_memory(row, watch)
         add_step(bench, row, rows, rate)
     for row in rows[1:]:
-        parts = parts_of(row, 2, watch.clock)
-        bench.results.add("parts of a step", method=row.title, **{
-            f"{part}, ms": 1e3 * seconds for part, seconds in parts.items()})
+        add_parts(bench, row)
     compiled, reference, longest = replace(settings, compiled=True), rows[:1], 0.0
     del rows, row
     order = sorted(("open_clip", *methods), key=lambda title: FIRST.index(title) if title in FIRST else len(FIRST))
@@ -103,6 +102,13 @@ def add_step(bench: Bench, row: Row, rows: list[Row], rate: float) -> None:
         "x open_clip": of["ratio"], "arithmetic": of["arithmetic"], "over arithmetic": of["ratio"] / of["arithmetic"],
         "TFLOP/s": of["flops"] / 1e12, "MFU": of["mfu"], "optimizer, ms": 1e3 * of["optimizer"],
         "EMA, ms": 1e3 * of["ema"], "peak GiB": row.memory / 2**30})
+
+
+def add_parts(bench: Bench, row: Row) -> None:
+    """Add a row of the table of parts; each part is waited for, so that they take more than the step as a whole."""
+    parts = parts_of(row, 2, time.perf_counter)
+    bench.results.add("parts of a step", method=row.title, **{
+        f"{part}, ms": 1e3 * seconds for part, seconds in parts.items()})
 
 
 def optimizers(bench: Bench) -> None:

@@ -88,6 +88,7 @@ def test_a_step_is_profiled(gpu: ModuleType, tmp_path: Path) -> None:
     assert profile["matrix products"] > 0
     assert sum(share for what, share in profile.items() if "all" not in what and "host" not in what) < 1.05
     assert tables["synchronisations inside a step"][0] == {"what": "set_sync_debug_mode", "count": "needs CUDA"}
+    assert tables["parts of a step"][0]["online pass, ms"] > 0
     assert (tmp_path / "results" / "trace.json.gz").stat().st_size > 1000
 
 
