@@ -22,6 +22,7 @@ from aclip.config import RunConfig
 from aclip.data import build_loader
 from aclip.data.workers import _Packed, _tensors
 from aclip.machine import hardware
+from aclip.models import blocks
 from aclip.recipes import RECIPES
 from aclip.structs import StepOutput
 from aclip.trainer import Trainer
@@ -59,6 +60,8 @@ def training(words: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> It
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.autograd, "backward", backward)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     with FakeTensorMode():
         for module in method.modules():
             for name, parameter in module._parameters.items():
@@ -69,6 +72,7 @@ def training(words: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> It
                     module._buffers[name] = like(buffer, CUDA)
         trainer = Trainer(config, method, table, CUDA)
         here = batch._map(like)
+        assert trainer.scaler.is_enabled() == (config.precision == "fp16")
 
         def step() -> StepOutput:
             return trainer.train_step(here)
@@ -88,6 +92,16 @@ def test_a_step_stays_on_the_device(recipe: str, settings: dict[str, Any], monke
         assert {tensor.device for tensor in [*on_device, *state]} == {CUDA}
         # what the host reads one step later has been copied for it
         assert [measured.device.type for _, _, measured, _ in trainer.guard._measured] == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_towers_compute_in_the_precision(precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    attend = blocks.attention
+    monkeypatch.setattr(blocks, "attention", lambda q, k, v, **more: seen.append(q.dtype) or attend(q, k, v, **more))
+    with training("clip", monkeypatch, precision=precision) as (_, step):
+        assert step().loss.dtype == torch.float32
+    assert set(seen) == {dtype}
 
 
 def test_reading_a_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
