@@ -86,17 +86,17 @@ def compare(bench: Bench, recipe: Recipe, device: torch.device) -> dict[str, Any
     expected = here.encode_batch(batch)
     with torch.no_grad():
         found = there.encode_batch(ours)
-    masks = [(one.keep_indices == found.passes[name].keep_indices.cpu()).float().mean().item()
-             for name, one in expected.passes.items() if one.keep_indices is not None]
-    scores = [relative(found.passes[name].scores.cpu(), one.scores)
-              for name, one in expected.passes.items() if one.scores is not None]
+    passes = [(one, found.passes[name]) for name, one in expected.passes.items()]
+    masks = [(a.keep_indices == b.keep_indices.cpu()).float().mean().item() for a, b in passes
+             if a.keep_indices is not None and b.keep_indices is not None]
+    scores = [relative(b.scores.cpu(), a.scores) for a, b in passes if a.scores is not None and b.scores is not None]
     earlier = EncodedBatch({}, {name: on(one, device) for name, one in expected.passes.items()})
     loss = here.compute_loss(expected, batch.caption_ids).loss
     loss_there = there.compute_loss(there.encode_batch(ours, earlier=earlier), ours.caption_ids).loss
     loss.backward()
     loss_there.backward()
     pairs = [(p.grad, q.grad.cpu()) for p, q in zip(here.parameters(), there.parameters(), strict=True)
-             if p.grad is not None]
+             if p.grad is not None and q.grad is not None]
     error = abs(loss_there.item() - loss.item()) / abs(loss.item())
     gradient = relative(torch.cat([q.flatten() for _, q in pairs]), torch.cat([p.flatten() for p, _ in pairs]))
     return {"loss, relative": error, "gradient, relative": gradient, "scores, relative": max(scores, default=""),
@@ -238,7 +238,8 @@ def few_losses(bench: Bench, recipe: str, way: Parallel, device: torch.device) -
     share = batch_size // dist.world_size()
     batch = coloured(synthetic_batch(trainer.method.plan, batch_size)).rows(
         slice(dist.rank() * share, (dist.rank() + 1) * share))
-    losses, gradients = [], {}
+    losses: list[Tensor] = []
+    gradients: dict[str, Tensor] = {}
     for number in range(5):
         losses.append(trainer.train_step(batch).loss.detach())
         if number == 0:
