@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SOFT = 0.85
+SOFT = 0.9
 """A stage starts nothing new after this fraction of its minutes."""
 
 
@@ -89,15 +89,16 @@ class Sizes:
     training_size: int | None = 128
     training_batch: int = 256
     training_recipes: tuple[str, ...] = ("clip", "a-clip", "random-2x50", "attentive-2x50")
-    training_seconds: float = 60.0  # of each run, at least
-    run_overhead: float = 25.0  # seconds of a run that are not training
+    trial_steps: int = 30  # of each method, for its rate
+    training_seconds: float = 60.0  # of each run, where there is time for several seeds
 
 
 TINY = Sizes(
     check_recipes=("clip", "a-clip"), check_batch=4, model="vit-micro", profile_batch=4, profile_steps=2,
     step_batch=2, step_methods=("clip", "a-clip"), rounds=2, repeat=1, attention_batch=2, graph_batches=(2,),
     images=512, different_images=4, workers=(1,), run_batch=8, run_steps=20, training_model="vit-micro",
-    training_size=None, training_batch=8, training_recipes=("clip", "a-clip"), training_seconds=2.0, run_overhead=10.0,
+    training_size=None, training_batch=8, training_recipes=("clip", "a-clip"), trial_steps=20, training_seconds=2.0,
+    compiles=False,  # C++ takes minutes
 )
 """For rehearsals on a CPU."""
 

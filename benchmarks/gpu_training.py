@@ -4,6 +4,7 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 import aclip
 import data
-from gpu import SOFT, Bench
+from aclip.report.journals import outcome
+from gpu import Bench
 
 
 def loader(bench: Bench) -> None:
@@ -46,32 +48,37 @@ def real_run(bench: Bench, recipe: str, shards: str, output: str) -> dict[str, A
 
 
 def training(bench: Bench) -> None:
-    """Compare methods at equal time on emoji and icons, seed by seed as long as there is time."""
+    """Train every method for the same time, waiting for data included; seed by seed as long as there is time."""
     if bench.data is None:
         raise FileNotFoundError("emoji and icons come from --bundle, a folder made by gpu_bundle.py")
-    sizes = bench.sizes
-    number = len(sizes.training_recipes)
-    seconds = sizes.training_seconds
-    rounds = int((bench.left() - sizes.run_overhead) / (number * (seconds + sizes.run_overhead)))
-    if rounds < 1:
-        raise RuntimeError(f"{number} runs of {seconds:g} s do not fit into {bench.seconds / 60:g} minutes")
-    # what is left of the time makes all runs longer
-    seconds = (bench.left() - sizes.run_overhead) / (number * rounds) - sizes.run_overhead
+    sizes, recipes = bench.sizes, bench.sizes.training_recipes
     sources = {folder.name: str(folder) for folder in sorted(bench.data.iterdir())}
     train = tuple(source for name, source in sources.items() if name.endswith("-train"))
     held_out = tuple(f"{name}={source}" for name, source in sources.items() if source not in train)
     with tempfile.TemporaryDirectory() as folder:
-        compare = partial(
-            aclip.compare, recipes=sizes.training_recipes, data=train, validation=held_out, output=folder,
-            minutes=seconds / 60, model=sizes.training_model, image_size=sizes.training_size,
-            batch_size=sizes.training_batch, device=bench.device, keep_checkpoints=1, timing_rounds=sizes.rounds)
-        for seed in range(rounds):
-            begun = time.monotonic()
-            records = compare(seeds=tuple(range(seed + 1)))
-            for record in (record for record in records if record["seed"] == seed):
-                values = {f"{held}: {metric}": value for held, by in record["metrics"].items()
-                          for found in by.values() for metric, value in found.items() if metric.endswith("_r1")}
-                bench.results.add("equal time", recipe=record["recipe"], seed=seed, seconds=seconds,
-                                  steps=record["total_steps"], **values)
-            if bench.left() < SOFT * (time.monotonic() - begun):
+        run = partial(
+            aclip.train, data=train, validation=held_out, model=sizes.training_model, image_size=sizes.training_size,
+            batch_size=sizes.training_batch, precision="bf16", device=bench.device, workers=max(sizes.workers),
+            unmasked_tuning=0.15, keep_checkpoints=1, log_every=5)
+        rates, overheads = {}, []
+        for recipe in recipes:
+            begun, samples = time.monotonic(), sizes.trial_steps * sizes.training_batch
+            logged = run(recipe=recipe, samples=samples, output=f"{folder}/{recipe}").metrics[1:]
+            rates[recipe] = statistics.harmonic_mean([line["samples_per_second"] for line in logged])
+            overheads.append(time.monotonic() - begun - samples / rates[recipe])
+        overhead = max(overheads)
+        rounds = max(1, int(bench.left() / (len(recipes) * (sizes.training_seconds + overhead))))
+        seconds = bench.left() / (len(recipes) * rounds) - overhead
+        if seconds <= 0:
+            raise RuntimeError(f"a run takes {overhead:.0f} s beside its training: give the stage more minutes")
+        for seed, recipe in product(range(rounds), recipes):
+            if bench.left() < seconds:
+                bench.results.add("left out", stage="training", what=f"{recipe}, seed {seed}", why="time")
                 break
+            begun, samples = time.monotonic(), int(seconds * rates[recipe])
+            done = run(recipe=recipe, seed=seed, samples=samples, output=f"{folder}/{recipe}-{seed}")
+            found = outcome(done.folder)
+            bench.results.add("equal time", recipe=recipe, seed=seed, seconds=seconds, steps=found["steps"],
+                              **{"pairs/s before": rates[recipe], "seconds, all": time.monotonic() - begun}, **{
+                f"{held}: {metric}": value for held, by in found["metrics"].items()
+                for metric, value in by["retrieval"].items() if metric.endswith("_r1")})
