@@ -47,7 +47,7 @@ STAGES = {
     "check": Stage("gpu_checks", "every recipe on the device against the CPU, in bf16, and in fp16 with a scaler", 1.1),
     "profile": Stage("gpu_checks", "ten steps of a-clip: synchronisations, kernels by kind, time by part", 0.8),
     "steps": Stage("gpu_speed", "steps of every method and open_clip's, eager and compiled, in turns", 4.7),
-    "optimizers": Stage("gpu_speed", "a step of AdamW, fused AdamW and Muon, and the EMA update", 0.4),
+    "optimizers": Stage("gpu_speed", "a step of AdamW, fused AdamW, two Muons, and the EMA update", 0.4),
     "loader": Stage("gpu_training", "pairs/s by number of workers, and data_wait of a real run", 1.2),
     "attention": Stage("gpu_speed", "the [CLS] row, SDPA backends, packed captions, CUDA graphs", 0.8),
     "training": Stage("gpu_training", "clip, a-clip, random and attentive masks at equal time: emoji, icons", 6.7),

@@ -16,13 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aclip import models, plan
 from aclip.bench import caption_lengths, summary, synthetic_tokens, time_in_turns
-from aclip.config import override
+from aclip.config import MuonConfig, Optimization, override
 from aclip.method import Method
 from aclip.models import text
 from aclip.models.blocks import attention as attend
 from aclip.models.blocks import first_row
 from aclip.recipes import RECIPES
-from aclip.training.optim import parameter_groups
+from aclip.training.optim import build_optimizer, parameter_groups
 from competitors import OpenClip, Ours, Settings, Stopwatch, register_sizes
 from gpu import Bench
 from step import ASKED, Row, figures, measure_memory, parts_of, peak_rate, take_turns
@@ -125,11 +125,14 @@ def optimizers(bench: Bench) -> None:
     chosen = set(map(id, matrices))
     others = [p for p in named.values() if id(p) not in chosen]
     muon, rest = torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(others, fused=True)
+    ours = build_optimizer(parameter_groups(method, 0.2, muon=MuonConfig()), Optimization())
+    ours.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]  # as in training
     ema = method.ema()
     calls: dict[str, Callable[[], object]] = {
         "AdamW": torch.optim.AdamW(decayed).step,
         "AdamW, fused": torch.optim.AdamW(decayed, fused=True).step,
-        "Muon, and fused AdamW for vectors and embeddings": lambda: (muon.step(), rest.step()),
+        "torch's Muon, fused AdamW for vectors and embeddings": lambda: (muon.step(), rest.step()),
+        "aclip's Muon, for the blocks of both towers": ours.step,
         "EMA update": partial(ema.update, 0.996, skipped=torch.zeros((), device=device)),
     }
     for name, row in timed(bench, calls).items():

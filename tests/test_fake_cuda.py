@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorDeviceMismatchError,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aclip import devices, trainer
 from aclip.config import RunConfig
@@ -32,6 +33,7 @@ from aclip.training.schedule import Timetable
 from over_ranks import a_batch, build, recipe_of
 from tests_support import Numbers
 
+aten = torch.ops.aten
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"precision": "fp32"}, {"precision": "fp16"}, {"micro_batch": 2}, {"recompute": True},
@@ -40,6 +42,19 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 def like(tensor: torch.Tensor, device: torch.device = CPU) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses copies between host and device that the host waits for, such as `torch.tensor(1.0, device="cuda")`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (aten._to_copy.default, aten.copy_.default):
+            target, source = (kwargs.get("device") or args[0].device, args[0].device) if (
+                func is aten._to_copy.default) else (args[0].device, args[1].device)
+            waits = not (kwargs.get("non_blocking") or args[2:] == (True,))
+            assert not (waits and {target.type, source.type} == {"cpu", "cuda"}), f"{source} -> {target} waits"
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -75,13 +90,15 @@ def training(words: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> It
         assert trainer.scaler.is_enabled() == (config.precision == "fp16")
 
         def step() -> StepOutput:
-            return trainer.train_step(here)
+            with NoWaiting():
+                return trainer.train_step(here)
 
         yield trainer, step
 
 
 @pytest.mark.parametrize(("recipe", "settings"), [
-    *((recipe, {}) for recipe in RECIPES), *(("a-clip", settings) for settings in SETTINGS)])
+    *((recipe, {}) for recipe in RECIPES), *(("a-clip", settings) for settings in SETTINGS),
+    ("a-clip optimization.optimizer=muon", {}), ("clip optimization.grad_clip=1", {})])
 def test_a_step_stays_on_the_device(recipe: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with training(recipe, monkeypatch, **settings) as (trainer, step):
         for _ in range(2):  # masked, and not; the second has the optimizer's state
@@ -115,6 +132,13 @@ def test_reading_a_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
         trainer.method.compute_loss = reading
         with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
+            step()
+
+
+def test_waiting_for_a_copy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with training("clip", monkeypatch) as (trainer, step):
+        monkeypatch.setattr(trainer, "ema_momentum", lambda: torch.tensor(1.0, device=CUDA))
+        with pytest.raises(AssertionError, match="cpu -> cuda:0 waits"):
             step()
 
 

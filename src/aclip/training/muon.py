@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
         skip = skip.to(parameters[0].device).view(())
         gradients = [torch.where(skip > 0, 0.0, _local(p.grad)) for p in parameters]
         own = [_local(buffer) for buffer in buffers]
-        torch._foreach_mul_(own, torch.lerp(skip.new_tensor(group["momentum"]), torch.ones_like(skip), skip))
+        torch._foreach_mul_(own, torch.lerp(torch.full_like(skip, group["momentum"]), torch.ones_like(skip), skip))
         torch._foreach_add_(own, gradients)
         ahead = torch._foreach_add(gradients, own, alpha=group["momentum"])
 
