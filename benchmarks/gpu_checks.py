@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.multiprocessing.spawn import spawn
 from torch.profiler import ProfilerActivity
 
@@ -165,7 +164,7 @@ def profile(bench: Bench) -> None:
     for name in SYNCHRONISATIONS:
         results.add("synchronisations inside a step", what=name, count=sum(
             e.count for e in events if e.key == name) / bench.sizes.profile_steps)
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    on_device = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
     time_of = "self_device_time_total" if on_device else "self_cpu_time_total"
     kernels = on_device or [e for e in events if e.key.startswith("aten::")]
     by_kind: Counter[str] = Counter()

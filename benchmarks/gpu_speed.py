@@ -204,8 +204,9 @@ def backends(bench: Bench) -> None:
             with sdpa_kernel(backend):
                 with_backward(F.scaled_dot_product_attention, *inputs)()
 
-        calls = {"torch's choice": with_backward(F.scaled_dot_product_attention, *inputs),
-                 **{backend.name: partial(by, backend) for backend in BACKENDS}}
+        calls: dict[str, Callable[[], object]] = {
+            "torch's choice": with_backward(F.scaled_dot_product_attention, *inputs),
+            **{backend.name: partial(by, backend) for backend in BACKENDS}}
         for name, row in timed(bench, calls).items():
             bench.results.add("SDPA, forward and backward", tokens=tokens, backend=name, **row)
 
@@ -229,7 +230,7 @@ def captions(bench: Bench) -> None:
     longest, flat = int(lengths.max()), (int(ends[-1]), num_heads, width // num_heads)
     padded = [torch.randn(count, num_heads, longest, flat[2], device=device, dtype=torch.bfloat16) for _ in range(3)]
     packed = [torch.randn(flat, device=device, dtype=torch.bfloat16) for _ in range(3)]
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "tower, cut": partial(encode, False), "tower, packed outside of attention": partial(encode, True),
         "attention, cut": with_backward(partial(F.scaled_dot_product_attention, is_causal=True), *padded),
         "attention, nested tensors": with_backward(partial(nested_attention, ends, longest), *packed),
@@ -242,9 +243,9 @@ def captions(bench: Bench) -> None:
 
 def nested_attention(ends: Tensor, longest: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return causal attention of sequences that stand one after the other, by jagged nested tensors: (S, H, d)."""
-    nested = [torch.nested.nested_tensor_from_jagged(x, ends.long(), max_seqlen=longest).transpose(1, 2)
-              for x in (q, k, v)]
-    mixed: Any = F.scaled_dot_product_attention(*nested, is_causal=True).transpose(1, 2)
+    queries, keys, values = (
+        torch.nested.nested_tensor_from_jagged(x, ends.long(), max_seqlen=longest).transpose(1, 2) for x in (q, k, v))
+    mixed: Any = F.scaled_dot_product_attention(queries, keys, values, is_causal=True).transpose(1, 2)
     return cast(Tensor, mixed.values())
 
 

@@ -115,6 +115,11 @@ class BatchNorm1d(nn.BatchNorm1d):
     pass equally many rows.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, input: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
         if not self.training or dist.world_size() == 1:
             return super().forward(input)

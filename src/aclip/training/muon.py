@@ -116,7 +116,8 @@ def _whole(own: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return own
     shard = DTensor.from_local(own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return shard.full_tensor()
+    full: Tensor = shard.full_tensor()
+    return full
 
 
 def _shard_like(like: Tensor, whole: Tensor) -> Tensor:
