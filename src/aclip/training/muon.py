@@ -84,7 +84,7 @@ def newton_schulz(
         dtype: of the iteration and of the result.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    x: Tensor = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -116,8 +116,7 @@ def _whole(own: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return own
     shard = DTensor.from_local(own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    full: Tensor = shard.full_tensor()
-    return full
+    return shard.full_tensor()
 
 
 def _shard_like(like: Tensor, whole: Tensor) -> Tensor:
