@@ -23,7 +23,7 @@ LEVELS = (
     {"plan"},
     {"method"},
     {"recipes", "report", "training"},
-    {"describe", "evaluation", "examination", "exporters"},
+    {"describe", "evaluation", "examination", "explanation", "exporters"},
     {"trainer"},
     {"bench", "overfit"},
     {"comparison", "machine"},

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aclip.config import EmaMomentum, ObjectiveConfig, Optimization, Pass, Recipe, RunConfig, TextPass
     from aclip.data import SETS, SOURCES
     from aclip.evaluation import EVALUATORS, evaluate
+    from aclip.explanation import Explanation, explain
     from aclip.exporters import EXPORTERS, export
     from aclip.masking import MASKING
     from aclip.models import load
@@ -37,15 +38,16 @@ _HOMES = {
     **dict.fromkeys(("Recipe", "Pass", "TextPass", "ObjectiveConfig", "EmaMomentum", "Optimization", "RunConfig"),
                     "aclip.config"),
     **dict.fromkeys(("SETS", "SOURCES"), "aclip.data"),
+    **dict.fromkeys(("explain", "Explanation"), "aclip.explanation"),
     "compare": "aclip.comparison",
     "load": "aclip.models",
     "MASKING": "aclip.masking",
     "OBJECTIVES": "aclip.objectives",
 }
 __all__ = [
-    "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "ObjectiveConfig",
-    "Optimization", "Pass", "Recipe", "Run", "RunConfig", "TextPass", "compare", "configure", "evaluate", "export",
-    "load", "losses", "train",
+    "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "Explanation",
+    "ObjectiveConfig", "Optimization", "Pass", "Recipe", "Run", "RunConfig", "TextPass", "compare", "configure",
+    "evaluate", "explain", "export", "load", "losses", "train",
 ]
 
 

@@ -14,6 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
 
 from aclip.data import CaptionTokenizer, decode_image
 from aclip.data.decode import as_rgb
@@ -68,6 +69,14 @@ class LoadedModel(nn.Module):
     def image_size(self) -> tuple[int, int]:
         """(height, width) of what `preprocess` returns, in pixels."""
         return pair(preprocess_config(self.model)["size"])
+
+    def display_transform(self, side: int) -> Callable[[Image.Image], Image.Image]:
+        """Return `preprocess` for people: the same part of an RGB image, its shorter side at least `side` pixels."""
+        config = preprocess_config(self.model)
+        scale = max(1, -(-side // min(self.image_size)))
+        config |= {"size": tuple(scale * pixels for pixels in self.image_size), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
+        return lambda image: to_pil_image(transform(image))
 
     def encode_image(self, images: Float[Tensor, "B 3 h w"], normalize: bool = True) -> Float[Tensor, "B D"]:
         """Return features, L2-normalised by default, of normalised pixels (see `preprocess`) of whole patches."""
@@ -249,7 +258,7 @@ def _preprocessed(
     pixels = []
     for number, image in images:
         try:
-            pixels.append(preprocess(limit_aspect(_open_image(image))))
+            pixels.append(preprocess(limit_aspect(open_image(image))))
         except BadSampleError as error:
             if unusable is None:
                 name = image if isinstance(image, str | Path) else f"image {number}"
@@ -259,7 +268,7 @@ def _preprocessed(
     return torch.stack(pixels)
 
 
-def _open_image(image: ImageLike) -> Image.Image:
+def open_image(image: ImageLike) -> Image.Image:
     """Return an image upright, in RGB, transparency on white, as in training; BadSampleError if it cannot be used."""
     if isinstance(image, str | Path):
         try:
