@@ -29,6 +29,8 @@ and its relatives, on your own images and captions, over open_clip.
   evaluate         measure a model on held-out images: retrieval, zero-shot
                    classification, calibration, probes
   compare          train several recipes on equal terms, and show which is best
+  explain          show where a model looks in images, and where they answer
+                   a text
   export           hand a model to open_clip, transformers, ONNX Runtime or
                    torch.export
   report           write the report of a run or comparison again
@@ -57,6 +59,7 @@ examples:
 # verb -> (module, function, names of positional arguments)
 VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "evaluate": ("aclip.evaluation", "evaluate", ("model",)),
+    "explain": ("aclip.explanation", "draw_explanations", ("model", "images")),
     "export": ("aclip.exporters", "export", ("model",)),
     "report": ("aclip.report", "report", ("folder",)),
     "recipes": ("aclip.describe", "list_recipes", ()),

@@ -108,14 +108,17 @@ def heat_colours(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*sha
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def heat_layer(scores: Float[Tensor, " N"], grid: tuple[int, int]) -> Image.Image:
+def heat_layer(
+    scores: Float[Tensor, " N"], grid: tuple[int, int], limits: tuple[float, float] | None = None
+) -> Image.Image:
     """Return the scores of one image as RGB colours, one pixel a patch.
 
-    Scores are stretched from their minimum to their 98th percentile, so that a single patch with most of the
-    attention, which ViTs have, does not leave all others black. Equal scores give the darkest colour.
+    Scores are stretched between `limits`; by default from their minimum to their 98th percentile, so that a single
+    patch with most of the attention, which ViTs have, does not leave all others black. Equal scores give the darkest
+    colour.
     """
     values = np.nan_to_num(scores.detach().cpu().double().numpy()).reshape(grid)
-    low, high = values.min(), np.quantile(values, 0.98)
+    low, high = limits or (values.min(), np.quantile(values, 0.98))
     stretched = (values - low) / (high - low) if high > low else np.zeros_like(values)
     return Image.fromarray(heat_colours(stretched))
 
@@ -134,9 +137,11 @@ def to_image(pixels: UInt8[Tensor, "3 H W"], side: int | None = None) -> Image.I
     return image
 
 
-def heat_map(image: Image.Image, scores: Float[Tensor, " N"], grid: tuple[int, int]) -> Image.Image:
+def heat_map(
+    image: Image.Image, scores: Float[Tensor, " N"], grid: tuple[int, int], limits: tuple[float, float] | None = None
+) -> Image.Image:
     """Return the smoothed `heat_layer` over a grey copy of `image`, RGB."""
-    heat = heat_layer(scores, grid).resize(image.size, Image.Resampling.BICUBIC)
+    heat = heat_layer(scores, grid, limits).resize(image.size, Image.Resampling.BICUBIC)
     return Image.blend(image.convert("L").convert("RGB"), heat, HEAT_OPACITY)
 
 
