@@ -35,6 +35,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+import aclip
 from aclip import data, models, rng
 from aclip.data.tar_files import Sample, write_tar
 
@@ -129,3 +130,48 @@ def compose(
         alpha.paste(resized.getchannel("A"), at)
         outline[:] = np.asarray(alpha) > 127
     return np.asarray(canvas), outlines
+
+
+@torch.no_grad()
+def measure(runs: Sequence[str], shown: Sequence[Scene]) -> None:
+    """Print how well the maps of each run find the objects of scenes."""
+    table = Table("run", "answers", "map", "points", "IoU", "named", box=None)
+    named = torch.from_numpy(np.concatenate([np.stack([scene.outlines[i] for scene in shown]) for i in (0, 1)]))
+    others = named.roll(len(shown), 0)
+    for run in runs:
+        model = aclip.load(run)
+        visual, grid = models.visual_of(model.model), models.vit_of(models.visual_of(model.model)).grid_size
+        pixels = torch.stack([model.preprocess(Image.fromarray(scene.image)) for scene in shown])
+        texts = torch.stack([model.encode_texts([scene.texts[i] for scene in shown]) for i in (0, 1)])
+        features = torch.cat([model.encode_image(some) for some in pixels.split(100)])
+        answers = ((features * texts).sum(-1) > (features * texts.roll(1, dims=1)).sum(-1)).float().mean()
+        attention = torch.cat([model.attention_scores(some) for some in pixels.split(100)])
+        both = torch.cat([models.text_maps(visual, one[None], two) for one, two in
+                          zip(pixels, texts.transpose(0, 1), strict=True)])  # (B, 2, N)
+        draw = torch.Generator().manual_seed(0)
+        y, x = (torch.linspace(-1, 1, side) for side in grid)
+        maps = {"of the text": both.transpose(0, 1).flatten(0, 1), "attention": attention.repeat(2, 1),
+                "centre": -(y[:, None] ** 2 + x ** 2).flatten().expand(len(named), -1),
+                "random": torch.rand(len(named), grid[0] * grid[1], generator=draw)}
+        for number, (name, one) in enumerate(maps.items()):
+            large = F.interpolate(one.reshape(-1, 1, *grid), (CANVAS, CANVAS), mode="bilinear")[:, 0]
+            table.add_row("" if number else run, "" if number else f"{answers:.1%}", name,
+                          *(f"{value:.1%}" for value in scores(large, named, others)))
+    Console().print(table)
+
+
+def scores(
+    maps: Float[Tensor, "n h w"], named: Bool[Tensor, "n h w"], others: Bool[Tensor, "n h w"]
+) -> tuple[float, float, float]:
+    """Return what the table has of maps: points, IoU, named (ties are half right)."""
+    values, right, wrong = maps.flatten(1), named.flatten(1), others.flatten(1)
+    points = right.gather(1, values.argmax(dim=1, keepdim=True)).float().mean()
+    order = values.argsort(dim=1, descending=True).argsort(dim=1)
+    chosen = order < right.sum(dim=1, keepdim=True)
+    iou = ((chosen & right).sum(dim=1) / (chosen | right).sum(dim=1)).mean()
+    on_right, on_wrong = ((values * part).sum(dim=1) / part.sum(dim=1) for part in (right, wrong))
+    return float(points), float(iou), float(((on_right - on_wrong).sign() / 2 + 0.5).mean())
+
+
+if __name__ == "__main__":
+    main()

@@ -56,8 +56,9 @@ class Explanation:
         if not self.texts:
             return draw_sheet(panels)
         limits = float(self.maps.min()), float(self.maps.max())
-        panels += [Panel(heat_map(self.image, torch.from_numpy(one), grid, limits), text, f"similarity {similarity:.3f}")
-                   for text, one, similarity in zip(self.texts, self.maps, self.similarity, strict=True)]
+        for text, one, value in zip(self.texts, self.maps, self.similarity, strict=True):
+            heat = heat_map(self.image, torch.from_numpy(one), grid, limits)
+            panels.append(Panel(heat, text, f"similarity {value:.3f}"))
         return with_scale(draw_sheet(panels), *limits, "similarity of a patch to the text below it")
 
 
@@ -87,7 +88,6 @@ def explain(
     from aclip import models
     from aclip.data.evaluation_set import limit_aspect
     from aclip.models.loaded import open_image
-    from aclip.models.maps import text_maps
 
     if isinstance(images, str | Path | Image.Image | np.ndarray) or isinstance(texts, str):
         raise ConfigError("explain takes lists of images and of texts, such as ['street.jpg'], ['a red bus']")
@@ -110,7 +110,7 @@ def explain(
         if wanted is not None:
             with torch.no_grad():
                 similarity = wanted @ loaded.encode_image(pixels)[0]
-            maps = text_maps(visual, pixels, wanted)[0]
+            maps = models.text_maps(visual, pixels, wanted)[0]
         explanations.append(Explanation(
             loaded.display_transform(SHOWN)(image), texts, attention.reshape(grid).cpu().numpy(),
             kept.reshape(grid).cpu().numpy(), maps.reshape(-1, *grid).cpu().numpy(), similarity.cpu().numpy()))

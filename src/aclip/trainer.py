@@ -191,7 +191,8 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
         trainer.wrapped.refresh()
         if shown and dist.rank() == 0:
             images, captions = zip(*shown, strict=True)
-            take_snapshot(trainer.wrapped.whole, images, captions, step, folder.snapshots)
+            tokens = tokenizer(list(captions)) if method.plan.uses_text else None
+            take_snapshot(trainer.wrapped.whole, images, captions, step, folder.snapshots, tokens)
 
     def evaluate(step: int) -> None:
         look(step)

@@ -6,6 +6,7 @@ What needs open_clip, timm or torchvision, which take seconds to import, is impo
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from aclip.models.maps import text_maps
 from aclip.models.text import can_cut, cut_after_eot, encode_hidden_text, encode_text, logit_scale_of, text_tower_of
 from aclip.models.vision import (
     NO_ATTENTION_SCORES,
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["NO_ATTENTION_SCORES", "ImageTower", "LoadedModel", "Tokenizer", "attention_pool_of", "can_cut",
            "create_model", "cut_after_eot", "encode_hidden_text",
            "encode_image", "encode_text", "list_models", "load", "logit_scale_of", "model_config",
-           "patch_embedding_of", "preprocess_config", "resize_images", "resolve_source", "shape_of", "text_tower_of",
-           "tokenizer_of", "visual_of", "vit_of"]
+           "patch_embedding_of", "preprocess_config", "resize_images", "resolve_source", "shape_of", "text_maps",
+           "text_tower_of", "tokenizer_of", "visual_of", "vit_of"]
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:

@@ -143,13 +143,14 @@ def looks(run: RunFiles) -> dict[str, Any] | None:
 
     last = run.snapshots[-1]
     shots = [shot for shot in run.snapshots if shot.captions == last.captions]
-    rows = [{"caption": caption, "image": to_image(last.images[i], SIDE), "columns": [
+    rows = [{"caption": caption, "image": to_image(last.images[i], SIDE),
+             "map": None if last.maps is None else heat_layer(last.maps[i], last.grid), "columns": [
         {"step": shot.step, "heat": heat_layer(shot.scores[i], shot.grid),
          "veil": veil_layer(shot.keep_indices[i], shot.grid),
          "fraction": float(shot.scores[i][shot.keep_indices[i]].sum()) / (float(shot.scores[i].sum()) or math.nan)}
         for shot in shots]} for i, caption in enumerate(last.captions[:MAX_IMAGES])]
     return {"steps": [shot.step for shot in shots], "rows": rows, "kept": last.keep_indices.shape[1],
-            "patches": last.scores.shape[1]}
+            "patches": last.scores.shape[1], "mapped": last.maps is not None}
 
 
 def training_curves(records: Sequence[Record]) -> dict[str, list[Markup]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,7 @@ class Snapshot:
     grid: tuple[int, int]  # patches (down, across)
     captions: tuple[str, ...]
     step: int
+    maps: Float[Tensor, "n N"] | None = None  # similarity of each patch to the caption; None without text
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
@@ -54,8 +56,9 @@ def snapshot_path(folder: Path, step: int) -> Path:
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     """Write a snapshot atomically."""
-    dtypes = {"images": torch.uint8, "scores": torch.float32, "keep_indices": torch.int64}
-    tensors = {name: getattr(snapshot, name).detach().to("cpu", dtype).contiguous() for name, dtype in dtypes.items()}
+    dtypes = {"images": torch.uint8, "scores": torch.float32, "keep_indices": torch.int64, "maps": torch.float32}
+    tensors = {name: getattr(snapshot, name).detach().to("cpu", dtype).contiguous() for name, dtype in dtypes.items()
+               if getattr(snapshot, name) is not None}
     header = {"captions": json.dumps(snapshot.captions), "grid": json.dumps(snapshot.grid), "step": str(snapshot.step)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -72,7 +75,7 @@ def read_snapshot(path: Path) -> Snapshot:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in ("images", "scores", "keep_indices")}
+            tensors = {name: file.get_tensor(name) for name in {"images", "scores", "keep_indices", *file.keys()}}
         down, across = json.loads(header["grid"])
         captions = tuple(json.loads(header["captions"]))
         return Snapshot(**tensors, grid=(down, across), captions=captions, step=int(header["step"]))
@@ -81,12 +84,14 @@ def read_snapshot(path: Path) -> Snapshot:
 
 
 def take_snapshot(
-    method: Method, images: Sequence[Image.Image], captions: Sequence[str], step: int, folder: Path
+    method: Method, images: Sequence[Image.Image], captions: Sequence[str], step: int, folder: Path,
+    tokens: Int[Tensor, "n T"] | None = None,
 ) -> Path:
     """Write what `method` scores and keeps of whole, unaugmented RGB images after `step` steps; return the file.
 
     The passes run as in training, on views that each show the whole image. The pass that masks most is shown; a
-    recipe without masking shows the online encoder's attention, and keeps everything. The method is unchanged.
+    recipe without masking shows the online encoder's attention, and keeps everything. With the captions' tokens, the
+    file also has the map of each caption, by the online encoder. The method is unchanged.
     """
     batch = _whole_images(images, method.plan.view_sizes).to(method.mean.device)
     with torch.no_grad():
@@ -94,10 +99,11 @@ def take_snapshot(
         shown = max(method.plan.passes.values(), key=lambda p: p.num_patches - p.num_keep)
         keep = passes[shown.name].keep_indices
         scores = _scores(method, batch, passes, shown)
+        maps = None if tokens is None else _maps(method, batch, tokens.to(method.mean.device), shown)
     kept = torch.arange(shown.num_patches).expand(batch.size, -1) if keep is None else keep[0]
     path = snapshot_path(folder, step)
     pixels = batch.views[shown.spec.views[0]].pixels
-    write_snapshot(path, Snapshot(pixels, scores, kept, shown.grid_size, tuple(captions), step))
+    write_snapshot(path, Snapshot(pixels, scores, kept, shown.grid_size, tuple(captions), step, maps))
     return path
 
 
@@ -157,13 +163,21 @@ def _scores(method: Method, batch: Batch, passes: dict[str, Encoded], shown: Pas
     used = method.scores_for(method.plan, shown, shown.spec.views[0], batch.views, passes)
     if used is not None:
         return used
-    view = batch.views[shown.spec.views[0]]
     if not method.plan.shape.scored:  # the tower has no attention to show
         return torch.zeros(batch.size, shown.num_patches)
-    pixels = resized(augment.apply(view, method.mean, method.std), shown.image_size)
-    encoding = models.encode_image(models.visual_of(method.model), pixels, return_scores=True)
+    encoding = models.encode_image(models.visual_of(method.model), _pixels(method, batch, shown), return_scores=True)
     assert encoding.scores is not None
     return encoding.scores
+
+
+def _maps(method: Method, batch: Batch, tokens: Tensor, shown: PassPlan) -> Tensor:
+    texts = F.normalize(models.encode_text(method.model, tokens).float(), dim=-1)
+    maps = models.text_maps(models.visual_of(method.model), _pixels(method, batch, shown), texts)
+    return maps.diagonal().mT  # image i and caption i
+
+
+def _pixels(method: Method, batch: Batch, shown: PassPlan) -> Tensor:
+    return resized(augment.apply(batch.views[shown.spec.views[0]], method.mean, method.std), shown.image_size)
 
 
 def _whole_images(images: Sequence[Image.Image], sizes: Mapping[str, tuple[int, int]]) -> Batch:
