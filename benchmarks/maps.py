@@ -55,10 +55,11 @@ def main() -> None:
     """Make scenes, or measure on others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", default="tuxpaint:all", help="source of cut-out images")
+    parser.add_argument("--objects", type=int, default=24, help="how many of its photos")
     verbs = parser.add_subparsers(required=True, dest="verb")
     make, test = verbs.add_parser("make"), verbs.add_parser("measure")
     make.add_argument("folder", type=Path)
-    make.add_argument("--count", type=int, default=20_000)
+    make.add_argument("--count", type=int, default=5000)
     test.add_argument("runs", nargs="+")
     test.add_argument("--count", type=int, default=500)
     args = parser.parse_args()
@@ -66,9 +67,9 @@ def main() -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
         with (args.folder / "scenes.tar").open("wb") as file:
             write_tar(file, (stored(f"{number:06}", scene) for number, scene in
-                             enumerate(scenes(args.photos, "train", args.count))))
+                             enumerate(scenes(args.photos, args.objects, "train", args.count))))
         return
-    measure(args.runs, list(scenes(args.photos, "test", args.count)))
+    measure(args.runs, list(scenes(args.photos, args.objects, "test", args.count)))
 
 
 def stored(name: str, scene: Scene) -> Sample:
@@ -79,22 +80,23 @@ def stored(name: str, scene: Scene) -> Sample:
     return Sample(name, {"jpg": jpeg.getvalue(), "json": json.dumps({"captions": captions}).encode()})
 
 
-def scenes(photos: str, split: str, count: int) -> Iterator[Scene]:
-    """Yield scenes, each a function of its number and split."""
+def scenes(photos: str, objects: int, split: str, count: int) -> Iterator[Scene]:
+    """Yield scenes of some of the source's photos, with sentences of their own, each a function of number and split."""
     source = data.open_source(photos)
-    cut_outs, texts = [], []
-    for raw in track(map(source.read, range(len(source))), "objects", total=len(source)):
+    cut_outs: list[Image.Image] = []
+    texts: list[str] = []
+    for raw in map(source.read, rng.generator(0, "maps").permutation(len(source)).tolist()):
+        if raw.label != "photo" or raw.captions[0] in texts or len(texts) == objects:
+            continue
         image = Image.open(io.BytesIO(raw.image)).convert("RGBA")
         image = image.crop(image.getchannel("A").getbbox())
         image.thumbnail((SIDES[1], SIDES[1]), Image.Resampling.LANCZOS)
-        if raw.label == "photo" and (np.asarray(image)[..., 3] > 128).sum() > 0.1 * SIDES[0] ** 2:
+        if (np.asarray(image)[..., 3] > 128).sum() > 0.1 * SIDES[0] ** 2:
             cut_outs.append(image)
             texts.append(raw.captions[0])
     for number in track(range(count), f"{split} scenes"):
         draw = rng.generator(0, "maps", split, number)
         first, second = (int(one) for one in draw.choice(len(texts), 2, replace=False))
-        while texts[second] == texts[first]:
-            second = int(draw.integers(len(texts)))
         image, outlines = compose([cut_outs[first], cut_outs[second]], clutter(cut_outs, draw), draw)
         yield Scene(image, outlines, (texts[first], texts[second]))
 

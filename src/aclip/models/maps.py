@@ -1,4 +1,4 @@
-"""Where an image answers a text: patches in the joint space."""
+"""Where an image answers a text: how much each patch's attention raises their similarity."""
 
 from typing import Any
 
@@ -8,37 +8,78 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from aclip.models.vision import encode_image, vit_of
+from aclip.errors import UnsupportedModelError
+from aclip.models.blocks import blocks_of, run_block
+from aclip.models.vision import NO_ATTENTION_SCORES, embed_tokens, vit_of
 
 
-class _EachToItself(TorchFunctionMode):
-    """Lets the last attention of a forward pass attend from each token to itself alone: its output is its values."""
+class _Attentions(TorchFunctionMode):
+    """Keeps queries, keys, values and outputs of all attentions that run meanwhile."""
 
-    def __init__(self, calls: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.left = calls
+        self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **kwargs or {})
         if function is F.scaled_dot_product_attention:
-            self.left -= 1
-            if self.left == 0:
-                return args[2]
-        return function(*args, **kwargs or {})
+            self.calls.append((*args, output))
+        return output
 
 
-@torch.no_grad()
 def text_maps(
     visual: nn.Module, pixels: Float[Tensor, "B 3 h w"], text_features: Float[Tensor, "T D"]
 ) -> Float[Tensor, "B T N"]:
-    """Return the cosine similarity of each patch, in the joint space, to each text.
+    """Return the relevance of each patch to the similarity of image and text, by gradient-weighted attention rollout.
+
+    Chefer et al., "Generic attention-model explainability" (arXiv 2103.15679), equations 5 and 6. With S the cosine
+    similarity and A_h the attention maps of a block's heads, over all blocks, from R = 1 on,
+
+        R <- R + mean_h max(0, A_h . dS/dA_h) R
+
+    The map is the class token's row of R, its patches; in a tower that pools by attention (SigLIP), the row of the
+    pool's query, mean_h max(0, A_h . dS/dA_h) R.
 
     Args:
-        visual: an image tower, as `encode_image` takes it.
-        pixels: (B, 3, h, w) float32, normalised.
-        text_features: (T, D), L2-normalised.
+        visual: an image tower, as `encode_image` takes it, in fp32.
+        pixels: (B, 3, h, w) float32, normalised; h and w multiples of the patch size.
+        text_features: (T, D) float32, L2-normalised.
+
+    Returns:
+        (B, T, N) float32, not negative, without gradient; 0 is no relevance.
+
+    Raises:
+        UnsupportedModelError: a tower without attention scores.
     """
     vit = vit_of(visual)
-    with _EachToItself(len(vit.stack.resblocks if hasattr(vit.stack, "resblocks") else vit.stack.blocks)):
-        patches = encode_image(visual, pixels, return_patches=True).patches
-    assert patches is not None
-    return text_features @ F.normalize(vit.project(patches), dim=-1).mT
+    if vit.scored_by is None:
+        raise UnsupportedModelError(NO_ATTENTION_SCORES)
+    with torch.enable_grad(), _Attentions() as attentions:
+        x = embed_tokens(vit, pixels.detach().requires_grad_())  # attention has a gradient even in a frozen tower
+        for block in blocks_of(vit.stack):
+            x, _ = run_block(block, x, None, False, None, False, None)
+        pooled, _ = vit.pool(x, False)
+        similarity = F.normalize(vit.project(pooled), dim=-1) @ text_features.mT
+    calls, outputs = attentions.calls, [output for *_, output in attentions.calls]
+    maps = []
+    for one in similarity.unbind(1):
+        gradients = torch.autograd.grad(one.sum(), outputs, retain_graph=True)
+        weights = [_weights(*call[:3], gradient) for call, gradient in zip(calls, gradients, strict=True)]
+        last = weights.pop() if vit.scored_by == "pool" else None
+        relevance = torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)
+        for weight in weights:
+            relevance = relevance + weight @ relevance
+        if last is not None:  # a pool may leave out the prefix
+            relevance = last @ relevance[:, x.shape[1] - last.shape[2]:]
+        maps.append(relevance[:, 0, vit.num_prefix_tokens:])
+    return torch.stack(maps, dim=1)
+
+
+@torch.no_grad()
+def _weights(
+    q: Float[Tensor, "B H M d"], k: Float[Tensor, "B H L d"], v: Float[Tensor, "B H L d"],
+    gradient: Float[Tensor, "B H M d"],
+) -> Float[Tensor, "B M L"]:
+    """Return mean_h max(0, A_h . dS/dA_h), given the gradient of the output A v, which times v is that of A."""
+    attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return (attention * (gradient @ v.mT)).clamp_min(0).mean(dim=1)

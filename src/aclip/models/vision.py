@@ -60,9 +60,7 @@ def encode_image(
         raise ValueError("scores rank all patches: they cannot be returned when only some are kept")
     if return_scores and vit.scored_by is None:
         raise UnsupportedModelError(NO_ATTENTION_SCORES)
-    x = _embed_patches(vit, pixels, keep_indices, mask_token)
-    prefix = vit.prefix()
-    x = vit.norm_before(torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1))
+    x = embed_tokens(vit, pixels, keep_indices, mask_token)
     num_tokens, first_patch = x.shape[1], vit.num_prefix_tokens
 
     reads_all = return_patches or not vit.reads_first
@@ -74,6 +72,17 @@ def encode_image(
     return ImageEncoding(
         features=vit.project(pooled), cls=pooled, scores=scores if pool_scores is None else pool_scores,
         patches=vit.norm_patches(x[:, first_patch:]) if return_patches else None, num_tokens=num_tokens)
+
+
+def embed_tokens(
+    vit: "Vit",
+    pixels: Float[Tensor, "B 3 h w"],
+    keep_indices: Int[Tensor, "B K"] | None = None,
+    mask_token: Float[Tensor, " C"] | None = None,
+) -> Float[Tensor, "B L C"]:
+    """Return what the first block reads: class token and registers, then the patches; arguments of `encode_image`."""
+    x = _embed_patches(vit, pixels, keep_indices, mask_token)
+    return cast(Tensor, vit.norm_before(torch.cat([vit.prefix().to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)))
 
 
 def _embed_patches(
