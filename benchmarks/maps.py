@@ -86,7 +86,7 @@ def scenes(photos: str, objects: int, split: str, count: int) -> Iterator[Scene]
     cut_outs: list[Image.Image] = []
     texts: list[str] = []
     for raw in map(source.read, rng.generator(0, "maps").permutation(len(source)).tolist()):
-        if raw.label != "photo" or raw.captions[0] in texts or len(texts) == objects:
+        if raw.label == "drawing" or raw.captions[0] in texts or len(texts) == objects:
             continue
         image = Image.open(io.BytesIO(raw.image)).convert("RGBA")
         image = image.crop(image.getchannel("A").getbbox())

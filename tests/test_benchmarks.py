@@ -27,6 +27,7 @@ IN_THIS_PROCESS = {
     "growth": "--size vit-micro --batch-size 2 --rounds 1 --device cpu --precision fp32 --output FOLDER/growth.svg "
               "--panels batch_size",
     "kept_on_object": "RUN --data SHARD",
+    "maps": "--photos SHARD --objects 4 measure RUN --count 3",
     "parity": "--models vit-micro --formats open_clip",
     "parity_in": "vit-micro",
     "retrieval_memory": "--images 40 --captions 200 --width 16",

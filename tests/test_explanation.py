@@ -1,12 +1,12 @@
 """`aclip.explain` and the verb: arrays equal what the model says, and the drawing shows them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tower_oracles import fresh_model
 
 import aclip
 from aclip import models
@@ -19,7 +19,8 @@ TEXTS = ["a cat", "две собаки"]
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    return LoadedModel(fresh_model("vit-micro"), models.tokenizer_of("vit-micro")).eval()
+    torch.manual_seed(0)
+    return LoadedModel(models.create_model("vit-micro"), models.tokenizer_of("vit-micro")).eval()
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -44,7 +45,7 @@ def test_arrays_are_what_the_model_says(model: LoadedModel, tmp_path: Path) -> N
 
 
 def test_the_image_that_is_shown_is_the_part_that_the_model_sees(model: LoadedModel) -> None:
-    picture = Image.fromarray(noise(6, 10)).resize((1000, 600), Image.Resampling.NEAREST)
+    picture = Image.fromarray(noise(3, 5)).resize((1000, 600), Image.Resampling.BICUBIC)
     shown = aclip.explain(model, [picture])[0].image
     assert shown.mode == "RGB"
     assert shown.size == (448, 448)
@@ -52,7 +53,7 @@ def test_the_image_that_is_shown_is_the_part_that_the_model_sees(model: LoadedMo
     mean, std = (torch.tensor(visual.preprocess_cfg[key])[:, None, None] for key in ("mean", "std"))
     seen = ((model.preprocess(picture) * std + mean) * 255).permute(1, 2, 0).numpy()
     small = np.asarray(shown.resize((32, 32), Image.Resampling.BOX)).astype(float)
-    assert np.abs(small - seen).mean() < 5  # a crop elsewhere differs by some 80
+    assert np.abs(small - seen).mean() < 5  # a crop elsewhere differs by some 60
 
 
 def test_without_text_there_are_no_maps(model: LoadedModel) -> None:
@@ -62,19 +63,18 @@ def test_without_text_there_are_no_maps(model: LoadedModel) -> None:
 
 
 def test_the_figure_has_a_panel_a_text_on_one_scale(model: LoadedModel) -> None:
-    """The second text's panel is darkest where its map is lowest of all, and the first's has nothing as bright."""
+    """The second text's map has one light patch; the first's, which is flat and low, stays dark beside it."""
     explained, = aclip.explain(model, [np.full((32, 32, 3), 128, np.uint8)], TEXTS)
     maps = np.zeros((2, 8, 8), np.float32)
     maps[0], maps[1, 2, 3] = 0.1, 1.0
-    object.__setattr__(explained, "maps", maps)
-    drawn = np.asarray(explained.figure()).astype(int).sum(-1)
-    first = drawn[16:16 + 336, 16 + 3 * 352:16 + 3 * 352 + 336]
+    drawn = np.asarray(replace(explained, maps=maps).figure()).astype(int).sum(-1)
+    top = 16 + 336 + 2 * 24 + 16  # below the first row, its words and the gap
+    first, second = (drawn[top:top + 336, left:left + 336] for left in (16, 16 + 352))
     assert np.ptp(first) < 6
-    second = drawn[-40 - 24 * 2 - 336 - 16:-40 - 24 * 2 - 16, 16:16 + 336]
     y, x = np.unravel_index(second.argmax(), second.shape)
     assert abs(y - 2.5 * 42) < 21
     assert abs(x - 3.5 * 42) < 21
-    assert second.max() > first.max() > second.min()
+    assert second.max() > first.max() + 200 > second.min()
 
 
 def test_what_cannot_be_explained_is_said(model: LoadedModel, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ class Explanation:
         texts: T texts.
         attention: (H_p, W_p) in [0, 1], of the class token (or the attention pool) to each patch.
         kept: (H_p, W_p), the patches that attentive masking would keep.
-        maps: (T, H_p, W_p) in [-1, 1], cosine similarity of each patch to each text, in the joint space.
+        maps: (T, H_p, W_p) not negative, how much each patch makes the image more similar to each text, see
+            `aclip.models.text_maps`; 0 is not at all.
         similarity: (T,) in [-1, 1], cosine similarity of the image to each text.
     """
 
@@ -44,6 +45,7 @@ class Explanation:
         """Draw the image, its attention, the patches kept, and the map of each text on one scale of colours."""
         import torch
 
+        from aclip.report.page import compact
         from aclip.report.sheet import Panel, draw_sheet, with_scale
         from aclip.report.snapshots import heat_map, kept_patches
 
@@ -55,11 +57,12 @@ class Explanation:
             Panel(kept_patches(self.image, kept, grid), "patches kept", f"{len(kept)} of {down * across}")]
         if not self.texts:
             return draw_sheet(panels)
-        limits = float(self.maps.min()), float(self.maps.max())
+        limits = 0.0, float(self.maps.max())
         for text, one, value in zip(self.texts, self.maps, self.similarity, strict=True):
             heat = heat_map(self.image, torch.from_numpy(one), grid, limits)
             panels.append(Panel(heat, text, f"similarity {value:.3f}"))
-        return with_scale(draw_sheet(panels), *limits, "similarity of a patch to the text below it")
+        words = "how much a patch makes the image more similar to the text below it"
+        return with_scale(draw_sheet(panels, columns=4 if len(self.texts) == 1 else 3), "0", compact(limits[1]), words)
 
 
 def explain(

@@ -31,5 +31,5 @@ def test_titles_fit(text: str) -> None:
 
 def test_the_legend_shows_every_colour_between_its_ends() -> None:
     sheet = draw_sheet([Panel(Image.new("RGB", (9, 9)), "x")] * 2)
-    row = {tuple(pixel) for pixel in np.asarray(with_scale(sheet, -0.25, 0.5, "similarity"))[sheet.height + 6]}
+    row = {tuple(pixel) for pixel in np.asarray(with_scale(sheet, "0", "0.5", "similarity"))[sheet.height + 6]}
     assert {tuple(colour) for colour in heat_colours(np.linspace(0, 1, 240))} <= row

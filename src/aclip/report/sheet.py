@@ -46,13 +46,13 @@ def draw_sheet(panels: Sequence[Panel], columns: int = 4, side: int = 336) -> Im
     return sheet
 
 
-def with_scale(sheet: Image.Image, low: float, high: float, words: str) -> Image.Image:
-    """Return a sheet with a legend below it: the colours of `heat_layer` from `low` to `high`."""
+def with_scale(sheet: Image.Image, low: str, high: str, words: str) -> Image.Image:
+    """Return a sheet with a legend below it: the colours of `heat_layer` between two words, and what they mean."""
     bar = Image.fromarray(heat_colours(np.linspace(0, 1, 240))[None]).resize((240, LINE - 6))
     whole = Image.new("RGB", (sheet.width, sheet.height + LINE + GAP), PAPER)
     whole.paste(sheet)
     draw, x = ImageDraw.Draw(whole), float(GAP)
-    for part in (f"{low:.2f}", bar, f"{high:.2f}", words):
+    for part in (low, bar, high, words):
         if isinstance(part, str):
             draw.text((x, sheet.height), part, PALE, font_for(part))
             x += font_for(part).getlength(part) + 10
