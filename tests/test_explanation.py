@@ -56,6 +56,13 @@ def test_the_image_that_is_shown_is_the_part_that_the_model_sees(model: LoadedMo
     assert np.abs(small - seen).mean() < 5  # a crop elsewhere differs by some 60
 
 
+def test_a_model_that_is_not_square_sees_and_shows_its_own_shape() -> None:
+    wide = LoadedModel(models.create_model("vit-micro", image_size=(32, 64)), models.tokenizer_of("vit-micro")).eval()
+    explained, = aclip.explain(wide, [noise(100, 100)], TEXTS)
+    assert explained.maps.shape == (2, 8, 16)
+    assert explained.image.size == (2 * 448, 448)
+
+
 def test_without_text_there_are_no_maps(model: LoadedModel) -> None:
     explained, = aclip.explain(model, [noise(20, 20)])
     assert (explained.maps.shape, explained.similarity.shape) == ((0, 8, 8), (0,))

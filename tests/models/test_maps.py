@@ -77,8 +77,9 @@ def literal_timm(visual, image, text):
 @pytest.mark.parametrize("size", [(12, 20), (24, 16)], ids=["own size", "another size and aspect"])
 def test_maps_of_open_clips_vit(size):
     visual, pixels = small_vit(), images(2, size)
-    visual.requires_grad_(False)  # as some are loaded
-    maps = models.text_maps(visual, pixels, TEXTS)
+    visual.requires_grad_(False)
+    with torch.no_grad():
+        maps = models.text_maps(visual, pixels, TEXTS)
     assert maps.shape == (2, 2, size[0] * size[1] // 16)
     assert not maps.requires_grad
     if size == (12, 20):

@@ -55,7 +55,7 @@ def run_folder(tmp_path: Path) -> Path:
     images, keep = torch.zeros(2, 3, 16, 32, dtype=torch.uint8), torch.arange(8).view(2, 4)
     for step in (10, 15, 20):
         write_snapshot(snapshot_path(folder / "snapshots", step),
-                       Snapshot(images, torch.rand(2, 8), keep, (2, 4), ("a cat", EVIL), step))
+                       Snapshot(images, torch.rand(2, 8), keep, (2, 4), ("a cat", EVIL), step, torch.rand(2, 8)))
     example = {"key": EVIL, "caption": EVIL, "rank": 1, "thumbnail": thumbnail(),
                "top": [{"caption": EVIL, "similarity": 0.5}]}
     for name in ("val_a", "val_b"):

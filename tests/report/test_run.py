@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from synthetic_comparison import write_comparison_folder
 
 from aclip import report as reporting
 from aclip.errors import ConfigError
-from aclip.report import write_report
+from aclip.report import read_snapshot, write_report
+from aclip.report.snapshots import write_snapshot
 from conftest import write_lines
 
 
@@ -41,6 +43,16 @@ def test_everything_is_on_the_page(run_folder: Path) -> None:
     assert "missing" not in page.words()
     assert list(page.text)[1:] == ["results", "looks", "curves", "retrievals", "recipe", "skipped", "incidents",
                                    "environment"]
+
+
+def test_maps_of_captions_are_shown_where_there_are_any(run_folder: Path) -> None:
+    """Snapshots of recipes without text, and of earlier versions, have none."""
+    labels = [a["aria-label"] for _, a in report(run_folder).elements if "aria-label" in a]
+    assert [label for label in labels if label and label.startswith("where the image answers")] == [
+        "where the image answers: a cat", f"where the image answers: {EVIL}"]
+    for path in (run_folder / "snapshots").iterdir():
+        write_snapshot(path, replace(read_snapshot(path), maps=None))
+    assert "answers" not in report(run_folder).words("looks")
 
 
 def test_text_from_data_is_never_markup(run_folder: Path) -> None:

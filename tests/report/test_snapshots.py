@@ -6,8 +6,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
+from aclip import models
 from aclip.errors import CheckpointError
+from aclip.recipes import RECIPES
 from aclip.report.snapshots import (
     HEAT_OPACITY,
     Snapshot,
@@ -17,10 +20,12 @@ from aclip.report.snapshots import (
     kept_patches,
     read_snapshot,
     snapshot_path,
+    take_snapshot,
     to_image,
     veil_layer,
     write_snapshot,
 )
+from tests_support import build, random_batch
 
 
 @pytest.fixture
@@ -38,6 +43,7 @@ def test_round_trip(parts, tmp_path):
     read = read_snapshot(path)
     for name in ("images", "scores", "keep_indices"):
         assert torch.equal(getattr(read, name), parts[name])
+    assert read.maps is None
     assert (read.grid, read.captions, read.step) == ((2, 3), parts["captions"], 123)
     assert list(path.parent.iterdir()) == [path]
 
@@ -50,6 +56,19 @@ def test_types_are_those_of_the_format(parts, tmp_path):
     assert (read.images.dtype, read.scores.dtype, read.keep_indices.dtype) == (
         torch.uint8, torch.float32, torch.int64)
     assert torch.equal(read.images, parts["images"])
+
+
+def test_the_map_of_an_image_is_that_of_its_own_caption(tmp_path):
+    method = build(RECIPES["a-clip"], "vit-micro")
+    batch = random_batch(method.plan, batch_size=2)
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)) for i in range(2)]
+    read = read_snapshot(take_snapshot(method, pictures, ["a", "b"], 0, tmp_path, batch.tokens))
+    pixels = (read.images / 255 - method.mean[:, None, None]) / method.std[:, None, None]
+    texts = F.normalize(models.encode_text(method.model, batch.tokens), dim=-1).detach()
+    for i in range(2):
+        expected = models.text_maps(method.model.visual, pixels[i:i + 1], texts[i:i + 1])[0, 0]
+        torch.testing.assert_close(read.maps[i], expected, rtol=1e-3, atol=1e-7)
+    assert read.maps.any()
 
 
 def test_missing_truncated_and_foreign_files_are_named(parts, tmp_path):

@@ -27,6 +27,7 @@ class _Attentions(TorchFunctionMode):
         return output
 
 
+@torch.enable_grad()
 def text_maps(
     visual: nn.Module, pixels: Float[Tensor, "B 3 h w"], text_features: Float[Tensor, "T D"]
 ) -> Float[Tensor, "B T N"]:
@@ -54,7 +55,7 @@ def text_maps(
     vit = vit_of(visual)
     if vit.scored_by is None:
         raise UnsupportedModelError(NO_ATTENTION_SCORES)
-    with torch.enable_grad(), _Attentions() as attentions:
+    with _Attentions() as attentions:
         x = embed_tokens(vit, pixels.detach().requires_grad_())  # attention has a gradient even in a frozen tower
         for block in blocks_of(vit.stack):
             x, _ = run_block(block, x, None, False, None, False, None)

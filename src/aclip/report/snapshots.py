@@ -99,7 +99,7 @@ def take_snapshot(
         shown = max(method.plan.passes.values(), key=lambda p: p.num_patches - p.num_keep)
         keep = passes[shown.name].keep_indices
         scores = _scores(method, batch, passes, shown)
-        maps = None if tokens is None else _maps(method, batch, tokens.to(method.mean.device), shown)
+        maps = _maps(method, batch, tokens, shown) if tokens is not None and method.plan.shape.scored else None
     kept = torch.arange(shown.num_patches).expand(batch.size, -1) if keep is None else keep[0]
     path = snapshot_path(folder, step)
     pixels = batch.views[shown.spec.views[0]].pixels
@@ -171,9 +171,10 @@ def _scores(method: Method, batch: Batch, passes: dict[str, Encoded], shown: Pas
 
 
 def _maps(method: Method, batch: Batch, tokens: Tensor, shown: PassPlan) -> Tensor:
-    texts = F.normalize(models.encode_text(method.model, tokens).float(), dim=-1)
-    maps = models.text_maps(models.visual_of(method.model), _pixels(method, batch, shown), texts)
-    return maps.diagonal().mT  # image i and caption i
+    texts = F.normalize(models.encode_text(method.model, tokens.to(method.mean.device)).float(), dim=-1)
+    visual, images = models.visual_of(method.model), _pixels(method, batch, shown)
+    return torch.cat([models.text_maps(visual, image[None], text[None])[:, 0]
+                      for image, text in zip(images, texts, strict=True)])
 
 
 def _pixels(method: Method, batch: Batch, shown: PassPlan) -> Tensor:
