@@ -97,8 +97,8 @@ def scenes(photos: str, objects: int, split: str, count: int) -> Iterator[Scene]
     for number in track(range(count), f"{split} scenes"):
         draw = rng.generator(0, "maps", split, number)
         first, second = (int(one) for one in draw.choice(len(texts), 2, replace=False))
-        image, outlines = compose([cut_outs[first], cut_outs[second]], clutter(cut_outs, draw), draw)
-        yield Scene(image, outlines, (texts[first], texts[second]))
+        pixels, outlines = compose([cut_outs[first], cut_outs[second]], clutter(cut_outs, draw), draw)
+        yield Scene(pixels, outlines, (texts[first], texts[second]))
 
 
 def clutter(cut_outs: Sequence[Image.Image], draw: np.random.Generator) -> Image.Image:
@@ -127,9 +127,9 @@ def compose(
         scale = int(side) / max(image.size)
         resized = image.resize([max(1, round(scale * one)) for one in image.size], Image.Resampling.LANCZOS)
         alpha = Image.new("L", canvas.size)
-        at = tuple(int(c) + (int(side) - one) // 2 for c, one in zip(corner, resized.size, strict=True))
-        canvas.paste(resized, at, resized)
-        alpha.paste(resized.getchannel("A"), at)
+        left, top = (int(c) + (int(side) - one) // 2 for c, one in zip(corner, resized.size, strict=True))
+        canvas.paste(resized, (left, top), resized)
+        alpha.paste(resized.getchannel("A"), (left, top))
         outline[:] = np.asarray(alpha) > 127
     return np.asarray(canvas), outlines
 

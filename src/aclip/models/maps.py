@@ -61,11 +61,11 @@ def text_maps(
             x, _ = run_block(block, x, None, False, None, False, None)
         pooled, _ = vit.pool(x, False)
         similarity = F.normalize(vit.project(pooled), dim=-1) @ text_features.mT
-    calls, outputs = attentions.calls, [output for *_, output in attentions.calls]
+    calls = attentions.calls
     maps = []
     for one in similarity.unbind(1):
-        gradients = torch.autograd.grad(one.sum(), outputs, retain_graph=True)
-        weights = [_weights(*call[:3], gradient) for call, gradient in zip(calls, gradients, strict=True)]
+        gradients = torch.autograd.grad(one.sum(), [output for *_, output in calls], retain_graph=True)
+        weights = [_weights(q, k, v, gradient) for (q, k, v, _), gradient in zip(calls, gradients, strict=True)]
         last = weights.pop() if vit.scored_by == "pool" else None
         relevance = torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)
         for weight in weights:
@@ -83,4 +83,5 @@ def _weights(
 ) -> Float[Tensor, "B M L"]:
     """Return mean_h max(0, A_h . dS/dA_h), given the gradient of the output A v, which times v is that of A."""
     attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
-    return (attention * (gradient @ v.mT)).clamp_min(0).mean(dim=1)
+    weights: Tensor = (attention * (gradient @ v.mT)).clamp_min(0).mean(dim=1)
+    return weights
