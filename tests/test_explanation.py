@@ -108,7 +108,8 @@ def test_the_verb_writes_one_file_or_a_folder(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert all(text in said for text in TEXTS)
     assert str(one) in said.replace("\n", "")
-    assert Image.open(one).size[0] > 1000
+    with Image.open(one) as drawn:
+        assert drawn.width > 1000
     assert main(["explain", "vit-micro", *map(str, paths), "--output", str(folder)]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["000-cat.png", "001-cat.png"]
     assert main(["explain", "vit-micro", *map(str, paths), "--output", str(one)]) == 2
