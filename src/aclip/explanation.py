@@ -97,7 +97,7 @@ def explain(
     if not 0 < keep <= 1:
         raise ConfigError(f"keep is a fraction of the patches, above 0 and at most 1, not {keep:g}")
     loaded = models.load(model) if isinstance(model, str | Path) else model
-    visual, texts = models.visual_of(loaded.model), tuple(texts)
+    visual, enlarged, texts = models.visual_of(loaded.model), loaded.display_transform(SHOWN), tuple(texts)
     wanted = loaded.encode_texts(texts).to(loaded.device) if texts else None
     explanations = []
     for number, given in enumerate(images):
@@ -115,7 +115,7 @@ def explain(
                 similarity = wanted @ loaded.encode_image(pixels)[0]
             maps = models.text_maps(visual, pixels, wanted)[0]
         explanations.append(Explanation(
-            loaded.display_transform(SHOWN)(image), texts, attention.reshape(grid).cpu().numpy(),
+            enlarged(image), texts, attention.reshape(grid).cpu().numpy(),
             kept.reshape(grid).cpu().numpy(), maps.reshape(-1, *grid).cpu().numpy(), similarity.cpu().numpy()))
     return explanations
 
