@@ -37,7 +37,7 @@ from torch import Tensor
 
 import aclip
 from aclip import data, models, rng
-from aclip.data.tar_files import Sample, write_tar
+from aclip.data.packing import Sample, write_tar
 
 CANVAS, TILE = 128, 16
 SIDES = 48, 64  # of an object's square, pixels
