@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from aclip.objectives import OBJECTIVES
     from aclip.objectives import functional as losses
     from aclip.recipes import RECIPES, configure
+    from aclip.search import Index
     from aclip.trainer import Run, train
 
 __version__ = VERSION
@@ -38,16 +39,16 @@ _HOMES = {
     **dict.fromkeys(("Recipe", "Pass", "TextPass", "ObjectiveConfig", "EmaMomentum", "Optimization", "RunConfig"),
                     "aclip.config"),
     **dict.fromkeys(("SETS", "SOURCES"), "aclip.data"),
-    **dict.fromkeys(("explain", "Explanation"), "aclip.explanation"),
+    "Index": "aclip.search",
     "compare": "aclip.comparison",
     "load": "aclip.models",
     "MASKING": "aclip.masking",
     "OBJECTIVES": "aclip.objectives",
 }
 __all__ = [
-    "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "Explanation",
+    "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "Index",
     "ObjectiveConfig", "Optimization", "Pass", "Recipe", "Run", "RunConfig", "TextPass", "compare", "configure",
-    "evaluate", "explain", "export", "load", "losses", "train",
+    "evaluate", "export", "load", "losses", "train",
 ]
 
 

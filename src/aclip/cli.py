@@ -33,6 +33,8 @@ and its relatives, on your own images and captions, over open_clip.
                    a text
   export           hand a model to open_clip, transformers, ONNX Runtime or
                    torch.export
+  index            encode images so that they can be searched
+  search           find them by text, by image, or near-duplicates
   report           write the report of a run or comparison again
   recipes          list the methods
   recipes show     what a recipe does
@@ -61,6 +63,8 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "evaluate": ("aclip.evaluation", "evaluate", ("model",)),
     "explain": ("aclip.explanation", "draw_explanations", ("model", "images")),
     "export": ("aclip.exporters", "export", ("model",)),
+    "index": ("aclip.search", "index", ("model", "source")),
+    "search": ("aclip.search", "search", ("index", "query")),
     "report": ("aclip.report", "report", ("folder",)),
     "recipes": ("aclip.describe", "list_recipes", ()),
     "recipes show": ("aclip.describe", "show_recipe", ("recipe",)),
@@ -350,6 +354,8 @@ def _call(
         if name in extra or name == "changes":
             continue
         hint = _option(hints[name], parameter.default)
+        if name.endswith("_"):  # a keyword of Python, such as not_
+            hint = typing.Annotated[hint, tyro.conf.arg(name=name.rstrip("_"))]
         if name in positional:
             hint = typing.Annotated[hint, tyro.conf.Positional]
         parameters.append(parameter.replace(annotation=hint))

@@ -77,9 +77,7 @@ def encode_image_set(
     about: list[tuple[tuple[str, ...], str | None, str, int]] = []
     with evaluating(model), torch.inference_mode(), sharding.raise_on_all_ranks():
         for batch in images:
-            pixels = batch.pixels.to(device)
-            encoded = model.encode_image(pixels) if space == "joint" else model.encode_trunk(pixels)
-            features.append(F.normalize(encoded.float(), dim=-1) if space == "joint" else encoded.float())
+            features.append(encode_batch(model, batch.pixels, device, space))
             about += zip(batch.all_captions, batch.labels, batch.keys, batch.indices, strict=True)
             progress(len(batch.keys))
     found = _gather(features, device)
@@ -87,10 +85,20 @@ def encode_image_set(
     skipped = tuple(one for _, part in parts for one in part)
     if not len(found):
         raise DataError(f"nothing to evaluate: the set has no usable image ({len(skipped)} skipped)")
-    _check_finite(found, "images")
+    check_finite(found, "images")
     captions, labels, keys, indices = zip(*(one for part, _ in parts for one in part), strict=True)
     return ImageFeatures(found, captions, labels, keys, skipped,
                          lambda i: decode_image(images.source.read(indices[i]).image))
+
+
+def encode_batch(
+    model: LoadedModel, pixels: Float[Tensor, "B 3 h w"], device: torch.device, space: Space = "joint"
+) -> Float[Tensor, "B _"]:
+    """Return float32 features of a batch on `device`, where the model is; L2-normalised in the joint space."""
+    pixels = pixels.to(device)
+    if space == "trunk":
+        return model.encode_trunk(pixels).float()
+    return F.normalize(model.encode_image(pixels).float(), dim=-1)
 
 
 class TextEncoder:
@@ -117,7 +125,7 @@ class TextEncoder:
                 tokens = self._tokenizer(list(texts[start : start + TEXT_BATCH_SIZE])).to(self.device)
                 features.append(F.normalize(self.model.encode_text(tokens, normalize=True).float(), dim=-1))
         found = _gather(features, self.device)
-        _check_finite(found, "texts")
+        check_finite(found, "texts")
         return found
 
     def cached(self, key: Hashable, compute: Callable[[], Float[Tensor, "M D"]]) -> Float[Tensor, "M D"]:
@@ -229,7 +237,8 @@ def _gather(parts: Sequence[Float[Tensor, "n D"]], device: torch.device) -> Floa
     return sharding.gather(torch.cat(list(parts)) if parts else torch.empty(0, 0, device=device))
 
 
-def _check_finite(features: Float[Tensor, "B _"], what: str) -> None:
+def check_finite(features: Float[Tensor, "B _"], what: str) -> None:
+    """Raise a `CheckpointError` for features that are NaN or inf; `what` names them in it, as in "images"."""
     bad = int((~features.sum(dim=1).isfinite()).sum())
     if bad:
         raise CheckpointError(f"the model's features of {bad:,} of {len(features):,} {what} are NaN or inf: its "

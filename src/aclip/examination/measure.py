@@ -228,7 +228,7 @@ def look_alikes(across: np.ndarray, down: np.ndarray, fingerprints: np.ndarray) 
             close = distance <= RADIUS
             first, second = _confirmed(first[close], second[close], fingerprints)
             if len(first):
-                groups = _join(groups, first, second)
+                groups = join_groups(groups, first, second)
     return groups
 
 
@@ -243,7 +243,7 @@ def _confirmed(first: np.ndarray, second: np.ndarray, fingerprints: np.ndarray) 
     return first[agree], second[agree]
 
 
-def _join(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def join_groups(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the groups with those of each pair joined."""
     from scipy.sparse import coo_array  # type: ignore[import-untyped]
     from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]

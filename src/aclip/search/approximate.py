@@ -1,0 +1,98 @@
+"""A graph of neighbours (HNSW, arXiv 1603.09320, by usearch) for indexes that are too large to compare all of."""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from aclip.data.progress import progress
+from aclip.files import write_atomically
+
+if TYPE_CHECKING:
+    from aclip.search.store import Index
+
+APPROXIMATE_FROM = 2_000_000
+"""Images from which a graph is built: comparing all of them takes about half a second at 512 dimensions."""
+
+EXPANSION = 256
+"""Candidates that a search keeps; more find more of the true neighbours and take longer."""
+
+_CHUNK = 10_000  # features added at a time
+_SAMPLE, _TOP = 100, 10  # queries whose recall is measured, and neighbours of each
+
+_log = logging.getLogger(__name__)
+
+
+def build_graph(index: "Index") -> None:
+    """Build the graph of an index that has none, note it in `index.json`, and log its recall."""
+    from aclip.search.store import DESCRIPTION
+
+    if index.description.get("graph"):
+        return
+    try:
+        from usearch.index import Index as Graph
+    except ImportError:
+        _log.info("%s images: pip install 'attentive-clip[search]' and the same command build a graph of neighbours, "
+                  "which answers in milliseconds", f"{len(index):,}")
+        return
+    name = f"graph-{index.description['generation']}.usearch"
+    graph = Graph(ndim=index.features.shape[1], metric="ip", dtype="f16", expansion_search=EXPANSION)
+    with progress("linking neighbours", len(index), "images") as advance:
+        for first in range(0, len(index), _CHUNK):
+            some = np.ascontiguousarray(index.features[first : first + _CHUNK])
+            graph.add(np.arange(first, first + len(some)), some, log=False)
+            advance(len(some))
+    part = index.folder / f".{name}.part"
+    graph.save(str(part))
+    part.replace(index.folder / name)
+    index.description["graph"] = name
+    write_atomically(index.folder / DESCRIPTION, json.dumps(index.description, indent=1) + "\n")
+    index.graph = open_graph(index.folder, name)
+    kind, found = recall(index)
+    _log.info("the graph finds %.1f %% of the %d nearest images of %s", 100 * found, _TOP, kind)
+
+
+def open_graph(folder: Path, name: str | None) -> Any:
+    """Return the graph of an index, memory-mapped; None if it has none or usearch is not installed."""
+    if name is None:
+        return None
+    try:
+        from usearch.index import Index as Graph
+    except ImportError:
+        return None
+    return Graph.restore(str(folder / name), view=True, expansion_search=EXPANSION)
+
+
+def search_graph(
+    graph: Any, features: np.ndarray, queries: Float[Tensor, "Q D"], top: int
+) -> tuple[Float[Tensor, "Q K"], Int[Tensor, "Q K"]]:
+    """Return the `top` largest products that the graph leads to, and their rows, (Q, K) each; see `Index.nearest`."""
+    matches = graph.search(queries.float().numpy(), top)
+    rows = torch.from_numpy(np.asarray(matches.keys).reshape(len(queries), -1).astype(np.int64))
+    found = torch.from_numpy(features[rows.numpy()]).float()
+    products = torch.einsum("qd,qkd->qk", queries.float(), found)
+    order = products.argsort(dim=1, descending=True, stable=True)
+    return products.gather(1, order), rows.gather(1, order)
+
+
+def recall(index: "Index", top: int = _TOP, count: int = _SAMPLE) -> tuple[str, float]:
+    """Return what was searched for, and the fraction of the true nearest images that the graph finds.
+
+    Queries are captions, spread over the index, if the model reads text: the features of texts lie apart from those of
+    images, which is harder for a graph. Without captions they are images.
+    """
+    rows = np.linspace(0, len(index) - 1, min(count, len(index)), dtype=np.int64)
+    captions = [hit.captions[0] for hit in index.hits(rows.tolist(), [0.0] * len(rows)) if hit.captions]
+    if captions and index.model.has_text:
+        kind, queries = f"{len(captions)} captions", index.model.encode_texts(captions)
+    else:
+        kind, queries = f"{len(rows)} images", torch.from_numpy(index.features[rows]).float()
+    exact = index.nearest(queries, top, exact=True)[1]
+    found = index.nearest(queries, top)[1]
+    hits = sum(len(set(a) & set(b)) for a, b in zip(exact.tolist(), found.tolist(), strict=True))
+    return kind, hits / exact.numel()

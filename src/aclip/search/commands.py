@@ -1,0 +1,180 @@
+"""`aclip index` and `aclip search`: results as a table, as JSON, or as a contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from PIL import Image
+
+    from aclip.models import LoadedModel
+    from aclip.search.store import Hit, Index
+
+    ModelLike = str | Path | LoadedModel
+    PathLike = str | Path
+    Words = str | Path | Sequence[str]
+else:  # what the command line parses
+    ModelLike, PathLike, Words = str, str, tuple[str, ...]
+
+CELL, _MARGIN, _LINES = 224, 12, 3  # pixels of a contact sheet, and lines of text below an image
+_GROUPS = 20  # of near-duplicates that a table or sheet shows
+
+
+def index(
+    model: ModelLike, source: Words, *, output: PathLike, weights: Literal["online", "ema"] = "online",
+    device: str = "auto", workers: int | None = None,
+) -> Index:
+    """Encode images so that they can be searched: features, names and captions in a folder.
+
+    Called again, it encodes only images that are new or changed, and forgets those that are gone. An image is unchanged
+    if its file has the same path, size and modification time; in shards and tables, the same bytes. A call that was
+    killed is continued by the next one, with the same result.
+
+    Args:
+        model: a run's folder, any model that training starts from (NAME:TAG, NAME:FILE, a folder), or a loaded model.
+        source: images of every kind that training takes, captions or not; one or several.
+        output: folder of the index.
+        weights: of a run: the trained model, or its image tower's moving average (ema).
+        device: auto, cpu, cuda, cuda:1, mps.
+        workers: processes that read images; default: what suits the cores and the device.
+
+    Returns:
+        The index. Images that cannot be read are counted, logged and named in its skipped.jsonl.
+
+    Raises:
+        ConfigError: an output that holds something else.
+        DataError: no usable image, a source that cannot be read, or a full disk; what was encoded stays.
+        CheckpointError: features that are NaN or inf.
+        MissingDependencyError: pyarrow is not installed.
+    """
+    from aclip.search.build import build
+
+    return build(model, source, Path(output), weights, device, workers)
+
+
+def search(
+    index: str, query: tuple[str, ...] = (), *, not_: tuple[str, ...] = (), top: int = 20, duplicates: bool = False,
+    threshold: float = 0.97, json: bool = False, sheet: str | None = None, exact: bool = False,
+    model: str | None = None, device: str = "auto",
+) -> list[Hit] | list[list[Hit]]:
+    """Search an index by text or image, or for near-duplicates.
+
+    Args:
+        index: folder that `aclip index` wrote.
+        query: a text, an image file, or several of both, which are added up.
+        not_: texts that the images should not be like.
+        top: number of images.
+        duplicates: list groups of images that look nearly the same instead.
+        threshold: of near-duplicates: least cosine of their features.
+        json: print JSON.
+        sheet: write the images found to this PNG or JPEG file as well.
+        exact: compare with all images even if the index has a graph of neighbours.
+        model: where the model lies if it has been moved.
+        device: auto, cpu, cuda, cuda:1, mps.
+
+    Returns:
+        The images found, the most similar first; or groups of near-duplicates, the largest first.
+    """
+    from aclip.errors import ConfigError
+    from aclip.search.store import Index
+
+    if duplicates and (query or not_):
+        raise ConfigError("--duplicates compares the images of the index with each other: leave the query out")
+    if sheet is not None and Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ConfigError(f"--sheet is the name of a .png or .jpg file, not '{sheet}'")
+    opened = Index(index, model=model, device=device, exact=exact)
+    groups = opened.duplicates(threshold) if duplicates else [opened.search(*query, not_=not_, top=top)]
+    if json:
+        _print_json(groups if duplicates else groups[0])
+    else:
+        _print_table(opened, groups, duplicates)
+    if sheet is not None:
+        write_sheet(opened, groups[:_GROUPS], Path(sheet))
+    return groups if duplicates else groups[0]
+
+
+def _print_json(found: Sequence[Hit] | Sequence[Sequence[Hit]]) -> None:
+    import json
+    import sys
+    from dataclasses import asdict, is_dataclass
+
+    records = [asdict(one) if is_dataclass(one) else [asdict(hit) for hit in one] for one in found]
+    sys.stdout.write(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+
+
+def _print_table(index: Index, groups: Sequence[Sequence[Hit]], duplicates: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if duplicates:
+        console.print(f"{len(groups):,} groups of near-duplicates, {sum(map(len, groups)):,} of {len(index):,} images"
+                      + (f"; the largest {_GROUPS}:" if len(groups) > _GROUPS else ""))
+    for number, group in enumerate(groups[:_GROUPS]):
+        table = Table("similarity", "image", "caption", box=None, pad_edge=False, show_header=number == 0)
+        for hit in group:
+            table.add_row(f"{hit.similarity:.3f}", Text(hit.path or hit.name, overflow="fold"),
+                          Text(_short(hit.captions[0] if hit.captions else "")))
+        console.print(table)
+        if number + 1 < len(groups[:_GROUPS]):
+            console.print()
+
+
+def write_sheet(index: Index, groups: Sequence[Sequence[Hit]], path: Path, columns: int = 5) -> None:
+    """Write images with similarity, caption and name below each to an image file; each group begins a row."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, line = ImageFont.load_default(13), 17
+    width, height = CELL + _MARGIN, CELL + _LINES * line + 2 * _MARGIN
+    places = [(row, column, hit) for group, first in zip(groups, _first_rows(groups, columns), strict=True)
+              for number, hit in enumerate(group) for row, column in [(first + number // columns, number % columns)]]
+    rows = max(row for row, _, _ in places) + 1 if places else 0
+    used = max((column for _, column, _ in places), default=0) + 1
+    page = Image.new("RGB", (used * width + _MARGIN, max(1, rows) * height + _MARGIN), "white")
+    draw = ImageDraw.Draw(page)
+    for row, column, hit in places:
+        left, top = column * width + _MARGIN, row * height + _MARGIN
+        cell = thumbnail(index, hit.row, CELL)
+        page.paste(cell, (left + (CELL - cell.width) // 2, top + (CELL - cell.height) // 2))
+        said = [f"{hit.similarity:.3f}", hit.captions[0] if hit.captions else "", Path(hit.name).name]
+        for number, words in enumerate(said):
+            text = _fitting(_short(words), lambda text: draw.textlength(text, font), CELL)
+            draw.text((left, top + CELL + 4 + number * line), text, "black" if number < 2 else "gray", font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
+
+
+def thumbnail(index: Index, row: int, side: int) -> Image.Image:
+    """Return an image of the index at most `side` pixels wide and high; a grey square if it cannot be read now."""
+    from PIL import Image
+
+    from aclip.errors import AclipError
+
+    try:
+        image = index.image(row, min_side=side)
+    except AclipError:
+        return Image.new("RGB", (side, side), "#ddd")
+    image.thumbnail((side, side))
+    return image
+
+
+def _first_rows(groups: Sequence[Sequence[Hit]], columns: int) -> list[int]:
+    starts = [0]
+    for group in groups:
+        starts.append(starts[-1] + -(-len(group) // columns))
+    return starts[:-1]
+
+
+def _short(text: str, most: int = 200) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _fitting(text: str, length: Callable[[str], float], width: float) -> str:
+    while text and length(text) > width:
+        text = text[:-4].rstrip() + "..." if len(text) > 4 else ""
+    return text
