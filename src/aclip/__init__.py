@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aclip.objectives import OBJECTIVES
     from aclip.objectives import functional as losses
     from aclip.recipes import RECIPES, configure
-    from aclip.search import Index
+    from aclip.search import Index, serve
     from aclip.trainer import Run, train
 
 __version__ = VERSION
@@ -39,16 +39,18 @@ _HOMES = {
     **dict.fromkeys(("Recipe", "Pass", "TextPass", "ObjectiveConfig", "EmaMomentum", "Optimization", "RunConfig"),
                     "aclip.config"),
     **dict.fromkeys(("SETS", "SOURCES"), "aclip.data"),
-    "Index": "aclip.search",
+    **dict.fromkeys(("explain", "Explanation"), "aclip.explanation"),
+    **dict.fromkeys(("Index", "serve"), "aclip.search"),
     "compare": "aclip.comparison",
     "load": "aclip.models",
     "MASKING": "aclip.masking",
     "OBJECTIVES": "aclip.objectives",
 }
 __all__ = [
-    "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "Index",
-    "ObjectiveConfig", "Optimization", "Pass", "Recipe", "Run", "RunConfig", "TextPass", "compare", "configure",
-    "evaluate", "export", "load", "losses", "train",
+    "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "Explanation",
+    "Index", "ObjectiveConfig", "Optimization", "Pass", "Recipe", "Run", "RunConfig", "TextPass", "compare",
+    "configure", "evaluate", "explain", "export", "load", "losses", "serve",
+    "train",
 ]
 
 

@@ -35,6 +35,7 @@ and its relatives, on your own images and captions, over open_clip.
                    torch.export
   index            encode images so that they can be searched
   search           find them by text, by image, or near-duplicates
+  serve            the same as a page, on this machine
   report           write the report of a run or comparison again
   recipes          list the methods
   recipes show     what a recipe does
@@ -65,6 +66,7 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "export": ("aclip.exporters", "export", ("model",)),
     "index": ("aclip.search", "index", ("model", "source")),
     "search": ("aclip.search", "search", ("index", "query")),
+    "serve": ("aclip.search", "serve", ("index",)),
     "report": ("aclip.report", "report", ("folder",)),
     "recipes": ("aclip.describe", "list_recipes", ()),
     "recipes show": ("aclip.describe", "show_recipe", ("recipe",)),

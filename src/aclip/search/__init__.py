@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aclip.search.commands import index, search
+    from aclip.search.commands import index, search, serve
     from aclip.search.store import Hit, Index
 
-__all__ = ["Hit", "Index", "index", "search"]
+__all__ = ["Hit", "Index", "index", "search", "serve"]
 
-_HOMES = {"index": "commands", "search": "commands", "Hit": "store", "Index": "store"}
+_HOMES = {"index": "commands", "search": "commands", "serve": "commands", "Hit": "store", "Index": "store"}
 
 
 def __getattr__(name: str) -> Any:

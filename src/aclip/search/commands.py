@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from PIL import Image
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:  # what the command line parses
     ModelLike, PathLike, Words = str, str, tuple[str, ...]
 
-CELL, _MARGIN, _LINES = 224, 12, 3  # pixels of a contact sheet, and lines of text below an image
+CELL = 224  # pixels: side of an image on a contact sheet
 _GROUPS = 20  # of near-duplicates that a table or sheet shows
 
 
@@ -91,9 +91,50 @@ def search(
         _print_json(groups if duplicates else groups[0])
     else:
         _print_table(opened, groups, duplicates)
-    if sheet is not None:
+    if sheet is not None and groups:
         write_sheet(opened, groups[:_GROUPS], Path(sheet))
     return groups if duplicates else groups[0]
+
+
+def serve(
+    index: PathLike, *, host: str = "127.0.0.1", port: int = 8000, password: str | None = None,
+    model: str | None = None, device: str = "auto",
+) -> None:
+    """Serve a page to search an index with, until it is interrupted.
+
+    Text and images in, a grid of images out; each opens large with the map of a text over it, the patches kept, and
+    what is similar. Nothing is loaded from elsewhere.
+
+    Args:
+        index: folder that `aclip index` wrote.
+        host: address to listen on; another than this machine's own needs a password.
+        port: to listen on; 0 takes a free one.
+        password: asked for by the browser, with any user name; also from the variable ACLIP_PASSWORD.
+        model: where the model lies if it has been moved.
+        device: auto, cpu, cuda, cuda:1, mps.
+
+    Raises:
+        ConfigError: no index, no password for others, or a port that is taken.
+        MissingDependencyError: starlette or uvicorn is not installed.
+    """
+    import os
+
+    from rich.console import Console
+
+    from aclip.errors import ConfigError, MissingDependencyError
+    from aclip.search.store import Index
+
+    password = password or os.environ.get("ACLIP_PASSWORD") or None
+    if host not in ("127.0.0.1", "localhost", "::1") and password is None:
+        raise ConfigError(f"--host {host} lets others in: set a --password, or leave --host out")
+    try:
+        from aclip.search import server
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("aclip serve needs starlette and uvicorn: pip install 'attentive-clip[serve]'"
+                                     ) from error
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    server.run(Index(index, model=model, device=device), host, port, password,
+               lambda address: console.print(f"open {address} (stop with Ctrl-C)"))
 
 
 def _print_json(found: Sequence[Hit] | Sequence[Sequence[Hit]]) -> None:
@@ -124,33 +165,27 @@ def _print_table(index: Index, groups: Sequence[Sequence[Hit]], duplicates: bool
             console.print()
 
 
-def write_sheet(index: Index, groups: Sequence[Sequence[Hit]], path: Path, columns: int = 5) -> None:
-    """Write images with similarity, caption and name below each to an image file; each group begins a row."""
-    from PIL import Image, ImageDraw, ImageFont
+def write_sheet(index: Index, groups: Sequence[Sequence[Hit]], path: Path) -> None:
+    """Write the images of groups, similarity and caption below each, to an image file; each group begins a row."""
+    from PIL import Image
 
-    font, line = ImageFont.load_default(13), 17
-    width, height = CELL + _MARGIN, CELL + _LINES * line + 2 * _MARGIN
-    places = [(row, column, hit) for group, first in zip(groups, _first_rows(groups, columns), strict=True)
-              for number, hit in enumerate(group) for row, column in [(first + number // columns, number % columns)]]
-    rows = max(row for row, _, _ in places) + 1 if places else 0
-    used = max((column for _, column, _ in places), default=0) + 1
-    page = Image.new("RGB", (used * width + _MARGIN, max(1, rows) * height + _MARGIN), "white")
-    draw = ImageDraw.Draw(page)
-    for row, column, hit in places:
-        left, top = column * width + _MARGIN, row * height + _MARGIN
-        cell = thumbnail(index, hit.row, CELL)
-        page.paste(cell, (left + (CELL - cell.width) // 2, top + (CELL - cell.height) // 2))
-        said = [f"{hit.similarity:.3f}", hit.captions[0] if hit.captions else "", Path(hit.name).name]
-        for number, words in enumerate(said):
-            text = _fitting(_short(words), lambda text: draw.textlength(text, font), CELL)
-            draw.text((left, top + CELL + 4 + number * line), text, "black" if number < 2 else "gray", font)
+    from aclip.report.sheet import Panel, draw_sheet
+
+    sheets = [draw_sheet([
+        Panel(thumbnail(index, hit.row, CELL, square=True), hit.captions[0] if hit.captions else Path(hit.name).name,
+              f"{hit.similarity:.3f}") for hit in group], columns=5, side=CELL) for group in groups]
+    page = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        page.paste(sheet, (0, top))
+        top += sheet.height
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
 
 
-def thumbnail(index: Index, row: int, side: int) -> Image.Image:
-    """Return an image of the index at most `side` pixels wide and high; a grey square if it cannot be read now."""
-    from PIL import Image
+def thumbnail(index: Index, row: int, side: int, *, square: bool = False) -> Image.Image:
+    """Return an image of the index at most `side` pixels wide and high; a grey one if it cannot be read now."""
+    from PIL import Image, ImageOps
 
     from aclip.errors import AclipError
 
@@ -159,22 +194,9 @@ def thumbnail(index: Index, row: int, side: int) -> Image.Image:
     except AclipError:
         return Image.new("RGB", (side, side), "#ddd")
     image.thumbnail((side, side))
-    return image
-
-
-def _first_rows(groups: Sequence[Sequence[Hit]], columns: int) -> list[int]:
-    starts = [0]
-    for group in groups:
-        starts.append(starts[-1] + -(-len(group) // columns))
-    return starts[:-1]
+    return ImageOps.pad(image, (side, side), color="white") if square else image
 
 
 def _short(text: str, most: int = 200) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def _fitting(text: str, length: Callable[[str], float], width: float) -> str:
-    while text and length(text) > width:
-        text = text[:-4].rstrip() + "..." if len(text) > 4 else ""
-    return text

@@ -155,15 +155,17 @@ class Index:
             DataError: an image that cannot be read.
             UnsupportedModelError: a text, and a model without a text tower.
         """
-        vector = self.encode_query(queries, [not_] if isinstance(not_, str) else not_)
+        texts = [query for query in queries if isinstance(query, str) and not _is_image(query)]
+        images = [query for query in queries if not isinstance(query, str) or _is_image(query)]
+        vector = self.encode_query(images, texts, [not_] if isinstance(not_, str) else not_)
         similarity, rows = self.nearest(vector[None], top)
         return self.hits(rows[0].tolist(), similarity[0].tolist())
 
-    def encode_query(self, queries: Sequence[ImageLike], without: Sequence[str] = ()) -> Float[Tensor, "D"]:
-        """Return the vector whose product with features ranks them; for arguments and errors see `search`."""
-        texts = [query for query in queries if isinstance(query, str) and not _is_image(query)]
-        images = [query for query in queries if not isinstance(query, str) or _is_image(query)]
-        if not queries or any(not text.strip() for text in (*texts, *without)):
+    def encode_query(
+        self, images: Sequence[ImageLike], texts: Sequence[str], without: Sequence[str] = ()
+    ) -> Float[Tensor, "D"]:
+        """Return the vector whose product with features ranks them; for errors see `search`."""
+        if not (images or texts) or any(not text.strip() for text in (*texts, *without)):
             raise ConfigError("nothing to search for: give a text or an image")
         parts = [self.model.encode_texts(texts)] if texts else []
         parts += [self.model.encode_images(images)] if images else []
