@@ -41,10 +41,11 @@ from aclip.search.store import Hit, Index
 
 MAX_UPLOAD = 20 * 2**20  # bytes; `decode_image` limits the pixels
 MAX_TEXT, MAX_TOP = 1000, 200
+BLOCK_SIZE = 2  # patches; as `explain` shows them
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _THUMBNAIL, _LARGE = 320, 1280  # longest sides in pixels
-_POLICY = ("default-src 'none'; img-src 'self' blob:; style-src 'self'; script-src 'self'; connect-src 'self'; "
+_POLICY = ("default-src 'none'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 _HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
             "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store"}
@@ -64,7 +65,7 @@ def run(index: Index, host: str, port: int, password: str | None, announce: Call
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = uvicorn.Server(uvicorn.Config(
         application(index, password, check_host=host in LOOPBACK), log_level="warning", server_header=False,
-        timeout_graceful_shutdown=3, limit_concurrency=200, access_log=False))
+        timeout_graceful_shutdown=1, limit_concurrency=200, access_log=False))
     try:
         server.run(sockets=[listening])
     except KeyboardInterrupt:
@@ -183,7 +184,7 @@ class _Page:
         model = self.index.model
         with self._lock, torch.inference_mode():
             pixels = model.preprocess(limit_aspect(decode_image(data)))[None]
-            encoder = model if keep == 1.0 else MaskedEncoder(model, keep)
+            encoder = model if keep == 1.0 else MaskedEncoder(model, keep, block_size=BLOCK_SIZE)
             return F.normalize(encode_batch(encoder, pixels, model.device)[0].cpu(), dim=0)
 
     def _nearest(self, vector: torch.Tensor, top: int) -> Response:

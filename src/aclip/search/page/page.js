@@ -4,6 +4,7 @@
 const id = (name) => document.getElementById(name);
 const percent = (input) => `${input.value} %`;
 const share = (input) => (input.value / 100).toFixed(2);
+const view = () => document.querySelector("[name=view]:checked").value;
 let asked = null; // an image that is searched for: {row, name} or {file, name}
 let found = [], shown = -1, hasText = true;
 const newest = {}; // of each kind of request: answers to earlier ones are dropped
@@ -98,14 +99,16 @@ function open(place) {
 }
 
 function look() {
-  const view = document.querySelector("[name=view]:checked").value, row = found[shown].row;
-  const text = id("where").value.trim();
-  const parameters = new URLSearchParams({keep: share(id("large-keep")), ...(view === "map" && {text})});
-  id("picture").src = view === "image" || (view === "map" && !text) ? `image/${row}?large` : `look/${row}?${parameters}`;
+  const row = found[shown].row, text = id("where").value.trim();
+  const parameters = new URLSearchParams(view() === "map" ? {text} : {keep: share(id("large-keep"))});
+  id("picture").src = view() === "kept" || (view() === "map" && text) ? `look/${row}?${parameters}`
+    : `image/${row}?large`;
 }
 
 async function rank() {
-  const hit = found[shown], answer = await similarTo(hit, share(id("large-keep")), 9, "similar");
+  const hit = found[shown], kept = view() === "kept";
+  id("by").textContent = kept ? "Similar, by the patches kept" : "Similar";
+  const answer = await similarTo(hit, kept ? share(id("large-keep")) : "1", 9, "similar");
   if (!answer) return;
   if (answer.error) { id("similar").textContent = answer.error; return; }
   const others = answer.hits.filter((other) => other.row !== hit.row).slice(0, 8);
@@ -115,9 +118,10 @@ async function rank() {
   })));
 }
 
-function choose(view) {
-  document.querySelector(`[name=view][value=${view}]`).checked = true;
+function choose(name) {
+  document.querySelector(`[name=view][value=${name}]`).checked = true;
   look();
+  rank();
 }
 
 id("form").addEventListener("submit", (event) => { event.preventDefault(); searchFor(null); });
@@ -130,9 +134,9 @@ id("file").addEventListener("change", (event) => {
 id("keep").addEventListener("input", () => { id("share").textContent = percent(id("keep")); });
 id("keep").addEventListener("input", after(150, search));
 id("large-keep").addEventListener("input", () => { id("large-share").textContent = percent(id("large-keep")); });
-id("large-keep").addEventListener("input", after(150, () => { choose("kept"); rank(); }));
+id("large-keep").addEventListener("input", after(150, () => { choose("kept"); }));
 id("where").addEventListener("input", after(300, () => choose("map")));
-for (const radio of document.querySelectorAll("[name=view]")) radio.addEventListener("change", look);
+for (const radio of document.querySelectorAll("[name=view]")) radio.addEventListener("change", () => choose(radio.value));
 id("close").addEventListener("click", () => id("large").close());
 id("more").addEventListener("click", () => { const hit = found[shown]; id("large").close(); searchFor(hit); });
 id("large").addEventListener("click", (event) => { if (event.target === id("large")) id("large").close(); });
