@@ -145,7 +145,6 @@ def test_uploads_that_are_no_images_or_too_large_are_refused(
 def test_an_argument_that_makes_no_sense_is_refused(port: int) -> None:
     assert ask(port, "/api/similar/3?keep=many")[0].status == 400
     assert ask(port, "/api/search?text=x&top=many")[0].status == 400
-    assert ask(port, "/api/similar/3?keep=nan")[0].status == 400
     assert ask(port, "/api/search?text=" + 20 * "word%20")[0].status == 200
 
 

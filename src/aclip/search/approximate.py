@@ -29,11 +29,9 @@ _log = logging.getLogger(__name__)
 
 
 def build_graph(index: "Index") -> None:
-    """Build the graph of an index that has none, note it in `index.json`, and log its recall."""
+    """Build the graph of an index that has none, and note it in `index.json`."""
     from aclip.search.store import DESCRIPTION
 
-    if index.description.get("graph"):
-        return
     try:
         from usearch.index import Index as Graph
     except ImportError:
@@ -53,8 +51,6 @@ def build_graph(index: "Index") -> None:
     index.description["graph"] = name
     write_atomically(index.folder / DESCRIPTION, json.dumps(index.description, indent=1) + "\n")
     index.graph = open_graph(index.folder, name)
-    kind, found = recall(index)
-    _log.info("the graph finds %.1f %% of the %d nearest images of %s", 100 * found, _TOP, kind)
 
 
 def open_graph(folder: Path, name: str | None) -> Any:
@@ -80,19 +76,18 @@ def search_graph(
     return products.gather(1, order), rows.gather(1, order)
 
 
-def recall(index: "Index", top: int = _TOP, count: int = _SAMPLE) -> tuple[str, float]:
-    """Return what was searched for, and the fraction of the true nearest images that the graph finds.
+def log_recall(index: "Index") -> None:
+    """Log the fraction of the true nearest images that the graph finds.
 
     Queries are captions, spread over the index, if the model reads text: the features of texts lie apart from those of
     images, which is harder for a graph. Without captions they are images.
     """
-    rows = np.linspace(0, len(index) - 1, min(count, len(index)), dtype=np.int64)
+    rows = np.linspace(0, len(index) - 1, min(_SAMPLE, len(index)), dtype=np.int64)
     captions = [hit.captions[0] for hit in index.hits(rows.tolist(), [0.0] * len(rows)) if hit.captions]
     if captions and index.model.has_text:
         kind, queries = f"{len(captions)} captions", index.model.encode_texts(captions)
     else:
         kind, queries = f"{len(rows)} images", torch.from_numpy(index.features[rows]).float()
-    exact = index.nearest(queries, top, exact=True)[1]
-    found = index.nearest(queries, top)[1]
-    hits = sum(len(set(a) & set(b)) for a, b in zip(exact.tolist(), found.tolist(), strict=True))
-    return kind, hits / exact.numel()
+    exact, found = (index.nearest(queries, _TOP, exact=exact)[1].tolist() for exact in (True, False))
+    hits = sum(len(set(a) & set(b)) for a, b in zip(exact, found, strict=True))
+    _log.info("the graph finds %.1f %% of the %d nearest images of %s", 100 * hits / sum(map(len, exact)), _TOP, kind)

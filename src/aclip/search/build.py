@@ -71,8 +71,10 @@ def build(
         full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
         raise DataError(f"cannot write to {folder}: {full}; the same command continues where it stopped") from error
     index = Index(folder, model=loaded)
-    if len(index) >= approximate.APPROXIMATE_FROM:
+    if index.graph is None and len(index) >= approximate.APPROXIMATE_FROM:
         approximate.build_graph(index)
+    if index.graph is not None:
+        approximate.log_recall(index)
     return index
 
 

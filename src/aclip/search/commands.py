@@ -57,8 +57,8 @@ def index(
 
 def search(
     index: str, query: tuple[str, ...] = (), *, not_: tuple[str, ...] = (), top: int = 20, duplicates: bool = False,
-    threshold: float = 0.97, json: bool = False, sheet: str | None = None, exact: bool = False,
-    model: str | None = None, device: str = "auto",
+    threshold: float = 0.97, json: bool = False, sheet: str | None = None, model: str | None = None,
+    device: str = "auto",
 ) -> list[Hit] | list[list[Hit]]:
     """Search an index by text or image, or for near-duplicates.
 
@@ -71,7 +71,6 @@ def search(
         threshold: of near-duplicates: least cosine of their features.
         json: print JSON.
         sheet: write the images found to this PNG or JPEG file as well.
-        exact: compare with all images even if the index has a graph of neighbours.
         model: where the model lies if it has been moved.
         device: auto, cpu, cuda, cuda:1, mps.
 
@@ -85,7 +84,7 @@ def search(
         raise ConfigError("--duplicates compares the images of the index with each other: leave the query out")
     if sheet is not None and Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"--sheet is the name of a .png or .jpg file, not '{sheet}'")
-    opened = Index(index, model=model, device=device, exact=exact)
+    opened = Index(index, model=model, device=device)
     groups = opened.duplicates(threshold) if duplicates else [opened.search(*query, not_=not_, top=top)]
     if json:
         _print_json(groups if duplicates else groups[0])

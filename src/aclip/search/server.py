@@ -126,7 +126,7 @@ class _Page:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self._lock = threading.Lock()  # one request at a time computes, or decodes a large image
+        self._computing, self._reading = threading.Lock(), threading.Lock()  # one request at a time
         self._thumbnail = functools.lru_cache(2048)(self._make_thumbnail)
 
     def about(self, _: Request) -> Response:
@@ -140,7 +140,7 @@ class _Page:
         if not text:
             rows = np.linspace(0, len(self.index) - 1, min(top, len(self.index)), dtype=np.int64).tolist()
             return self._answer(self.index.hits(rows, [0.0] * len(rows)), similarity=False)
-        with self._lock:
+        with self._computing:
             vector = self.index.encode_query([], [text], [without] if without else [])
         return self._nearest(vector, top)
 
@@ -148,7 +148,9 @@ class _Page:
         row, keep = self._row(request), _keep(request)
         if keep == 1.0:
             return self._nearest(torch.from_numpy(self.index.features[row]).float(), _top(request))
-        return self._nearest(self._encode(self.index.read(row), keep), _top(request))
+        with self._reading:
+            data = self.index.read(row)
+        return self._nearest(self._encode(data, keep), _top(request))
 
     async def upload(self, request: Request) -> Response:
         data = bytearray()
@@ -163,16 +165,18 @@ class _Page:
         row = self._row(request)
         if "large" not in request.query_params:
             return Response(self._thumbnail(row), media_type="image/jpeg")
-        with self._lock:
+        with self._reading:
             image = self.index.image(row, min_side=_LARGE)
-            image.thumbnail((_LARGE, _LARGE))
+        image.thumbnail((_LARGE, _LARGE))
         return _jpeg(image)
 
     def look(self, request: Request) -> Response:
         """Answer with the map of a text over an image, or without a text with the patches that are kept."""
         row, text = self._row(request), request.query_params.get("text", "").strip()[:MAX_TEXT]
-        with self._lock:
-            (found,) = explain(self.index.model, [self.index.image(row)], [text] if text else [], _keep(request))
+        with self._reading:
+            image = self.index.image(row)
+        with self._computing:
+            (found,) = explain(self.index.model, [image], [text] if text else [], _keep(request))
         grid = found.attention.shape
         if text:
             limits = 0.0, float(found.maps.max())
@@ -182,7 +186,7 @@ class _Page:
     def _encode(self, data: bytes, keep: float) -> torch.Tensor:
         """Return the features of an image of which the model sees the most attended patches."""
         model = self.index.model
-        with self._lock, torch.inference_mode():
+        with self._computing, torch.inference_mode():
             pixels = model.preprocess(limit_aspect(decode_image(data)))[None]
             encoder = model if keep == 1.0 else MaskedEncoder(model, keep, block_size=BLOCK_SIZE)
             return F.normalize(encode_batch(encoder, pixels, model.device)[0].cpu(), dim=0)
@@ -203,7 +207,8 @@ class _Page:
         return row
 
     def _make_thumbnail(self, row: int) -> bytes:
-        return bytes(_jpeg(thumbnail(self.index, row, _THUMBNAIL)).body)
+        with self._reading:
+            return bytes(_jpeg(thumbnail(self.index, row, _THUMBNAIL)).body)
 
 
 def card(index: Index) -> list[tuple[str, str]]:

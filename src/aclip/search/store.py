@@ -67,15 +67,15 @@ class Index:
         features: (N, D) float16, L2-normalised, memory-mapped.
     """
 
-    def __init__(self, folder: str | Path, *, model: str | Path | LoadedModel | None = None, device: str = "auto",
-                 exact: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, model: str | Path | LoadedModel | None = None, device: str = "auto"
+    ) -> None:
         """Open an index.
 
         Args:
             folder: as `build` wrote it.
             model: where the model lies if it has been moved, or the loaded model; default: the place it was built from.
             device: of a model that is loaded by name: auto, cpu, cuda, ...
-            exact: compare a query with all images even if there is a graph of neighbours.
 
         Raises:
             ConfigError: the folder is no index.
@@ -91,7 +91,7 @@ class Index:
             self._items = pyarrow.parquet.read_table(self.folder / self.description["items"])
         except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
             raise DataError(f"the index {folder} is damaged ({error}): remove it and build it again") from error
-        self.graph = None if exact else open_graph(self.folder, self.description.get("graph"))
+        self.graph = open_graph(self.folder, self.description.get("graph"))
         self._sources: dict[int, Source] = {}
 
     @staticmethod
