@@ -78,7 +78,7 @@ def measure_without(folder: str) -> None:
     common = [word for word, count in counts.most_common(60) if count >= 15]
     has = {word: np.array([word in words for words in captions]) for word in common}
     pairs = [(a, b) for a in common for b in common
-             if a != b and 5 <= (has[a] & has[b]).sum() and 5 <= (has[a] & ~has[b]).sum()]
+             if a != b and (has[a] & has[b]).sum() >= 5 and (has[a] & ~has[b]).sum() >= 5]
     texts = dict(zip(common, index.model.encode_texts(common).numpy(), strict=True))
     features = index.features.astype(np.float32)
     report(f"{len(pairs)} pairs of words")
