@@ -31,6 +31,7 @@ IN_THIS_PROCESS = {
     "parity": "--models vit-micro --formats open_clip",
     "parity_in": "vit-micro",
     "retrieval_memory": "--images 40 --captions 200 --width 16",
+    "search": "search --count 300 --dim 16 --queries 3 --methods exact",
     "small_objects": "make FOLDER/cluttered --train 8 --test 4 --photos SHARD",
     "step": "--size vit-micro --batch-size 2 --rounds 2 --warmup 1 --parts 1 --device cpu --precision fp32 --text cut "
             "--methods clip a-clip",
