@@ -124,7 +124,7 @@ def test_command_line_prints_tables_and_json_and_writes_sheets(
     assert main(["search", folder, str(images / "03.png"), "--top", "7", "--sheet", str(sheet)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
-    assert lines[1].split(maxsplit=2) == ["1.000", str(images / "03.png"), "picture [bold]3"]
+    assert lines[1].strip().split(maxsplit=2) == ["1.000", str(images / "03.png"), "picture [bold]3"]
     with Image.open(sheet) as page:
         page.load()
         assert page.size[0] > 5 * 224

@@ -184,18 +184,14 @@ class Index:
         top = min(top, len(self))
         if self.graph is not None and not exact:
             return search_graph(self.graph, self.features, queries, top)
-        best = torch.full((len(queries), top), -torch.inf)
-        rows = torch.zeros(len(queries), top, dtype=torch.int64)
+        products = torch.empty(len(queries), len(self))
         block = torch.empty(_BLOCK, self.features.shape[1])
         for first in range(0, len(self), _BLOCK):
-            some = torch.from_numpy(np.asarray(self.features[first : first + _BLOCK]))
-            products = queries.float() @ block[: len(some)].copy_(some).T
-            if bool((products > best[:, -1:]).any()):
-                values = torch.cat([best, products], dim=1)
-                numbers = torch.cat([rows, torch.arange(first, first + len(some)).expand(len(queries), -1)], dim=1)
-                order = values.argsort(dim=1, descending=True, stable=True)[:, :top]
-                best, rows = values.gather(1, order), numbers.gather(1, order)
-        return best, rows
+            some = torch.from_numpy(self.features[first : first + _BLOCK])
+            products[:, first : first + len(some)] = queries.float() @ block[: len(some)].copy_(some).T
+        rows = products.topk(top).indices.sort().values  # of equal products the lower row comes first
+        similarity, order = products.gather(1, rows).sort(descending=True, stable=True)
+        return similarity, rows.gather(1, order)
 
     def duplicates(self, threshold: float = 0.97) -> list[list[Hit]]:
         """Return groups of images that look nearly the same to the model, the largest group first.
@@ -250,14 +246,14 @@ class Index:
         first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         with progress("comparing images", len(self), "images") as advance:
             for start in range(0, len(self), _BLOCK):
-                own = torch.from_numpy(np.asarray(self.features[start : start + _BLOCK])).float()
+                own = torch.from_numpy(self.features[start : start + _BLOCK]).float()
                 if self.graph is not None:
                     similarity, rows = search_graph(self.graph, self.features, own, min(16, len(self)))
                     at, place = torch.nonzero(similarity >= threshold, as_tuple=True)
                     first.append((at + start).numpy())
                     second.append(rows[at, place].numpy())
                 for other in range(start, len(self), _BLOCK) if self.graph is None else ():
-                    some = torch.from_numpy(np.asarray(self.features[other : other + _BLOCK])).float()
+                    some = torch.from_numpy(self.features[other : other + _BLOCK]).float()
                     one, two = torch.nonzero(own @ some.T >= threshold, as_tuple=True)
                     first.append((one + start).numpy())
                     second.append((two + other).numpy())
