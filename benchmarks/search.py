@@ -64,8 +64,8 @@ def measure_indexing(name: str, spec: str, workers: int) -> None:
         encode_batch(model, batches[0], model.device)
         bare = timed(lambda: [encode_batch(model, pixels, model.device) for pixels in batches])
     with tempfile.TemporaryDirectory() as folder:
-        first = timed(lambda: Index.build(model, spec, output=folder, workers=workers))
-        again = timed(lambda: Index.build(model, spec, output=folder, workers=workers))
+        first = timed(lambda: aclip.index(model, spec, output=folder, workers=workers))
+        again = timed(lambda: aclip.index(model, spec, output=folder, workers=workers))
     for what, seconds in (("bare encode_image", bare), (f"index, {workers} workers", first), ("index again", again)):
         report(f"{what}: {count / seconds:,.0f} images/s ({seconds:.1f} s)")
 
@@ -110,11 +110,12 @@ def measure_search(count: int, dim: int, queries: int, methods: list[str]) -> No
 
 def measure_graph(index: Index, asked: torch.Tensor, truth: list[list[int]]) -> None:
     before = resident()
-    seconds = timed(lambda: approximate.build_graph(index))
-    built, size = resident() - before, (index.folder / index.description["graph"]).stat().st_size / 1e6
+    path = index.folder / "graph.usearch"
+    seconds = timed(lambda: approximate.build_graph(index.features, path))
+    built, size = resident() - before, path.stat().st_size / 1e6
     for width in (64, 128, 256, 512):
         approximate.EXPANSION = width
-        index.graph = approximate.open_graph(index.folder, index.description["graph"])
+        index.graph = approximate.open_graph(path)
         latency, found = timed_queries(lambda query: index.nearest(query, TOP), asked)
         report(f"graph, width {width}: {1e3 * latency:.2f} ms, recall {recall(truth, found):.3f}; built in "
                f"{seconds:.0f} s with {built:,.0f} MB, {size:,.0f} MB on disk")
@@ -125,11 +126,12 @@ def measure_faiss(method: str, features: np.ndarray, asked: torch.Tensor, truth:
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     before, dim = resident(), features.shape[1]
+    index: Any
     if method == "faiss-flat":
         index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         widths = [0]
     else:
-        index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_fp16, 16, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_fp16, 16, faiss.METRIC_INNER_PRODUCT)  # type: ignore
         index.hnsw.efConstruction, widths = 128, [64, 128, 256, 512]
 
     def build() -> None:
@@ -143,8 +145,8 @@ def measure_faiss(method: str, features: np.ndarray, asked: torch.Tensor, truth:
         if width:
             index.hnsw.efSearch = width
         latency, found = timed_queries(lambda query: index.search(query.numpy(), TOP), asked)
-        report(f"{method}, width {width}: {1e3 * latency:.2f} ms, recall {recall(truth, found):.3f}; built in "
-               f"{seconds:.0f} s with {built:,.0f} MB")
+        report(f"{method}{f', width {width}' * bool(width)}: {1e3 * latency:.2f} ms, recall "
+               f"{recall(truth, found):.3f}; built in {seconds:.0f} s with {built:,.0f} MB")
 
 
 def write_index(folder: Path, count: int, dim: int, queries: int) -> torch.Tensor:
@@ -160,14 +162,15 @@ def write_index(folder: Path, count: int, dim: int, queries: int) -> torch.Tenso
     def vectors(number: int, mean: np.ndarray) -> np.ndarray:
         drawn: np.ndarray = draw.standard_normal((number, 64), dtype=np.float32) @ directions.astype(np.float32)
         drawn += mean + 0.3 * draw.standard_normal((number, dim), dtype=np.float32)
-        return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+        return drawn
 
     features = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (count, dim))
     for first in range(0, count, 50_000):
         features[first : first + 50_000] = vectors(min(50_000, count - first), means[0])
     features.flush()
     pyarrow.parquet.write_table(pyarrow.table({"name": pyarrow.nulls(count, pyarrow.string())}), folder / "items")
-    (folder / "index.json").write_text(json.dumps({"features": "features.npy", "items": "items", "generation": 1}))
+    (folder / "index.json").write_text(json.dumps({"features": "features.npy", "items": "items"}))
     return torch.from_numpy(vectors(queries, means[1])).float()
 
 

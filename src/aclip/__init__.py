@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aclip.objectives import OBJECTIVES
     from aclip.objectives import functional as losses
     from aclip.recipes import RECIPES, configure
-    from aclip.search import Index, serve
+    from aclip.search import Index, index, serve
     from aclip.trainer import Run, train
 
 __version__ = VERSION
@@ -40,7 +40,7 @@ _HOMES = {
                     "aclip.config"),
     **dict.fromkeys(("SETS", "SOURCES"), "aclip.data"),
     **dict.fromkeys(("explain", "Explanation"), "aclip.explanation"),
-    **dict.fromkeys(("Index", "serve"), "aclip.search"),
+    **dict.fromkeys(("Index", "index", "serve"), "aclip.search"),
     "compare": "aclip.comparison",
     "load": "aclip.models",
     "MASKING": "aclip.masking",
@@ -49,8 +49,8 @@ _HOMES = {
 __all__ = [
     "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "Explanation",
     "Index", "ObjectiveConfig", "Optimization", "Pass", "Recipe", "Run", "RunConfig", "TextPass", "compare",
-    "configure", "evaluate", "explain", "export", "load", "losses", "serve",
-    "train",
+    "configure", "evaluate", "explain", "export", "index", "load", "losses",
+    "serve", "train",
 ]
 
 

@@ -59,7 +59,7 @@ def test_rows_are_the_features_of_the_images_in_order_and_bad_ones_are_named(
     model: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
     folder = make_mixed_folder(tmp_path / "mixed")
-    index = aclip.Index.build(model, folder, output=tmp_path / "index", workers=workers)
+    index = aclip.index(model, folder, output=tmp_path / "index", workers=workers)
     bad = [name for name, reason in SKIPPED.items() if "caption" not in reason]  # an image needs no caption here
     skipped = [json.loads(line) for line in (tmp_path / "index" / "skipped.jsonl").read_text().splitlines()]
     assert {line["name"] for line in skipped} == set(bad)
@@ -81,10 +81,10 @@ def test_an_update_encodes_what_is_new_or_changed_and_forgets_what_is_gone(
     model: LoadedModel, pair_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = tmp_path / "index"
-    aclip.Index.build(model, pair_folder, output=index, workers=0)
+    aclip.index(model, pair_folder, output=index, workers=0)
     assert counts(caplog) == (40, 40, 0, 0)
     features = Index.describe(index)["features"]
-    aclip.Index.build(model, pair_folder, output=index, workers=0)
+    aclip.index(model, pair_folder, output=index, workers=0)
     assert counts(caplog) == (40, 0, 40, 0)
     assert Index.describe(index)["features"] == features
 
@@ -93,9 +93,9 @@ def test_an_update_encodes_what_is_new_or_changed_and_forgets_what_is_gone(
     (pair_folder / "011b.png").write_bytes(encode(picture(104)))
     (pair_folder / "020.txt").write_text("another caption")
     (pair_folder / "030.png").write_bytes(b"torn")
-    aclip.Index.build(model, pair_folder, output=index, workers=0)
+    aclip.index(model, pair_folder, output=index, workers=0)
     assert counts(caplog) == (39, 2, 37, 3)
-    aclip.Index.build(model, pair_folder, output=tmp_path / "fresh", workers=0)
+    aclip.index(model, pair_folder, output=tmp_path / "fresh", workers=0)
     assert_equal(index, tmp_path / "fresh", exactly=False)
     assert len(list(index.iterdir())) == 4  # nothing is left of earlier builds
     opened = Index(index)
@@ -107,9 +107,9 @@ def test_several_sources_are_one_index_and_one_can_be_left_out_again(
     model: LoadedModel, pair_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = shutil.copytree(pair_folder, tmp_path / "other")
-    aclip.Index.build(model, [f"{other}[:10]", str(pair_folder)], output=tmp_path / "index", workers=0)
+    aclip.index(model, [f"{other}[:10]", str(pair_folder)], output=tmp_path / "index", workers=0)
     assert counts(caplog) == (50, 50, 0, 0)
-    index = aclip.Index.build(model, str(other), output=tmp_path / "index", workers=0)
+    index = aclip.index(model, str(other), output=tmp_path / "index", workers=0)
     assert counts(caplog) == (40, 30, 10, 40)
     np.testing.assert_array_equal(index.image(12), np.asarray(picture(12)))
 
@@ -118,12 +118,12 @@ def test_samples_of_shards_are_known_by_their_bytes(
     model: LoadedModel, pair_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards = data.pack(str(pair_folder), output=str(tmp_path / "shards"), side=None, shard_size=15, workers=0)
-    index = aclip.Index.build(model, shards, output=tmp_path / "index", workers=0)
+    index = aclip.index(model, shards, output=tmp_path / "index", workers=0)
     np.testing.assert_array_equal(index.image(17), np.asarray(picture(17)))
     assert index.hits([17], [0.0])[0].path is None
     (pair_folder / "003.png").write_bytes(encode(picture(103)))
     again = data.pack(str(pair_folder), output=str(tmp_path / "again"), side=None, shard_size=20, workers=0)
-    aclip.Index.build(model, again, output=tmp_path / "index", workers=0)
+    aclip.index(model, again, output=tmp_path / "index", workers=0)
     assert counts(caplog) == (40, 1, 39, 1)
     shutil.rmtree(shards)
     shutil.copytree(again, shards)
@@ -135,12 +135,12 @@ def test_samples_of_shards_are_known_by_their_bytes(
 def test_other_weights_encode_everything_again(
     model: LoadedModel, pair_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    aclip.Index.build(model, pair_folder, output=tmp_path / "index", workers=0)
+    aclip.index(model, pair_folder, output=tmp_path / "index", workers=0)
     other = save_model(tmp_path / "model", seed=1)
-    aclip.Index.build(other, pair_folder, output=tmp_path / "index", workers=0)
+    aclip.index(other, pair_folder, output=tmp_path / "index", workers=0)
     assert "was built by other weights" in caplog.text
     assert counts(caplog) == (40, 40, 0, 40)
-    aclip.Index.build(other, pair_folder, output=tmp_path / "fresh", workers=0)
+    aclip.index(other, pair_folder, output=tmp_path / "fresh", workers=0)
     assert_equal(tmp_path / "index", tmp_path / "fresh")
 
 
@@ -159,8 +159,8 @@ def test_a_killed_build_goes_on_to_the_same_index(
     monkeypatch.setattr(build, "BATCH_SIZE", 8)
     monkeypatch.setattr(build, "PIECE_SECONDS", -1.0)
     for folder in ("index", "undisturbed") if update else ():
-        aclip.Index.build(model, f"{pair_folder}[:3]", output=tmp_path / folder, workers=0)
-    aclip.Index.build(model, pair_folder, output=tmp_path / "undisturbed", workers=0)
+        aclip.index(model, f"{pair_folder}[:3]", output=tmp_path / folder, workers=0)
+    aclip.index(model, pair_folder, output=tmp_path / "undisturbed", workers=0)
     if os.fork() == 0:
         original, calls = getattr(owner, name), []
 
@@ -171,10 +171,10 @@ def test_a_killed_build_goes_on_to_the_same_index(
             return original(*arguments, **options)
 
         setattr(owner, name, killed)
-        aclip.Index.build(model, pair_folder, output=tmp_path / "index", workers=0)
+        aclip.index(model, pair_folder, output=tmp_path / "index", workers=0)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
-    aclip.Index.build(model, pair_folder, output=tmp_path / "index", workers=0)
+    aclip.index(model, pair_folder, output=tmp_path / "index", workers=0)
     assert_equal(tmp_path / "index", tmp_path / "undisturbed")
     assert counts(caplog)[1] == {"encode_batch": 40 - 3 * update - 8 * (call - 1) + 3 * update * (call > 1),
                                  "_write_piece": 40 - 3 * 8}.get(name, 0)
@@ -192,26 +192,26 @@ def test_a_full_disk_is_one_sentence_and_nothing_encoded_is_lost(
     with monkeypatch.context() as patch:
         patch.setattr(build, "_write_rows", full)
         with pytest.raises(DataError, match="the disk is full; the same command continues where it stopped"):
-            aclip.Index.build(model, pair_folder, output=tmp_path / "index", workers=0)
-    aclip.Index.build(model, pair_folder, output=tmp_path / "index", workers=0)
+            aclip.index(model, pair_folder, output=tmp_path / "index", workers=0)
+    aclip.index(model, pair_folder, output=tmp_path / "index", workers=0)
     assert counts(caplog) == (40, 0, 40, 0)
 
 
 def test_what_is_no_index_is_left_alone(model: LoadedModel, pair_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds something else than an index"):
-        aclip.Index.build(model, pair_folder, output=pair_folder)
+        aclip.index(model, pair_folder, output=pair_folder)
     with pytest.raises(ConfigError, match=r"is no index: build one with `aclip index MODEL SOURCE --output "):
         Index(pair_folder)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.png").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"no usable image in .*bad: skipped 1 bad sample: 1.png \(not an image"):
-        aclip.Index.build(model, tmp_path / "bad", output=tmp_path / "index", workers=0)
+        aclip.index(model, tmp_path / "bad", output=tmp_path / "index", workers=0)
 
 
 def test_pyarrow_is_asked_for(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'attentive-clip\[parquet\]'"):
-        aclip.Index.build(model, "images", output=tmp_path / "index")
+        aclip.index(model, "images", output=tmp_path / "index")
 
 
 def test_a_large_index_gets_a_graph_that_is_kept_while_it_fits(
@@ -220,17 +220,17 @@ def test_a_large_index_gets_a_graph_that_is_kept_while_it_fits(
 ) -> None:
     pytest.importorskip("usearch")
     monkeypatch.setattr(approximate, "APPROXIMATE_FROM", 40)
-    index = aclip.Index.build(model, pair_folder, output=tmp_path / "index", workers=0)
+    index = aclip.index(model, pair_folder, output=tmp_path / "index", workers=0)
     assert "the graph finds 100.0 % of the 10 nearest images of 40 captions" in caplog.text
     queries = torch.from_numpy(index.features[:5]).float()
     assert torch.equal(index.nearest(queries, 7)[1], index.nearest(queries, 7, exact=True)[1])
     (graph,) = (tmp_path / "index").glob("graph-*")
     before = graph.stat()
-    aclip.Index.build(model, pair_folder, output=tmp_path / "index", workers=0)
+    aclip.index(model, pair_folder, output=tmp_path / "index", workers=0)
     assert graph.stat() == before
     assert Index(tmp_path / "index").graph is not None
     (pair_folder / "003.png").write_bytes(encode(picture(103)))
-    aclip.Index.build(model, pair_folder, output=tmp_path / "index", workers=0)
+    aclip.index(model, pair_folder, output=tmp_path / "index", workers=0)
     assert not graph.exists()
     assert len(list((tmp_path / "index").glob("graph-*"))) == 1
 
@@ -241,6 +241,6 @@ def test_without_usearch_a_large_index_is_compared_whole(
 ) -> None:
     monkeypatch.setattr(approximate, "APPROXIMATE_FROM", 40)
     monkeypatch.setitem(sys.modules, "usearch.index", None)
-    index = aclip.Index.build(model, pair_folder, output=tmp_path / "index", workers=0)
+    index = aclip.index(model, pair_folder, output=tmp_path / "index", workers=0)
     assert "pip install 'attentive-clip[search]'" in caplog.text
     assert index.graph is None

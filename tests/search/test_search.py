@@ -31,7 +31,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def index(model_folder: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return aclip.Index.build(model_folder, images, output=tmp_path_factory.mktemp("indexes") / "index", workers=0)
+    return aclip.index(model_folder, images, output=tmp_path_factory.mktemp("indexes") / "index", workers=0)
 
 
 @pytest.mark.parametrize("block", [1, 7, 4096])

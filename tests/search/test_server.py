@@ -41,7 +41,7 @@ def index(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Index
     for number in range(12):
         (images / f"{number:02}.png").write_bytes(encode(picture(number, 96)))
         (images / f"{number:02}.txt").write_text(f"{CAPTION} {number}")
-    return aclip.Index.build(model_folder, images, output=folder / "index", workers=0)
+    return aclip.index(model_folder, images, output=folder / "index", workers=0)
 
 
 @contextmanager

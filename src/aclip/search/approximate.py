@@ -1,6 +1,5 @@
 """A graph of neighbours (HNSW, arXiv 1603.09320, by usearch) for indexes that are too large to compare all of."""
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from aclip.data.progress import progress
-from aclip.files import write_atomically
 
 if TYPE_CHECKING:
     from aclip.search.store import Index
@@ -28,40 +26,33 @@ _SAMPLE, _TOP = 100, 10  # queries whose recall is measured, and neighbours of e
 _log = logging.getLogger(__name__)
 
 
-def build_graph(index: "Index") -> None:
-    """Build the graph of an index that has none, and note it in `index.json`."""
-    from aclip.search.store import DESCRIPTION
-
+def build_graph(features: np.ndarray, path: Path) -> bool:
+    """Write the graph of (N, D) features to a file; return False, and log what helps, if usearch is not installed."""
     try:
         from usearch.index import Index as Graph
     except ImportError:
         _log.info("%s images: pip install 'attentive-clip[search]' and the same command build a graph of neighbours, "
-                  "which answers in milliseconds", f"{len(index):,}")
-        return
-    name = f"graph-{index.description['generation']}.usearch"
-    graph = Graph(ndim=index.features.shape[1], metric="ip", dtype="f16", expansion_search=EXPANSION)
-    with progress("linking neighbours", len(index), "images") as advance:
-        for first in range(0, len(index), _CHUNK):
-            some = np.ascontiguousarray(index.features[first : first + _CHUNK])
+                  "which answers in milliseconds", f"{len(features):,}")
+        return False
+    graph = Graph(ndim=features.shape[1], metric="ip", dtype="f16")
+    with progress("linking neighbours", len(features), "images") as advance:
+        for first in range(0, len(features), _CHUNK):
+            some = np.ascontiguousarray(features[first : first + _CHUNK])
             graph.add(np.arange(first, first + len(some)), some, log=False)
             advance(len(some))
-    part = index.folder / f".{name}.part"
+    part = path.with_name(f".{path.name}.part")
     graph.save(str(part))
-    part.replace(index.folder / name)
-    index.description["graph"] = name
-    write_atomically(index.folder / DESCRIPTION, json.dumps(index.description, indent=1) + "\n")
-    index.graph = open_graph(index.folder, name)
+    part.replace(path)
+    return True
 
 
-def open_graph(folder: Path, name: str | None) -> Any:
-    """Return the graph of an index, memory-mapped; None if it has none or usearch is not installed."""
-    if name is None:
-        return None
+def open_graph(path: Path) -> Any:
+    """Return the graph in a file, memory-mapped; None if usearch is not installed."""
     try:
         from usearch.index import Index as Graph
     except ImportError:
         return None
-    return Graph.restore(str(folder / name), view=True, expansion_search=EXPANSION)
+    return Graph.restore(str(path), view=True, expansion_search=EXPANSION)
 
 
 def search_graph(

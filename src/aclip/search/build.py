@@ -67,15 +67,23 @@ def build(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _Build(folder, description, loaded, sources, suitable_workers(chosen, workers)).run()
+        index = _with_graph(Index(folder, model=loaded))
     except OSError as error:
         full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
         raise DataError(f"cannot write to {folder}: {full}; the same command continues where it stopped") from error
-    index = Index(folder, model=loaded)
-    if index.graph is None and len(index) >= approximate.APPROXIMATE_FROM:
-        approximate.build_graph(index)
     if index.graph is not None:
         approximate.log_recall(index)
     return index
+
+
+def _with_graph(index: Index) -> Index:
+    """Return an index with a graph of neighbours if it is large and has none."""
+    name = f"graph-{index.description['generation']}.usearch"
+    if (index.graph is not None or len(index) < approximate.APPROXIMATE_FROM
+            or not approximate.build_graph(index.features, index.folder / name)):
+        return index
+    write_atomically(index.folder / DESCRIPTION, json.dumps(index.description | {"graph": name}, indent=1) + "\n")
+    return Index(index.folder, model=index.model)
 
 
 @dataclass(frozen=True)

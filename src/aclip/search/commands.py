@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from PIL import Image
-
     from aclip.models import LoadedModel
     from aclip.search.store import Hit, Index
 
@@ -166,13 +164,14 @@ def _print_table(index: Index, groups: Sequence[Sequence[Hit]], duplicates: bool
 
 def write_sheet(index: Index, groups: Sequence[Sequence[Hit]], path: Path) -> None:
     """Write the images of groups, similarity and caption below each, to an image file; each group begins a row."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from aclip.report.sheet import Panel, draw_sheet
 
     sheets = [draw_sheet([
-        Panel(thumbnail(index, hit.row, CELL, square=True), hit.captions[0] if hit.captions else Path(hit.name).name,
-              f"{hit.similarity:.3f}") for hit in group], columns=5, side=CELL) for group in groups]
+        Panel(ImageOps.pad(index.thumbnail(hit.row, CELL), (CELL, CELL), color="white"),
+              hit.captions[0] if hit.captions else Path(hit.name).name, f"{hit.similarity:.3f}")
+        for hit in group], columns=5, side=CELL) for group in groups]
     page = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
     top = 0
     for sheet in sheets:
@@ -180,20 +179,6 @@ def write_sheet(index: Index, groups: Sequence[Sequence[Hit]], path: Path) -> No
         top += sheet.height
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
-
-
-def thumbnail(index: Index, row: int, side: int, *, square: bool = False) -> Image.Image:
-    """Return an image of the index at most `side` pixels wide and high; a grey one if it cannot be read now."""
-    from PIL import Image, ImageOps
-
-    from aclip.errors import AclipError
-
-    try:
-        image = index.image(row, min_side=side)
-    except AclipError:
-        return Image.new("RGB", (side, side), "#ddd")
-    image.thumbnail((side, side))
-    return ImageOps.pad(image, (side, side), color="white") if square else image
 
 
 def _short(text: str, most: int = 200) -> str:

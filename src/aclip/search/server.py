@@ -36,7 +36,6 @@ from aclip.evaluation.features import MaskedEncoder, encode_batch
 from aclip.explanation import explain
 from aclip.report.snapshots import heat_map, kept_patches
 from aclip.run_folder import RunFolder
-from aclip.search.commands import thumbnail
 from aclip.search.store import Hit, Index
 
 MAX_UPLOAD = 20 * 2**20  # bytes; `decode_image` limits the pixels
@@ -208,7 +207,7 @@ class _Page:
 
     def _make_thumbnail(self, row: int) -> bytes:
         with self._reading:
-            return bytes(_jpeg(thumbnail(self.index, row, _THUMBNAIL)).body)
+            return bytes(_jpeg(self.index.thumbnail(row, _THUMBNAIL)).body)
 
 
 def card(index: Index) -> list[tuple[str, str]]:

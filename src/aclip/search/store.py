@@ -54,11 +54,11 @@ class Hit:
 
 
 class Index:
-    """Features of images, memory-mapped, with their names and captions; see `aclip.Index.build`.
+    """Features of images, memory-mapped, with their names and captions; see `aclip.index`.
 
     Example:
         >>> import aclip
-        >>> index = aclip.Index.build("runs/first", "photos", output="photos.index")
+        >>> index = aclip.index("runs/first", "photos", output="photos.index")
         >>> for hit in index.search("two red cars", not_="a person", top=5):
         ...     print(hit.similarity, hit.name)
 
@@ -73,7 +73,7 @@ class Index:
         """Open an index.
 
         Args:
-            folder: as `build` wrote it.
+            folder: that `aclip.index` wrote.
             model: where the model lies if it has been moved, or the loaded model; default: the place it was built from.
             device: of a model that is loaded by name: auto, cpu, cuda, ...
 
@@ -91,16 +91,9 @@ class Index:
             self._items = pyarrow.parquet.read_table(self.folder / self.description["items"])
         except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
             raise DataError(f"the index {folder} is damaged ({error}): remove it and build it again") from error
-        self.graph = open_graph(self.folder, self.description.get("graph"))
+        graph = self.description.get("graph")
+        self.graph = open_graph(self.folder / graph) if graph else None
         self._sources: dict[int, Source] = {}
-
-    @staticmethod
-    def build(model: str | Path | LoadedModel, source: str | Sequence[str], *, output: str | Path,
-              **options: Any) -> "Index":
-        """Encode the images of sources, or those that are new; see `aclip.search.index` for all arguments."""
-        from aclip.search.commands import index
-
-        return index(model, source, output=output, **options)
 
     @staticmethod
     def describe(folder: Path) -> dict[str, Any]:
@@ -240,6 +233,15 @@ class Index:
     def image(self, row: int, *, min_side: int | None = None) -> Image.Image:
         """Return an image, upright and in RGB; for `min_side` see `aclip.data.decode_image`, for errors `read`."""
         return decode_image(self.read(row), min_side=min_side)
+
+    def thumbnail(self, row: int, side: int) -> Image.Image:
+        """Return an image at most `side` pixels wide and high; a grey one if it cannot be read now."""
+        try:
+            image = self.image(row, min_side=side)
+        except BadSampleError:
+            return Image.new("RGB", (side, side), "#ddd")
+        image.thumbnail((side, side))
+        return image
 
     def _pairs(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the pairs of rows whose cosine is at least `threshold`."""
