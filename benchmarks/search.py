@@ -1,6 +1,7 @@
 """Measure indexing beside bare `encode_image`, and search beside faiss on the same vectors.
 
     python benchmarks/search.py index runs/first emoji:val_vendor
+    python benchmarks/search.py kills runs/first emoji:val_both
     python benchmarks/search.py without emoji.index
     python benchmarks/search.py search --count 1000000 --dim 512 --methods exact faiss-flat
 
@@ -13,6 +14,8 @@ memory is what the process gains.
 """
 
 import argparse
+import os
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -27,7 +30,7 @@ from sklearn.metrics import average_precision_score
 import aclip
 from aclip.data import EvaluationSet, open_source
 from aclip.evaluation.features import encode_batch
-from aclip.search import Index, approximate
+from aclip.search import Index, approximate, build
 
 TOP = 10
 
@@ -45,11 +48,17 @@ def main() -> None:
     two.add_argument("--queries", type=int, default=50)
     two.add_argument("--methods", nargs="+", default=["exact", "faiss-flat"],
                      choices=["exact", "graph", "faiss-flat", "faiss-hnsw"])
+    four = verbs.add_parser("kills")
+    four.add_argument("model")
+    four.add_argument("source")
+    four.add_argument("--moments", type=int, default=10)
     three = verbs.add_parser("without")
     three.add_argument("index")
     given = parser.parse_args()
     if given.verb == "index":
         measure_indexing(given.model, given.source, given.workers)
+    elif given.verb == "kills":
+        measure_kills(given.model, given.source, given.moments)
     elif given.verb == "without":
         measure_without(given.index)
     else:
@@ -68,6 +77,35 @@ def measure_indexing(name: str, spec: str, workers: int) -> None:
         again = timed(lambda: aclip.index(model, spec, output=folder, workers=workers))
     for what, seconds in (("bare encode_image", bare), (f"index, {workers} workers", first), ("index again", again)):
         report(f"{what}: {count / seconds:,.0f} images/s ({seconds:.1f} s)")
+
+
+def measure_kills(name: str, source: str, moments: int) -> None:
+    """Kill a build at random moments, finish it, and compare its files with those of an undisturbed one."""
+    build.PIECE_SECONDS = 0.5
+    model = aclip.load(name)
+
+    def contents(folder: Path) -> list[bytes]:
+        named = Index(folder).description
+        return [(folder / file).read_bytes() for file in (named["features"], named["items"], "skipped.jsonl")]
+
+    with tempfile.TemporaryDirectory() as parent:
+        undisturbed = Path(parent) / "undisturbed"
+        whole = timed(lambda: aclip.index(model, source, output=undisturbed, workers=0))
+        expected, draw, equal, pieces = contents(undisturbed), np.random.default_rng(0), 0, 0
+        for number, moment in enumerate(draw.uniform(0, whole, moments).tolist()):
+            folder = Path(parent) / str(number)
+            process = os.fork()
+            if process == 0:
+                aclip.index(model, source, output=folder, workers=0)
+                os._exit(0)
+            time.sleep(moment)
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            pieces += len(list(folder.glob(".piece-*")))
+            aclip.index(model, source, output=folder, workers=0)
+            equal += contents(folder) == expected
+    report(f"{equal} of {moments} builds killed within {whole:.1f} s end as the undisturbed one; they left "
+           f"{pieces} pieces")
 
 
 def measure_without(folder: str) -> None:
