@@ -3,6 +3,7 @@
     python benchmarks/search.py index runs/first emoji:val_vendor
     python benchmarks/search.py kills runs/first emoji:val_both
     python benchmarks/search.py without emoji.index
+    python benchmarks/search.py duplicates emoji.index
     python benchmarks/search.py search --count 1000000 --dim 512 --methods exact faiss-flat
 
 Vectors are drawn: 64 directions with falling variance in `dim` dimensions, a little noise, and a mean, as the features
@@ -14,6 +15,7 @@ memory is what the process gains.
 """
 
 import argparse
+import io
 import os
 import signal
 import tempfile
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from sklearn.metrics import average_precision_score
 
 import aclip
@@ -52,8 +55,8 @@ def main() -> None:
     four.add_argument("model")
     four.add_argument("source")
     four.add_argument("--moments", type=int, default=10)
-    three = verbs.add_parser("without")
-    three.add_argument("index")
+    for name in ("without", "duplicates"):
+        verbs.add_parser(name).add_argument("index")
     given = parser.parse_args()
     if given.verb == "index":
         measure_indexing(given.model, given.source, given.workers)
@@ -61,6 +64,8 @@ def main() -> None:
         measure_kills(given.model, given.source, given.moments)
     elif given.verb == "without":
         measure_without(given.index)
+    elif given.verb == "duplicates":
+        measure_duplicates(given.index)
     else:
         measure_search(given.count, given.dim, given.queries, given.methods)
 
@@ -128,6 +133,37 @@ def measure_without(folder: str) -> None:
             over_all.append(average_precision_score(right, scores))
         report(f"weight {weight}: average precision {np.mean(among):.3f} among the images with A, "
                f"{np.mean(over_all):.3f} among all")
+
+
+def measure_duplicates(folder: str) -> None:
+    """Print how many altered copies, and how many images of other captions, are near-duplicates at some thresholds."""
+    index, thresholds = Index(folder), (0.9, 0.95, 0.97, 0.99)
+    rows = range(0, len(index), -(-len(index) // 200))
+    images = [index.image(row) for row in rows]
+    own = index.features[list(rows)].astype(np.float32)
+    for name, alter in COPIES.items():
+        copies = index.model.encode_images([alter(image) for image in images]).numpy()
+        cosines = (copies * own).sum(axis=1)
+        report(f"{name}: " + ", ".join(f"{(cosines >= one).mean():.0%} at {one}" for one in thresholds))
+    for one in thresholds:
+        groups = index.duplicates(one)
+        alike = [group for group in groups if len({hit.captions[:1] for hit in group}) == 1]
+        report(f"{one}: {len(groups)} groups, {len(alike)} of one caption each")
+
+
+def as_jpeg(image: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=30)
+    return Image.open(file).convert("RGB")
+
+
+COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "JPEG of quality 30": as_jpeg,
+    "half the size": lambda image: image.reduce(2),
+    "15 % brighter": lambda image: image.point(lambda value: min(255, int(value * 1.15))),
+    "5 % cut off each side": lambda image: ImageOps.crop(image, image.width // 20),  # type: ignore[arg-type]
+    "mirrored": ImageOps.mirror,
+}
 
 
 def measure_search(count: int, dim: int, queries: int, methods: list[str]) -> None:

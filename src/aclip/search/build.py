@@ -24,7 +24,7 @@ from torch import Tensor
 from aclip.data import Source, absolute, clean_captions, decode_image, open_source, parse_spec, suitable_workers
 from aclip.data.evaluation_set import limit_aspect
 from aclip.data.progress import progress
-from aclip.data.sources.base import digest_of
+from aclip.data.sources.base import digest_of, printable
 from aclip.data.workers import read_ahead
 from aclip.devices import choose_device
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError
@@ -155,7 +155,7 @@ class _ReadNew:
         captions: tuple[str, ...] = ()
         with suppress(BadSampleError):  # an image needs no caption to be found
             captions = clean_captions(source.captions(index) if raw is None else raw.captions)
-        readable = None if path is None or not _is_utf8(path) else str(path)
+        readable = str(path) if path is not None and printable(str(path)) == str(path) else None
         row = _Row(identity, known, source.name(index), readable, captions, number, index)
         if known >= 0 or raw is None:
             return row, None
@@ -331,14 +331,6 @@ def _identities(path: Path) -> Any:
 
 def _pieces(folder: Path) -> list[Path]:
     return sorted(folder.glob(_PIECES))
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _need_pyarrow() -> None:
