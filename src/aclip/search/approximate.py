@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aclip.search.store import Index
 
 APPROXIMATE_FROM = 2_000_000
-"""Images from which a graph is built: comparing all of them takes about half a second at 512 dimensions."""
+"""Images from which a graph is built: at 512 dimensions one core compares them in about half a second."""
 
 EXPANSION = 256
 """Candidates that a search keeps; more find more of the true neighbours and take longer."""

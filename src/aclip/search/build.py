@@ -267,10 +267,10 @@ class _Build:
         write_atomically(self.folder / SKIPPED, "".join(
             json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in self.skipped))
         self.description |= {
-            "generation": generation, "images": len(origins),
-            "skipped": len(self.skipped), "features": features, "items": items,
-            "graph": self.earlier.get("graph") if unchanged else None}
+            "generation": generation, "images": len(origins), "skipped": len(self.skipped), "features": features,
+            "items": items, "graph": self.earlier.get("graph") if unchanged else None}
         write_atomically(self.folder / DESCRIPTION, json.dumps(self.description, indent=1) + "\n")
+        self.parts.clear()  # Windows removes no file that is mapped
         used = {str(value) for value in self.description.values()}
         for pattern in (_PIECES, "items-*.parquet", "features-*.npy", "graph-*.usearch"):
             for path in self.folder.glob(pattern):

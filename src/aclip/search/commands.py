@@ -1,4 +1,4 @@
-"""`aclip index` and `aclip search`: results as a table, as JSON, or as a contact sheet."""
+"""`aclip index`, `aclip search` and `aclip serve`; they import torch and the like only when called."""
 
 from __future__ import annotations
 
