@@ -31,7 +31,7 @@ from aclip.search.approximate import open_graph, search_graph
 DESCRIPTION, SKIPPED = "index.json", "skipped.jsonl"
 
 WITHOUT = 0.5
-"""Weight of a text that is subtracted; see docs/search.md for how it was chosen."""
+"""Weight of a text that is subtracted: a larger one ranks by what is absent more than by what is there."""
 
 _BLOCK = 4096  # rows that are searched at a time: their float32 copy stays in the processor's cache
 
