@@ -49,8 +49,7 @@ _HOMES = {
 __all__ = [
     "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "Explanation",
     "Index", "ObjectiveConfig", "Optimization", "Pass", "Recipe", "Run", "RunConfig", "TextPass", "compare",
-    "configure", "evaluate", "explain", "export", "index", "load", "losses",
-    "serve", "train",
+    "configure", "evaluate", "explain", "export", "index", "load", "losses", "serve", "train",
 ]
 
 
