@@ -244,7 +244,7 @@ def _confirmed(first: np.ndarray, second: np.ndarray, fingerprints: np.ndarray) 
 
 
 def join_groups(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the groups with those of each pair joined."""
+    """Return `groups`, (n,) int64, the smallest number in each, with those of the pairs (first, second) joined."""
     from scipy.sparse import coo_array  # type: ignore[import-untyped]
     from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
 
