@@ -18,11 +18,10 @@ from rich.console import Console
 
 from aclip import devices
 from aclip.bench import synthetic_batch
-from aclip.checkpoint import list_checkpoints
+from aclip.checkpoint import Saver, list_checkpoints
 from aclip.recipes import configure
 from aclip.structs import Batch
 from aclip.trainer import Trainer, build_trainer, resolve_defaults
-from aclip.training.saver import Saver
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
 STEPS_APART = 2

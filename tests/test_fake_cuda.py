@@ -22,13 +22,13 @@ from aclip import devices, trainer
 from aclip.config import RunConfig
 from aclip.data import build_loader
 from aclip.data.workers import _Packed, _tensors
+from aclip.devices import peak_memory
 from aclip.machine import hardware
 from aclip.models import blocks
 from aclip.recipes import RECIPES
 from aclip.structs import StepOutput
 from aclip.trainer import Trainer
 from aclip.training.guard import Guard
-from aclip.training.memory import peak_memory
 from aclip.training.schedule import Timetable
 from over_ranks import a_batch, build, recipe_of
 from tests_support import Numbers

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from aclip import models
 from aclip.data.views import Crop
-from aclip.devices import choose_device, synchronize
+from aclip.devices import choose_device, in_units, peak_memory, synchronize, versions
 from aclip.errors import ConfigError, OutOfMemoryError
 from aclip.masking import MaskingContext, UniformMasking
 from aclip.plan import Plan
 from aclip.recipes import configure
 from aclip.structs import Batch, ViewBatch
-from aclip.trainer import Trainer, build_trainer, resolve_defaults, versions
-from aclip.training.memory import in_units, peak_memory
+from aclip.trainer import Trainer, build_trainer, resolve_defaults
 
 LENGTH_SPREAD = 0.5
 """Standard deviation of the logarithm of a caption's length, see `caption_lengths`."""

@@ -46,8 +46,8 @@ from aclip.report.journals import outcome, primary
 from aclip.rng import generator
 from aclip.run_folder import RunFolder, command_line
 from aclip.trainer import Trainer, build_trainer, open_batches, resolve_defaults, train
+from aclip.training.guard import Interrupted, StopRequest
 from aclip.training.schedule import Timetable
-from aclip.training.stop import Interrupted, StopRequest
 
 BASELINE = "clip"
 """What times and arithmetic are relative to, whether it is compared or not."""

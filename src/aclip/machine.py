@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from aclip import devices, exporters, models
+from aclip.devices import in_units
 from aclip.errors import AclipError
 from aclip.files import cache_root, data_root
-from aclip.training.memory import in_units
 from aclip.version import VERSION
 
 FEATURES = {

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import platform
 import shlex
 from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext, suppress
@@ -19,7 +18,7 @@ from torch import Tensor
 from aclip import checkpoint, data, dist, evaluation, exporters, models, plan
 from aclip.config import CHANGEABLE, RunConfig, to_dict
 from aclip.describe import dataflow_table, parameter_table, plain_text
-from aclip.devices import choose_device, cpp_compiler, fast_precision
+from aclip.devices import choose_device, cpp_compiler, fast_precision, versions
 from aclip.errors import AclipError, BadSampleError, CheckpointError, ConfigError, DataError, TrainingError
 from aclip.method import Method
 from aclip.objectives import OBJECTIVES
@@ -31,9 +30,15 @@ from aclip.run_folder import RunFolder, command_line
 from aclip.structs import Batch, StepOutput
 from aclip.training.accumulation import accumulate
 from aclip.training.distributed import wrap
-from aclip.training.guard import ChanceLevel, Guard
-from aclip.training.journal import BadSamples, Clock, report_incident
-from aclip.training.memory import explain_oom, write_peak_memory
+from aclip.training.guard import ChanceLevel, Guard, Interrupted, StopRequest, explain_oom
+from aclip.training.journal import (
+    BadSamples,
+    Clock,
+    TensorBoard,
+    TrainingProgress,
+    report_incident,
+    write_peak_memory,
+)
 from aclip.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -42,11 +47,7 @@ from aclip.training.optim import (
     parameter_groups,
     total_norm,
 )
-from aclip.training.progress import TensorBoard, TrainingProgress
-from aclip.training.saver import Saver
 from aclip.training.schedule import Timetable, momentum_cosine, warmup_cosine
-from aclip.training.stop import Interrupted, StopRequest
-from aclip.version import VERSION
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_BATCH_SIZE = 256
@@ -457,7 +458,7 @@ def fit(
         TrainingError: the loss stays non-finite, on all ranks together; or a step runs out of memory.
     """
     config, table = trainer.config, trainer.timetable
-    saver = Saver(folder.checkpoints, config.keep_checkpoints, config.keep_every * table.save_every)
+    saver = checkpoint.Saver(folder.checkpoints, config.keep_checkpoints, config.keep_every * table.save_every)
     bad_samples, chance, stop_flag = BadSamples(folder), ChanceLevel(table.warmup_steps), dist.Flag()
     clock = Clock()
     save_due = False
@@ -508,7 +509,7 @@ def fit(
 
 
 def _evaluate(
-    trainer: Trainer, folder: RunFolder, saver: Saver, stop: StopRequest, evaluate: Callable[[int], None]
+    trainer: Trainer, folder: RunFolder, saver: checkpoint.Saver, stop: StopRequest, evaluate: Callable[[int], None]
 ) -> None:
     """Evaluate the state that was just saved. A stop request ends it at once; a failure does not end the training."""
     saver.wait()
@@ -525,7 +526,7 @@ def _evaluate(
     trainer.evaluation_due = False
 
 
-def _leave(trainer: Trainer, folder: RunFolder, saver: Saver, *, together: bool = True) -> NoReturn:
+def _leave(trainer: Trainer, folder: RunFolder, saver: checkpoint.Saver, *, together: bool = True) -> NoReturn:
     """Stop, once the state that was just saved is on disk."""
     if together:
         saver.wait()
@@ -540,7 +541,7 @@ def _leave(trainer: Trainer, folder: RunFolder, saver: Saver, *, together: bool 
                       f"{again}")
 
 
-def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: Saver) -> NoReturn:
+def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: checkpoint.Saver) -> NoReturn:
     saver.wait()
     _report_failures(saver, folder)
     parts = ", ".join(f"{name} {part.item():g}" for name, part in output.parts.items())
@@ -550,7 +551,7 @@ def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: Saver)
         "the checkpoint of this step has the last finite weights")
 
 
-def _report_failures(saver: Saver, folder: RunFolder) -> None:
+def _report_failures(saver: checkpoint.Saver, folder: RunFolder) -> None:
     for step, reason in saver.failures():
         report_incident(folder, {"step": step, "kind": "save_failed", "reason": reason},
                 "the checkpoint of step %d could not be written (%s): training goes on and tries again at the next",
@@ -636,15 +637,3 @@ def _finish(trainer: Trainer, model: models.LoadedModel, folder: RunFolder, cons
                       soft_wrap=True)
     report = write_report(folder.path)
     console.print(f"done. model: {folder.final}  report: {report}", markup=False, soft_wrap=True)
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """Return what a run's numbers depend on besides its configuration."""
-    from importlib.metadata import version
-
-    return {
-        "attentive-clip": VERSION, "torch": torch.__version__, "open_clip": version("open_clip_torch"),
-        "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads",
-    }

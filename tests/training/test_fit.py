@@ -24,7 +24,7 @@ from aclip.recipes import RECIPES
 from aclip.run_folder import RunFolder
 from aclip.structs import Batch
 from aclip.trainer import Trainer
-from aclip.training.stop import Interrupted, StopRequest
+from aclip.training.guard import Interrupted, StopRequest
 from over_ranks import a_batch
 
 MUON = "a-clip optimization.optimizer=muon"
