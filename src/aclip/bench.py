@@ -27,7 +27,7 @@ from aclip.masking import MaskingContext, UniformMasking
 from aclip.plan import Plan
 from aclip.recipes import configure
 from aclip.structs import Batch, ViewBatch
-from aclip.trainer import Trainer, build_trainer, resolve_defaults
+from aclip.trainer import Trainer, build_trainer
 
 LENGTH_SPREAD = 0.5
 """Standard deviation of the logarithm of a caption's length, see `caption_lengths`."""
@@ -78,19 +78,16 @@ def bench_step(
     sizes = sorted(set(batch_sizes or ((16, 64, 256) if where.type == "cpu" else (64, 256, 1024))))
     if sizes[0] < 2 or rounds < 1 or not text_tokens >= 3:
         raise ConfigError("batch_sizes are 2 or more, rounds 1 or more, text_tokens 3 or more")
-    config = resolve_defaults(configure(
-        recipe=find_recipe(recipe, changes), model=model, image_size=image_size, data=("synthetic",),
-        batch_size=sizes[0], samples=sizes[0] * SCHEDULE, precision=precision), sizes[0] * SCHEDULE, where)
+    config = configure(recipe=find_recipe(recipe, changes), model=model, image_size=image_size, data=("synthetic",),
+                       batch_size=sizes[0], samples=sizes[0] * SCHEDULE, precision=precision)
     trainer = build_trainer(config, sizes[0] * SCHEDULE, where)
-    if trainer.method.frequencies is not None:
-        trainer.method.frequencies.fill_(1.0 / trainer.method.plan.shape.vocab_size)
     speeds = _time_batch_sizes(trainer, sizes, text_tokens, rounds)
     for speed in speeds:
         speed["hours"] = pairs * epochs / speed["pairs_per_second"] / 3600 if pairs else None
     best = max(speeds, key=lambda one: float(one["pairs_per_second"]), default=None)
     result: dict[str, Any] = {
-        "recipe": recipe, "model": model, "precision": config.precision, "versions": versions(where), "speeds": speeds,
-        "best_batch_size": best["batch_size"] if best else None}
+        "recipe": recipe, "model": model, "precision": trainer.config.precision,
+        "versions": versions(where), "speeds": speeds, "best_batch_size": best["batch_size"] if best else None}
     if json:
         sys.stdout.write(dumps(result, indent=2) + "\n")
         return result
@@ -104,7 +101,7 @@ def bench_step(
                       *([f"{one['hours']:,.1f}"] if pairs else []))
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{recipe} on {model}, {config.precision} on {result['versions']['device']}, captions of "
+    console.print(f"{recipe} on {model}, {trainer.config.precision} on {result['versions']['device']}, captions of "
                   f"{text_tokens:g} tokens on average; median of {rounds} steps"
                   + (f"; hours for {pairs:,} pairs x {epochs:g} epochs, if reading keeps up" if pairs else ""),
                   markup=False, soft_wrap=True)

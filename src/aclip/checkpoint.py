@@ -18,7 +18,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -114,19 +114,25 @@ def open_newest(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none.
     """
-    for checkpoint, _ in newest_first(folder):
-        if checkpoint is not None:
-            return checkpoint
-    raise CheckpointError(f"there is no undamaged checkpoint in {folder}")
+    found, damaged = find_newest(folder)
+    if found is None:
+        raise no_undamaged(folder, damaged)
+    return found
 
 
-def newest_first(folder: Path) -> Iterator[tuple[Checkpoint | None, str]]:
-    """Yield every checkpoint from the newest on, or None and what is wrong with it."""
+def find_newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """Return the newest undamaged checkpoint in `folder`, if any, and the newer damaged ones with what is wrong."""
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            yield open_checkpoint(path), ""
+            return open_checkpoint(path), damaged
         except CheckpointError as error:
-            yield None, str(error)
+            damaged.append((path, str(error)))
+    return None, damaged
+
+
+def no_undamaged(folder: Path, damaged: Sequence[tuple[Path, str]]) -> CheckpointError:
+    return CheckpointError(f"no checkpoint in {folder} is undamaged{f': {damaged[0][1]}' if damaged else ''}")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -673,10 +673,7 @@ def _time(folder: RunFolder, configs: Mapping[str, RunConfig], rounds: int, num_
     stages: dict[str, tuple[Stage, ...]] = {}
     for name, config in configs.items():
         trainer = build_trainer(replace(config, samples=NOMINAL_STEPS * (config.batch_size or 1)), num_pairs, device)
-        dataset = data.PairDataset(
-            source, trainer.method.plan.pipeline, data.CaptionTokenizer(models.tokenizer_of(config.model)),
-            sizes=trainer.method.plan.view_sizes, seed=config.seed)
-        batches = [batch.to(device) for batch in itertools.islice(open_batches(trainer, dataset, 0), TIMED_BATCHES)]
+        batches = [batch.to(device) for batch in itertools.islice(open_batches(trainer, source, 0), TIMED_BATCHES)]
         stages[name] = _stages(config, trainer.method.plan, num_pairs)
         steps |= {stage.label(name): _step(trainer, stage, itertools.cycle(batches)) for stage in stages[name]}
     times = time_in_turns(steps, warmup=WARMUP_ROUNDS, rounds=rounds, device=device)

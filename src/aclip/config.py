@@ -295,8 +295,8 @@ class RunConfig:
         recompute: save memory: keep only the inputs of the blocks, and run them again in the backward pass.
         compile: compile the transformer blocks.
         log_every: optimizer steps between lines of metrics.jsonl.
-        evaluate_every: epochs between evaluations; 0 evaluates only at the end.
-        save_every: epochs between checkpoints; 0 saves only at the end.
+        evaluate_every: epochs between evaluations, an epoch counting as ten steps at least; 0: only at the end.
+        save_every: epochs between checkpoints, counted alike; 0: only at the end.
         keep_checkpoints: how many of the newest checkpoints to keep.
         keep_every: also keep every N-th checkpoint for good; 0 keeps none.
         max_skipped: steps in a row that may be skipped for a non-finite loss or gradient before the run stops.

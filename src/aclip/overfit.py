@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from aclip import data, models
+from aclip import data
 from aclip.config import RunConfig
 from aclip.devices import choose_device
 from aclip.errors import ConfigError, TrainingError
@@ -41,12 +41,7 @@ def overfit_one_batch(config: RunConfig, steps: int = 100) -> list[float]:
                      resolution_schedule=())
     trainer = build_trainer(config, len(source), device)
     trainer.timetable = replace(trainer.timetable, warmup_steps=math.ceil(steps / 10))
-    method = trainer.method
-    if method.frequencies is not None:
-        method.frequencies.fill_(1.0 / len(method.frequencies))
-    dataset = data.PairDataset(source, method.plan.pipeline, data.CaptionTokenizer(models.tokenizer_of(config.model)),
-                               sizes=method.plan.view_sizes, seed=config.seed)
-    batch = next(iter(open_batches(trainer, dataset, workers=0))).to(device)
+    batch = next(iter(open_batches(trainer, source, workers=0))).to(device)
     console.print(f"{config.recipe.name} on {config.model}: {steps} steps on the first batch, {batch.size} pairs, "
                   f"lr {config.recipe.optimization.lr:g}", markup=False)
     losses: list[float] = []

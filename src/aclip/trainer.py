@@ -4,8 +4,8 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aclip import checkpoint, data, dist, evaluation, exporters, models, plan
 from aclip.config import CHANGEABLE, RunConfig, to_dict
-from aclip.describe import dataflow_table, parameter_table, plain_text
+from aclip.describe import dataflow_table, describe_run, plain_text
 from aclip.devices import choose_device, cpp_compiler, fast_precision, versions
 from aclip.errors import AclipError, BadSampleError, CheckpointError, ConfigError, DataError, TrainingError
 from aclip.method import Method
@@ -67,7 +67,8 @@ def train(config: RunConfig | None = None, *, resume: bool | str = False, **sett
         config: the run, or None to build it from `settings`.
         resume: True continues the run in the output folder exactly where it was saved, if there is one; a folder
             continues that run.
-        settings: arguments of `aclip.configure`: fields of `RunConfig`, lr, weight_decay, mask_ratio, ...
+        settings: arguments of `aclip.configure`: fields of `RunConfig`, lr, weight_decay, mask_ratio, ... On resume
+            what is not given stays as it was.
 
     Raises:
         ConfigError: a setting that does not exist or cannot work.
@@ -116,18 +117,18 @@ class Run:
 
 def _prepare(config: RunConfig | None, resume: bool | str, settings: dict[str, Any]) -> tuple[RunConfig, bool]:
     """Return the configuration, and whether its folder holds a run to continue."""
-    if isinstance(resume, str):
-        settings = {**settings, "output": resume}
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun, after a process died
-    wanted = config or (None if isinstance(resume, str) else configure(**settings))
-    folder = RunFolder(Path(wanted.output if wanted else str(resume)))
+    output = resume if isinstance(resume, str) else settings.get("output")
+    if config is None and output is None:
+        config = configure(**settings)
+    folder = RunFolder(Path(config.output if config else output))
     if not (resume or restarted) or not folder.exists():
-        if wanted is None:
+        if isinstance(resume, str):
             raise ConfigError(f"{folder.path} holds no run to resume: it has no config.json")
         folder.check_free()  # before the ranks meet
-        return wanted, False
+        return config or configure(**settings), False
     saved = replace(folder.config(), output=str(folder.path))  # it may have moved
-    wanted = config or configure(base=saved, **settings)
+    wanted = config or configure(base=saved, **{**settings, "output": saved.output})
     before, now = to_dict(saved), to_dict(wanted)
     unset = {name for name in ("batch_size", "precision") if now[name] is None}  # resolved when it was started
     changed = [name for name in now if name not in CHANGEABLE and name not in unset and before[name] != now[name]]
@@ -141,50 +142,36 @@ def _prepare(config: RunConfig | None, resume: bool | str, settings: dict[str, A
 
 def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     """Train from the start or the newest checkpoint; on every rank. Rank 0 evaluates, writes and prints."""
-    console = Console(highlight=False, quiet=dist.rank() > 0)
-    folder = RunFolder(Path(config.output))
-    try:
+    console, folder = Console(highlight=False, quiet=dist.rank() > 0), RunFolder(Path(config.output))
+    with _explained("if its data has moved, add --data", DataError, resumed):
         source = data.open_training(config.data)
-    except DataError as error:
-        if not resumed:
-            raise
-        raise DataError(f"the run cannot be resumed: {error}; if its data has moved, add --data") from error
     if len(set(dist.collect(source.digest()))) > 1:
         raise DataError("the ranks opened different data: check that all machines see the same files")
     for advice in source.advice() if dist.rank() == 0 else ():
         _log.warning("%s", advice)
-    config = resolve_defaults(config, len(source), device)
     held_out = evaluation.open_sets(config.validation)
     evaluation.check_sets(held_out)
-    try:
+    with _explained("if a script registered it, resume from that script by "
+                    f"aclip.train(resume={config.output!r})", ConfigError, resumed):
         trainer = build_trainer(config, len(source), device)
-    except ConfigError as error:
-        if not resumed:
-            raise
-        raise ConfigError(f"the run cannot be resumed: {error}; if a script registered it, resume from that script by "
-                          f"aclip.train(resume={config.output!r})") from error
-    method, table = trainer.method, trainer.timetable
+    method, table, workers = trainer.method, trainer.timetable, data.suitable_workers(device, config.workers)
     flow = dataflow_table(method.plan, config.model, text_tokens=14)
     sizes = {held.name: len(held.source) for held in held_out}
     if resumed:
         _check_same_data(folder, config, len(source), sizes)
         trainer.resume(folder)
         if dist.rank() == 0:
-            _note_changes(folder, config, sizes, trainer.step)
+            _note_changes(folder, trainer.config, sizes, trainer.step)
     elif dist.rank() == 0:
         folder.create()
-        folder.write_json("config.json", to_dict(config) | {
+        folder.write_json("config.json", to_dict(trainer.config) | {
             "num_pairs": len(source), "held_out_pairs": sizes, "command": command_line(),
             "dataflow": plain_text(flow), "versions": versions(device)})
-    _print_header(console, trainer, flow, len(source))
-
-    tokenizer = data.CaptionTokenizer(models.tokenizer_of(config.model))
-    dataset = data.PairDataset(source, method.plan.pipeline, tokenizer, sizes=method.plan.view_sizes, seed=config.seed)
-    workers = data.suitable_workers(device, config.workers)
+    describe_run(console, trainer, flow, len(source))
     if method.frequencies is not None and trainer.step == 0:
         method.frequencies.copy_(data.token_frequencies(
-            source, tokenizer, method.plan.shape.vocab_size, seed=config.seed))
-    model = models.LoadedModel(trainer.wrapped.whole.model, tokenizer)
+            source, trainer.tokenizer, method.plan.shape.vocab_size, seed=config.seed))
+    model = models.LoadedModel(trainer.wrapped.whole.model, trainer.tokenizer)
     shown = _sample_images(held_out[0].source if held_out else source, config.seed)
 
     def look(step: int) -> None:
@@ -206,12 +193,23 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
         sink = TensorBoard(folder.path, trainer.step) if config.tensorboard and dist.rank() == 0 else None
         progress = TrainingProgress(console, table.total_steps, trainer.step)
         with closing(sink) if sink else nullcontext(), progress:
-            fit(trainer, open_batches(trainer, dataset, workers), folder, progress, evaluate, sink)
+            fit(trainer, open_batches(trainer, source, workers), folder, progress, evaluate, sink)
         if dist.rank() == 0:
             write_peak_memory(folder, device)
     trainer.wrapped.refresh()
     if dist.rank() == 0:
         _finish(trainer, model, folder, console)
+
+
+@contextmanager
+def _explained(hint: str, kind: type[AclipError], resumed: bool) -> Iterator[None]:
+    """Say of an error that keeps a run from being resumed what helps."""
+    try:
+        yield
+    except kind as error:
+        if not resumed:
+            raise
+        raise type(error)(f"the run cannot be resumed: {error}; {hint}") from error
 
 
 def resolve_defaults(config: RunConfig, num_pairs: int, device: torch.device) -> RunConfig:
@@ -221,7 +219,8 @@ def resolve_defaults(config: RunConfig, num_pairs: int, device: torch.device) ->
 
 
 def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "Trainer":
-    """Return the trainer of a run whose defaults are resolved, with a fresh model, at its first step."""
+    """Return the trainer of a run, its defaults resolved, with a fresh model, at its first step."""
+    config = resolve_defaults(config, num_pairs, device)
     if config.compile and device.type == "cpu" and cpp_compiler() is None:
         raise ConfigError("--compile on a CPU needs a C++ compiler: install one (apt install g++), or leave it out")
     torch.manual_seed(config.seed)
@@ -236,15 +235,16 @@ def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "T
     return Trainer(config, method, Timetable.of(config, num_pairs), device)
 
 
-def open_batches(trainer: "Trainer", dataset: data.PairDataset, workers: int) -> Iterable[Batch]:
+def open_batches(trainer: "Trainer", source: data.Source, workers: int) -> Iterable[Batch]:
     """Return this rank's share of the batches from the trainer's next step to the last."""
-    assert trainer.config.batch_size is not None
+    config, resolved = trainer.config, trainer.method.plan
+    assert config.batch_size is not None
+    dataset = data.PairDataset(source, resolved.pipeline, trainer.tokenizer, sizes=resolved.view_sizes,
+                               seed=config.seed)
     return data.build_loader(
-        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step,
-        total_steps=trainer.timetable.total_steps, workers=workers, device=trainer.device,
-        cut_text=models.cut_after_eot if trainer.method.plan.shape.text_cut else None,
-        rank=dist.rank(), world_size=dist.world_size(),
-    )
+        dataset, batch_size=config.batch_size, start_step=trainer.step, total_steps=trainer.timetable.total_steps,
+        workers=workers, device=trainer.device, cut_text=models.cut_after_eot if resolved.shape.text_cut else None,
+        rank=dist.rank(), world_size=dist.world_size())
 
 
 class Trainer:
@@ -288,6 +288,11 @@ class Trainer:
         self._max_log_scale = math.log(min((limit for limit in limits if limit is not None), default=math.inf))
         self._grad_norm = torch.zeros(())  # of the latest step, before clipping
         self._caption_ids = torch.empty(0, dtype=torch.int64)  # of the latest step
+
+    @cached_property
+    def tokenizer(self) -> data.CaptionTokenizer:
+        """The tokenizer of the model."""
+        return data.CaptionTokenizer(models.tokenizer_of(self.config.model))
 
     def train_step(self, batch: Batch) -> StepOutput:
         """THE STEP: forward, backward, optimizer, EMA. A non-finite step changes nothing but the step count.
@@ -413,11 +418,11 @@ class Trainer:
 
         Damaged ones are reported, journalled and renamed; journals are cut back to the checkpoint.
         """
-        path, damaged = dist.collect(_newest(folder.checkpoints) if dist.rank() == 0 else (None, []))[0]
-        if path is None and damaged:
-            raise CheckpointError(f"no checkpoint in {folder.checkpoints} is undamaged: {damaged[0][1]}")
-        if path is not None:
-            self.load_state_dict(checkpoint.open_checkpoint(path))
+        found, damaged = dist.collect(checkpoint.find_newest(folder.checkpoints) if dist.rank() == 0 else None)[0]
+        if found is None and damaged:
+            raise checkpoint.no_undamaged(folder.checkpoints, damaged)
+        if found is not None:
+            self.load_state_dict(found)
         if folder.final.exists():
             self.evaluation_due = False  # the last checkpoint of a finished run is from before its last evaluation
         dist.barrier()
@@ -558,17 +563,6 @@ def _report_failures(saver: checkpoint.Saver, folder: RunFolder) -> None:
                 step, reason)
 
 
-def _newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest undamaged checkpoint, and the damaged ones after it with what is wrong."""
-    damaged: list[tuple[Path, str]] = []
-    for path in reversed(checkpoint.list_checkpoints(folder)):
-        try:
-            return checkpoint.open_checkpoint(path).path, damaged
-        except CheckpointError as error:
-            damaged.append((path, str(error)))
-    return None, damaged
-
-
 def _check_same_data(folder: RunFolder, config: RunConfig, num_pairs: int, sizes: dict[str, int]) -> None:
     """Refuse to resume on pairs that have grown, shrunk or are mixed otherwise: their order would be another."""
     before = folder.read_json("config.json")
@@ -604,24 +598,6 @@ def _sample_images(source: data.Source, seed: int) -> list[tuple[Any, str]]:
         if len(found) == SNAPSHOT_IMAGES:
             break
     return found
-
-
-def _print_header(console: Console, trainer: Trainer, flow: Any, num_pairs: int) -> None:
-    """Say what is about to happen."""
-    config, table = trainer.config, trainer.timetable
-    console.print(flow)
-    for resolution in {size for _, size in table.resolutions}:
-        for note in trainer.method.plan_at(resolution).notes:
-            if note not in trainer.method.plan.notes:  # those are in the table above
-                console.print(f"at resolution {resolution:g}: {note}", markup=False, soft_wrap=True)
-    console.print(parameter_table(trainer.groups, trainer.method.model))
-    ranks = f", {dist.world_size()} processes ({config.parallel})" if dist.world_size() > 1 else ""
-    parts = f", {trainer.micro_batch} pairs at a time" if trainer.in_parts else ""
-    console.print(f"{config.precision} on {trainer.device}{ranks}{parts}", soft_wrap=True)
-    console.print(f"{num_pairs:,} pairs, batch {config.batch_size}, {table.total_steps:,} steps "
-                  f"({table.total_steps / table.steps_per_epoch:.1f} epochs), warm-up {table.warmup_steps}"
-                  + (f", unmasked after step {table.masked_steps:,}" if table.masked_steps < table.total_steps else "")
-                  + (f", from step {trainer.step:,}" if trainer.step else ""), soft_wrap=True)
 
 
 def _finish(trainer: Trainer, model: models.LoadedModel, folder: RunFolder, console: Console) -> None:
