@@ -216,7 +216,8 @@ def _arguments_of_run() -> str:
     from aclip.config import RunConfig
 
     lines = str(RunConfig.__doc__).partition("    Attributes:\n")[2].rstrip()
-    return f"Settings.\n\n    Args:\n{lines}" + "".join(f"\n        {name}: {text}" for name, text in {**SHORTHANDS, **OTHERS}.items())
+    others = "".join(f"\n        {name}: {text}" for name, text in {**SHORTHANDS, **OTHERS}.items())
+    return f"Settings.\n\n    Args:\n{lines}{others}"
 
 
 SHORTHANDS = {
