@@ -195,7 +195,7 @@ def commit(folder: Path, temporary: Path, step: int, values: Mapping[str, Any]) 
     Raises:
         OSError: it cannot be written; older checkpoints stay.
     """
-    files = {path.name: {"size": path.stat().st_size, "crc32": _crc32(path)}
+    files = {path.name: {"size": path.stat().st_size, "crc32": crc32(path)}
              for path in sorted(temporary.iterdir()) if _FILE.fullmatch(path.name)}
     content = {"step": step, "values": dict(values), "files": files}
     (temporary / _STATE).write_text(json.dumps({**content, "crc32": _checksum(content)}, indent=2), encoding="utf-8")
@@ -318,7 +318,7 @@ def _verify(path: Path) -> dict[str, Any]:
         size = (path / name).stat().st_size
         if size != mark["size"]:
             raise ValueError(f"{name} has {size:,} bytes instead of {mark['size']:,}")
-        if _crc32(path / name) != mark["crc32"]:
+        if crc32(path / name) != mark["crc32"]:
             raise ValueError(f"{name} has changed since it was written")
     return content
 
@@ -327,7 +327,8 @@ def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _crc32(path: Path) -> int:
+def crc32(path: Path) -> int:
+    """Return the CRC-32 of a file."""
     crc = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):

@@ -77,7 +77,8 @@ def test_leaves_everything_that_is_promised(finished: Path) -> None:
     for key in ("loss", "parts", "lr", "logit_scale", "ema_momentum", "samples_per_second", "data_wait"):
         assert key in records[0], key
     assert {r["set"] for r in journal(finished, "evaluations")} == {"held"}
-    assert json.loads((finished / "final" / "aclip.json").read_text()) == {"step": 18, "samples_seen": 144}
+    trained = json.loads((finished / "final" / "aclip.json").read_text())
+    assert {"step": 18, "samples_seen": 144}.items() <= trained.items()
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["step-00000015", "step-00000018"]
     assert "<html" in (finished / "report.html").read_text()
 

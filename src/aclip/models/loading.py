@@ -22,7 +22,7 @@ from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aclip.checkpoint import list_checkpoints, open_checkpoint, open_newest
+from aclip.checkpoint import crc32, list_checkpoints, open_checkpoint, open_newest
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
 from aclip.models import hugging_face
 from aclip.models.hugging_face import read_json
@@ -317,8 +317,14 @@ def _open_clip_source(place: Path) -> Source:
         raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but {'several' if files else 'no'} weights beside it: "
                               f"the right file is named {WEIGHTS_NAME}")
     file, trained = files[0], read_json(place / "aclip.json") or {}
-    return Source(config, preprocess, place,
-                  lambda: Weights(read_weights(file), str(file), trained.get("step"), trained.get("samples_seen")))
+
+    def read() -> Weights:
+        if trained.get("crc32") not in (None, crc32(file)):
+            raise CheckpointError(f"the weights {file} have changed since they were written: take an undamaged copy, or "
+                                  f"delete {place / 'aclip.json'} if the change was meant")
+        return Weights(read_weights(file), str(file), trained.get("step"), trained.get("samples_seen"))
+
+    return Source(config, preprocess, place, read)
 
 
 def _steps(folder: Path) -> list[Path]:
