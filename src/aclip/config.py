@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import ArgsKwargs
 
 from aclip.errors import ConfigError, unknown_name
 
@@ -40,8 +41,16 @@ Options = Annotated[dict[str, Any], BeforeValidator(_tuples)]
 @dataclass_transform(frozen_default=True)
 def config_class(cls: type[T]) -> type[T]:
     """Make a frozen dataclass that refuses unknown fields, wrong types, NaN and infinity with a `ConfigError`."""
-    rules = ConfigDict(extra="forbid", allow_inf_nan=False)
-    config: Any = pydantic_dataclass(cls, frozen=True, config=rules)
+
+    def check_names(cls: Any, values: Any) -> Any:
+        given = (values.kwargs if isinstance(values, ArgsKwargs) else values) or {}
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.__dataclass_fields__:
+                raise ConfigError(unknown_name(f"field of {cls.__name__}", name, cls.__dataclass_fields__))
+        return values
+
+    cls.check_names = model_validator(mode="before")(classmethod(check_names))  # type: ignore[attr-defined]
+    config: Any = pydantic_dataclass(cls, frozen=True, config=ConfigDict(allow_inf_nan=False))
     validate: Callable[..., None] = config.__init__
 
     @functools.wraps(validate)
@@ -78,7 +87,7 @@ class Pass:
         fill: removed patches stay in the sequence as a learned mask token (SimMIM) instead of leaving it.
     """
 
-    views: tuple[str, ...] = Field(min_length=1)
+    views: Annotated[Names, Field(min_length=1)]
     encoder: Literal["online", "ema"] = "online"
     masking: str = "none"
     mask_ratio: Ratio = 0.0
@@ -115,7 +124,7 @@ class ObjectiveConfig:
         options: further arguments of its class (head widths, temperature).
     """
 
-    reads: tuple[str, ...]
+    reads: Names
     weight: float = 1.0
     options: Options = Field(default_factory=dict)
 
@@ -419,28 +428,11 @@ def _sentence(cls: Any, error: ValidationError) -> str:
     where = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "tuple[", "constrained-"))]
     if where and where[0].isdigit():  # a positional argument
         where[0] = fields(cls)[int(where[0])].name
-    path = ".".join(where) or getattr(cls, "__name__", "value")
-    if first["type"] == "unexpected_keyword_argument":
-        owner = _class_at(cls, where[:-1])
-        above = f" of {'.'.join(where[:-1])}" if where[:-1] else ""
-        return unknown_name(f"field{above}", where[-1], [f.name for f in fields(owner)] if is_dataclass(owner) else [])
+    path = ".".join(where)
     if first["type"] in ("missing", "missing_argument"):
         return f"{path} is missing"
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = first["msg"].replace("Input should", "should").replace("a valid tuple", "a list")
     return f"{path} {message}, not {repr(first['input'])[:80]}"
-
-
-def _class_at(cls: Any, path: list[str]) -> Any:
-    """Return the config class that a path of fields and dict keys leads to."""
-    for name in path:
-        options = [cls, *typing.get_args(cls)]
-        owner = next((o for o in options if is_dataclass(o)), None)
-        if owner is None:
-            return None
-        hint = typing.get_type_hints(owner).get(name)
-        if hint is not None:
-            cls = typing.get_args(hint)[-1] if typing.get_origin(hint) is dict else hint
-    return next((o for o in [cls, *typing.get_args(cls)] if is_dataclass(o)), None)
 
 
 def build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: str) -> Any:
