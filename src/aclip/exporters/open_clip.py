@@ -61,8 +61,8 @@ def save(
         model_config, preprocess_config: open_clip's `model_cfg`, complete, and `preprocess_cfg`.
         tokenizer: the model's; one of Hugging Face's is written beside it, where open_clip looks for it.
         folder: may hold an earlier model.
-        step, samples_seen: optimizer steps and pairs behind the weights, in `aclip.json`; `aclip.load` returns them, and
-            verifies the checksum beside them.
+        step, samples_seen: optimizer steps and pairs behind the weights, in `aclip.json`; `aclip.load` returns them
+            and verifies the checksum beside them.
 
     Raises:
         OSError, SafetensorError: the folder cannot be written; an earlier model stays.

@@ -320,8 +320,8 @@ def _open_clip_source(place: Path) -> Source:
 
     def read() -> Weights:
         if trained.get("crc32") not in (None, crc32(file)):
-            raise CheckpointError(f"the weights {file} have changed since they were written: take an undamaged copy, or "
-                                  f"delete {place / 'aclip.json'} if the change was meant")
+            raise CheckpointError(f"the weights {file} have changed since they were written: take an undamaged copy, "
+                                  f"or delete {place / 'aclip.json'} if the change was meant")
         return Weights(read_weights(file), str(file), trained.get("step"), trained.get("samples_seen"))
 
     return Source(config, preprocess, place, read)

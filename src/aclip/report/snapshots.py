@@ -1,6 +1,6 @@
 """What a model looks at: snapshots over training, and scores and masks drawn over an image.
 
-Layers have one pixel a patch, or a few; a page lays them over an image and lets the browser enlarge them, `heat_map` and
+Layers have few pixels a patch; a page lays them over an image and lets the browser enlarge them, `heat_map` and
 `kept_patches` do the same in Pillow.
 """
 
