@@ -166,7 +166,7 @@ def _train(given: list[str]) -> None:
         check_early(configure(**settings))
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write("aclip: loading PyTorch\n")
-    from aclip.trainer import train
+    from aclip.runs import train
 
     train(resume=resume or resume is not None, **settings)
 

@@ -22,7 +22,8 @@ from aclip.config import RunConfig, to_dict
 from aclip.devices import choose_device
 from aclip.errors import AclipError, ConfigError
 from aclip.run_folder import RunFolder
-from aclip.trainer import Trainer, build_trainer, open_batches, train
+from aclip.runs import train
+from aclip.trainer import Trainer, build_trainer, open_batches
 
 WARMUP_ROUNDS, TIMED_BATCHES = 3, 4
 
