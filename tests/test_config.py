@@ -14,12 +14,12 @@ from aclip.config import (
     Recipe,
     ResolutionPhase,
     RunConfig,
-    build,
     from_dict,
     override,
     to_dict,
 )
 from aclip.errors import ConfigError, unknown_name
+from aclip.plan import build
 from aclip.recipes import RECIPES, configure
 
 A_CLIP = RECIPES["a-clip"]

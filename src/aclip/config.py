@@ -6,11 +6,9 @@ can be changed by its path (`override`).
 """
 
 import functools
-import inspect
 import json
-import typing
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -58,7 +56,7 @@ def config_class(cls: type[T]) -> type[T]:
         try:
             validate(self, *args, **kwargs)
         except ValidationError as error:
-            raise ConfigError(_sentence(config, error)) from None
+            raise ConfigError(sentence(config, error)) from None
 
     config.__init__ = __init__
     return config  # type: ignore[no-any-return]
@@ -375,10 +373,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """
     try:
         return TypeAdapter(cls).validate_python(dict(values))
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(cls, error)}" if where else _sentence(cls, error)) from None
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+    except (ValidationError, ConfigError) as error:
+        found = sentence(cls, error) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"{where}: {found}" if where else found) from None
 
 
 def override(config: T, assignments: Mapping[str, Any]) -> T:
@@ -422,7 +419,7 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _sentence(cls: Any, error: ValidationError) -> str:
+def sentence(cls: Any, error: ValidationError) -> str:
     """Return the first of pydantic's findings as one sentence."""
     first = error.errors(include_url=False)[0]
     where = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "tuple[", "constrained-"))]
@@ -433,37 +430,3 @@ def _sentence(cls: Any, error: ValidationError) -> str:
         return f"{path} is missing"
     message = first["msg"].replace("Input should", "should").replace("a valid tuple", "a list")
     return f"{path} {message}, not {repr(first['input'])[:80]}"
-
-
-def build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: str) -> Any:
-    """Return `cls(**given, **options)` with the options validated against the annotations of its signature.
-
-    Args:
-        cls: a masking strategy, text reduction, view pipeline or objective.
-        given: arguments that are not the user's.
-        options: the user's.
-        what: for the error message, e.g. "masking 'attentive'".
-
-    Raises:
-        ConfigError: an option that does not exist, with the closest that does, or has a wrong value or type.
-    """
-    parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name not in given}
-    owner = cls if is_dataclass(cls) else cls.__init__
-    try:
-        hints = typing.get_type_hints(owner, include_extras=True)
-    except NameError:  # an annotation that only a type checker can resolve
-        hints = {}
-    checked = {}
-    for name, value in options.items():
-        if name not in parameters:
-            raise ConfigError(f"{what}: {unknown_name('option', name, parameters)}")
-        try:
-            adapter = TypeAdapter(hints.get(name, Any), config=ConfigDict(allow_inf_nan=False))
-            checked[name] = adapter.validate_python(value)
-        except ValidationError as error:
-            raise ConfigError(f"{what}: {name} {_sentence(cls, error).partition(' ')[2]}") from None
-    required = [name for name, p in parameters.items() if p.default is p.empty and name not in checked
-                and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if required:
-        raise ConfigError(f"{what} needs the option '{required[0]}'")
-    return cls(**given, **checked)

@@ -81,7 +81,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl."""
-        return list(RunFolder(self.folder).records("metrics"))
+        return RunFolder(self.folder).records("metrics")
 
     def evaluate(self, **options: Any) -> list[evaluation.Result]:
         """Evaluate the trained model; arguments as of `aclip.evaluate`."""
