@@ -173,15 +173,12 @@ def _train(given: list[str]) -> None:
 
 def check_early(config: Any) -> None:
     """Raise what can be found without PyTorch, which takes seconds to load."""
-    from aclip.data.spec import is_pattern, missing, parse_spec, resolve, split_name
+    from aclip.data.spec import locate, parse_spec, split_name
     from aclip.run_folder import RunFolder
 
     RunFolder(Path(config.output)).check_free()
     for spec in (*config.data, *(split_name(named)[1] for named in config.validation)):
-        path = parse_spec(spec).path
-        known = os.path.exists(path) or is_pattern(path) or "://" in path or path.startswith("torchvision:")
-        if not known and resolve(path) is None:
-            raise missing(path)
+        locate(parse_spec(spec).path)
 
 
 def _compare(given: list[str]) -> None:
