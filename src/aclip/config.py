@@ -47,8 +47,9 @@ def config_class(cls: type[T]) -> type[T]:
                 raise ConfigError(unknown_name(f"field of {cls.__name__}", name, cls.__dataclass_fields__))
         return values
 
-    cls.check_names = model_validator(mode="before")(classmethod(check_names))  # type: ignore[attr-defined]
-    config: Any = pydantic_dataclass(cls, frozen=True, config=ConfigDict(allow_inf_nan=False))
+    checked: Any = cls
+    checked.check_names = model_validator(mode="before")(classmethod(check_names))  # type: ignore[arg-type]
+    config: Any = pydantic_dataclass(checked, frozen=True, config=ConfigDict(allow_inf_nan=False))
     validate: Callable[..., None] = config.__init__
 
     @functools.wraps(validate)

@@ -94,7 +94,7 @@ def _prepare(config: RunConfig | None, resume: bool | str, settings: dict[str, A
     output = resume if isinstance(resume, str) else settings.get("output")
     if config is None and output is None:
         config = configure(**settings)
-    folder = RunFolder(Path(config.output if config else output))
+    folder = RunFolder(Path(config.output if config else str(output)))
     if not (resume or restarted) or not folder.exists():
         if isinstance(resume, str):
             raise ConfigError(f"{folder.path} holds no run to resume: it has no config.json")

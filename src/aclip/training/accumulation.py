@@ -67,8 +67,9 @@ def accumulate(
 def joined(parts: Sequence[EncodedBatch]) -> EncodedBatch:
     """Return the parts of a batch as one."""
     def join(parts: Sequence[EncodedPart], dim: int) -> EncodedPart:
-        return replace(parts[0], **{key: torch.cat([getattr(part, key) for part in parts], dim)
-                                    for key, value in vars(parts[0]).items() if isinstance(value, Tensor)})
+        tensors: dict[str, Any] = {key: torch.cat([getattr(part, key) for part in parts], dim)
+                                   for key, value in vars(parts[0]).items() if isinstance(value, Tensor)}
+        return replace(parts[0], **tensors)
 
     return EncodedBatch({name: join([part.texts[name] for part in parts], dim=0) for name in parts[0].texts},
                         {name: join([part.passes[name] for part in parts], dim=1) for name in parts[0].passes})
