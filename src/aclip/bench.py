@@ -32,7 +32,7 @@ from aclip.trainer import Trainer, build_trainer
 LENGTH_SPREAD = 0.5
 """Standard deviation of the logarithm of a caption's length, see `caption_lengths`."""
 DIFFERENT_CROPS = 64  # in a synthetic batch: cropping thousands would take longer than timing them
-SCHEDULE = 1000  # steps of the schedule that timed steps are the first of
+SCHEDULE = 1000  # steps of the schedule that timed steps begin
 WARMUP = 2  # rounds that are not counted
 CAPTIONS = ("a photo of a dog", "two people walk along a beach at sunset", "red apple",
             "a drawing of a lighthouse on a cliff, waves below, seagulls in the sky")
@@ -121,7 +121,7 @@ def _time_batch_sizes(trainer: Trainer, sizes: Sequence[int], text_tokens: float
         timed = partial(time_in_turns, device=device, advance=lambda: bar.advance(task))
         for size in sizes:
             batch = synthetic_batch(trainer.method.plan, size, text_tokens=text_tokens).to(device)
-            step = partial(_first_step, trainer, batch)
+            step = partial(trainer.train_step, batch)
             try:
                 timed({"first": step}, warmup=WARMUP - 1, rounds=1)
             except OutOfMemoryError:
@@ -136,11 +136,6 @@ def _time_batch_sizes(trainer: Trainer, sizes: Sequence[int], text_tokens: float
                        "quartiles": (found["first_quartile"], found["third_quartile"]),
                        "pairs_per_second": size / found["median"], "peak_memory": memory[size]})
     return speeds
-
-
-def _first_step(trainer: Trainer, batch: Batch) -> None:
-    trainer.step = 0
-    trainer.train_step(batch)
 
 
 @dataclass(frozen=True)

@@ -123,16 +123,20 @@ class Trainer:
         """The tokenizer of the model."""
         return data.CaptionTokenizer(models.tokenizer_of(self.config.model))
 
-    def train_step(self, batch: Batch) -> StepOutput:
+    def train_step(self, batch: Batch, *, masked: bool | None = None, resolution: float | None = None) -> StepOutput:
         """THE STEP: forward, backward, optimizer, EMA. A non-finite step changes nothing but the step count.
+
+        Args:
+            batch: this rank's share.
+            masked, resolution: in place of those that the timetable has for this step.
 
         Raises:
             OutOfMemoryError: the step does not fit; the trainer is not usable any more.
         """
         with explain_oom(self.config, self.device):
             batch = batch.to(self.device)
-            masked = self.timetable.masked(self.step)
-            resolution = self.timetable.resolution(self.step)
+            masked = self.timetable.masked(self.step) if masked is None else masked
+            resolution = resolution or self.timetable.resolution(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate() * group["lr_factor"]
             self.optimizer.zero_grad(set_to_none=True)
@@ -169,6 +173,10 @@ class Trainer:
         self.evaluation_due = self.timetable.evaluates(self.step)
         self._caption_ids = batch.caption_ids
         return replace(output, passes={})  # they hold the step's largest tensors
+
+    def mark_evaluated(self) -> None:
+        """Note that the evaluation that was due is done, or has failed."""
+        self.evaluation_due = False
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
@@ -357,7 +365,7 @@ def _evaluate(
     except (AclipError, OSError) as error:
         report_incident(folder, {"step": trainer.step, "kind": "evaluation_failed", "reason": str(error)},
                 "the evaluation after step %d failed: %s", trainer.step, error)
-    trainer.evaluation_due = False
+    trainer.mark_evaluated()
 
 
 def _leave(trainer: Trainer, folder: RunFolder, saver: checkpoint.Saver, *, together: bool = True) -> NoReturn:

@@ -113,15 +113,8 @@ def time_steps(folder: RunFolder, configs: Mapping[str, RunConfig], rounds: int,
 
 
 def _step(trainer: Trainer, stage: Stage, batches: Iterator[Any]) -> Callable[[], object]:
-    """Return what takes one optimizer step, always the run's first, as in a stage of the run."""
-    timetable = replace(trainer.timetable, masked_steps=NOMINAL_STEPS if stage.masked else 0,
-                        resolutions=((NOMINAL_STEPS, stage.resolution),))
-
-    def step() -> None:
-        trainer.timetable, trainer.step = timetable, 0
-        trainer.train_step(next(batches))
-
-    return step
+    """Return what takes one optimizer step as in a stage of the run."""
+    return lambda: trainer.train_step(next(batches), masked=stage.masked, resolution=stage.resolution)
 
 
 @contextmanager
