@@ -25,7 +25,7 @@ from aclip.devices import choose_device, in_units, peak_memory, synchronize, ver
 from aclip.errors import ConfigError, OutOfMemoryError
 from aclip.masking import MaskingContext, UniformMasking
 from aclip.plan import Plan
-from aclip.recipes import configure
+from aclip.recipes import configure, find_recipe
 from aclip.structs import Batch, ViewBatch
 from aclip.trainer import Trainer, build_trainer
 
@@ -72,8 +72,6 @@ def bench_step(
         json: print the numbers as JSON instead of a table.
         changes: path -> value, fields of the recipe to change.
     """
-    from aclip.recipes import find_recipe
-
     where = choose_device(device)
     sizes = sorted(set(batch_sizes or ((16, 64, 256) if where.type == "cpu" else (64, 256, 1024))))
     if sizes[0] < 2 or rounds < 1 or not text_tokens >= 3:
@@ -88,26 +86,34 @@ def bench_step(
     result: dict[str, Any] = {
         "recipe": recipe, "model": model, "precision": trainer.config.precision,
         "versions": versions(where), "speeds": speeds, "best_batch_size": best["batch_size"] if best else None}
+    titles = ("batch", "ms a step", "quartiles", "pairs/s", "peak memory", *(["hours"] if pairs else []))
+    rows = [(str(one["batch_size"]), f"{1e3 * one['seconds']:,.0f}",
+             f"{1e3 * one['quartiles'][0]:,.0f} to {1e3 * one['quartiles'][1]:,.0f}",
+             f"{one['pairs_per_second']:,.1f}", in_units(one["peak_memory"]),
+             *([f"{one['hours']:,.1f}"] if pairs else [])) for one in speeds]
+    hours = f"; hours for {pairs:,} pairs x {epochs:g} epochs, if reading keeps up" if pairs else ""
+    return _show(result, json, titles, rows,
+                 f"{recipe} on {model}, {trainer.config.precision} on {result['versions']['device']}, captions of "
+                 f"{text_tokens:g} tokens on average; median of {rounds} steps{hours}",
+                 *([f"most pairs a second: batch {best['batch_size']}; a larger batch also contrasts each pair with "
+                    "more others"] if best else []))
+
+
+def _show(
+    result: dict[str, Any], json: bool, titles: Sequence[str], rows: Sequence[Sequence[str]], *sentences: str
+) -> dict[str, Any]:
+    """Print a table and sentences, or the numbers as JSON; return the numbers."""
     if json:
         sys.stdout.write(dumps(result, indent=2) + "\n")
         return result
-    table = Table(box=None, pad_edge=False)
-    for title in ("batch", "ms a step", "quartiles", "pairs/s", "peak memory", *(["hours"] if pairs else [])):
-        table.add_column(title, justify="right", no_wrap=True)
-    for one in speeds:
-        table.add_row(str(one["batch_size"]), f"{1e3 * one['seconds']:,.0f}",
-                      f"{1e3 * one['quartiles'][0]:,.0f} to {1e3 * one['quartiles'][1]:,.0f}",
-                      f"{one['pairs_per_second']:,.1f}", in_units(one["peak_memory"]),
-                      *([f"{one['hours']:,.1f}"] if pairs else []))
-    console = Console(highlight=False)
+    console, table = Console(highlight=False), Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    console.print(f"{recipe} on {model}, {trainer.config.precision} on {result['versions']['device']}, captions of "
-                  f"{text_tokens:g} tokens on average; median of {rounds} steps"
-                  + (f"; hours for {pairs:,} pairs x {epochs:g} epochs, if reading keeps up" if pairs else ""),
-                  markup=False, soft_wrap=True)
-    if best:
-        console.print(f"most pairs a second: batch {best['batch_size']}; a larger batch also contrasts each pair with "
-                      "more others", soft_wrap=True)
+    for sentence in sentences:
+        console.print(sentence, markup=False, soft_wrap=True)
     return result
 
 
@@ -204,21 +210,14 @@ def bench_model(
             "relative": first / seconds["median"]})
     result = {"model": model, "device": versions(where)["device"], "threads": torch.get_num_threads(),
               "precision": precision, "torch": torch.__version__, "rounds": rounds, "speeds": rows}
-    if json:
-        sys.stdout.write(dumps(result, indent=2) + "\n")
-        return result
-    table = Table("", box=None, pad_edge=False)
-    for title in ("patches kept", "tokens", "batch", "a second", "quartiles", "speed-up"):
-        table.add_column(title, justify="right", no_wrap=True)
+    shown = []
     for row in rows:
         low, high = row["per_second_quartiles"]
-        table.add_row(row["what"], f"{row['keep']:.0%}" if row["what"] == "images" else "", str(row["tokens"]),
+        shown.append((row["what"], f"{row['keep']:.0%}" if row["what"] == "images" else "", str(row["tokens"]),
                       str(row["batch_size"]), f"{row['per_second']:,.1f}", f"{low:,.1f} to {high:,.1f}",
-                      f"{row['relative']:.2f} x")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"{model}, {precision} on {result['device']}, median of {rounds} calls", markup=False, soft_wrap=True)
-    return result
+                      f"{row['relative']:.2f} x"))
+    return _show(result, json, ("", "patches kept", "tokens", "batch", "a second", "quartiles", "speed-up"), shown,
+                 f"{model}, {precision} on {result['device']}, median of {rounds} calls")
 
 
 def _encodings(
