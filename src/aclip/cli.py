@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (with the checkpoin
 import functools
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from aclip.errors import AclipError, ConfigError, unknown_name
-from aclip.logs import show_log
 
 HELP = """\
 usage: aclip VERB ...
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
-    show_log(debug)
+    _show_log(debug)
     try:
         return _run(given)
     except SystemExit as exit_:  # tyro, after --help or a wrong option
@@ -108,6 +108,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"aclip: {error}\n")
         return 1
+
+
+class _ToStandardError(logging.Handler):
+    """Writes to what sys.stderr is at that moment, so that a progress bar can make room."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record).encode(errors="backslashreplace").decode()  # file names may hold any bytes
+        sys.stderr.write(text + "\n")
+
+
+def _show_log(debug: bool) -> None:
+    """Show notes and warnings of this package as lines on standard error."""
+    handler = _ToStandardError()
+    handler.setFormatter(logging.Formatter("aclip: %(message)s"))
+    logger = logging.getLogger("aclip")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
 
 
 def _run(given: list[str]) -> int:

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from aclip import data, dist, evaluation, exporters, models
+from aclip import data, dist, exporters, models
 from aclip.config import CHANGEABLE, RunConfig, to_dict
 from aclip.describe import dataflow_table, describe_run, plain_text
 from aclip.devices import choose_device, versions
 from aclip.errors import AclipError, BadSampleError, ConfigError, DataError
+from aclip.evaluation import Result, evaluate
+from aclip.evaluation.retrieval import Retrieval
+from aclip.evaluation.sets import check_sets, evaluate_sets, name_skipped, open_sets
 from aclip.recipes import configure
-from aclip.report import take_snapshot, write_report
+from aclip.report.run import write_report
+from aclip.report.snapshots import take_snapshot
 from aclip.rng import generator
 from aclip.run_folder import RunFolder, command_line
 from aclip.trainer import Trainer, build_trainer, fit, open_batches
@@ -83,9 +87,9 @@ class Run:
         """The records of metrics.jsonl."""
         return RunFolder(self.folder).records("metrics")
 
-    def evaluate(self, **options: Any) -> list[evaluation.Result]:
+    def evaluate(self, **options: Any) -> list[Result]:
         """Evaluate the trained model; arguments as of `aclip.evaluate`."""
-        return evaluation.evaluate(str(self.folder), **options)
+        return evaluate(str(self.folder), **options)
 
 
 def _prepare(config: RunConfig | None, resume: bool | str, settings: dict[str, Any]) -> tuple[RunConfig, bool]:
@@ -122,8 +126,8 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
         raise DataError("the ranks opened different data: check that all machines see the same files")
     for advice in source.advice() if dist.rank() == 0 else ():
         _log.warning("%s", advice)
-    held_out = evaluation.open_sets(config.validation)
-    evaluation.check_sets(held_out)
+    held_out = open_sets(config.validation)
+    check_sets(held_out)
     with _explained("if a script registered it, resume from that script by "
                     f"aclip.train(resume={config.output!r})", ConfigError, resumed):
         trainer = build_trainer(config, len(source), device)
@@ -157,7 +161,7 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     def evaluate(step: int) -> None:
         look(step)
         if method.plan.uses_text and dist.rank() == 0:
-            evaluation.evaluate_sets(model, held_out, (evaluation.Retrieval(),), folder, console, step=step,
+            evaluate_sets(model, held_out, (Retrieval(),), folder, console, step=step,
                                      samples_seen=trainer.samples_seen, device=device, workers=workers)
 
     if trainer.step == 0:
@@ -231,7 +235,7 @@ def _finish(trainer: Trainer, model: models.LoadedModel, folder: RunFolder, cons
         step=trainer.step, samples_seen=trainer.samples_seen)
     bad = [(record["key"], record["reason"]) for record in folder.records("skipped")]
     if bad:
-        console.print(f"{evaluation.name_skipped(bad)}; all in {folder.path}/skipped.jsonl", markup=False,
+        console.print(f"{name_skipped(bad)}; all in {folder.path}/skipped.jsonl", markup=False,
                       soft_wrap=True)
     report = write_report(folder.path)
     console.print(f"done. model: {folder.final}  report: {report}", markup=False, soft_wrap=True)

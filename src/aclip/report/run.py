@@ -37,7 +37,7 @@ Column = tuple[str, str, str, Callable[[float | None], str]]
 
 _IMAGES: Column = ("images", "counts", "pictures", count)
 _OF_CLASSES: list[Column] = [
-    *((words, "metrics", key, percent) for key, words in ACCURACIES.items()),
+    *[(words, "metrics", key, percent) for key, words in ACCURACIES.items()],
     ("chance top-1", "chance", "top1", percent), ("training images", "counts", "training_pictures", count), _IMAGES,
     ("classes", "counts", "classes", count)]
 TABLES: dict[str, tuple[str, list[Column]]] = {
