@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from aclip import data, dist, exporters, models
-from aclip.config import CHANGEABLE, RunConfig, to_dict
+from aclip.config import CHANGEABLE, RunConfig, differences, to_dict
 from aclip.describe import dataflow_table, describe_run, plain_text
 from aclip.devices import choose_device, versions
 from aclip.errors import AclipError, BadSampleError, ConfigError, DataError
@@ -106,12 +106,11 @@ def _prepare(config: RunConfig | None, resume: bool | str, settings: dict[str, A
         return config or configure(**settings), False
     saved = replace(folder.config(), output=str(folder.path))  # it may have moved
     wanted = config or configure(base=saved, **{**settings, "output": saved.output})
-    before, now = to_dict(saved), to_dict(wanted)
-    unset = {name for name in ("batch_size", "precision") if now[name] is None}  # resolved when it was started
-    changed = [name for name in now if name not in CHANGEABLE and name not in unset and before[name] != now[name]]
+    unset = [name for name in ("batch_size", "precision") if getattr(wanted, name) is None]  # resolved at the start
+    changed = differences(to_dict(saved), to_dict(wanted), {*CHANGEABLE, *unset})
     if changed:
         others = ", ".join("--" + name.replace("_", "-") for name in CHANGEABLE)
-        raise ConfigError(f"the run in {folder.path} was started with other settings ({', '.join(changed)}): on resume "
+        raise ConfigError(f"the run in {folder.path} was started with other settings ({'; '.join(changed)}): on resume "
                           f"only these may change: {others}; to start a new run from its weights, use --model "
                           f"{folder.path} and another --output")
     return replace(wanted, batch_size=saved.batch_size, precision=saved.precision), True

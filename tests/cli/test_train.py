@@ -235,7 +235,7 @@ def test_options_that_a_resumed_run_cannot_take_are_refused(
 ) -> None:
     assert main(["train", "--resume", str(finished), "--epochs", "7", "--lr", "0.1"]) == 2
     error = capsys.readouterr().err
-    assert "other settings (recipe, epochs)" in error
+    assert "other settings (recipe.optimization.lr is 0.0005 there and 0.1 here; epochs is 6.0 there and 7.0" in error
     assert "only these may change: --data, --validation, --workers, --device, --parallel," in error
     assert f"to start a new run from its weights, use --model {finished}" in error
 

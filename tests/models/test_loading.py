@@ -157,9 +157,11 @@ def test_hub_models_are_fetched(saved, monkeypatch):
 
 
 @pytest.mark.parametrize(("module", "function", "use", "what"), [
-    (loading, "download_pretrained_from_hf", lambda: models.create_model("hf-hub:someone/model"), "'hf-hub:someone/model'"),
+    (loading, "download_pretrained_from_hf", lambda: models.create_model("hf-hub:someone/model"),
+     "'hf-hub:someone/model'"),
     (loading, "download_pretrained", lambda: models.create_model("ViT-B-32:openai"), "'ViT-B-32:openai'"),
-    (loaded, "HFTokenizer", lambda: models.tokenizer_of("ViT-B-16-SigLIP"), "the tokenizer 'timm/ViT-B-16-SigLIP' of this"),
+    (loaded, "HFTokenizer", lambda: models.tokenizer_of("ViT-B-16-SigLIP"),
+     "the tokenizer 'timm/ViT-B-16-SigLIP' of this"),
 ])
 def test_without_a_network_one_sentence_says_so(module, function, use, what, monkeypatch):
     def unreachable(*_, **__):

@@ -4,9 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from aclip.config import CHANGEABLE, RunConfig, to_dict
+from aclip.config import CHANGEABLE, RunConfig, differences, to_dict
 from aclip.errors import ConfigError
 from aclip.plan import Plan, resolve
 from aclip.run_folder import RunFolder
@@ -96,11 +95,8 @@ class PlannedRun:
         """Refuse another run in the folder of this one."""
         if not self.folder.exists():
             return
-        wanted = _flat(to_dict(self.config) | {"num_pairs": self.num_pairs})
-        found = _flat(to_dict(self.folder.config()) | {
-            "num_pairs": self.folder.read_json("config.json").get("num_pairs")})
-        other = [f"{key} is {found.get(key)} there and {wanted.get(key)} here" for key in {**wanted, **found}
-                 if key.split(".")[0] not in IRRELEVANT and found.get(key) != wanted.get(key)]
+        found = to_dict(self.folder.config()) | {"num_pairs": self.folder.read_json("config.json").get("num_pairs")}
+        other = differences(found, to_dict(self.config) | {"num_pairs": self.num_pairs}, IRRELEVANT)
         if other:
             raise ConfigError(f"{self.folder.path} holds a run with other settings ({'; '.join(other)}): give the same "
                               "options to continue the comparison, or choose another --output")
@@ -115,11 +111,3 @@ def stages_of(config: RunConfig, plan: Plan, num_pairs: int) -> tuple[Stage, ...
     return tuple(
         Stage(number / NOMINAL_STEPS, masked, resolution, plans[resolution] if masked else plans[resolution].unmasked())
         for (masked, resolution), number in counts.items())
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Return nested objects flattened, with dotted keys."""
-    if not isinstance(value, dict):
-        return {path: value}
-    return {key: leaf for name, item in value.items()
-            for key, leaf in _flat(item, f"{path}.{name}" if path else name).items()}
