@@ -81,7 +81,6 @@ def doctor(*, device: str = "auto") -> list[Finding]:
 
 
 def _requirements() -> dict[str, list[str]]:
-    """Return the names of the packages that attentive-clip requires ("") and that each of its extras does."""
     extras: dict[str, list[str]] = {}
     for requirement in requires("attentive-clip") or []:
         name = re.match(r"[\w.-]+", requirement)

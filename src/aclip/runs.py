@@ -214,7 +214,6 @@ def _note_changes(folder: RunFolder, config: RunConfig, sizes: dict[str, int], s
 
 
 def _sample_images(source: data.Source, seed: int) -> list[tuple[Any, str]]:
-    """Return a few usable (image, caption) pairs of a source, the same ones for the same seed."""
     found: list[tuple[Any, str]] = []
     for index in generator(seed, "snapshot").permutation(len(source))[: 8 * SNAPSHOT_IMAGES].tolist():
         with suppress(BadSampleError):

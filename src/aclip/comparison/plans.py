@@ -253,7 +253,6 @@ class Comparison:
         return [e for e in self.asked["evaluators"] or default if uses_text or evaluation.is_probe(e)]
 
     def _check_runs(self) -> None:
-        """Refuse folders that hold runs with other settings."""
         for name in filter(self._budgeted, self.contenders):
             for lr, seed in itertools.product(self.lrs(name), self.asked["seeds"]):
                 self.planned(name, lr, seed).check_same()
@@ -274,7 +273,6 @@ class Comparison:
         return {BASELINE: self.baseline.config} | {name: one.config for name, one in self.contenders.items()}
 
     def _time_steps(self) -> None:
-        """Time the steps of all recipes in turns, in one process."""
         self.console.print("timing the steps of all recipes in turns ...")
         process = start(self._log("timing"), self.threads, self._gpu(0), time_steps, self.folder, self._timed(),
                         self.asked["timing_rounds"], len(self.source))

@@ -113,7 +113,6 @@ def time_steps(folder: RunFolder, configs: Mapping[str, RunConfig], rounds: int,
 
 
 def _step(trainer: Trainer, stage: Stage, batches: Iterator[Any]) -> Callable[[], object]:
-    """Return what takes one optimizer step as in a stage of the run."""
     return lambda: trainer.train_step(next(batches), masked=stage.masked, resolution=stage.resolution)
 
 

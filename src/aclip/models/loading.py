@@ -303,7 +303,6 @@ def _named_source(base: str, rest: str) -> Source:
 
 
 def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Return model_cfg and preprocess_cfg of an `open_clip_config.json`."""
     config = read_json(path)
     if not isinstance(config, dict) or "model_cfg" not in config:
         raise CheckpointError(f"'{path}' is damaged: it has no model_cfg")
@@ -311,7 +310,6 @@ def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _folder_source(folder: Path) -> Source:
-    """Return the model of a folder: open_clip's, a run's, or transformers'."""
     for place in (folder, folder / "final"):
         if (place / CONFIG_NAME).is_file():
             return _open_clip_source(place)
@@ -371,7 +369,6 @@ def _run_source(folder: Path, steps: list[Path], *, ema: bool) -> Source:
 
 
 def _file_source(file: Path) -> Source:
-    """Return the model of a weight file alone, if its layout tells the architecture."""
     state = read_weights(file)
     if not is_released(state):
         raise ConfigError(f"the architecture of the weights '{file}' is unknown: name it, as in ViT-B-16:{file}")
