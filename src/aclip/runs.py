@@ -161,7 +161,7 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
         look(step)
         if method.plan.uses_text and dist.rank() == 0:
             evaluate_sets(model, held_out, (Retrieval(),), folder, console, step=step,
-                                     samples_seen=trainer.samples_seen, device=device, workers=workers)
+                          samples_seen=trainer.samples_seen, device=device, workers=workers)
 
     if trainer.step == 0:
         look(0)

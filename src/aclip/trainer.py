@@ -115,8 +115,9 @@ class Trainer:
         self.guard = Guard(method, self.scaler)
         limits = [OBJECTIVES[name].max_logit_scale for name in config.recipe.objectives]
         self._max_log_scale = math.log(min((limit for limit in limits if limit is not None), default=math.inf))
-        self._grad_norm = torch.zeros(())  # of the latest step, before clipping
-        self._caption_ids = torch.empty(0, dtype=torch.int64)  # of the latest step
+        # of the latest step: learning rate, EMA momentum, norm of the gradient before clipping, captions
+        self._lr, self._momentum = self.learning_rate(), self.ema_momentum()
+        self._grad_norm, self._caption_ids = torch.zeros(()), torch.empty(0, dtype=torch.int64)
 
     @cached_property
     def tokenizer(self) -> data.CaptionTokenizer:
@@ -137,8 +138,9 @@ class Trainer:
             batch = batch.to(self.device)
             masked = self.timetable.masked(self.step) if masked is None else masked
             resolution = resolution or self.timetable.resolution(self.step)
+            self._lr, self._momentum = self.learning_rate(), self.ema_momentum()
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate() * group["lr_factor"]
+                group["lr"] = self._lr * group["lr_factor"]
             self.optimizer.zero_grad(set_to_none=True)
             self.guard.begin()
 
@@ -163,9 +165,8 @@ class Trainer:
             if self.method.plan.uses_text and models.logit_scale_of(self.method.model).requires_grad:
                 with torch.no_grad():
                     models.logit_scale_of(self.method.model).clamp_(0.0, self._max_log_scale)
-            momentum = self.ema_momentum()
-            if momentum is not None:
-                self.ema.update(momentum, skipped=skip)
+            if self._momentum is not None:
+                self.ema.update(self._momentum, skipped=skip)
 
         self.step += 1
         self.samples_seen += batch.size * dist.world_size()
@@ -197,7 +198,7 @@ class Trainer:
         precision = self.config.precision or "fp32"
         return torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
-    def record(self, output: StepOutput, lr: float, momentum: float | None) -> dict[str, Any]:
+    def record(self, output: StepOutput) -> dict[str, Any]:
         """Return the line of metrics.jsonl for the step just taken; waits for the device. All ranks call it.
 
         Losses are means over ranks, counts are sums.
@@ -206,7 +207,7 @@ class Trainer:
         chance, loss, *parts = (dist.sum_over_ranks(losses) / dist.world_size()).tolist()
         record: dict[str, Any] = {
             "step": self.step, "samples_seen": self.samples_seen, "loss": loss,
-            "parts": dict(zip(output.parts, parts, strict=True)), "lr": lr, "grad_norm": self._grad_norm.item(),
+            "parts": dict(zip(output.parts, parts, strict=True)), "lr": self._lr, "grad_norm": self._grad_norm.item(),
             "cut_captions": self._total_truncated(),
         }
         self.truncated = 0
@@ -214,8 +215,8 @@ class Trainer:
             record["logit_scale"] = models.logit_scale_of(self.method.model).exp().item()
         if "contrastive" in output.parts:
             record["chance_loss"] = chance
-        if momentum is not None:
-            record |= {"ema_momentum": momentum, "ema_distance": self.ema.distance().item()}
+        if self._momentum is not None:
+            record |= {"ema_momentum": self._momentum, "ema_distance": self.ema.distance().item()}
         return record
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -308,7 +309,6 @@ def fit(
         if trainer.evaluation_due:
             _evaluate(trainer, folder, saver, stop, evaluate)
         for batch in clock.waiting_for(batches):
-            lr, momentum = trainer.learning_rate(), trainer.ema_momentum()
             output = trainer.train_step(batch)
             step, last = trainer.step, trainer.step == table.total_steps
             clock.samples += batch.size * dist.world_size()
@@ -325,7 +325,7 @@ def fit(
             failing = trainer.guard.skipped_in_a_row > config.max_skipped
             record = None
             if log and not trainer.guard.latest_skipped:
-                record = trainer.record(output, lr, momentum) | bad_samples.journal() | {
+                record = trainer.record(output) | bad_samples.journal() | {
                     "skipped_steps": trainer.guard.skipped} | clock.restart()
                 if dist.rank() == 0:
                     folder.append("metrics", record)
