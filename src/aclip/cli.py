@@ -90,24 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(given)
     except SystemExit as exit_:  # tyro, after --help or a wrong option
         return exit_.code if isinstance(exit_.code, int) else 2
-    except AclipError as error:
-        if debug:
-            raise
-        rank = os.environ.get("RANK", "0")
-        if rank != "0" and not error.reported:  # under torchrun, which ends the others when rank 0 has reported it
-            time.sleep(RANK_0_REPORTS_FIRST)
-        sys.stderr.write(f"aclip: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt as interrupt:
         sys.stderr.write(f"\naclip: {interrupt or 'interrupted'}\n")
         return 130
     except BrokenPipeError:
         return 1
-    except OSError as error:  # a full disk, a folder without permission
+    except (AclipError, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise
+        if os.environ.get("RANK", "0") != "0" and not getattr(error, "reported", False):
+            time.sleep(RANK_0_REPORTS_FIRST)  # torchrun ends the others when rank 0 has reported it
         sys.stderr.write(f"aclip: {error}\n")
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 class _ToStandardError(logging.Handler):
