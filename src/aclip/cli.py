@@ -164,8 +164,9 @@ def _train(given: list[str]) -> None:
     given, steps = take_optional(given, "--overfit-one-batch", "100")
     settings = _call(dict, _settings_of_run(), given, "aclip train", _arguments_of_run(), TRAIN)
     if resume is not None:  # what is not given stays as it was
-        words = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in given}
-        settings = {name: value for name, value in settings.items() if name in words}
+        named = {word[2:].partition("=")[0].removeprefix("no-").replace("-", "_")
+                 for word in given if word.startswith("--")}
+        settings = {name: value for name, value in settings.items() if name in named}
     settings["changes"] = changes
     if steps is not None:
         from aclip.overfit import overfit_one_batch
