@@ -18,11 +18,10 @@ from rich.console import Console
 
 from aclip import devices
 from aclip.bench import synthetic_batch
-from aclip.checkpoint import list_checkpoints
+from aclip.checkpoint import Saver, list_checkpoints
 from aclip.recipes import configure
 from aclip.structs import Batch
-from aclip.trainer import Trainer, build_trainer, resolve_defaults
-from aclip.training.saver import Saver
+from aclip.trainer import Trainer, build_trainer
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
 STEPS_APART = 2
@@ -32,7 +31,7 @@ def build(model: str, device: torch.device, batch_size: int) -> Trainer:
     """Return a trainer of `a-clip`."""
     pairs = 10_000 * batch_size
     config = configure(recipe="a-clip", model=model, data=("synthetic",), batch_size=batch_size, samples=pairs)
-    return build_trainer(resolve_defaults(config, pairs, device), pairs, device)
+    return build_trainer(config, pairs, device)
 
 
 def measure(trainer: Trainer, batch: Batch, folder: Path, checkpoints: int) -> None:

@@ -22,13 +22,12 @@ from aclip import models, plan
 from aclip.bench import synthetic_batch
 from aclip.config import Recipe
 from aclip.data import augment
-from aclip.devices import synchronize
+from aclip.devices import peak_memory, synchronize
 from aclip.method import Method
 from aclip.models import text
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, EncodedBatch, TowerShape
 from aclip.training.distributed import wrap
-from aclip.training.memory import peak_memory
 from aclip.training.optim import build_optimizer, parameter_groups
 
 WIDTHS = {f"ViT-B-16-of-width-{width}": width for width in (192, 384, 576)}

@@ -24,7 +24,7 @@ from aclip.devices import synchronize
 from aclip.method import Method
 from aclip.recipes import RECIPES, configure
 from aclip.structs import Batch, EncodedBatch
-from aclip.trainer import Trainer, build_trainer, resolve_defaults
+from aclip.trainer import Trainer, build_trainer
 from aclip.training.distributed import whole
 from competitors import Ours, Settings, Stopwatch
 from gpu import Bench
@@ -118,10 +118,7 @@ def trainer_of(recipe: Recipe | str, model: str, batch_size: int, device: torch.
     pairs = STEPS * batch_size
     config = configure(recipe=recipe, model=model, data=("synthetic",), batch_size=batch_size, samples=pairs,
                        **settings)
-    trainer = build_trainer(resolve_defaults(config, pairs, device), pairs, device)
-    if trainer.method.frequencies is not None:
-        trainer.method.frequencies.fill_(1.0 / trainer.method.plan.shape.vocab_size)
-    return trainer
+    return build_trainer(config, pairs, device)
 
 
 def few_steps(bench: Bench, recipe: Recipe, device: torch.device, precision: str) -> dict[str, Any]:

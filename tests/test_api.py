@@ -45,7 +45,7 @@ def test_a_run_is_evaluated_loaded_and_exported(run: aclip.Run, images: Path, tm
 def test_a_finished_run_is_continued_and_only_machinery_may_change(run: aclip.Run, images: Path) -> None:
     before = run.metrics
     assert aclip.train(resume=str(run.folder), log_every=2).metrics == before
-    with pytest.raises(ConfigError, match=r"other settings \(epochs\): on resume only these may change"):
+    with pytest.raises(ConfigError, match=r"other settings \(epochs is 2.0 there and 3.0 here\): on resume only these"):
         aclip.train(resume=str(run.folder), epochs=3)
     with pytest.raises(ConfigError, match="holds no run to resume"):
         aclip.train(resume=str(images))

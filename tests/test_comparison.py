@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import aclip.comparison
 from aclip.cli import main
-from aclip.comparison import Comparison
+from aclip.comparison import processes
+from aclip.comparison.plans import Comparison
 from aclip.config import to_dict
 from aclip.errors import ConfigError
 from made_pictures import picture
@@ -314,13 +314,13 @@ def test_jobs_take_the_visible_gpus_in_turns(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    assert aclip.comparison._gpus(device) == expected
+    assert processes.gpus_of(device) == expected
 
 
 def test_a_second_comparison_in_the_folder_is_kept_out(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with aclip.comparison._locked(tmp_path / "mine"):
+    with processes.locked(tmp_path / "mine"):
         assert main(command(images, tmp_path / "mine", "--recipes", "clip", "--epochs", "1")) == 2
     assert "another comparison is running in" in capsys.readouterr().err
 
@@ -375,3 +375,12 @@ def test_a_comparison_is_one_process(
     monkeypatch.setenv("RANK", "1")
     assert main(command(images, tmp_path / "mine", "--recipes", "clip", "--epochs", "1")) == 2
     assert "run it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--recipes", "clip", "flipp", "--epochs", "1"], ["--recipes", "clip", "flip"]])
+def test_what_costs_nothing_to_find_is_found_before_torch_is_loaded(words: list[str], tmp_path: Path) -> None:
+    program = ("import sys; from aclip.cli import main\n"
+               f"print(main(['compare', '--data', 'x.csv', '--validation', 'y.csv', '--output', 'mine', *{words}]),"
+               " 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2", "False"], done.stderr

@@ -14,12 +14,12 @@ from aclip.config import (
     Recipe,
     ResolutionPhase,
     RunConfig,
-    build,
     from_dict,
     override,
     to_dict,
 )
 from aclip.errors import ConfigError, unknown_name
+from aclip.plan import build
 from aclip.recipes import RECIPES, configure
 
 A_CLIP = RECIPES["a-clip"]
@@ -62,7 +62,7 @@ def test_pass_refuses(changes: dict[str, Any], message: str) -> None:
         ({"objectives": {}}, "objectives .* at least 1 item"),
         ({"objectives": {"contrastive": ObjectiveConfig(("ful", "captions"))}},
          "unknown pass 'ful': did you mean 'full'. There are: captions, full"),
-        ({"freze": ()}, "unknown field 'freze': did you mean 'freeze'"),
+        ({"freze": ()}, "unknown field of Recipe 'freze': did you mean 'freeze'"),
     ],
 )
 def test_recipe_refuses(changes: dict[str, Any], message: str) -> None:
@@ -116,7 +116,7 @@ def test_a_run_survives_json() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learning_rate": 1.0}, "unknown field 'learning_rate'"),
+        ({"learning_rate": 1.0}, "unknown field of Optimization 'learning_rate'"),
         ({"lrr": 1.0}, "did you mean 'lr'"),
         ({"lr": "fast"}, "lr should be a valid number, .*not 'fast'"),
         ({"betas": [0.9]}, "betas.1 is missing"),
@@ -135,7 +135,7 @@ def test_from_dict_names_the_file_and_the_path_to_a_wrong_field() -> None:
         from_dict(Recipe, values, "config.json")
     values = to_dict(A_CLIP)
     values["passes"]["context"]["encodr"] = "ema"
-    with pytest.raises(ConfigError, match=r"unknown field of passes.context 'encodr': did you mean 'encoder'"):
+    with pytest.raises(ConfigError, match=r"unknown field of Pass 'encodr': did you mean 'encoder'"):
         from_dict(Recipe, values)
     with pytest.raises(ConfigError, match="views is missing"):
         from_dict(Pass, {})

@@ -1,13 +1,15 @@
-"""Cores and memory as a container limits them; names of devices."""
+"""Cores and memory as a container limits them; names of devices; peak memory."""
 
 import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from aclip import devices
-from aclip.devices import choose_device, fast_precision, memory_limit, usable_cores
+from aclip.devices import choose_device, fast_precision, memory_limit, peak_memory, usable_cores
 from aclip.errors import ConfigError
 
 NO_LIMIT_V1 = str(2**63 - 4096)
@@ -58,3 +60,12 @@ def test_names_of_devices() -> None:
     for name in ("gpu", "cuda:99"):
         with pytest.raises(ConfigError, match=f"device '{name}' is not available: .*use auto"):
             choose_device(name)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
+def test_peak_memory_is_what_the_kernel_reports_in_bytes() -> None:
+    ones = np.ones(2**24)  # 128 MiB: a new peak, so that both counters have just moved
+    status = Path("/proc/self/status").read_text()
+    kernel = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    assert peak_memory(torch.device("cpu")) == pytest.approx(kernel, rel=0.05)
+    assert peak_memory(torch.device("cpu")) > ones.nbytes

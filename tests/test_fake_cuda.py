@@ -18,17 +18,17 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aclip import devices, trainer
+from aclip import devices
 from aclip.config import RunConfig
 from aclip.data import build_loader
 from aclip.data.workers import _Packed, _tensors
+from aclip.devices import peak_memory
 from aclip.machine import hardware
 from aclip.models import blocks
 from aclip.recipes import RECIPES
 from aclip.structs import StepOutput
 from aclip.trainer import Trainer
 from aclip.training.guard import Guard
-from aclip.training.memory import peak_memory
 from aclip.training.schedule import Timetable
 from over_ranks import a_batch, build, recipe_of
 from tests_support import Numbers
@@ -173,7 +173,7 @@ def test_the_device_is_waited_for_and_asked_for_its_name_and_memory(monkeypatch:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {CUDA: 123}.__getitem__)
     assert peak_memory(CUDA) == 123
     monkeypatch.setattr(torch.cuda, "get_device_name", {CUDA: "Some GPU"}.__getitem__)
-    assert trainer.versions(CUDA)["device"] == "Some GPU"
+    assert devices.versions(CUDA)["device"] == "Some GPU"
 
 
 def test_the_doctor_describes_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from aclip.objectives import OBJECTIVES
     from aclip.objectives import functional as losses
     from aclip.recipes import RECIPES, configure
+    from aclip.runs import Run, train
     from aclip.search import Index, index, serve
-    from aclip.trainer import Run, train
 
 __version__ = VERSION
 
 _HOMES = {
-    **dict.fromkeys(("train", "Run"), "aclip.trainer"),
+    **dict.fromkeys(("train", "Run"), "aclip.runs"),
     **dict.fromkeys(("evaluate", "EVALUATORS"), "aclip.evaluation"),
     **dict.fromkeys(("export", "EXPORTERS"), "aclip.exporters"),
     **dict.fromkeys(("configure", "RECIPES"), "aclip.recipes"),

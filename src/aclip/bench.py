@@ -21,19 +21,18 @@ from torch import Tensor
 
 from aclip import models
 from aclip.data.views import Crop
-from aclip.devices import choose_device, synchronize
+from aclip.devices import choose_device, in_units, peak_memory, synchronize, versions
 from aclip.errors import ConfigError, OutOfMemoryError
 from aclip.masking import MaskingContext, UniformMasking
 from aclip.plan import Plan
-from aclip.recipes import configure
+from aclip.recipes import configure, find_recipe
 from aclip.structs import Batch, ViewBatch
-from aclip.trainer import Trainer, build_trainer, resolve_defaults, versions
-from aclip.training.memory import in_units, peak_memory
+from aclip.trainer import Trainer, build_trainer
 
 LENGTH_SPREAD = 0.5
 """Standard deviation of the logarithm of a caption's length, see `caption_lengths`."""
 DIFFERENT_CROPS = 64  # in a synthetic batch: cropping thousands would take longer than timing them
-SCHEDULE = 1000  # steps of the schedule that timed steps are the first of
+SCHEDULE = 1000  # steps of the schedule that timed steps begin
 WARMUP = 2  # rounds that are not counted
 CAPTIONS = ("a photo of a dog", "two people walk along a beach at sunset", "red apple",
             "a drawing of a lighthouse on a cliff, waves below, seagulls in the sky")
@@ -73,45 +72,48 @@ def bench_step(
         json: print the numbers as JSON instead of a table.
         changes: path -> value, fields of the recipe to change.
     """
-    from aclip.recipes import find_recipe
-
     where = choose_device(device)
     sizes = sorted(set(batch_sizes or ((16, 64, 256) if where.type == "cpu" else (64, 256, 1024))))
     if sizes[0] < 2 or rounds < 1 or not text_tokens >= 3:
         raise ConfigError("batch_sizes are 2 or more, rounds 1 or more, text_tokens 3 or more")
-    config = resolve_defaults(configure(
-        recipe=find_recipe(recipe, changes), model=model, image_size=image_size, data=("synthetic",),
-        batch_size=sizes[0], samples=sizes[0] * SCHEDULE, precision=precision), sizes[0] * SCHEDULE, where)
+    config = configure(recipe=find_recipe(recipe, changes), model=model, image_size=image_size, data=("synthetic",),
+                       batch_size=sizes[0], samples=sizes[0] * SCHEDULE, precision=precision)
     trainer = build_trainer(config, sizes[0] * SCHEDULE, where)
-    if trainer.method.frequencies is not None:
-        trainer.method.frequencies.fill_(1.0 / trainer.method.plan.shape.vocab_size)
     speeds = _time_batch_sizes(trainer, sizes, text_tokens, rounds)
     for speed in speeds:
         speed["hours"] = pairs * epochs / speed["pairs_per_second"] / 3600 if pairs else None
     best = max(speeds, key=lambda one: float(one["pairs_per_second"]), default=None)
     result: dict[str, Any] = {
-        "recipe": recipe, "model": model, "precision": config.precision, "versions": versions(where), "speeds": speeds,
-        "best_batch_size": best["batch_size"] if best else None}
+        "recipe": recipe, "model": model, "precision": trainer.config.precision,
+        "versions": versions(where), "speeds": speeds, "best_batch_size": best["batch_size"] if best else None}
+    titles = ("batch", "ms a step", "quartiles", "pairs/s", "peak memory", *(["hours"] if pairs else []))
+    rows = [(str(one["batch_size"]), f"{1e3 * one['seconds']:,.0f}",
+             f"{1e3 * one['quartiles'][0]:,.0f} to {1e3 * one['quartiles'][1]:,.0f}",
+             f"{one['pairs_per_second']:,.1f}", in_units(one["peak_memory"]),
+             *([f"{one['hours']:,.1f}"] if pairs else [])) for one in speeds]
+    hours = f"; hours for {pairs:,} pairs x {epochs:g} epochs, if reading keeps up" if pairs else ""
+    return _show(result, json, titles, rows,
+                 f"{recipe} on {model}, {trainer.config.precision} on {result['versions']['device']}, captions of "
+                 f"{text_tokens:g} tokens on average; median of {rounds} steps{hours}",
+                 *([f"most pairs a second: batch {best['batch_size']}; a larger batch also contrasts each pair with "
+                    "more others"] if best else []))
+
+
+def _show(
+    result: dict[str, Any], json: bool, titles: Sequence[str], rows: Sequence[Sequence[str]], *sentences: str
+) -> dict[str, Any]:
+    """Print a table and sentences, or the numbers as JSON; return the numbers."""
     if json:
         sys.stdout.write(dumps(result, indent=2) + "\n")
         return result
-    table = Table(box=None, pad_edge=False)
-    for title in ("batch", "ms a step", "quartiles", "pairs/s", "peak memory", *(["hours"] if pairs else [])):
-        table.add_column(title, justify="right", no_wrap=True)
-    for one in speeds:
-        table.add_row(str(one["batch_size"]), f"{1e3 * one['seconds']:,.0f}",
-                      f"{1e3 * one['quartiles'][0]:,.0f} to {1e3 * one['quartiles'][1]:,.0f}",
-                      f"{one['pairs_per_second']:,.1f}", in_units(one["peak_memory"]),
-                      *([f"{one['hours']:,.1f}"] if pairs else []))
-    console = Console(highlight=False)
+    console, table = Console(highlight=False), Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    console.print(f"{recipe} on {model}, {config.precision} on {result['versions']['device']}, captions of "
-                  f"{text_tokens:g} tokens on average; median of {rounds} steps"
-                  + (f"; hours for {pairs:,} pairs x {epochs:g} epochs, if reading keeps up" if pairs else ""),
-                  markup=False, soft_wrap=True)
-    if best:
-        console.print(f"most pairs a second: batch {best['batch_size']}; a larger batch also contrasts each pair with "
-                      "more others", soft_wrap=True)
+    for sentence in sentences:
+        console.print(sentence, markup=False, soft_wrap=True)
     return result
 
 
@@ -125,7 +127,7 @@ def _time_batch_sizes(trainer: Trainer, sizes: Sequence[int], text_tokens: float
         timed = partial(time_in_turns, device=device, advance=lambda: bar.advance(task))
         for size in sizes:
             batch = synthetic_batch(trainer.method.plan, size, text_tokens=text_tokens).to(device)
-            step = partial(_first_step, trainer, batch)
+            step = partial(trainer.train_step, batch)
             try:
                 timed({"first": step}, warmup=WARMUP - 1, rounds=1)
             except OutOfMemoryError:
@@ -140,11 +142,6 @@ def _time_batch_sizes(trainer: Trainer, sizes: Sequence[int], text_tokens: float
                        "quartiles": (found["first_quartile"], found["third_quartile"]),
                        "pairs_per_second": size / found["median"], "peak_memory": memory[size]})
     return speeds
-
-
-def _first_step(trainer: Trainer, batch: Batch) -> None:
-    trainer.step = 0
-    trainer.train_step(batch)
 
 
 @dataclass(frozen=True)
@@ -213,21 +210,14 @@ def bench_model(
             "relative": first / seconds["median"]})
     result = {"model": model, "device": versions(where)["device"], "threads": torch.get_num_threads(),
               "precision": precision, "torch": torch.__version__, "rounds": rounds, "speeds": rows}
-    if json:
-        sys.stdout.write(dumps(result, indent=2) + "\n")
-        return result
-    table = Table("", box=None, pad_edge=False)
-    for title in ("patches kept", "tokens", "batch", "a second", "quartiles", "speed-up"):
-        table.add_column(title, justify="right", no_wrap=True)
+    shown = []
     for row in rows:
         low, high = row["per_second_quartiles"]
-        table.add_row(row["what"], f"{row['keep']:.0%}" if row["what"] == "images" else "", str(row["tokens"]),
+        shown.append((row["what"], f"{row['keep']:.0%}" if row["what"] == "images" else "", str(row["tokens"]),
                       str(row["batch_size"]), f"{row['per_second']:,.1f}", f"{low:,.1f} to {high:,.1f}",
-                      f"{row['relative']:.2f} x")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"{model}, {precision} on {result['device']}, median of {rounds} calls", markup=False, soft_wrap=True)
-    return result
+                      f"{row['relative']:.2f} x"))
+    return _show(result, json, ("", "patches kept", "tokens", "batch", "a second", "quartiles", "speed-up"), shown,
+                 f"{model}, {precision} on {result['device']}, median of {rounds} calls")
 
 
 def _encodings(

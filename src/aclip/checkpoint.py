@@ -6,7 +6,8 @@
         state.json                        step, plain values, size and CRC-32 of every file
 
 A checkpoint is written beside its place and renamed into it, so a folder with that name was whole when it was written;
-the checksums tell what happened to it since. Any number of ranks can read what any other number has written.
+the checksums tell what happened to it since. Any number of ranks can read what any other number has written. `Saver`
+writes in the background: training waits only for a copy in memory.
 """
 
 import json
@@ -14,9 +15,12 @@ import math
 import os
 import re
 import shutil
+import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,9 @@ _NAME = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
 _STATE = "state.json"
 _BLOCK = 2**24
+
+RANKS_TIMEOUT = 1800.0
+"""Seconds for which rank 0 waits for the files of the other ranks."""
 
 
 @dataclass(frozen=True)
@@ -107,19 +114,25 @@ def open_newest(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none.
     """
-    for checkpoint, _ in newest_first(folder):
-        if checkpoint is not None:
-            return checkpoint
-    raise CheckpointError(f"there is no undamaged checkpoint in {folder}")
+    found, damaged = find_newest(folder)
+    if found is None:
+        raise no_undamaged(folder, damaged)
+    return found
 
 
-def newest_first(folder: Path) -> Iterator[tuple[Checkpoint | None, str]]:
-    """Yield every checkpoint from the newest on, or None and what is wrong with it."""
+def find_newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """Return the newest undamaged checkpoint in `folder`, if any, and the newer damaged ones with what is wrong."""
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            yield open_checkpoint(path), ""
+            return open_checkpoint(path), damaged
         except CheckpointError as error:
-            yield None, str(error)
+            damaged.append((path, str(error)))
+    return None, damaged
+
+
+def no_undamaged(folder: Path, damaged: Sequence[tuple[Path, str]]) -> CheckpointError:
+    return CheckpointError(f"no checkpoint in {folder} is undamaged{f': {damaged[0][1]}' if damaged else ''}")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -182,7 +195,7 @@ def commit(folder: Path, temporary: Path, step: int, values: Mapping[str, Any]) 
     Raises:
         OSError: it cannot be written; older checkpoints stay.
     """
-    files = {path.name: {"size": path.stat().st_size, "crc32": _crc32(path)}
+    files = {path.name: {"size": path.stat().st_size, "crc32": crc32(path)}
              for path in sorted(temporary.iterdir()) if _FILE.fullmatch(path.name)}
     content = {"step": step, "values": dict(values), "files": files}
     (temporary / _STATE).write_text(json.dumps({**content, "crc32": _checksum(content)}, indent=2), encoding="utf-8")
@@ -203,6 +216,92 @@ def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
             _remove(path)
 
 
+class Saver:
+    """Saves training states over all ranks, one at a time; every rank calls every method equally often.
+
+    1. Each rank copies its part to host memory: only here does training wait.
+    2. A thread of each rank writes it into a temporary folder that all ranks share, and marks its end.
+    3. Rank 0's thread waits for all marks, adds `state.json` and renames the folder.
+
+    A failure on any rank leaves older checkpoints alone, and is returned by `failures`.
+
+    Args:
+        folder: of the checkpoints.
+        keep, keep_every: see `prune`.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._attempt = dist.collect(os.urandom(4).hex())[0]  # never write into what an earlier attempt left
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._buffers: dict[str, Tensor] = {}
+        self._writing: tuple[int, Future[None]] | None = None
+        self._failures: list[tuple[int, str]] = []
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Begin to save a state; waits for the save before it."""
+        self.wait()
+        part = {name: (self._copied(name, tensor), offset) for name, (tensor, offset) in
+                own_part(tensors).items()}
+        self._writing = step, self._thread.submit(self._write, step, part, values)
+
+    def wait(self) -> None:
+        """Wait until everything is on disk, or has failed, on all ranks."""
+        if self._writing is not None:
+            self._settle()
+        dist.barrier()
+
+    def failures(self) -> list[tuple[int, str]]:
+        """Return the step of every save that failed since the last call, and why; on rank 0 for all ranks."""
+        if self._writing is not None and self._writing[1].done():
+            self._settle()
+        failed, self._failures = self._failures, []
+        return failed
+
+    def close(self) -> None:
+        """End the thread, after what it is writing."""
+        self._thread.shutdown()
+
+    def _settle(self) -> None:
+        assert self._writing is not None
+        step, writing = self._writing
+        self._writing = None
+        error = writing.exception()
+        if error is not None:
+            self._failures.append((step, str(error) or type(error).__name__))
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        """Copy a tensor into a buffer that is reused from one checkpoint to the next."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return buffer.copy_(tensor)
+
+    def _write(self, step: int, part: Mapping[str, tuple[Tensor, list[int]]], values: Mapping[str, Any]) -> None:
+        temporary = self._folder / f".step-{step:08d}-{self._attempt}.tmp"
+        error = ""
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            write_rank_file(temporary, part)
+        except Exception as problem:
+            error = str(problem) or type(problem).__name__
+        if dist.rank() > 0:
+            mark = temporary / f"{dist.rank()}.{'failed' if error else 'done'}"
+            with suppress(OSError):  # an empty file often fits on a full disk
+                mark.touch()
+                mark.write_text(error, encoding="utf-8")
+            return
+        try:
+            errors = [error, *_other_ranks(temporary)] if temporary.exists() else [error]
+            if any(errors):
+                raise OSError("; ".join(filter(None, errors)))
+            commit(self._folder, temporary, step, values)
+            prune(self._folder, self._keep, self._keep_every)
+        finally:
+            for leftover in self._folder.glob(".step-*"):  # its own, after a failure, and those of killed attempts
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _verify(path: Path) -> dict[str, Any]:
     """Return the content of `state.json` after comparing all sizes and checksums.
 
@@ -219,7 +318,7 @@ def _verify(path: Path) -> dict[str, Any]:
         size = (path / name).stat().st_size
         if size != mark["size"]:
             raise ValueError(f"{name} has {size:,} bytes instead of {mark['size']:,}")
-        if _crc32(path / name) != mark["crc32"]:
+        if crc32(path / name) != mark["crc32"]:
             raise ValueError(f"{name} has changed since it was written")
     return content
 
@@ -228,7 +327,8 @@ def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _crc32(path: Path) -> int:
+def crc32(path: Path) -> int:
+    """Return the CRC-32 of a file."""
     crc = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):
@@ -253,3 +353,17 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _other_ranks(temporary: Path) -> list[str]:
+    """Wait until the other ranks have marked the end of their writing; return what went wrong, "" where nothing did."""
+    errors, until = [], time.monotonic() + RANKS_TIMEOUT
+    for rank in range(1, dist.world_size()):
+        done, failed = temporary / f"{rank}.done", temporary / f"{rank}.failed"
+        while not (done.exists() or failed.exists() or time.monotonic() > until):
+            time.sleep(0.01)
+        if not done.exists():
+            reason = failed.read_text(encoding="utf-8") if failed.exists() else "wrote nothing in time"
+            errors.append(f"rank {rank}: {reason or 'failed'}")
+        done.unlink(missing_ok=True)
+    return errors

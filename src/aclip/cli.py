@@ -6,18 +6,19 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (with the checkpoin
 import functools
 import importlib
 import inspect
+import logging
 import os
+import re
 import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, make_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from aclip.errors import AclipError, ConfigError, unknown_name
-from aclip.logs import show_log
 
 HELP = """\
 usage: aclip VERB ...
@@ -93,29 +94,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
-    show_log(debug)
+    _show_log(debug)
     try:
         return _run(given)
     except SystemExit as exit_:  # tyro, after --help or a wrong option
         return exit_.code if isinstance(exit_.code, int) else 2
-    except AclipError as error:
-        if debug:
-            raise
-        rank = os.environ.get("RANK", "0")
-        if rank != "0" and not error.reported:  # under torchrun, which ends the others when rank 0 has reported it
-            time.sleep(RANK_0_REPORTS_FIRST)
-        sys.stderr.write(f"aclip: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt as interrupt:
         sys.stderr.write(f"\naclip: {interrupt or 'interrupted'}\n")
         return 130
     except BrokenPipeError:
         return 1
-    except OSError as error:  # a full disk, a folder without permission
+    except (AclipError, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise
+        if os.environ.get("RANK", "0") != "0" and not getattr(error, "reported", False):
+            time.sleep(RANK_0_REPORTS_FIRST)  # torchrun ends the others when rank 0 has reported it
         sys.stderr.write(f"aclip: {error}\n")
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+class _ToStandardError(logging.Handler):
+    """Writes to what sys.stderr is at that moment, so that a progress bar can make room."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record).encode(errors="backslashreplace").decode()  # file names may hold any bytes
+        sys.stderr.write(text + "\n")
+
+
+def _show_log(debug: bool) -> None:
+    """Show notes and warnings of this package as lines on standard error."""
+    handler = _ToStandardError()
+    handler.setFormatter(logging.Formatter("aclip: %(message)s"))
+    logger = logging.getLogger("aclip")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
 
 
 def _run(given: list[str]) -> int:
@@ -142,133 +155,88 @@ def _run(given: list[str]) -> int:
         module, name, positional = VERBS[verb]
         rest = given[len(verb.split()):]
         function = getattr(importlib.import_module(module), name)
-        extra: dict[str, Any] = {}
-        if "changes" in inspect.signature(function).parameters:
+        doc = function.__doc__
+        parameters = _parameters_of(function)
+        if any(one.name == "changes" for one in parameters):
             rest, changes = take_paths(rest)
-            extra["changes"] = changes
-        _call(function, rest, f"aclip {verb}", positional, extra)
+            parameters = [one for one in parameters if one.name != "changes"]
+            function = functools.partial(function, changes=changes)
+        _call(function, parameters, rest, f"aclip {verb}", doc, positional=positional)
     return 0
 
 
 def _train(given: list[str]) -> None:
-    from aclip.config import override
     from aclip.recipes import configure
 
-    given, paths = take_paths(given, prefix="recipe.")
+    given, changes = take_paths(given, prefix="recipe.")
     given, resume = take_optional(given, "--resume", "")
     given, steps = take_optional(given, "--overfit-one-batch", "100")
-    folder = resume or _value_of(given, "--output")
-    base = None
-    if resume and not (Path(resume) / "config.json").exists():
-        raise ConfigError(f"{resume} holds no run to resume: it has no config.json")
-    if resume is not None and folder and (Path(folder) / "config.json").exists():
-        from aclip.run_folder import RunFolder
-
-        base = RunFolder(Path(folder)).config()
-        given = [*given, "--output", folder] if resume else given
-    settings = parse_run_settings(given, "aclip train", base)
-    config = override(configure(base=base, **settings), paths)
+    settings = _call(dict, _settings_of_run(), given, "aclip train", _arguments_of_run(), TRAIN)
+    if resume is not None:  # what is not given stays as it was
+        named = {word[2:].partition("=")[0].removeprefix("no-").replace("-", "_")
+                 for word in given if word.startswith("--")}
+        settings = {name: value for name, value in settings.items() if name in named}
+    settings["changes"] = changes
     if steps is not None:
         from aclip.overfit import overfit_one_batch
 
         if not steps.isdecimal() or not int(steps):
             raise ConfigError(f"--overfit-one-batch takes a number of steps, not '{steps}'")
-        overfit_one_batch(config, int(steps))
+        overfit_one_batch(configure(**settings), int(steps))
         return
     if resume is None and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip("0"):
-        check_early(config)
+        check_early(configure(**settings))
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"aclip: loading PyTorch to train {config.recipe.name} on {config.model}\n")
-    from aclip.trainer import train
+        sys.stderr.write("aclip: loading PyTorch\n")
+    from aclip.runs import train
 
-    train(config, resume=resume or resume is not None)
+    train(resume=resume or resume is not None, **settings)
 
 
 def check_early(config: Any) -> None:
     """Raise what can be found without PyTorch, which takes seconds to load."""
-    from aclip.data.spec import is_pattern, missing, parse_spec, resolve, split_name
+    from aclip.data.spec import locate, parse_spec, split_name
     from aclip.run_folder import RunFolder
 
     RunFolder(Path(config.output)).check_free()
     for spec in (*config.data, *(split_name(named)[1] for named in config.validation)):
-        path = parse_spec(spec).path
-        known = os.path.exists(path) or is_pattern(path) or "://" in path or path.startswith("torchvision:")
-        if not known and resolve(path) is None:
-            raise missing(path)
+        locate(parse_spec(spec).path)
 
 
 def _compare(given: list[str]) -> None:
     from aclip.comparison import compare
 
-    given, paths = take_paths(given, prefix="recipe.")
-    own = [p for name, p in inspect.signature(compare).parameters.items() if name not in ("settings", "changes")]
-    hints = _hints(compare)
-    decided = {p.name for p in own} | {"recipe", "seed", "freeze", "lr"}
-    members = [(p.name, hints[p.name], p.default) for p in own] + [
-        member for member in _run_members() if member[0] not in decided]
-    parsed = _parse(members, given, "aclip compare", _arguments_of_run() + "\n" + _arguments_of(compare),
-                    str(compare.__doc__).partition("\n\n    Args:")[0])
-    compare(**parsed, changes=paths)
+    given, changes = take_paths(given, prefix="recipe.")
+    own = [one for one in _parameters_of(compare) if one.name not in ("settings", "changes")]
+    decided = {one.name for one in own} | {"recipe", "seed", "freeze", "lr"}
+    others = [one for one in _settings_of_run() if one.name not in decided]
+    about, arguments = str(compare.__doc__).partition("\n\n    Args:\n")[::2]
+    _call(functools.partial(compare, changes=changes), [*own, *others], given, "aclip compare",
+          f"{_arguments_of_run()}\n{arguments.partition(NEXT_SECTION)[0]}", about)
 
 
-def parse_run_settings(given: Sequence[str], program: str, base: Any = None) -> dict[str, Any]:
-    """Return the arguments of `aclip.configure` from command-line options built from the fields of `RunConfig`.
-
-    Args:
-        given: the options.
-        program: for the usage message.
-        base: the configuration of a run that is resumed, whose values are the defaults.
-    """
-    settings = _parse(_run_members(base), given, program, _arguments_of_run(), TRAIN)
-    if base is not None and settings["recipe"] == base.recipe.name:
-        settings["recipe"] = base.recipe
-    return settings
-
-
-def _run_members(base: Any = None) -> list[tuple[str, Any, Any]]:
-    """Return name, type and default of every setting of a run, as words of the command line can say them."""
+def _settings_of_run() -> list[inspect.Parameter]:
+    """Return the settings of a run as arguments, of types that words of the command line have."""
     from aclip.config import Optimization, RunConfig
 
     hints = typing.get_type_hints(RunConfig)
     simple = {"recipe": str, "image_size": str | None, "resolution_schedule": tuple[str, ...], "output": str | None}
     first = {"recipe": "a-clip", "model": "vit-tiny", "data": (), "output": None}
-    members: list[tuple[str, Any, Any]] = []
-    for field in fields(RunConfig):
-        default = first.get(field.name, None if field.default is MISSING else field.default)
-        if base is not None:
-            default = {"recipe": base.recipe.name, "image_size": _sides(base.image_size), "resolution_schedule": tuple(
-                f"{p.share:g}:{p.resolution:g}" for p in base.resolution_schedule)}.get(
-                    field.name, getattr(base, field.name))
-        members.append((field.name, simple.get(field.name, hints[field.name]), default))
+    known = [(field.name, simple.get(field.name, hints[field.name]), first.get(field.name, field.default))
+             for field in fields(RunConfig)]
     own = typing.get_type_hints(Optimization)
     shorthands = [(name, own.get(name, float) | None, None) for name in SHORTHANDS]
-    return [*members, *shorthands, ("freeze", tuple[str, ...], ())]
-
-
-def _arguments_of(function: Callable[..., Any]) -> str:
-    """Return the lines of a docstring's `Args:`."""
-    return str(function.__doc__).partition("    Args:\n")[2].partition("\n\n    R")[0]
+    return [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            for name, hint, default in (*known, *shorthands, ("freeze", tuple[str, ...], ()))]
 
 
 def _arguments_of_run() -> str:
+    """Return a docstring of the settings of a run."""
     from aclip.config import RunConfig
 
     lines = str(RunConfig.__doc__).partition("    Attributes:\n")[2].rstrip()
-    return "\n" + lines + "".join(f"\n        {name}: {text}" for name, text in {**SHORTHANDS, **OTHERS}.items())
-
-
-def _parse(
-    members: Sequence[tuple[str, Any, Any]], given: Sequence[str], program: str, arguments: str, description: str
-) -> dict[str, Any]:
-    import tyro
-
-    empty = inspect.Parameter.empty
-    options = make_dataclass("Options", [
-        (name, _option(hint, default), *(() if default is empty else (default,)))
-        for name, hint, default in sorted(members, key=lambda member: member[2] is not empty)])
-    options.__doc__ = f"Options.\n\n    Attributes:\n{arguments.lstrip(chr(10))}"
-    parsed: Any = tyro.cli(options, args=list(given), prog=program, description=description)
-    return {field.name: getattr(parsed, field.name) for field in fields(options)}
+    others = "".join(f"\n        {name}: {text}" for name, text in {**SHORTHANDS, **OTHERS}.items())
+    return f"Settings.\n\n    Args:\n{lines}{others}"
 
 
 SHORTHANDS = {
@@ -279,6 +247,7 @@ SHORTHANDS = {
     "layer_decay": "factor on the learning rate, from one block of a tower to the block before it.",
     "mask_ratio": "fraction of patches removed in every masked pass (default: the recipe's).",
 }
+NEXT_SECTION = "\n\n    R"  # Returns, Raises
 OTHERS = {"freeze": "parameters that are not trained, besides the recipe's, e.g. 'visual.*' to lock the image tower."}
 
 TRAIN = """\
@@ -329,59 +298,40 @@ def take_optional(given: Sequence[str], option: str, bare: str) -> tuple[list[st
     return rest, value
 
 
-def _value_of(given: Sequence[str], option: str) -> str:
-    for index, word in enumerate(given):
-        if word.startswith(option + "="):
-            return word.partition("=")[2]
-        if word == option and index + 1 < len(given):
-            return given[index + 1]
-    return ""
-
-
-def _sides(size: int | tuple[int, int] | None) -> str | None:
-    return None if size is None else str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
+def _parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the arguments of a function with their types; str for one that only type checkers can resolve."""
+    parameters = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        holder = types.SimpleNamespace(__annotations__={name: parameter.annotation})
+        try:
+            hint = typing.get_type_hints(holder, function.__globals__, include_extras=True)[name]
+        except NameError:
+            hint = str
+        parameters.append(parameter.replace(annotation=hint))
+    return parameters
 
 
 def _call(
-    function: Callable[..., Any], given: Sequence[str], program: str, positional: Sequence[str],
-    extra: Mapping[str, Any],
+    function: Callable[..., Any], parameters: Sequence[inspect.Parameter], given: Sequence[str], program: str,
+    doc: str, description: str | None = None, positional: Sequence[str] = (),
 ) -> Any:
-    """Call a function with arguments parsed from the command line; `extra` ones are passed as they are."""
+    """Call a function with the arguments that tyro parses from the command line; `doc` holds their help."""
     import tyro
 
-    hints = _hints(function)
-    signature = inspect.signature(function)
-    parameters = []
-    for name, parameter in signature.parameters.items():
-        if name in extra or name == "changes":
-            continue
-        hint = _option(hints[name], parameter.default)
-        if name.endswith("_"):  # a keyword of Python, such as not_
-            hint = typing.Annotated[hint, tyro.conf.arg(name=name.rstrip("_"))]
-        if name in positional:
-            hint = typing.Annotated[hint, tyro.conf.Positional]
-        parameters.append(parameter.replace(annotation=hint))
-
     def call(*args: Any, **kwargs: Any) -> Any:
-        return functools.partial(function, **extra)(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    call.__doc__ = function.__doc__
-    call.__name__ = function.__name__
-    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in parameters}
-    return tyro.cli(call, args=list(given), prog=program)
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the types of a function's arguments; of one that only type checkers can resolve, str."""
-    hints: dict[str, Any] = {}
-    for name, annotation in function.__annotations__.items():
-        holder = types.SimpleNamespace(__annotations__={name: annotation})
-        try:
-            hints |= typing.get_type_hints(holder, function.__globals__, include_extras=True)
-        except NameError:
-            hints[name] = str
-    return hints
+    options = []
+    for parameter in parameters:
+        hint = _option(parameter.annotation, parameter.default)
+        if parameter.name.endswith("_"):  # a keyword of Python, such as not_
+            hint = typing.Annotated[hint, tyro.conf.arg(name=parameter.name.rstrip("_"))]
+        options.append(parameter.replace(
+            annotation=typing.Annotated[hint, tyro.conf.Positional] if parameter.name in positional else hint))
+    call.__doc__ = re.sub(r"\n {12,}", " ", doc)  # or the help of an option would be wrapped twice
+    call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    call.__annotations__ = {option.name: option.annotation for option in options}
+    return tyro.cli(call, args=list(given), prog=program, description=description)
 
 
 def _option(hint: Any, default: Any) -> Any:

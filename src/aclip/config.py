@@ -6,15 +6,14 @@ can be changed by its path (`override`).
 """
 
 import functools
-import inspect
 import json
-import typing
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import ArgsKwargs
 
 from aclip.errors import ConfigError, unknown_name
 
@@ -40,8 +39,17 @@ Options = Annotated[dict[str, Any], BeforeValidator(_tuples)]
 @dataclass_transform(frozen_default=True)
 def config_class(cls: type[T]) -> type[T]:
     """Make a frozen dataclass that refuses unknown fields, wrong types, NaN and infinity with a `ConfigError`."""
-    rules = ConfigDict(extra="forbid", allow_inf_nan=False)
-    config: Any = pydantic_dataclass(cls, frozen=True, config=rules)
+
+    def check_names(cls: Any, values: Any) -> Any:
+        given = (values.kwargs if isinstance(values, ArgsKwargs) else values) or {}
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.__dataclass_fields__:
+                raise ConfigError(unknown_name(f"field of {cls.__name__}", name, cls.__dataclass_fields__))
+        return values
+
+    checked: Any = cls
+    checked.check_names = model_validator(mode="before")(classmethod(check_names))  # type: ignore[arg-type]
+    config: Any = pydantic_dataclass(checked, frozen=True, config=ConfigDict(allow_inf_nan=False))
     validate: Callable[..., None] = config.__init__
 
     @functools.wraps(validate)
@@ -49,7 +57,7 @@ def config_class(cls: type[T]) -> type[T]:
         try:
             validate(self, *args, **kwargs)
         except ValidationError as error:
-            raise ConfigError(_sentence(config, error)) from None
+            raise ConfigError(sentence(config, error)) from None
 
     config.__init__ = __init__
     return config  # type: ignore[no-any-return]
@@ -78,7 +86,7 @@ class Pass:
         fill: removed patches stay in the sequence as a learned mask token (SimMIM) instead of leaving it.
     """
 
-    views: tuple[str, ...] = Field(min_length=1)
+    views: Annotated[Names, Field(min_length=1)]
     encoder: Literal["online", "ema"] = "online"
     masking: str = "none"
     mask_ratio: Ratio = 0.0
@@ -115,7 +123,7 @@ class ObjectiveConfig:
         options: further arguments of its class (head widths, temperature).
     """
 
-    reads: tuple[str, ...]
+    reads: Names
     weight: float = 1.0
     options: Options = Field(default_factory=dict)
 
@@ -295,8 +303,8 @@ class RunConfig:
         recompute: save memory: keep only the inputs of the blocks, and run them again in the backward pass.
         compile: compile the transformer blocks.
         log_every: optimizer steps between lines of metrics.jsonl.
-        evaluate_every: epochs between evaluations; 0 evaluates only at the end.
-        save_every: epochs between checkpoints; 0 saves only at the end.
+        evaluate_every: epochs between evaluations, an epoch counting as ten steps at least; 0: only at the end.
+        save_every: epochs between checkpoints, counted alike; 0: only at the end.
         keep_checkpoints: how many of the newest checkpoints to keep.
         keep_every: also keep every N-th checkpoint for good; 0 keeps none.
         max_skipped: steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
@@ -366,10 +374,17 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """
     try:
         return TypeAdapter(cls).validate_python(dict(values))
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(cls, error)}" if where else _sentence(cls, error)) from None
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+    except (ValidationError, ConfigError) as error:
+        found = sentence(cls, error) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"{where}: {found}" if where else found) from None
+
+
+def differences(there: Any, here: Any, ignored: Collection[str] = (), path: str = "") -> list[str]:
+    """Return what differs between two configs as JSON values, field by field: "epochs is 2.0 there and 3.0 here"."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [one for name in {**here, **there} if name not in ignored
+                for one in differences(there.get(name), here.get(name), path=f"{path}.{name}" if path else name)]
+    return [] if there == here else [f"{path} is {there} there and {here} here"]
 
 
 def override(config: T, assignments: Mapping[str, Any]) -> T:
@@ -413,65 +428,14 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _sentence(cls: Any, error: ValidationError) -> str:
+def sentence(cls: Any, error: ValidationError) -> str:
     """Return the first of pydantic's findings as one sentence."""
     first = error.errors(include_url=False)[0]
     where = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "tuple[", "constrained-"))]
     if where and where[0].isdigit():  # a positional argument
         where[0] = fields(cls)[int(where[0])].name
-    path = ".".join(where) or getattr(cls, "__name__", "value")
-    if first["type"] == "unexpected_keyword_argument":
-        owner = _class_at(cls, where[:-1])
-        above = f" of {'.'.join(where[:-1])}" if where[:-1] else ""
-        return unknown_name(f"field{above}", where[-1], [f.name for f in fields(owner)] if is_dataclass(owner) else [])
+    path = ".".join(where)
     if first["type"] in ("missing", "missing_argument"):
         return f"{path} is missing"
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = first["msg"].replace("Input should", "should").replace("a valid tuple", "a list")
     return f"{path} {message}, not {repr(first['input'])[:80]}"
-
-
-def _class_at(cls: Any, path: list[str]) -> Any:
-    """Return the config class that a path of fields and dict keys leads to."""
-    for name in path:
-        options = [cls, *typing.get_args(cls)]
-        owner = next((o for o in options if is_dataclass(o)), None)
-        if owner is None:
-            return None
-        hint = typing.get_type_hints(owner).get(name)
-        if hint is not None:
-            cls = typing.get_args(hint)[-1] if typing.get_origin(hint) is dict else hint
-    return next((o for o in [cls, *typing.get_args(cls)] if is_dataclass(o)), None)
-
-
-def build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: str) -> Any:
-    """Return `cls(**given, **options)` with the options validated against the annotations of its signature.
-
-    Args:
-        cls: a masking strategy, text reduction, view pipeline or objective.
-        given: arguments that are not the user's.
-        options: the user's.
-        what: for the error message, e.g. "masking 'attentive'".
-
-    Raises:
-        ConfigError: an option that does not exist, with the closest that does, or has a wrong value or type.
-    """
-    parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name not in given}
-    owner = cls if is_dataclass(cls) else cls.__init__
-    try:
-        hints = typing.get_type_hints(owner, include_extras=True)
-    except NameError:  # an annotation that only a type checker can resolve
-        hints = {}
-    checked = {}
-    for name, value in options.items():
-        if name not in parameters:
-            raise ConfigError(f"{what}: {unknown_name('option', name, parameters)}")
-        try:
-            adapter = TypeAdapter(hints.get(name, Any), config=ConfigDict(allow_inf_nan=False))
-            checked[name] = adapter.validate_python(value)
-        except ValidationError as error:
-            raise ConfigError(f"{what}: {name} {_sentence(cls, error).partition(' ')[2]}") from None
-    required = [name for name, p in parameters.items() if p.default is p.empty and name not in checked
-                and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if required:
-        raise ConfigError(f"{what} needs the option '{required[0]}'")
-    return cls(**given, **checked)

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from aclip import dist
 from aclip.config import ImageSize
 from aclip.errors import ConfigError
 from aclip.recipes import RECIPES, find_recipe
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from aclip.plan import Plan, TextPlan
     from aclip.structs import TowerShape
+    from aclip.trainer import Trainer
     from aclip.training.optim import ParameterGroup
 
 
@@ -181,6 +183,24 @@ def parameter_table(groups: Sequence["ParameterGroup"], model: "nn.Module") -> T
     if frozen:
         table.add_row("frozen", str(len(frozen)), f"{sum(p.numel() for p in frozen) / 1e6:.2f}", "", "")
     return table
+
+
+def describe_run(console: Console, trainer: "Trainer", flow: Table, num_pairs: int) -> None:
+    """Print what a run is about to do; `flow` is its `dataflow_table`."""
+    config, table = trainer.config, trainer.timetable
+    console.print(flow)
+    for resolution in {size for _, size in table.resolutions}:
+        for note in trainer.method.plan_at(resolution).notes:
+            if note not in trainer.method.plan.notes:  # those are in the table above
+                console.print(f"at resolution {resolution:g}: {note}", markup=False, soft_wrap=True)
+    console.print(parameter_table(trainer.groups, trainer.method.model))
+    ranks = f", {dist.world_size()} processes ({config.parallel})" if dist.world_size() > 1 else ""
+    parts = f", {trainer.micro_batch} pairs at a time" if trainer.in_parts else ""
+    console.print(f"{config.precision} on {trainer.device}{ranks}{parts}", soft_wrap=True)
+    console.print(f"{num_pairs:,} pairs, batch {config.batch_size}, {table.total_steps:,} steps "
+                  f"({table.total_steps / table.steps_per_epoch:.1f} epochs), warm-up {table.warmup_steps}"
+                  + (f", unmasked after step {table.masked_steps:,}" if table.masked_steps < table.total_steps else "")
+                  + (f", from step {trainer.step:,}" if trainer.step else ""), soft_wrap=True)
 
 
 def plain_text(table: Table) -> str:

@@ -2,12 +2,16 @@
 
 import math
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aclip.errors import ConfigError
+from aclip.version import VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +83,39 @@ def memory_limit() -> int | None:
     values = (value for controller, name in names for value in _settings(controller, name))
     limits = [int(value) for value in values if value.isdecimal() and int(value) < _UNLIMITED]
     return min(limits, default=None)
+
+
+def in_units(number: int) -> str:
+    """Return bytes in GiB, or MiB if few."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Return bytes: on CUDA the peak allocated on the device, else the peak resident size of this process.
+
+    Loader processes are not counted.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions(device: "torch.device") -> dict[str, str]:
+    """Return what a run's numbers depend on besides its configuration."""
+    import torch
+
+    return {
+        "attentive-clip": VERSION, "torch": torch.__version__, "open_clip": version("open_clip_torch"),
+        "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads",
+    }
 
 
 def _quotas_v2() -> Iterator[float]:

@@ -1,15 +1,16 @@
 """Files: atomic writes, portable names, and where caches and data sets live."""
 
+import json
 import logging
 import os
 import re
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,21 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a file as `atomic_file` does; text as UTF-8, with escapes for the undecodable bytes of file names."""
     with atomic_file(path) as file:
         file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the objects of a file of JSON lines, and how many lines hold none, as a torn one; nothing without a file.
+    """
+    if not path.is_file():
+        return [], 0
+    # not splitlines: a caption may hold U+2028 and its like, which JSON leaves as they are
+    lines = list(filter(str.strip, path.read_text(encoding="utf-8", errors="replace").split("\n")))
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    records = [one for one in found if isinstance(one, dict)]
+    return records, len(lines) - len(records)
 
 
 def cache_root() -> Path:

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from aclip import devices, exporters, models
+from aclip.devices import in_units
 from aclip.errors import AclipError
 from aclip.files import cache_root, data_root
-from aclip.training.memory import in_units
 from aclip.version import VERSION
 
 FEATURES = {
@@ -82,7 +82,6 @@ def doctor(*, device: str = "auto") -> list[Finding]:
 
 
 def _requirements() -> dict[str, list[str]]:
-    """Return the names of the packages that attentive-clip requires ("") and that each of its extras does."""
     extras: dict[str, list[str]] = {}
     for requirement in requires("attentive-clip") or []:
         name = re.match(r"[\w.-]+", requirement)
@@ -196,23 +195,19 @@ def _train_step(device: torch.device) -> str:
     """Train A-CLIP on four synthetic images for one step, from files to the optimizer."""
     from aclip import data
     from aclip.recipes import configure
-    from aclip.trainer import build_trainer, open_batches, resolve_defaults
+    from aclip.trainer import build_trainer, open_batches
 
     with tempfile.TemporaryDirectory(prefix="aclip-doctor-") as folder:
         for number, image in enumerate(exporters.synthetic_examples((32, 32)).images):
             image.save(Path(folder, f"{number}.png"))
             Path(folder, f"{number}.txt").write_text(f"image {number}\n", encoding="utf-8")
         source = data.open_training(folder)
-        config = resolve_defaults(configure(model="vit-micro", data=folder, output=folder, epochs=4), len(source),
-                                  device)
+        config = configure(model="vit-micro", data=folder, output=folder, epochs=4)
         trainer = build_trainer(config, len(source), device)
-        dataset = data.PairDataset(
-            source, trainer.method.plan.pipeline, data.CaptionTokenizer(models.tokenizer_of("vit-micro")),
-            sizes=trainer.method.plan.view_sizes, seed=0)
-        loss = float(trainer.train_step(next(iter(open_batches(trainer, dataset, workers=0)))).loss.detach())
+        loss = float(trainer.train_step(next(iter(open_batches(trainer, source, workers=0)))).loss.detach())
     if not math.isfinite(loss):
         raise ArithmeticError(f"the loss is {loss}")
-    return f"a-clip on vit-micro, {config.precision} on {device}, loss {loss:.2f}"
+    return f"a-clip on vit-micro, {trainer.config.precision} on {device}, loss {loss:.2f}"
 
 
 def _encode_image(device: torch.device) -> str:

@@ -47,7 +47,7 @@ class Method(nn.Module):
 
     Attributes:
         frequencies: (vocabulary,) relative frequency of every token in the training captions, where a text pass is
-            reduced by it; zeros until they are filled in from the data, kept in checkpoints.
+            reduced by it; equal until they are counted in the data, kept in checkpoints.
     """
 
     mean: Tensor
@@ -77,7 +77,7 @@ class Method(nn.Module):
         if pool is not None and not any(o.needs_pooled for o in self.objectives.values()):
             pool.requires_grad_(False)  # DDP and the optimizer expect gradients of all trained parameters
         counts = any(text.reduction is not None and text.reduction.needs_frequencies for text in plan.texts.values())
-        self.register_buffer("frequencies", torch.zeros(shape.vocab_size) if counts else None)
+        self.register_buffer("frequencies", torch.full((shape.vocab_size,), 1 / shape.vocab_size) if counts else None)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from aclip import data, models
+from aclip import data
 from aclip.config import RunConfig
 from aclip.devices import choose_device
 from aclip.errors import ConfigError, TrainingError
@@ -37,16 +37,12 @@ def overfit_one_batch(config: RunConfig, steps: int = 100) -> list[float]:
     config = resolve_defaults(config, len(source), device)
     assert config.batch_size is not None
     # a schedule so long that the learning rate stays at its peak
-    config = replace(config, samples=config.batch_size * steps * 10, unmasked_tuning=0.0, unmasked_lr=1.0,
-                     resolution_schedule=())
-    trainer = build_trainer(config, len(source), device)
-    trainer.timetable = replace(trainer.timetable, warmup_steps=math.ceil(steps / 10))
-    method = trainer.method
-    if method.frequencies is not None:
-        method.frequencies.fill_(1.0 / len(method.frequencies))
-    dataset = data.PairDataset(source, method.plan.pipeline, data.CaptionTokenizer(models.tokenizer_of(config.model)),
-                               sizes=method.plan.view_sizes, seed=config.seed)
-    batch = next(iter(open_batches(trainer, dataset, workers=0))).to(device)
+    warmup = math.ceil(steps / 10) / (len(source) // config.batch_size or 1)
+    recipe = replace(config.recipe, optimization=replace(config.recipe.optimization, warmup_epochs=warmup))
+    trainer = build_trainer(
+        replace(config, recipe=recipe, samples=config.batch_size * steps * 10, unmasked_tuning=0.0, unmasked_lr=1.0,
+                resolution_schedule=()), len(source), device)
+    batch = next(iter(open_batches(trainer, source, workers=0))).to(device)
     console.print(f"{config.recipe.name} on {config.model}: {steps} steps on the first batch, {batch.size} pairs, "
                   f"lr {config.recipe.optimization.lr:g}", markup=False)
     losses: list[float] = []

@@ -3,13 +3,17 @@
 `Method` executes exactly this plan, and `aclip recipes show` prints it, so that what is declared is what is run.
 """
 
+import inspect
 import math
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from aclip.config import ObjectiveConfig, Pass, Recipe, TextPass, build
+from aclip.config import ObjectiveConfig, Pass, Recipe, TextPass, sentence
 from aclip.data.views import VIEWS, ViewPipeline
 from aclip.errors import ConfigError, UnsupportedModelError, unknown_name
 from aclip.masking import MASKING, TEXT_REDUCTIONS, MaskingStrategy, TextReduction, fitting_block_size
@@ -244,6 +248,40 @@ def build_objective(name: str, plan: Plan) -> Objective:
     given = {"reads": {read: every[read] for read in config.reads}, "shape": plan.shape}
     objective: Objective = build(objective_class(name), given, config.options, f"objective '{name}'")
     return objective
+
+
+def build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: str) -> Any:
+    """Return `cls(**given, **options)` with the options validated against the annotations of its signature.
+
+    Args:
+        cls: a masking strategy, text reduction, view pipeline or objective.
+        given: arguments that are not the user's.
+        options: the user's.
+        what: for the error message, e.g. "masking 'attentive'".
+
+    Raises:
+        ConfigError: an option that does not exist, with the closest that does, or has a wrong value or type.
+    """
+    parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name not in given}
+    owner = cls if is_dataclass(cls) else cls.__init__
+    try:
+        hints = typing.get_type_hints(owner, include_extras=True)
+    except NameError:  # an annotation that only a type checker can resolve
+        hints = {}
+    checked = {}
+    for name, value in options.items():
+        if name not in parameters:
+            raise ConfigError(f"{what}: {unknown_name('option', name, parameters)}")
+        try:
+            adapter = TypeAdapter(hints.get(name, Any), config=ConfigDict(allow_inf_nan=False))
+            checked[name] = adapter.validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"{what}: {name} {sentence(cls, error).partition(' ')[2]}") from None
+    required = [name for name, p in parameters.items() if p.default is p.empty and name not in checked
+                and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if required:
+        raise ConfigError(f"{what} needs the option '{required[0]}'")
+    return cls(**given, **checked)
 
 
 def image_macs(shape: TowerShape, patches: int, tokens: int) -> float:

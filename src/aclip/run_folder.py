@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from aclip.config import RunConfig, from_dict
 from aclip.errors import ConfigError
-from aclip.files import write_atomically
+from aclip.files import read_json_lines, write_atomically
 
 TAIL_BYTES = 8192
 
@@ -148,18 +148,9 @@ class RunFolder:
                     with (self.path / f"{journal}.jsonl").open("ab", buffering=0) as file:
                         _add_lines(file, self._unwritten[journal])
 
-    def records(self, journal: str) -> Iterator[dict[str, Any]]:
-        """Yield a journal's records without a torn last line."""
-        path = self.path / f"{journal}.jsonl"
-        if path.exists():
-            # not splitlines: a caption may hold U+2028 and its like, which JSON leaves as they are
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if isinstance(record, dict):
-                    yield record
+    def records(self, journal: str) -> list[dict[str, Any]]:
+        """Return a journal's records without a torn last line."""
+        return read_json_lines(self.path / f"{journal}.jsonl")[0]
 
     def last(self, journal: str) -> dict[str, Any]:
         """Return the last whole record of a journal, or an empty one."""

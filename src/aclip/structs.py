@@ -9,7 +9,7 @@ Patches are numbered row by row on the patch grid; the CLS token is never counte
 (top, left, height, width) in pixels of the decoded source image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -18,23 +18,24 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 
-class _OnDevice:
-    """Moves every tensor of a dataclass, nested ones and mappings of them included."""
+class TensorFields:
+    """A dataclass of tensors, nested ones and mappings of them included."""
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Self:
         """Return a copy on `device`; what is not a tensor is shared."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """Return a copy in page-locked memory (the DataLoader calls this by name)."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Any) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with `function` applied to every tensor."""
         def visit(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return function(value)
-            if isinstance(value, _OnDevice):
-                return value._map(function)
+            if isinstance(value, TensorFields):
+                return value.map(function)
             if isinstance(value, Mapping):
                 return {key: visit(item) for key, item in value.items()}
             return value
@@ -44,7 +45,7 @@ class _OnDevice:
 
 
 @dataclass(frozen=True)
-class ViewBatch(_OnDevice):
+class ViewBatch(TensorFields):
     """One named view of a batch of images, as the loader delivers it.
 
     Attributes:
@@ -61,14 +62,9 @@ class ViewBatch(_OnDevice):
     flipped: Bool[Tensor, " B"]
     augmentation: Float[Tensor, "B A"] | None = None
 
-    def rows(self, rows: slice) -> "ViewBatch":
-        """Return the view of some of the samples."""
-        return ViewBatch(self.pixels[rows], self.boxes[rows], self.flipped[rows],
-                         None if self.augmentation is None else self.augmentation[rows])
-
 
 @dataclass(frozen=True)
-class Batch(_OnDevice):
+class Batch(TensorFields):
     """What one optimizer step reads.
 
     Attributes:
@@ -97,8 +93,7 @@ class Batch(_OnDevice):
 
     def rows(self, rows: slice) -> "Batch":
         """Return some of the samples, with tokens as long as the whole batch's and without `skipped`."""
-        return Batch({name: view.rows(rows) for name, view in self.views.items()}, self.tokens[rows],
-                     self.caption_ids[rows], self.seeds[rows], self.keys[rows])
+        return replace(self.map(lambda tensor: tensor[rows]), keys=self.keys[rows], skipped=(), truncated=0)
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ class ImageEncoding:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Encoded(TensorFields):
     """One pass of a recipe: V views of the batch through one encoder.
 
     Attributes:
@@ -148,7 +143,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class EncodedText:
+class EncodedText(TensorFields):
     """One text pass of a recipe.
 
     Attributes:

@@ -1,39 +1,30 @@
-"""Training, top to bottom: configuration, `Trainer` (the state of a run), THE STEP, THE LOOP, the finished model."""
+"""Training, top to bottom: what is built, `Trainer` (the state of a run), THE STEP, THE LOOP."""
 
 import logging
 import math
-import os
-import platform
 import shlex
 from collections.abc import Callable, Iterable
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from aclip import checkpoint, data, dist, evaluation, exporters, models, plan
-from aclip.config import CHANGEABLE, RunConfig, to_dict
-from aclip.describe import dataflow_table, parameter_table, plain_text
-from aclip.devices import choose_device, cpp_compiler, fast_precision
-from aclip.errors import AclipError, BadSampleError, CheckpointError, ConfigError, DataError, TrainingError
+from aclip import checkpoint, data, dist, models, plan
+from aclip.config import RunConfig
+from aclip.devices import cpp_compiler, fast_precision
+from aclip.errors import AclipError, CheckpointError, ConfigError, TrainingError
 from aclip.method import Method
 from aclip.objectives import OBJECTIVES
 from aclip.objectives.functional import chance_loss
-from aclip.recipes import configure
-from aclip.report import take_snapshot, write_report
-from aclip.rng import generator
 from aclip.run_folder import RunFolder, command_line
 from aclip.structs import Batch, StepOutput
 from aclip.training.accumulation import accumulate
 from aclip.training.distributed import wrap
-from aclip.training.guard import ChanceLevel, Guard
-from aclip.training.journal import BadSamples, Clock, report_incident
-from aclip.training.memory import explain_oom, write_peak_memory
+from aclip.training.guard import ChanceLevel, Guard, Interrupted, StopRequest, explain_oom
+from aclip.training.journal import BadSamples, Clock, TensorBoard, TrainingProgress, report_incident
 from aclip.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -42,176 +33,12 @@ from aclip.training.optim import (
     parameter_groups,
     total_norm,
 )
-from aclip.training.progress import TensorBoard, TrainingProgress
-from aclip.training.saver import Saver
 from aclip.training.schedule import Timetable, momentum_cosine, warmup_cosine
-from aclip.training.stop import Interrupted, StopRequest
-from aclip.version import VERSION
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_BATCH_SIZE = 256
-SNAPSHOT_IMAGES = 8
 
 _log = logging.getLogger(__name__)
-
-
-def train(config: RunConfig | None = None, *, resume: bool | str = False, **settings: Any) -> "Run":
-    """Train a recipe on image-text pairs, evaluate it, and write model and report to the run's folder.
-
-        run = aclip.train(recipe="a-clip", model="ViT-B-16", data="pairs.csv", output="runs/first", epochs=10)
-
-    Under torchrun all processes call it, and train what one process with the whole batch would.
-
-    Args:
-        config: the run, or None to build it from `settings`.
-        resume: True continues the run in the output folder exactly where it was saved, if there is one; a folder
-            continues that run.
-        settings: arguments of `aclip.configure`: fields of `RunConfig`, lr, weight_decay, mask_ratio, ...
-
-    Raises:
-        ConfigError: a setting that does not exist or cannot work.
-        DataError: data that cannot be used.
-        TrainingError: the loss stays non-finite, or a step does not fit into memory.
-        Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint saved.
-    """
-    config, resumed = _prepare(config, resume, settings)
-    config = replace(config, data=tuple(map(data.absolute, config.data)),
-                     validation=tuple(map(data.absolute, config.validation)))
-    with dist.joined(config.device) as device:
-        config, resumed = dist.collect((config, resumed))[0]
-        _train(config, resumed, choose_device(device))
-    return Run(config.output)
-
-
-class Run:
-    """A run's folder.
-
-    Attributes:
-        folder: its path; `report.html` shows it, `final/` is the model for open_clip.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    @cached_property
-    def model(self) -> models.LoadedModel:
-        """The trained model, see `aclip.load`."""
-        return models.load(str(self.folder))
-
-    @property
-    def config(self) -> RunConfig:
-        """The configuration, with all defaults resolved."""
-        return RunFolder(self.folder).config()
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl."""
-        return list(RunFolder(self.folder).records("metrics"))
-
-    def evaluate(self, **options: Any) -> list[evaluation.Result]:
-        """Evaluate the trained model; arguments as of `aclip.evaluate`."""
-        return evaluation.evaluate(str(self.folder), **options)
-
-
-def _prepare(config: RunConfig | None, resume: bool | str, settings: dict[str, Any]) -> tuple[RunConfig, bool]:
-    """Return the configuration, and whether its folder holds a run to continue."""
-    if isinstance(resume, str):
-        settings = {**settings, "output": resume}
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun, after a process died
-    wanted = config or (None if isinstance(resume, str) else configure(**settings))
-    folder = RunFolder(Path(wanted.output if wanted else str(resume)))
-    if not (resume or restarted) or not folder.exists():
-        if wanted is None:
-            raise ConfigError(f"{folder.path} holds no run to resume: it has no config.json")
-        folder.check_free()  # before the ranks meet
-        return wanted, False
-    saved = replace(folder.config(), output=str(folder.path))  # it may have moved
-    wanted = config or configure(base=saved, **settings)
-    before, now = to_dict(saved), to_dict(wanted)
-    unset = {name for name in ("batch_size", "precision") if now[name] is None}  # resolved when it was started
-    changed = [name for name in now if name not in CHANGEABLE and name not in unset and before[name] != now[name]]
-    if changed:
-        others = ", ".join("--" + name.replace("_", "-") for name in CHANGEABLE)
-        raise ConfigError(f"the run in {folder.path} was started with other settings ({', '.join(changed)}): on resume "
-                          f"only these may change: {others}; to start a new run from its weights, use --model "
-                          f"{folder.path} and another --output")
-    return replace(wanted, batch_size=saved.batch_size, precision=saved.precision), True
-
-
-def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
-    """Train from the start or the newest checkpoint; on every rank. Rank 0 evaluates, writes and prints."""
-    console = Console(highlight=False, quiet=dist.rank() > 0)
-    folder = RunFolder(Path(config.output))
-    try:
-        source = data.open_training(config.data)
-    except DataError as error:
-        if not resumed:
-            raise
-        raise DataError(f"the run cannot be resumed: {error}; if its data has moved, add --data") from error
-    if len(set(dist.collect(source.digest()))) > 1:
-        raise DataError("the ranks opened different data: check that all machines see the same files")
-    for advice in source.advice() if dist.rank() == 0 else ():
-        _log.warning("%s", advice)
-    config = resolve_defaults(config, len(source), device)
-    held_out = evaluation.open_sets(config.validation)
-    evaluation.check_sets(held_out)
-    try:
-        trainer = build_trainer(config, len(source), device)
-    except ConfigError as error:
-        if not resumed:
-            raise
-        raise ConfigError(f"the run cannot be resumed: {error}; if a script registered it, resume from that script by "
-                          f"aclip.train(resume={config.output!r})") from error
-    method, table = trainer.method, trainer.timetable
-    flow = dataflow_table(method.plan, config.model, text_tokens=14)
-    sizes = {held.name: len(held.source) for held in held_out}
-    if resumed:
-        _check_same_data(folder, config, len(source), sizes)
-        trainer.resume(folder)
-        if dist.rank() == 0:
-            _note_changes(folder, config, sizes, trainer.step)
-    elif dist.rank() == 0:
-        folder.create()
-        folder.write_json("config.json", to_dict(config) | {
-            "num_pairs": len(source), "held_out_pairs": sizes, "command": command_line(),
-            "dataflow": plain_text(flow), "versions": versions(device)})
-    _print_header(console, trainer, flow, len(source))
-
-    tokenizer = data.CaptionTokenizer(models.tokenizer_of(config.model))
-    dataset = data.PairDataset(source, method.plan.pipeline, tokenizer, sizes=method.plan.view_sizes, seed=config.seed)
-    workers = data.suitable_workers(device, config.workers)
-    if method.frequencies is not None and trainer.step == 0:
-        method.frequencies.copy_(data.token_frequencies(
-            source, tokenizer, method.plan.shape.vocab_size, seed=config.seed))
-    model = models.LoadedModel(trainer.wrapped.whole.model, tokenizer)
-    shown = _sample_images(held_out[0].source if held_out else source, config.seed)
-
-    def look(step: int) -> None:
-        """Keep an image of what the model attends to; all ranks call it."""
-        trainer.wrapped.refresh()
-        if shown and dist.rank() == 0:
-            images, captions = zip(*shown, strict=True)
-            tokens = tokenizer(list(captions)) if method.plan.uses_text else None
-            take_snapshot(trainer.wrapped.whole, images, captions, step, folder.snapshots, tokens)
-
-    def evaluate(step: int) -> None:
-        look(step)
-        if method.plan.uses_text and dist.rank() == 0:
-            evaluation.evaluate_sets(model, held_out, (evaluation.Retrieval(),), folder, console, step=step,
-                                     samples_seen=trainer.samples_seen, device=device, workers=workers)
-
-    if trainer.step == 0:
-        look(0)
-    if trainer.step < table.total_steps or trainer.evaluation_due:
-        sink = TensorBoard(folder.path, trainer.step) if config.tensorboard and dist.rank() == 0 else None
-        progress = TrainingProgress(console, table.total_steps, trainer.step)
-        with closing(sink) if sink else nullcontext(), progress:
-            fit(trainer, open_batches(trainer, dataset, workers), folder, progress, evaluate, sink)
-        if dist.rank() == 0:
-            write_peak_memory(folder, device)
-    trainer.wrapped.refresh()
-    if dist.rank() == 0:
-        _finish(trainer, model, folder, console)
 
 
 def resolve_defaults(config: RunConfig, num_pairs: int, device: torch.device) -> RunConfig:
@@ -221,7 +48,8 @@ def resolve_defaults(config: RunConfig, num_pairs: int, device: torch.device) ->
 
 
 def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "Trainer":
-    """Return the trainer of a run whose defaults are resolved, with a fresh model, at its first step."""
+    """Return the trainer of a run, its defaults resolved, with a fresh model, at its first step."""
+    config = resolve_defaults(config, num_pairs, device)
     if config.compile and device.type == "cpu" and cpp_compiler() is None:
         raise ConfigError("--compile on a CPU needs a C++ compiler: install one (apt install g++), or leave it out")
     torch.manual_seed(config.seed)
@@ -236,15 +64,16 @@ def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "T
     return Trainer(config, method, Timetable.of(config, num_pairs), device)
 
 
-def open_batches(trainer: "Trainer", dataset: data.PairDataset, workers: int) -> Iterable[Batch]:
+def open_batches(trainer: "Trainer", source: data.Source, workers: int) -> Iterable[Batch]:
     """Return this rank's share of the batches from the trainer's next step to the last."""
-    assert trainer.config.batch_size is not None
+    config, resolved = trainer.config, trainer.method.plan
+    assert config.batch_size is not None
+    dataset = data.PairDataset(source, resolved.pipeline, trainer.tokenizer, sizes=resolved.view_sizes,
+                               seed=config.seed)
     return data.build_loader(
-        dataset, batch_size=trainer.config.batch_size, start_step=trainer.step,
-        total_steps=trainer.timetable.total_steps, workers=workers, device=trainer.device,
-        cut_text=models.cut_after_eot if trainer.method.plan.shape.text_cut else None,
-        rank=dist.rank(), world_size=dist.world_size(),
-    )
+        dataset, batch_size=config.batch_size, start_step=trainer.step, total_steps=trainer.timetable.total_steps,
+        workers=workers, device=trainer.device, cut_text=models.cut_after_eot if resolved.shape.text_cut else None,
+        rank=dist.rank(), world_size=dist.world_size())
 
 
 class Trainer:
@@ -286,21 +115,32 @@ class Trainer:
         self.guard = Guard(method, self.scaler)
         limits = [OBJECTIVES[name].max_logit_scale for name in config.recipe.objectives]
         self._max_log_scale = math.log(min((limit for limit in limits if limit is not None), default=math.inf))
-        self._grad_norm = torch.zeros(())  # of the latest step, before clipping
-        self._caption_ids = torch.empty(0, dtype=torch.int64)  # of the latest step
+        # of the latest step: learning rate, EMA momentum, norm of the gradient before clipping, captions
+        self._lr, self._momentum = self.learning_rate(), self.ema_momentum()
+        self._grad_norm, self._caption_ids = torch.zeros(()), torch.empty(0, dtype=torch.int64)
 
-    def train_step(self, batch: Batch) -> StepOutput:
+    @cached_property
+    def tokenizer(self) -> data.CaptionTokenizer:
+        """The tokenizer of the model."""
+        return data.CaptionTokenizer(models.tokenizer_of(self.config.model))
+
+    def train_step(self, batch: Batch, *, masked: bool | None = None, resolution: float | None = None) -> StepOutput:
         """THE STEP: forward, backward, optimizer, EMA. A non-finite step changes nothing but the step count.
+
+        Args:
+            batch: this rank's share.
+            masked, resolution: in place of those that the timetable has for this step.
 
         Raises:
             OutOfMemoryError: the step does not fit; the trainer is not usable any more.
         """
         with explain_oom(self.config, self.device):
             batch = batch.to(self.device)
-            masked = self.timetable.masked(self.step)
-            resolution = self.timetable.resolution(self.step)
+            masked = self.timetable.masked(self.step) if masked is None else masked
+            resolution = resolution or self.timetable.resolution(self.step)
+            self._lr, self._momentum = self.learning_rate(), self.ema_momentum()
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate() * group["lr_factor"]
+                group["lr"] = self._lr * group["lr_factor"]
             self.optimizer.zero_grad(set_to_none=True)
             self.guard.begin()
 
@@ -325,9 +165,8 @@ class Trainer:
             if self.method.plan.uses_text and models.logit_scale_of(self.method.model).requires_grad:
                 with torch.no_grad():
                     models.logit_scale_of(self.method.model).clamp_(0.0, self._max_log_scale)
-            momentum = self.ema_momentum()
-            if momentum is not None:
-                self.ema.update(momentum, skipped=skip)
+            if self._momentum is not None:
+                self.ema.update(self._momentum, skipped=skip)
 
         self.step += 1
         self.samples_seen += batch.size * dist.world_size()
@@ -335,6 +174,10 @@ class Trainer:
         self.evaluation_due = self.timetable.evaluates(self.step)
         self._caption_ids = batch.caption_ids
         return replace(output, passes={})  # they hold the step's largest tensors
+
+    def mark_evaluated(self) -> None:
+        """Note that the evaluation that was due is done, or has failed."""
+        self.evaluation_due = False
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
@@ -355,7 +198,7 @@ class Trainer:
         precision = self.config.precision or "fp32"
         return torch.autocast(self.device.type, AUTOCAST[precision], enabled=precision != "fp32")
 
-    def record(self, output: StepOutput, lr: float, momentum: float | None) -> dict[str, Any]:
+    def record(self, output: StepOutput) -> dict[str, Any]:
         """Return the line of metrics.jsonl for the step just taken; waits for the device. All ranks call it.
 
         Losses are means over ranks, counts are sums.
@@ -364,7 +207,7 @@ class Trainer:
         chance, loss, *parts = (dist.sum_over_ranks(losses) / dist.world_size()).tolist()
         record: dict[str, Any] = {
             "step": self.step, "samples_seen": self.samples_seen, "loss": loss,
-            "parts": dict(zip(output.parts, parts, strict=True)), "lr": lr, "grad_norm": self._grad_norm.item(),
+            "parts": dict(zip(output.parts, parts, strict=True)), "lr": self._lr, "grad_norm": self._grad_norm.item(),
             "cut_captions": self._total_truncated(),
         }
         self.truncated = 0
@@ -372,8 +215,8 @@ class Trainer:
             record["logit_scale"] = models.logit_scale_of(self.method.model).exp().item()
         if "contrastive" in output.parts:
             record["chance_loss"] = chance
-        if momentum is not None:
-            record |= {"ema_momentum": momentum, "ema_distance": self.ema.distance().item()}
+        if self._momentum is not None:
+            record |= {"ema_momentum": self._momentum, "ema_distance": self.ema.distance().item()}
         return record
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -413,11 +256,11 @@ class Trainer:
 
         Damaged ones are reported, journalled and renamed; journals are cut back to the checkpoint.
         """
-        path, damaged = dist.collect(_newest(folder.checkpoints) if dist.rank() == 0 else (None, []))[0]
-        if path is None and damaged:
-            raise CheckpointError(f"no checkpoint in {folder.checkpoints} is undamaged: {damaged[0][1]}")
-        if path is not None:
-            self.load_state_dict(checkpoint.open_checkpoint(path))
+        found, damaged = dist.collect(checkpoint.find_newest(folder.checkpoints) if dist.rank() == 0 else None)[0]
+        if found is None and damaged:
+            raise checkpoint.no_undamaged(folder.checkpoints, damaged)
+        if found is not None:
+            self.load_state_dict(found)
         if folder.final.exists():
             self.evaluation_due = False  # the last checkpoint of a finished run is from before its last evaluation
         dist.barrier()
@@ -458,7 +301,7 @@ def fit(
         TrainingError: the loss stays non-finite, on all ranks together; or a step runs out of memory.
     """
     config, table = trainer.config, trainer.timetable
-    saver = Saver(folder.checkpoints, config.keep_checkpoints, config.keep_every * table.save_every)
+    saver = checkpoint.Saver(folder.checkpoints, config.keep_checkpoints, config.keep_every * table.save_every)
     bad_samples, chance, stop_flag = BadSamples(folder), ChanceLevel(table.warmup_steps), dist.Flag()
     clock = Clock()
     save_due = False
@@ -466,7 +309,6 @@ def fit(
         if trainer.evaluation_due:
             _evaluate(trainer, folder, saver, stop, evaluate)
         for batch in clock.waiting_for(batches):
-            lr, momentum = trainer.learning_rate(), trainer.ema_momentum()
             output = trainer.train_step(batch)
             step, last = trainer.step, trainer.step == table.total_steps
             clock.samples += batch.size * dist.world_size()
@@ -483,7 +325,7 @@ def fit(
             failing = trainer.guard.skipped_in_a_row > config.max_skipped
             record = None
             if log and not trainer.guard.latest_skipped:
-                record = trainer.record(output, lr, momentum) | bad_samples.journal() | {
+                record = trainer.record(output) | bad_samples.journal() | {
                     "skipped_steps": trainer.guard.skipped} | clock.restart()
                 if dist.rank() == 0:
                     folder.append("metrics", record)
@@ -509,7 +351,7 @@ def fit(
 
 
 def _evaluate(
-    trainer: Trainer, folder: RunFolder, saver: Saver, stop: StopRequest, evaluate: Callable[[int], None]
+    trainer: Trainer, folder: RunFolder, saver: checkpoint.Saver, stop: StopRequest, evaluate: Callable[[int], None]
 ) -> None:
     """Evaluate the state that was just saved. A stop request ends it at once; a failure does not end the training."""
     saver.wait()
@@ -523,10 +365,10 @@ def _evaluate(
     except (AclipError, OSError) as error:
         report_incident(folder, {"step": trainer.step, "kind": "evaluation_failed", "reason": str(error)},
                 "the evaluation after step %d failed: %s", trainer.step, error)
-    trainer.evaluation_due = False
+    trainer.mark_evaluated()
 
 
-def _leave(trainer: Trainer, folder: RunFolder, saver: Saver, *, together: bool = True) -> NoReturn:
+def _leave(trainer: Trainer, folder: RunFolder, saver: checkpoint.Saver, *, together: bool = True) -> NoReturn:
     """Stop, once the state that was just saved is on disk."""
     if together:
         saver.wait()
@@ -541,7 +383,7 @@ def _leave(trainer: Trainer, folder: RunFolder, saver: Saver, *, together: bool 
                       f"{again}")
 
 
-def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: Saver) -> NoReturn:
+def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: checkpoint.Saver) -> NoReturn:
     saver.wait()
     _report_failures(saver, folder)
     parts = ", ".join(f"{name} {part.item():g}" for name, part in output.parts.items())
@@ -551,101 +393,8 @@ def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: Saver)
         "the checkpoint of this step has the last finite weights")
 
 
-def _report_failures(saver: Saver, folder: RunFolder) -> None:
+def _report_failures(saver: checkpoint.Saver, folder: RunFolder) -> None:
     for step, reason in saver.failures():
         report_incident(folder, {"step": step, "kind": "save_failed", "reason": reason},
                 "the checkpoint of step %d could not be written (%s): training goes on and tries again at the next",
                 step, reason)
-
-
-def _newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest undamaged checkpoint, and the damaged ones after it with what is wrong."""
-    damaged: list[tuple[Path, str]] = []
-    for path in reversed(checkpoint.list_checkpoints(folder)):
-        try:
-            return checkpoint.open_checkpoint(path).path, damaged
-        except CheckpointError as error:
-            damaged.append((path, str(error)))
-    return None, damaged
-
-
-def _check_same_data(folder: RunFolder, config: RunConfig, num_pairs: int, sizes: dict[str, int]) -> None:
-    """Refuse to resume on pairs that have grown, shrunk or are mixed otherwise: their order would be another."""
-    before = folder.read_json("config.json")
-    known = {"the data": before.get("num_pairs")} | {
-        f"held-out set '{name}'": size for name, size in before.get("held_out_pairs", {}).items()}
-    for what, size in {"the data": num_pairs, **{f"held-out set '{name}'": n for name, n in sizes.items()}}.items():
-        if known.get(what) not in (None, size):
-            raise ConfigError(f"{what} of {folder.path} had {known[what]:,} pairs when the run was started and has "
-                              f"{size:,} now: put it back to resume, or start a new run")
-    if data.weights_of(folder.config().data) != data.weights_of(config.data):
-        raise ConfigError(f"--data names other sources or weights than the run in {folder.path} was started with: on "
-                          "resume the same sources may lie elsewhere, with the same weights")
-
-
-def _note_changes(folder: RunFolder, config: RunConfig, sizes: dict[str, int], step: int) -> None:
-    """Write changed settings to `config.json`, and the old ones to its `changes`."""
-    saved, now = to_dict(folder.config()), to_dict(config)
-    old = {name: saved[name] for name in CHANGEABLE if saved[name] != now[name]}
-    if old:
-        written = folder.read_json("config.json")
-        folder.write_json("config.json", written | now | {
-            "held_out_pairs": written.get("held_out_pairs", {}) | sizes,
-            "changes": [*written.get("changes", []), {"step": step, "before": old}]})
-
-
-def _sample_images(source: data.Source, seed: int) -> list[tuple[Any, str]]:
-    """Return a few usable (image, caption) pairs of a source, the same ones for the same seed."""
-    found: list[tuple[Any, str]] = []
-    for index in generator(seed, "snapshot").permutation(len(source))[: 8 * SNAPSHOT_IMAGES].tolist():
-        with suppress(BadSampleError):
-            raw = source.read(index)
-            found.append((data.decode_image(raw.image), data.clean_captions(raw.captions)[0]))
-        if len(found) == SNAPSHOT_IMAGES:
-            break
-    return found
-
-
-def _print_header(console: Console, trainer: Trainer, flow: Any, num_pairs: int) -> None:
-    """Say what is about to happen."""
-    config, table = trainer.config, trainer.timetable
-    console.print(flow)
-    for resolution in {size for _, size in table.resolutions}:
-        for note in trainer.method.plan_at(resolution).notes:
-            if note not in trainer.method.plan.notes:  # those are in the table above
-                console.print(f"at resolution {resolution:g}: {note}", markup=False, soft_wrap=True)
-    console.print(parameter_table(trainer.groups, trainer.method.model))
-    ranks = f", {dist.world_size()} processes ({config.parallel})" if dist.world_size() > 1 else ""
-    parts = f", {trainer.micro_batch} pairs at a time" if trainer.in_parts else ""
-    console.print(f"{config.precision} on {trainer.device}{ranks}{parts}", soft_wrap=True)
-    console.print(f"{num_pairs:,} pairs, batch {config.batch_size}, {table.total_steps:,} steps "
-                  f"({table.total_steps / table.steps_per_epoch:.1f} epochs), warm-up {table.warmup_steps}"
-                  + (f", unmasked after step {table.masked_steps:,}" if table.masked_steps < table.total_steps else "")
-                  + (f", from step {trainer.step:,}" if trainer.step else ""), soft_wrap=True)
-
-
-def _finish(trainer: Trainer, model: models.LoadedModel, folder: RunFolder, console: Console) -> None:
-    """Save the model, name what was skipped, write the report, and say where the results are."""
-    config = trainer.config
-    exporters.open_clip.save(
-        model.model, models.model_config(config.model, image_size=config.image_size),
-        models.preprocess_config(model.model), model.tokenizer, folder.final,
-        step=trainer.step, samples_seen=trainer.samples_seen)
-    bad = [(record["key"], record["reason"]) for record in folder.records("skipped")]
-    if bad:
-        console.print(f"{evaluation.name_skipped(bad)}; all in {folder.path}/skipped.jsonl", markup=False,
-                      soft_wrap=True)
-    report = write_report(folder.path)
-    console.print(f"done. model: {folder.final}  report: {report}", markup=False, soft_wrap=True)
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """Return what a run's numbers depend on besides its configuration."""
-    from importlib.metadata import version
-
-    return {
-        "attentive-clip": VERSION, "torch": torch.__version__, "open_clip": version("open_clip_torch"),
-        "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads",
-    }

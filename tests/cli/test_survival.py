@@ -31,7 +31,7 @@ def start(images: Path, run: Path) -> "subprocess.Popen[bytes]":
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
          "-m", "aclip", "train", "--recipe", "clip", "--model", "vit-micro", "--data", str(images), "--batch-size",
          "8", "--precision", "fp32", "--log-every", "1", "--workers", "1", "--epochs", "6", "--evaluate-every", "0",
-         "--save-every", "1", "--output", str(run)],
+         "--save-every", "0.3", "--output", str(run)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

@@ -37,7 +37,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(images: Path, output: Path, *more: str) -> list[str]:
-    return ["train", "--data", str(images), "--output", str(output), "--batch-size", "8", *SMALL, *more]
+    """Evaluate and save after every third step, of which the 24 images make an epoch."""
+    return ["train", "--data", str(images), "--output", str(output), "--batch-size", "8", "--evaluate-every", "0.3",
+            "--save-every", "0.3", *SMALL, *more]
 
 
 def in_another_process(arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
@@ -75,7 +77,8 @@ def test_leaves_everything_that_is_promised(finished: Path) -> None:
     for key in ("loss", "parts", "lr", "logit_scale", "ema_momentum", "samples_per_second", "data_wait"):
         assert key in records[0], key
     assert {r["set"] for r in journal(finished, "evaluations")} == {"held"}
-    assert json.loads((finished / "final" / "aclip.json").read_text()) == {"step": 18, "samples_seen": 144}
+    trained = json.loads((finished / "final" / "aclip.json").read_text())
+    assert {"step": 18, "samples_seen": 144}.items() <= trained.items()
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["step-00000015", "step-00000018"]
     assert "<html" in (finished / "report.html").read_text()
 
@@ -232,7 +235,7 @@ def test_options_that_a_resumed_run_cannot_take_are_refused(
 ) -> None:
     assert main(["train", "--resume", str(finished), "--epochs", "7", "--lr", "0.1"]) == 2
     error = capsys.readouterr().err
-    assert "other settings (recipe, epochs)" in error
+    assert "other settings (recipe.optimization.lr is 0.0005 there and 0.1 here; epochs is 6.0 there and 7.0" in error
     assert "only these may change: --data, --validation, --workers, --device, --parallel," in error
     assert f"to start a new run from its weights, use --model {finished}" in error
 
@@ -299,7 +302,7 @@ def close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
 def test_processes_under_torchrun_train_as_one_does(images: Path, tmp_path: Path) -> None:
     """Two processes that share everything, in parts; then one goes on."""
     arguments = options(images, tmp_path / "two", "--epochs", "1", "--workers", "0", "--device", "cpu",
-                        "--validation", f"held={images}", "--save-every", "0.3", "--keep-checkpoints", "9")
+                        "--validation", f"held={images}", "--save-every", "0.1", "--keep-checkpoints", "9")
     done = under_torchrun(2, [*arguments, "--parallel", "fsdp", "--micro-batch", "2", "--tensorboard"])
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # one process writes
@@ -375,7 +378,7 @@ def test_held_out_sets_of_one_name_are_refused(
 def test_cut_captions_between_two_records_survive_a_resume(tmp_path: Path) -> None:
     """Checkpoints every epoch of 7 steps, records every 5: what was counted between them is not lost."""
     folder = make_mixed_folder(tmp_path / "mixed")
-    more = ("--epochs", "2", "--workers", "0", "--batch-size", "16", "--log-every", "5")
+    more = ("--epochs", "2", "--workers", "0", "--batch-size", "16", "--log-every", "5", "--save-every", "0.7")
     assert main(options(folder, tmp_path / "whole", *more)) == 0
     whole = [r["cut_captions"] for r in journal(tmp_path / "whole")]
     assert sum(whole) == 2

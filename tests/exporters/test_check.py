@@ -1,6 +1,7 @@
 """The check itself: what it refuses, and what is left when something fails."""
 
 import errno
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 from tiny_models import TINY, tiny_model
 from torch import Tensor
 
-from aclip.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedModelError
+from aclip.errors import CheckpointError, ConfigError, ExportError, MissingDependencyError, UnsupportedModelError
 from aclip.exporters import EXPORTERS, Readback, write_checked
 from aclip.exporters import open_clip as open_clip_exporter
 from aclip.exporters.base import TOKENS, check_differences, compare, logit_multiplier
-from aclip.models import LoadedModel, resize_images
+from aclip.models import LoadedModel, load, resize_images
 
 MODEL = tiny_model()
 
@@ -153,7 +154,8 @@ def test_save_replaces_a_model_as_a_whole_or_not_at_all(tmp_path: Path, monkeypa
                                 tmp_path / "final", step=step, samples_seen=64 * step)
 
     save(3)
-    assert (tmp_path / "final" / "aclip.json").read_text() == '{\n  "step": 3,\n  "samples_seen": 192\n}\n'
+    found = json.loads((tmp_path / "final" / "aclip.json").read_text())
+    assert (found["step"], found["samples_seen"]) == (3, 192)
     pixels = torch.randn(2, 3, 24, 24)
     loaded: Callable[[Tensor], Tensor] = open_clip.create_model_and_transforms(
         f"local-dir:{tmp_path / 'final'}")[0].eval().encode_image
@@ -164,3 +166,16 @@ def test_save_replaces_a_model_as_a_whole_or_not_at_all(tmp_path: Path, monkeypa
         save(4)
     assert '"step": 3' in (tmp_path / "final" / "aclip.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_weights_that_have_changed_since_they_were_saved_are_not_loaded(tmp_path: Path) -> None:
+    open_clip_exporter.save(MODEL.model, TINY, MODEL.model.visual.preprocess_cfg, MODEL.tokenizer, tmp_path)
+    load(tmp_path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="have changed since they were written: take an undamaged copy"):
+        load(tmp_path)
+    (tmp_path / "aclip.json").unlink()
+    load(tmp_path)

@@ -71,7 +71,7 @@ def test_a_run_is_exported_with_a_card_and_a_record_of_what_was_loaded(
     assert (record["step"], record["samples_seen"], record["weights"]) == (7, 448, "online")
     assert record["command"] == ("aclip export 'runs/first run' --to open_clip --weights online --output "
                                  "'runs/first run/export/open_clip'")
-    assert json.loads((folder / "aclip.json").read_text()) == {"step": 7, "samples_seen": 448}
+    assert {"step": 7, "samples_seen": 448}.items() <= json.loads((folder / "aclip.json").read_text()).items()
 
 
 def test_the_moving_average_is_exported_with_its_own_metrics(run: Path) -> None:

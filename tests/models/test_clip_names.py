@@ -7,7 +7,7 @@ from tower_oracles import images, shake
 from transformers import CLIPConfig, CLIPModel
 
 from aclip.errors import UnsupportedModelError
-from aclip.models.clip_names import to_hugging_face, to_open_clip
+from aclip.models.hugging_face import to_hugging_face, to_open_clip
 
 VISION = {"layers": 2, "width": 48, "head_width": 12, "patch_size": 8, "image_size": 24, "mlp_ratio": 2.0}
 TEXT = {"context_length": 16, "width": 32, "heads": 4, "layers": 2, "vocab_size": 49408, "mlp_ratio": 2.0}

@@ -13,7 +13,7 @@ from tower_oracles import fresh_model, images, open_clip_alone, shake, write_che
 
 from aclip import models
 from aclip.errors import AclipError, CheckpointError, ConfigError, UnsupportedModelError
-from aclip.models import loading
+from aclip.models import loaded, loading
 from aclip.models.loading import FRESH_PREPROCESS
 
 
@@ -156,16 +156,18 @@ def test_hub_models_are_fetched(saved, monkeypatch):
     assert list(models.preprocess_config(model)["mean"]) == [0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize(("function", "use", "what"), [
-    ("download_pretrained_from_hf", lambda: models.create_model("hf-hub:someone/model"), "'hf-hub:someone/model'"),
-    ("download_pretrained", lambda: models.create_model("ViT-B-32:openai"), "'ViT-B-32:openai'"),
-    ("HFTokenizer", lambda: models.tokenizer_of("ViT-B-16-SigLIP"), "the tokenizer 'timm/ViT-B-16-SigLIP' of this"),
+@pytest.mark.parametrize(("module", "function", "use", "what"), [
+    (loading, "download_pretrained_from_hf", lambda: models.create_model("hf-hub:someone/model"),
+     "'hf-hub:someone/model'"),
+    (loading, "download_pretrained", lambda: models.create_model("ViT-B-32:openai"), "'ViT-B-32:openai'"),
+    (loaded, "HFTokenizer", lambda: models.tokenizer_of("ViT-B-16-SigLIP"),
+     "the tokenizer 'timm/ViT-B-16-SigLIP' of this"),
 ])
-def test_without_a_network_one_sentence_says_so(function, use, what, monkeypatch):
+def test_without_a_network_one_sentence_says_so(module, function, use, what, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no route\nto the host")
 
-    monkeypatch.setattr(loading, function, unreachable)
+    monkeypatch.setattr(module, function, unreachable)
     with pytest.raises(CheckpointError, match=f"^{what}.* cannot be loaded: no route; without a network, give its"):
         use()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
 from aclip.models import tokenizer_of
-from aclip.models.loading import CachingTokenizer
+from aclip.models.loaded import CachingTokenizer
 
 OURS, THEIRS = CachingTokenizer(), SimpleTokenizer()
 PRINTABLE = st.characters(min_codepoint=32, max_codepoint=126)

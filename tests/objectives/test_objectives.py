@@ -7,9 +7,10 @@ import torch
 from synthetic_passes import CAPTIONS, HIDDEN, SHAPE, masked, step_context
 
 import aclip.objectives
-from aclip.config import Pass, TextPass, build
+from aclip.config import Pass, TextPass
 from aclip.errors import ConfigError
 from aclip.objectives import OBJECTIVES, Objective
+from aclip.plan import build
 
 READS: dict[str, dict[str, Pass | TextPass]] = {
     "contrastive": {**masked(), **CAPTIONS},

@@ -117,8 +117,12 @@ def test_kept_patches_are_untouched_and_removed_ones_are_not():
     kept = np.zeros((32, 48), dtype=bool)
     kept[:16, :16] = kept[16:, 16:32] = True
     assert (shown[kept] == np.asarray(image)[kept]).all()
-    removed = shown[~kept].astype(int)
-    assert removed.std() < 15  # under a veil
+    to_either = np.abs(shown[~kept][:, None].astype(int) - [(122, 127, 138), (206, 209, 214)]).max(axis=2)
+    assert to_either.min(axis=1).max() <= 0.14 * 255  # under a veil of two greys
+    for grey in (0, 122, 164, 206, 255):  # which no grey image hides
+        plain = Image.new("RGB", image.size, (grey,) * 3)
+        seen = np.asarray(kept_patches(plain, torch.tensor([0, 4]), (2, 3)))[~kept].astype(int)
+        assert (np.abs(seen - grey).max(axis=1) > 30).mean() > 0.4
     assert set(np.asarray(veil_layer(torch.tensor([0, 4]), (2, 3)))[..., 3].ravel()) == {0, 219}
 
 

@@ -14,7 +14,7 @@ from aclip.config import RunConfig
 from aclip.run_folder import RunFolder
 from aclip.structs import Batch
 from aclip.trainer import Trainer, fit
-from aclip.training.progress import TrainingProgress
+from aclip.training.journal import TrainingProgress
 from aclip.training.schedule import Timetable
 
 ROWS = 8

@@ -24,7 +24,7 @@ from aclip.recipes import RECIPES
 from aclip.run_folder import RunFolder
 from aclip.structs import Batch
 from aclip.trainer import Trainer
-from aclip.training.stop import Interrupted, StopRequest
+from aclip.training.guard import Interrupted, StopRequest
 from over_ranks import a_batch
 
 MUON = "a-clip optimization.optimizer=muon"
@@ -68,7 +68,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(recipe: str) ->
 def test_chance_is_that_of_the_captions_of_the_step(micro_batch: int | None) -> None:
     trainer = build(micro_batch=micro_batch)
     batch = replace(a_batch(trainer.method, 8), caption_ids=torch.tensor([5, 5, 5, 5, 5, 5, 1, 2]))
-    record = trainer.record(trainer.train_step(batch), 0.1, None)
+    record = trainer.record(trainer.train_step(batch))
     assert record["chance_loss"] == pytest.approx((6 * math.log(3) + 2 * math.log(8)) / 8)
     weights = {name: objective.weight for name, objective in trainer.config.recipe.objectives.items()}
     assert record["loss"] == pytest.approx(sum(weight * record["parts"][name] for name, weight in weights.items()),

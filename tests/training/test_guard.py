@@ -1,4 +1,4 @@
-"""Skipped steps, as the host learns of them, and losses at chance level."""
+"""Skipped steps, as the host learns of them, losses at chance level, and running out of memory."""
 
 import math
 from typing import Any
@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from aclip.training.guard import CHANCE_RECORDS, CHANCE_STEPS, ChanceLevel, Guard
+from aclip.config import RunConfig
+from aclip.errors import OutOfMemoryError
+from aclip.recipes import RECIPES
+from aclip.training.guard import CHANCE_RECORDS, CHANCE_STEPS, ChanceLevel, Guard, explain_oom
 
 NAN, INF = float("nan"), float("inf")
 
@@ -77,3 +80,20 @@ def test_a_falling_loss_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
         level.check(record(step, 3.9))
         level.check({"step": step, "parts": {"byol": 4.0}})
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("micro_batch", "recompute", "helps"), [
+    (None, False, "use --micro-batch 128, --recompute (the step stays the same), or a smaller --batch-size"),
+    (32, True, "use --micro-batch 16 (the step stays the same), or a smaller --batch-size"),
+])
+def test_running_out_of_memory_says_what_was_held_and_what_helps(
+    micro_batch: int | None, recompute: bool, helps: str
+) -> None:
+    config = RunConfig(recipe=RECIPES["clip"], model="vit-micro", data="x", output="x", batch_size=256,
+                       micro_batch=micro_batch, recompute=recompute)
+    with pytest.raises(OutOfMemoryError) as caught, explain_oom(config, torch.device("cpu")):
+        torch.empty(2**60, dtype=torch.uint8)
+    assert str(caught.value).startswith(f"out of memory in a step of 256 pairs, {micro_batch or 256} at a time, on cpu")
+    assert helps in str(caught.value)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), explain_oom(config, torch.device("cpu")):
+        torch.ones(2, 3) @ torch.ones(2, 3)

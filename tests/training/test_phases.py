@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from synthetic_training import build
 
+from aclip.describe import describe_run
 from aclip.errors import ConfigError
-from aclip.trainer import Trainer, _print_header
+from aclip.trainer import Trainer
 
 
 def phased(recipe: str, *sizes: float) -> Trainer:
@@ -24,5 +25,5 @@ def test_a_phase_that_would_train_on_nothing_is_refused() -> None:
 
 def test_notes_of_every_phase_are_said() -> None:
     trainer, said = phased("attentive-2x50", 0.25), io.StringIO()
-    _print_header(Console(file=said, width=200), trainer, Table(), 8)
+    describe_run(Console(file=said, width=200), trainer, Table(), 8)
     assert "at resolution 0.25: pass 'masked': mask_ratio 0.5 removes nothing of the 2 x 2 grid in" in said.getvalue()

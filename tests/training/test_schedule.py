@@ -86,6 +86,9 @@ def optimization(**changes: Any) -> dict[str, Any]:
             (100, 100, 10, 0, 25),
         ),
         ({"batch_size": 10, "epochs": 1.0, "evaluate_every": 0.0001}, 1000, (100, 100, 10, 1, 100)),
+        # so little data that an epoch is one step, or three
+        ({"batch_size": 10, "epochs": 100.0}, 19, (1, 100, 1, 10, 10)),
+        ({"batch_size": 10, "epochs": 100.0, "evaluate_every": 0.3, "save_every": 4.0}, 30, (3, 300, 3, 3, 40)),
         (
             {"batch_size": 10, "epochs": 25.0, **optimization(warmup_epochs=0.0)},
             1000,

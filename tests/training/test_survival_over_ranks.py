@@ -17,12 +17,10 @@ from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from aclip import checkpoint, dist
-from aclip.checkpoint import list_checkpoints, open_checkpoint, open_newest
+from aclip.checkpoint import Saver, list_checkpoints, open_checkpoint, open_newest
 from aclip.training.distributed import whole
-from aclip.training.guard import Guard
+from aclip.training.guard import Guard, Interrupted
 from aclip.training.optim import total_norm
-from aclip.training.saver import Saver
-from aclip.training.stop import Interrupted
 from over_ranks import run_ranks
 
 

@@ -253,6 +253,23 @@ def split_sizes(folder: Path) -> dict[str, int]:
         return {}
 
 
+def locate(path: str) -> str:
+    """Return where a source lies: a file, a folder, a pattern, an address, or a set of torchvision's.
+
+    Raises:
+        DataError: there is nothing of this name.
+    """
+    if path.startswith("file://") and not os.path.exists(path):
+        path = unquote(path.removeprefix("file://"))
+    known = os.path.isfile(path) or os.path.isdir(path) or is_pattern(path)
+    if known or "://" in path or path.startswith("torchvision:"):
+        return path
+    found = resolve(path)
+    if found is None:
+        raise missing(path)
+    return found
+
+
 def resolve(path: str) -> str | None:
     """Return the folder of shards that `NAME:SPLIT` stands for, or None if the path has another form or exists."""
     match = _SET.fullmatch(path)

@@ -149,7 +149,6 @@ def chance_recall(right: int, items: int, k: int) -> float:
 
 
 def _later_namesakes(classes: Sequence[str]) -> Int[Tensor, " M"]:
-    """Return how many later classes have the name of each."""
     seen: Counter[str] = Counter()
     later = []
     for name in reversed(classes):

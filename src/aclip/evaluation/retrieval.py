@@ -79,7 +79,6 @@ class Retrieval(Evaluator):
 
     @property
     def variant(self) -> str:
-        """See `Evaluator.variant`."""
         return "" if self.protocol == "distinct" else self.protocol
 
     def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation:

@@ -49,7 +49,6 @@ class FunctionEvaluator(Evaluator):
         self._function = function
 
     def measure(self, images: ImageFeatures, texts: TextEncoder) -> Mapping[str, Any]:
-        """See `Evaluator.measure`."""
         return self._function(images, texts)
 
 

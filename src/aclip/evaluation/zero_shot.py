@@ -289,7 +289,6 @@ def _reliability(confidence: Float[Tensor, " B"], correct: Float[Tensor, " B"], 
 
 
 def _classes_of(labels: Sequence[str]) -> ClassList:
-    """Return the distinct labels of a set as classes, underscores as spaces."""
     kinds = list(dict.fromkeys(map(spaced, labels)))
     spelled, _ = distinct(kinds)
     if len(spelled) < len(kinds):
@@ -302,7 +301,6 @@ def _classes_of(labels: Sequence[str]) -> ClassList:
 
 
 def _parse_classes(text: str) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Return the names and, where they are given, the labels of a class file."""
     if text.lstrip()[:1] in ("[", "{"):
         try:
             value = json.loads(text)

@@ -74,7 +74,7 @@ def export(
 
     from aclip.data import CaptionTokenizer
     from aclip.exporters import EXPORTERS, write_checked
-    from aclip.exporters.card import model_card
+    from aclip.exporters.base import model_card
     from aclip.models import load, model_config
     from aclip.run_folder import RunFolder
 

@@ -1,9 +1,12 @@
-"""What an export format is; an export is written, read back with its own library, and kept only if features agree."""
+"""What an export format is; an export is written, read back with its own library, and kept only if features agree.
+
+Its model card says how to load it, how the model was trained and evaluated, and how the export was checked.
+"""
 
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
@@ -177,6 +181,27 @@ def check_differences(differences: Mapping[str, float], tolerance: float, librar
         if not value <= limit:  # also true of NaN
             raise ExportError(f"{name}: {library} differs from the model by {value:.1e}, more than {limit:g}; nothing "
                               f"was written{'' if name in LIMITS else ' (--tolerance accepts more)'}")
+
+
+def model_card(
+    exporter: Exporter, model: LoadedModel, name: str, differences: Mapping[str, float], weights: str,
+    config: Mapping[str, Any] | None, evaluations: Iterable[Mapping[str, Any]],
+) -> str:
+    """Return the text of the card; `config` and `evaluations` are the files of a run, None and empty without one."""
+    # of every set and evaluator the newest result on the exported weights, none of a later step
+    newest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for record in evaluations:
+        if record.get("weights") == weights and (model.step is None or record.get("step", 0) <= model.step):
+            newest[tuple(record.get(key) for key in ("set", "evaluator", "training_set"))] = record
+    data = ModelCardData(
+        library_name=exporter.library if exporter.library in ("open_clip", "transformers") else None,
+        pipeline_tag="zero-shot-image-classification" if model.has_text else "image-feature-extraction",
+        tags=["clip", "attentive-clip"])
+    shown = {key: value for key, value in (config or {}).items() if key not in ("command", "dataflow")}
+    return str(ModelCard.from_template(
+        data, template_path=str(Path(__file__).with_name("card.md.j2")), exporter=exporter, model=model, name=name,
+        differences=differences, weights=weights, config=config, evaluations=list(newest.values()),
+        pixels=preprocess_config(model.model), config_json=json.dumps(shown, indent=2, ensure_ascii=False)))
 
 
 def logit_multiplier(model: Any) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from aclip.errors import UnsupportedModelError
 from aclip.exporters.base import Exporter, Readback, logit_multiplier, optional_package, write_json
 from aclip.models import LoadedModel, can_cut, preprocess_config
-from aclip.models.clip_names import to_hugging_face
+from aclip.models.hugging_face import to_hugging_face
 from aclip.models.text import text_tower_of
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -9,6 +9,7 @@ from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from aclip.checkpoint import crc32
 from aclip.errors import UnsupportedModelError
 from aclip.exporters.base import Exporter, Readback, logit_multiplier, replace_folder, write_json
 from aclip.exporters.huggingface import is_clip_tokenizer, save_pretrained
@@ -60,7 +61,8 @@ def save(
         model_config, preprocess_config: open_clip's `model_cfg`, complete, and `preprocess_cfg`.
         tokenizer: the model's; one of Hugging Face's is written beside it, where open_clip looks for it.
         folder: may hold an earlier model.
-        step, samples_seen: optimizer steps and pairs behind the weights, in `aclip.json`; `aclip.load` returns them.
+        step, samples_seen: optimizer steps and pairs behind the weights, in `aclip.json`; `aclip.load` returns them
+            and verifies the checksum beside them.
 
     Raises:
         OSError, SafetensorError: the folder cannot be written; an earlier model stays.
@@ -68,8 +70,8 @@ def save(
     with replace_folder(folder) as temporary:
         write_json(temporary / HF_CONFIG_NAME,
                    {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)})
-        write_json(temporary / "aclip.json", {"step": step, "samples_seen": samples_seen})
         # clones, because safetensors refuses tensors that share memory
         save_file({name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous().clone()
-                   for name, tensor in model.state_dict().items()}, temporary / HF_SAFE_WEIGHTS_NAME)
+                   for name, tensor in model.state_dict().items()}, weights := temporary / HF_SAFE_WEIGHTS_NAME)
+        write_json(temporary / "aclip.json", {"step": step, "samples_seen": samples_seen, "crc32": crc32(weights)})
         save_pretrained(tokenizer, temporary)

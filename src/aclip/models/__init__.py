@@ -19,7 +19,7 @@ from aclip.models.vision import (
 )
 
 if TYPE_CHECKING:
-    from aclip.models.loaded import LoadedModel, load
+    from aclip.models.loaded import LoadedModel, load, tokenizer_of
     from aclip.models.loading import (
         ImageTower,
         Tokenizer,
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
         model_config,
         preprocess_config,
         resolve_source,
-        tokenizer_of,
+        shape_of,
     )
-    from aclip.models.shapes import shape_of
 
 __all__ = ["NO_ATTENTION_SCORES", "ImageTower", "LoadedModel", "Tokenizer", "attention_pool_of", "can_cut",
            "create_model", "cut_after_eot", "encode_hidden_text",
@@ -38,8 +37,9 @@ __all__ = ["NO_ATTENTION_SCORES", "ImageTower", "LoadedModel", "Tokenizer", "att
            "patch_embedding_of", "preprocess_config", "resize_images", "resolve_source", "shape_of", "text_maps",
            "text_tower_of", "tokenizer_of", "visual_of", "vit_of"]
 
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'aclip.models' has no attribute '{name}'")
-    home = {"LoadedModel": "loaded", "load": "loaded", "shape_of": "shapes"}.get(name, "loading")
+    home = "loaded" if name in ("LoadedModel", "load", "tokenizer_of") else "loading"
     return getattr(importlib.import_module(f"aclip.models.{home}"), name)

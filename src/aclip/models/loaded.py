@@ -1,15 +1,17 @@
 """Trained models in use: images and texts in, features and attention out."""
 
+import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from aclip.data.workers import read_ahead
 from aclip.errors import BadSampleError, CheckpointError, ConfigError, DataError
 from aclip.masking import AttentiveMasking, Keep, MaskingContext
 from aclip.models import loading
-from aclip.models.loading import ImageTower, Tokenizer, WeightsOf, preprocess_config, tokenizer_of
+from aclip.models.loading import ImageTower, Source, Tokenizer, WeightsOf, fetch, preprocess_config, resolve_source
 from aclip.models.text import can_cut, cut_after_eot, encode_text
 from aclip.models.vision import encode_image, grid_of, pair, visual_of, vit_of
 
@@ -249,6 +251,65 @@ def load(
         return loaded.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"there is no device '{device}' here: {str(error).splitlines()[0]}") from error
+
+
+def tokenizer_of(model: str | Path | Source | Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a model: texts -> (B, context_length) int64; picklable.
+
+    It is the byte-pair tokenizer that open_clip bundles, unless the config names one of Hugging Face (fetched, then
+    cached; a folder may bring its own). Captions over the context length are cut and keep their EOT.
+
+    Args:
+        model: a name as in `resolve_source`, or a config as `model_config` returns it.
+
+    Raises:
+        CheckpointError: a tokenizer that cannot be fetched, or needs code of its own, which is never run.
+    """
+    folder = None
+    if not isinstance(model, Mapping):
+        source = model if isinstance(model, Source) else resolve_source(model)
+        model, folder = source.config, source.folder
+    text = model["text_cfg"]
+    options = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
+    options.pop("trust_remote_code", None)  # not for a config from elsewhere to decide
+    where = text.get("hf_tokenizer_name")
+    if not where:
+        return CachingTokenizer(**options)
+    if folder is not None and any(folder.glob("tokenizer*")):
+        where = str(folder)
+    return cast(Tokenizer, fetch(
+        f"the tokenizer '{where}' of this model", HFTokenizer, where, tokenizer_mode=text.get("tokenizer_mode"),
+        trust_remote_code=False, **options))
+
+
+class CachingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip has no annotations
+    """`SimpleTokenizer` with a cache of words, which it never merges across a space.
+
+    Captions repeat their words, so most of the work becomes a look-up. Printable ASCII without `&` needs no ftfy and
+    no unescaping.
+    """
+
+    cache: dict[str, str]
+
+    def __init__(self, *, clean: str = "lower", **options: Any) -> None:
+        """Take the options of `SimpleTokenizer`."""
+        super().__init__(clean=clean, **options)
+        self._lower = clean == "lower"
+        self._special = dict(self.cache)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without start and end tokens."""
+        if self._lower and text.isascii() and text.isprintable() and "&" not in text:
+            text = text.lower()
+        else:
+            text = self.clean_fn(text)
+        return [token for word in text.split() for token in self._encode_word(word)]
+
+    @functools.lru_cache(maxsize=10_000)  # noqa: B019  # some 3 MB, shared by the few tokenizers of a process
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        self.cache = dict(self._special)  # open_clip's own has no limit
+        pieces = ("".join(self.byte_encoder[byte] for byte in piece.encode()) for piece in self.pat.findall(word))
+        return tuple(self.encoder[part] for piece in pieces for part in self.bpe(piece).split(" "))
 
 
 def _preprocessed(

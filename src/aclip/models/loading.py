@@ -1,34 +1,37 @@
 """Models by name: presets, open_clip's models with or without pretrained weights, files, folders and runs."""
 
 import functools
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import open_clip
+import torch
 from jaxtyping import Float
 from open_clip.constants import HF_CONFIG_NAME as CONFIG_NAME
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME as WEIGHTS_NAME
-from open_clip.model import set_model_preprocess_cfg
+from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aclip.checkpoint import list_checkpoints, open_checkpoint, open_newest
+from aclip.checkpoint import crc32, list_checkpoints, open_checkpoint, open_newest
 from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, unknown_name
 from aclip.models import hugging_face
+from aclip.models.blocks import blocks_of
 from aclip.models.hugging_face import read_json
-from aclip.models.shapes import build_modules, patch_size_of
-from aclip.models.vision import grid_of, pair, resize_images, visual_of, vit_of
+from aclip.models.text import can_cut, text_tower_of
+from aclip.models.vision import SUPPORTED, attention_pool_of, grid_of, pair, resize_images, visual_of, vit_of
 from aclip.models.weights import from_released, is_released, load_weights, read_weights, released_config
+from aclip.structs import TowerShape
 
 logger = logging.getLogger(__name__)
 
@@ -154,68 +157,82 @@ def model_config(name: str | Path, *, image_size: int | tuple[int, int] | None =
     return _at_size(resolve_source(name).config, image_size)
 
 
+def shape_of(config: Mapping[str, Any]) -> TowerShape:
+    """Return the sizes of a model from its open_clip config (`model_config`) alone.
+
+    Raises:
+        UnsupportedModelError: a tower that cannot be trained here.
+        ConfigError: a config that describes no model, or an image size that is not a whole number of patches.
+    """
+    model = _outline(json.dumps(config))
+    vit, text = vit_of(visual_of(model)), text_tower_of(model)
+    pool: Any = attention_pool_of(vit.visual)
+    image_size = pair(config["vision_cfg"].get("image_size", 224))
+    grid_of(image_size, vit.patch_size)
+    blocks, text_blocks = blocks_of(vit.stack), blocks_of(text.transformer)
+    return TowerShape(
+        image_size=image_size,
+        patch_size=vit.patch_size,
+        width=vit.patch_embedding.out_channels,
+        layers=len(blocks),
+        heads=blocks[0].attn.num_heads,
+        mlp_width=_mlp_width(blocks[0].mlp, vit.patch_embedding.out_channels),
+        joint_dim=config["embed_dim"],
+        num_prefix_tokens=vit.num_prefix_tokens,
+        text_width=text.token_embedding.embedding_dim,
+        text_layers=len(text_blocks),
+        text_mlp_width=_mlp_width(text_blocks[0].mlp, text.token_embedding.embedding_dim),
+        context_length=int(text.context_length),
+        vocab_size=text.token_embedding.num_embeddings,
+        text_cut=can_cut(model),
+        scored=vit.scored_by is not None,
+        pool_mlp_width=0 if pool is None else pool.mlp.fc1.out_features,
+    )
+
+
+def patch_size_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the patch size (height, width) of a config; raises as `shape_of`."""
+    return vit_of(visual_of(_outline(json.dumps(config)))).patch_size
+
+
+@functools.lru_cache(maxsize=64)
+def _outline(config: str) -> nn.Module:
+    """Return the model of a config in JSON on the meta device, without weights; shared, not to be changed."""
+    with torch.device("meta"):
+        return build_modules(json.loads(config))
+
+
+def build_modules(config: Mapping[str, Any]) -> nn.Module:
+    """Build the modules of a config with fresh weights; raises as `shape_of`."""
+    try:
+        vision, text = dict(config["vision_cfg"]), config["text_cfg"]
+        what = "a captioning decoder (CoCa)" if "multimodal_cfg" in config else (
+            f"the Hugging Face text tower {text['hf_model_name']}" if text.get("hf_model_name") else None)
+        if what is not None:
+            raise UnsupportedModelError(f"it has {what}, which cannot be trained here: {SUPPORTED}")
+        if vision.get("timm_model_name"):
+            vision["timm_model_pretrained"] = False  # on ImageNet, fetched
+        cls = CustomTextCLIP if config.get("custom_text") else CLIP
+        rest = {key: value for key, value in config.items() if key != "custom_text"}
+        model: nn.Module = cls(**{**rest, "vision_cfg": vision})
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever open_clip and timm meet in unknown fields and sizes that do not fit
+        raise ConfigError(f"its config describes no model that open_clip can build: {error!r}") from error
+    visual, size = visual_of(model), pair(vision.get("image_size", 224))
+    if vision.get("timm_model_name") and vit_of(visual).grid_size != grid_of(size, vit_of(visual).patch_size):
+        resize_images(visual, size)  # timm builds at a size of its own
+    return model
+
+
+def _mlp_width(mlp: nn.Module, width: int) -> int:
+    """Return the hidden width of an MLP; of a gated one, that of the plain MLP with as many weights."""
+    return round(sum(p.numel() for p in mlp.parameters() if p.ndim == 2) / (2 * width))
+
+
 def list_models() -> list[str]:
     """Return the names that can be trained: the presets, open_clip's own ViTs, and timm's plain ones in open_clip."""
     return [name for name in open_clip.list_models() if _seems_supported(open_clip.get_model_config(name))]
-
-
-def tokenizer_of(model: str | Path | Source | Mapping[str, Any]) -> Tokenizer:
-    """Return the tokenizer of a model: texts -> (B, context_length) int64; picklable.
-
-    It is the byte-pair tokenizer that open_clip bundles, unless the config names one of Hugging Face (fetched, then
-    cached; a folder may bring its own). Captions over the context length are cut and keep their EOT.
-
-    Args:
-        model: a name as in `resolve_source`, or a config as `model_config` returns it.
-
-    Raises:
-        CheckpointError: a tokenizer that cannot be fetched, or needs code of its own, which is never run.
-    """
-    folder = None
-    if not isinstance(model, Mapping):
-        source = model if isinstance(model, Source) else resolve_source(model)
-        model, folder = source.config, source.folder
-    text = model["text_cfg"]
-    options = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
-    options.pop("trust_remote_code", None)  # not for a config from elsewhere to decide
-    where = text.get("hf_tokenizer_name")
-    if not where:
-        return CachingTokenizer(**options)
-    if folder is not None and any(folder.glob("tokenizer*")):
-        where = str(folder)
-    return cast(Tokenizer, _fetch(
-        f"the tokenizer '{where}' of this model", HFTokenizer, where, tokenizer_mode=text.get("tokenizer_mode"),
-        trust_remote_code=False, **options))
-
-
-class CachingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip has no annotations
-    """`SimpleTokenizer` with a cache of words, which it never merges across a space.
-
-    Captions repeat their words, so most of the work becomes a look-up. Printable ASCII without `&` needs no ftfy and
-    no unescaping.
-    """
-
-    cache: dict[str, str]
-
-    def __init__(self, *, clean: str = "lower", **options: Any) -> None:
-        """Take the options of `SimpleTokenizer`."""
-        super().__init__(clean=clean, **options)
-        self._lower = clean == "lower"
-        self._special = dict(self.cache)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without start and end tokens."""
-        if self._lower and text.isascii() and text.isprintable() and "&" not in text:
-            text = text.lower()
-        else:
-            text = self.clean_fn(text)
-        return [token for word in text.split() for token in self._encode_word(word)]
-
-    @functools.lru_cache(maxsize=10_000)  # noqa: B019  # some 3 MB, shared by the few tokenizers of a process
-    def _encode_word(self, word: str) -> tuple[int, ...]:
-        self.cache = dict(self._special)  # open_clip's own has no limit
-        pieces = ("".join(self.byte_encoder[byte] for byte in piece.encode()) for piece in self.pat.findall(word))
-        return tuple(self.encoder[part] for piece in pieces for part in self.bpe(piece).split(" "))
 
 
 def resolve_source(name: str | Path, weights: WeightsOf = "online") -> Source:
@@ -254,9 +271,9 @@ def _find_source(name: str, weights: WeightsOf) -> Source:
     scheme, _, rest = name.partition(":")
     if scheme == "hf-hub":
         config, preprocess = _read_config(
-            Path(_fetch(f"'{name}'", download_pretrained_from_hf, rest, filename=CONFIG_NAME)))
+            Path(fetch(f"'{name}'", download_pretrained_from_hf, rest, filename=CONFIG_NAME)))
         return Source(config, preprocess, read=lambda: Weights(
-            read_weights(Path(_fetch(f"'{name}'", download_pretrained_from_hf, rest))), name))
+            read_weights(Path(fetch(f"'{name}'", download_pretrained_from_hf, rest))), name))
     if scheme == "local-dir":
         return _folder_source(Path(rest))
     base = scheme.replace("/", "-")
@@ -279,14 +296,13 @@ def _named_source(base: str, rest: str) -> Source:
         if pretrained.get("quick_gelu", False):  # whatever the architecture of that name says
             config["quick_gelu"] = True
         return Source(config, pretrained, read=lambda: Weights(
-            read_weights(Path(_fetch(f"'{name}'", download_pretrained, pretrained))), name))
+            read_weights(Path(fetch(f"'{name}'", download_pretrained, pretrained))), name))
     if file.is_file():
         return Source(config, read=lambda: Weights(read_weights(file), str(file)))
     raise ConfigError(unknown_name(f"weight file or pretrained weights of {base}", rest, tags))
 
 
 def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Return model_cfg and preprocess_cfg of an `open_clip_config.json`."""
     config = read_json(path)
     if not isinstance(config, dict) or "model_cfg" not in config:
         raise CheckpointError(f"'{path}' is damaged: it has no model_cfg")
@@ -294,7 +310,6 @@ def _read_config(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _folder_source(folder: Path) -> Source:
-    """Return the model of a folder: open_clip's, a run's, or transformers'."""
     for place in (folder, folder / "final"):
         if (place / CONFIG_NAME).is_file():
             return _open_clip_source(place)
@@ -317,8 +332,14 @@ def _open_clip_source(place: Path) -> Source:
         raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but {'several' if files else 'no'} weights beside it: "
                               f"the right file is named {WEIGHTS_NAME}")
     file, trained = files[0], read_json(place / "aclip.json") or {}
-    return Source(config, preprocess, place,
-                  lambda: Weights(read_weights(file), str(file), trained.get("step"), trained.get("samples_seen")))
+
+    def read() -> Weights:
+        if trained.get("crc32") not in (None, crc32(file)):
+            raise CheckpointError(f"the weights {file} have changed since they were written: take an undamaged copy, "
+                                  f"or delete {place / 'aclip.json'} if the change was meant")
+        return Weights(read_weights(file), str(file), trained.get("step"), trained.get("samples_seen"))
+
+    return Source(config, preprocess, place, read)
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -348,14 +369,13 @@ def _run_source(folder: Path, steps: list[Path], *, ema: bool) -> Source:
 
 
 def _file_source(file: Path) -> Source:
-    """Return the model of a weight file alone, if its layout tells the architecture."""
     state = read_weights(file)
     if not is_released(state):
         raise ConfigError(f"the architecture of the weights '{file}' is unknown: name it, as in ViT-B-16:{file}")
     return Source(released_config(state, file), FRESH_PREPROCESS, read=lambda: Weights(from_released(state), str(file)))
 
 
-def _fetch(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def fetch(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call a function that may use the network, and explain its failure in one sentence."""
     try:
         return function(*arguments, **options)

@@ -42,6 +42,7 @@ def configure(
     layer_decay: float | None = None,
     mask_ratio: float | None = None,
     freeze: Sequence[str] | str = (),
+    changes: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> RunConfig:
     """Return the configuration of a run.
@@ -54,6 +55,7 @@ def configure(
         optimizer, lr, weight_decay, grad_clip, layer_decay: replace those of the recipe's optimization.
         mask_ratio: replaces the fraction of patches removed in every masked pass.
         freeze: parameters that are not trained, besides the recipe's.
+        changes: path -> value, any other field, e.g. `{"recipe.passes.masked.mask_ratio": 0.75}`.
         settings: further fields of `RunConfig`; `data` is required.
 
     Raises:
@@ -63,7 +65,9 @@ def configure(
     for name in settings:
         if name not in known:
             raise ConfigError(unknown_name("setting", name, {*known} - {"base", "settings"}))
-    chosen = find_recipe(recipe or (base.recipe if base else "a-clip"))
+    if base is not None and recipe in (None, base.recipe.name):
+        recipe = base.recipe  # with its changes
+    chosen = find_recipe(recipe or "a-clip")
     model = model or (base.model if base else "vit-tiny")
     given = {"optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "grad_clip": grad_clip,
              "layer_decay": layer_decay}
@@ -77,12 +81,13 @@ def configure(
     chosen = replace(chosen, passes=passes, optimization=replace(chosen.optimization, **optimization),
                      freeze=tuple(dict.fromkeys((*chosen.freeze, *freeze))))
     if base is not None:
-        return replace(base, recipe=chosen, model=model, output=output or base.output, **settings)
+        return override(replace(base, recipe=chosen, model=model, output=output or base.output, **settings),
+                        changes or {})
     if not settings.get("data"):
         raise ConfigError("data is missing: name a source of image-text pairs, or get one with `aclip data fetch "
                           "emoji` and use emoji:train")
     folder = output or f"runs/{chosen.name}-{model.replace('/', '-')}".replace(":", "-")
-    return RunConfig(recipe=chosen, model=model, output=folder, **settings)
+    return override(RunConfig(recipe=chosen, model=model, output=folder, **settings), changes or {})
 
 
 __all__ = ["RECIPES", "configure", "find_recipe"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from aclip.report.page import count, percent, write_page, write_text
+from aclip.files import write_atomically
+from aclip.report.page import count, percent, write_page
 
 if TYPE_CHECKING:
     from aclip.examination import Examination, Example
@@ -25,7 +26,7 @@ Groups = Sequence[Sequence[Sequence["Example"]]]  # of each finding, groups of s
 def write_data_page(examined: "Examination", folder: Path) -> Path:
     """Write `data.html`, with the images of the examples, and the same numbers in `data.json`; return the page."""
     shown = examined.load_examples()
-    write_text(folder / "data.json", json.dumps(to_record(examined, shown), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / "data.json", json.dumps(to_record(examined, shown), indent=2, ensure_ascii=False) + "\n")
     name, *against = (str(one.source.spec) for one in examined.measured)
     return write_page(
         folder / "data.html", "data", name=f"{name}: data doctor", folder=name,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aclip.errors import CheckpointError, ConfigError
+from aclip.files import read_json_lines
 
 if TYPE_CHECKING:
     from aclip.report.snapshots import Snapshot
@@ -135,21 +136,7 @@ def read_json(path: Path, notes: list[str]) -> Any:
 
 def read_journal(path: Path, notes: list[str]) -> list[Record]:
     """Read JSON lines; truncated ones, which an interruption leaves, are left out and counted."""
-    try:
-        # Not splitlines: a caption may hold U+2028 and its like, which JSON does not escape.
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return []
-    records, damaged = [], 0
-    for line in filter(str.strip, lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            damaged += 1
+    records, damaged = read_json_lines(path)
     if damaged:
         notes.append(f"{path.name}: {damaged} truncated {'line was' if damaged == 1 else 'lines were'} left out.")
     return records

@@ -41,12 +41,7 @@ def write_page(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     page = render(template, page={"name": name, "sections": sections, "folder": folder, "style": _asset("style.css"),
                                   "script": script, "script_hash": f"sha256-{digest}"}, **context)
-    return write_text(path, page)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file as UTF-8; bytes of undecodable file names become escapes such as ``\\udce9``."""
-    write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+    write_atomically(path, page)
     return path
 
 

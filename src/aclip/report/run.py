@@ -37,7 +37,7 @@ Column = tuple[str, str, str, Callable[[float | None], str]]
 
 _IMAGES: Column = ("images", "counts", "pictures", count)
 _OF_CLASSES: list[Column] = [
-    *((words, "metrics", key, percent) for key, words in ACCURACIES.items()),
+    *[(words, "metrics", key, percent) for key, words in ACCURACIES.items()],
     ("chance top-1", "chance", "top1", percent), ("training images", "counts", "training_pictures", count), _IMAGES,
     ("classes", "counts", "classes", count)]
 TABLES: dict[str, tuple[str, list[Column]]] = {
@@ -225,8 +225,8 @@ def _plain_table(evaluations: Sequence[Record], evaluator: str) -> Table:  # suc
 
 def _metric_curves(evaluations: Sequence[Record]) -> list[Markup]:
     lines = {
-        "retrieval": [("image_to_text_r1", "to caption R@1", 1), ("image_to_text_r5", "to caption R@5", 6),
-                      ("text_to_image_r1", "to image R@1", 2), ("text_to_image_r5", "to image R@5", 5)],
+        "retrieval": [("image_to_text_r1", "to caption R@1", 1), ("image_to_text_r5", "to caption R@5", 3),
+                      ("text_to_image_r1", "to image R@1", 2), ("text_to_image_r5", "to image R@5", 4)],
         **{name: [(key, words, i) for i, (key, words) in enumerate(ACCURACIES.items(), start=1)]
            for name in CLASSIFIERS},
     }

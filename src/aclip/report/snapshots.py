@@ -1,6 +1,6 @@
 """What a model looks at: snapshots over training, and scores and masks drawn over an image.
 
-Layers have one pixel a patch; a page lays them over an image and lets the browser enlarge them, `heat_map` and
+Layers have few pixels a patch; a page lays them over an image and lets the browser enlarge them, `heat_map` and
 `kept_patches` do the same in Pillow.
 """
 
@@ -34,7 +34,8 @@ _HEAT = np.array([
     (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
 ], dtype=np.float64)
 
-_VEIL = (134, 139, 150)  # mid-grey: differs from white and from black
+_VEIL = np.array([(122, 127, 138), (206, 209, 214)], dtype=np.uint8)  # a checkerboard, which shows on any photograph
+_CHECKS = 2  # along a side of a patch
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,11 @@ def heat_layer(
 
 
 def veil_layer(keep_indices: Int[Tensor, " K"], grid: tuple[int, int]) -> Image.Image:
-    """Return a grey RGBA veil over the removed patches of one image, one pixel a patch, clear where kept."""
-    layer = np.full((grid[0] * grid[1], 4), (*_VEIL, round(255 * VEIL_OPACITY)), dtype=np.uint8)
-    layer[keep_indices.cpu().numpy()] = 0
-    return Image.fromarray(layer.reshape(*grid, 4))
+    """Return a grey RGBA checkerboard over the removed patches of one image, clear where kept."""
+    opacity = np.full(grid[0] * grid[1], round(255 * VEIL_OPACITY), dtype=np.uint8)
+    opacity[keep_indices.cpu().numpy()] = 0
+    alpha = opacity.reshape(grid).repeat(_CHECKS, axis=0).repeat(_CHECKS, axis=1)
+    return Image.fromarray(np.dstack([_VEIL[np.indices(alpha.shape).sum(axis=0) % 2], alpha]))
 
 
 def to_image(pixels: UInt8[Tensor, "3 H W"], side: int | None = None) -> Image.Image:
@@ -152,7 +154,7 @@ def heat_map(
 
 
 def kept_patches(image: Image.Image, keep_indices: Int[Tensor, " K"], grid: tuple[int, int]) -> Image.Image:
-    """Return `image` with the removed patches veiled in grey, RGB."""
+    """Return `image` with the removed patches under a grey checkerboard, RGB."""
     veil = veil_layer(keep_indices, grid).resize(image.size, Image.Resampling.NEAREST)
     veiled = Image.alpha_composite(image.convert("L").convert("RGBA"), veil).convert("RGB")
     removed = veil.getchannel("A").point(lambda alpha: 255 if alpha else 0)

@@ -6,8 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from aclip.files import write_atomically
 from aclip.report.journals import Metric, Record, mapping, number
-from aclip.report.page import MISSING, compact, count, duration, gigabytes, milliseconds, ratio, write_text
+from aclip.report.page import MISSING, compact, count, duration, gigabytes, milliseconds, ratio
 
 if TYPE_CHECKING:  # pandas takes long to import
     from pandas import DataFrame
@@ -80,10 +81,10 @@ class Tables:
     def write(self, folder: Path) -> None:
         parts = [_markdown(self.summary()), *(f"## {title}\n\n{_markdown(table)}"
                                               for title, table in self.details().items())]
-        write_text(folder / "table.md", "\n".join(parts))
+        write_atomically(folder / "table.md", "\n".join(parts))
         joined = self.frame["values"].map(lambda values: " ".join(map(str, values)))
         table = self.frame.assign(values=joined).drop(columns="max")
-        write_text(folder / "table.csv", table.to_csv(index=False, lineterminator="\n"))
+        write_atomically(folder / "table.csv", table.to_csv(index=False, lineterminator="\n"))
 
     def _costs(self, *, brief: bool = False) -> dict[str, Callable[[str], str]]:
         columns: dict[str, tuple[Callable[[Any], str], str, str]] = {

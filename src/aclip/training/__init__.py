@@ -1,1 +1,1 @@
-"""What surrounds a training step: schedule, optimizer, processes, checkpoints, non-finite steps, signals, progress."""
+"""What surrounds a training step: schedule, optimizer, processes, what can go wrong, what is journalled."""

@@ -1,13 +1,14 @@
 """Large batches in little memory: gradients through cached representations (GradCache)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from aclip.method import Method
 from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, StepOutput
 
 EncodedPart = TypeVar("EncodedPart", Encoded, EncodedText)
@@ -16,20 +17,8 @@ DIFFERENTIABLE = {Encoded: ("features", "cls", "patches"), EncodedText: ("featur
 """The fields that a gradient can reach."""
 
 
-class InParts(Protocol):
-    """A method that encodes a batch sample by sample and computes the loss on the whole batch."""
-
-    def encode_batch(
-        self, batch: Batch, masked: bool, resolution: float, earlier: EncodedBatch | None = None
-    ) -> EncodedBatch:
-        """Encode some samples."""
-
-    def compute_loss(self, encoded: EncodedBatch, caption_ids: Tensor) -> StepOutput:
-        """Return the loss of the whole batch."""
-
-
 def accumulate(
-    method: InParts,
+    method: Method,
     batch: Batch,
     micro_batch: int,
     *,
@@ -77,28 +66,26 @@ def accumulate(
 
 def joined(parts: Sequence[EncodedBatch]) -> EncodedBatch:
     """Return the parts of a batch as one."""
-    return EncodedBatch(
-        {name: _joined([part.texts[name] for part in parts], dim=0) for name in parts[0].texts},
-        {name: _joined([part.passes[name] for part in parts], dim=1) for name in parts[0].passes},
-    )
+    def join(parts: Sequence[EncodedPart], dim: int) -> EncodedPart:
+        tensors: dict[str, Any] = {key: torch.cat([getattr(part, key) for part in parts], dim)
+                                   for key, value in vars(parts[0]).items() if isinstance(value, Tensor)}
+        return replace(parts[0], **tensors)
+
+    return EncodedBatch({name: join([part.texts[name] for part in parts], dim=0) for name in parts[0].texts},
+                        {name: join([part.passes[name] for part in parts], dim=1) for name in parts[0].passes})
 
 
 def rows_of(encoded: EncodedBatch, rows: slice) -> EncodedBatch:
     """Return some samples of an encoded batch."""
-    return EncodedBatch(
-        {name: _with(text, {key: value[rows] for key, value in _tensors(text).items()})
-         for name, text in encoded.texts.items()},
-        {name: _with(views, {key: value[:, rows] for key, value in _tensors(views).items()})
-         for name, views in encoded.passes.items()},
-    )
+    return EncodedBatch({name: text.map(lambda tensor: tensor[rows]) for name, text in encoded.texts.items()},
+                        {name: views.map(lambda tensor: tensor[:, rows]) for name, views in encoded.passes.items()})
 
 
 def detached(encoded: EncodedBatch) -> EncodedBatch:
     """Return the same with leaves of the graph in place of what a gradient can reach."""
-
     def leaf(part: EncodedPart) -> EncodedPart:
-        return _with(part, {key: value.detach().requires_grad_() for key, value in _tensors(part).items()
-                            if key in DIFFERENTIABLE[type(part)]})
+        return replace(part, **{key: value.detach().requires_grad_() for key in DIFFERENTIABLE[type(part)]
+                                if (value := getattr(part, key)) is not None})
 
     return EncodedBatch({name: leaf(text) for name, text in encoded.texts.items()},
                         {name: leaf(views) for name, views in encoded.passes.items()})
@@ -118,17 +105,3 @@ def gradients_of(again: EncodedBatch, leaves: EncodedBatch, rows: slice) -> tupl
                 outputs.append(value)
                 gradients.append(leaf.grad[index])
     return outputs, gradients
-
-
-def _joined(parts: Sequence[EncodedPart], dim: int) -> EncodedPart:
-    return _with(parts[0], {key: torch.cat([getattr(part, key) for part in parts], dim) for key in _tensors(parts[0])})
-
-
-def _with(part: EncodedPart, tensors: Mapping[str, Any]) -> EncodedPart:
-    """Return the part with other tensors."""
-    return replace(part, **tensors)
-
-
-def _tensors(part: Encoded | EncodedText) -> dict[str, Tensor]:
-    found = {field.name: getattr(part, field.name) for field in fields(part)}
-    return {key: value for key, value in found.items() if isinstance(value, Tensor)}

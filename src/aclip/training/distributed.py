@@ -103,7 +103,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def _replicas(method: Method) -> nn.Module:
-    """Every rank holds everything; gradients are averaged during the backward pass."""
     # buffers are equal on all ranks: batch statistics are those of the whole batch
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.13
@@ -148,7 +147,6 @@ def _shard(method: Method, device: torch.device, in_parts: bool) -> None:
 
 
 def _fill(target: Method, state: dict[str, Tensor]) -> None:
-    """Load the state of a sharded method into rank 0's whole copy."""
     if dist.rank() == 0:
         target.load_state_dict(state)
 

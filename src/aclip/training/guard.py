@@ -1,13 +1,19 @@
-"""Non-finite steps are skipped on all ranks together; a loss that stays at chance level is reported.
+"""What can go wrong in a step, and what ends a run early: NaN, a loss at chance, too little memory, requests to stop.
 
-Whether a step is taken is decided on the device, on all ranks alike; the host learns of it one step later on CUDA, and
-so never waits for the device, and at once elsewhere.
+Non-finite steps are skipped on all ranks together: whether a step is taken is decided on the device, on all ranks
+alike; the host learns of it one step later on CUDA, and so never waits for the device, and at once elsewhere.
 """
 
 import logging
 import math
+import os
+import signal
+import threading
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +21,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from aclip import dist
+from aclip.config import RunConfig
+from aclip.devices import in_units, peak_memory
+from aclip.errors import OutOfMemoryError
+
+REPEAT_SECONDS = 30.0
+"""torchrun passes on the signals it gets, so that a process may hear of one request several times within this time."""
 
 CHANCE_STEPS, CHANCE_FRACTION, CHANCE_RECORDS = 300, 0.97, 5
 
@@ -137,3 +149,79 @@ class ChanceLevel:
                 "whether the model can learn one batch: add --overfit-one-batch. If it can, look at the data (aclip "
                 "data look): do images and captions belong together? If not, try a lower --lr, a longer warm-up, or a "
                 "larger batch", record["step"], loss, chance)
+
+
+@contextmanager
+def explain_oom(config: RunConfig, device: torch.device) -> Iterator[None]:
+    """Turn running out of memory in a step into one sentence: what was held, and what helps.
+
+    Raises:
+        OutOfMemoryError: torch could not get memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("out of memory", "can't allocate memory")  # on the CPU it has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in words):
+            raise
+        part = config.micro_batch or config.batch_size
+        smaller = f"--micro-batch {max(1, (part or 2) // 2)}"
+        helps = ", ".join([smaller, *([] if config.recompute else ["--recompute"])])
+        raise OutOfMemoryError(
+            f"out of memory in a step of {config.batch_size} pairs, {part} at a time, on {device}, where the most held "
+            f"was {in_units(peak_memory(device))}: use {helps} (the step stays the same), or a smaller --batch-size"
+        ) from error
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop and has saved itself."""
+
+
+class StopRequest:
+    """Turns SIGINT, SIGTERM and Slurm's SIGUSR1 into a flag, so that the current step is finished and saved.
+
+    A second signal of the same kind acts as it did before; under torchrun only if it comes much later, for there it is
+    more likely the first one passed on. Outside the main thread signals are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._launched = dist.launched()
+        self._immediately = False
+        self._first: dict[int, float] = {}
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def immediately(self) -> Iterator[None]:
+        """Within this context a request raises `Interrupted` at once; for work that can be repeated."""
+        self._immediately = True
+        try:
+            yield
+        finally:
+            self._immediately = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        since_first = now - self._first.setdefault(number, now)
+        if self.requested and self._launched and since_first < REPEAT_SECONDS:
+            return
+        self.requested = True
+        if not self._launched:
+            signal.signal(number, self._before[number])
+        elif since_first >= REPEAT_SECONDS:
+            signal.signal(number, self._before[number])
+            os.kill(os.getpid(), number)
+        if self._immediately:
+            raise Interrupted

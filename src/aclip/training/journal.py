@@ -1,14 +1,27 @@
-"""What a run writes down besides metrics: bad samples, incidents, and where its time went."""
+"""What a run tells: bad samples, incidents, where its time and memory went, and its progress in the terminal."""
 
+import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from aclip import dist
+from aclip.devices import peak_memory
+from aclip.errors import MissingDependencyError
 from aclip.run_folder import RunFolder
 from aclip.structs import Batch
+
+SECONDS_BETWEEN_LINES = 20.0
+BAR_WIDTH = 62
+"""Columns that label, bar, count and remaining time take, for up to a million steps."""
 
 _log = logging.getLogger(__name__)
 
@@ -76,3 +89,99 @@ class BadSamples:
                     self._folder.append("skipped", record)
         self._met = []
         return {"skipped_samples": len(self._known)}
+
+
+def write_peak_memory(folder: RunFolder, device: torch.device) -> None:
+    """Write `memory.json`: `peak_memory` in bytes, the most over all processes that have worked on the run."""
+    path = folder.path / "memory.json"
+    try:
+        before = int(json.loads(path.read_text(encoding="utf-8"))["peak_memory"])
+    except (OSError, ValueError, KeyError, TypeError):  # the first process, or a torn file of a killed one
+        before = 0
+    folder.write_json(path.name, {"peak_memory": max(before, peak_memory(device)), "device": device.type})
+
+
+class TrainingProgress:
+    """Shows loss, rate, data-wait fraction and remaining time; a context manager.
+
+    Without a terminal (a log file, CI) it prints a line now and then instead of drawing a bar.
+    """
+
+    def __init__(self, console: Console, total_steps: int, done: int) -> None:
+        self.console = console
+        self._total = total_steps
+        self._begun, self._first = time.monotonic(), done
+        self._printed = 0.0
+        self._note = ""
+        self._bar = Progress(
+            TextColumn("[bold]training"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("left"), TextColumn("{task.fields[note]}", markup=False),
+            console=console, disable=not console.is_terminal, speed_estimate_period=60,
+        )
+        self._task = self._bar.add_task("train", total=total_steps, completed=done, note="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, record: Mapping[str, Any] | None) -> None:
+        """Show that optimizer step `step` is done, and the record of metrics.jsonl that was written for it, if any."""
+        if record is not None:
+            self._note = describe(record)
+        room = max(self.console.width - BAR_WIDTH, 0)
+        short = self._note if len(self._note) <= room else self._note[: max(room - 1, 0)] + "…"
+        self._bar.update(self._task, completed=step, note=short)
+        now = time.monotonic()
+        due = record is not None and now - self._printed > SECONDS_BETWEEN_LINES
+        if not self.console.is_terminal and (due or step == self._total):
+            self._printed = now
+            rate = (step - self._first) / max(now - self._begun, 1e-9)
+            left = timedelta(seconds=round((self._total - step) / max(rate, 1e-9)))
+            parts = (f"step {step}/{self._total}", self._note, f"{left} left")
+            self.console.print(", ".join(filter(None, parts)), markup=False, soft_wrap=True)
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """Return a record of metrics.jsonl in one line."""
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in record["parts"].items())
+    chance = f" (chance {record['chance_loss']:.2f})" if "chance_loss" in record else ""
+    return (f"loss {record['loss']:.2f}, {record['samples_per_second']:.0f} pairs/s, {record['data_wait']:.0%} waiting "
+            f"for data, {parts}{chance}")
+
+
+class TensorBoard:
+    """Writes the records of metrics.jsonl as TensorBoard scalars into a run's folder.
+
+    Args:
+        folder: of the run.
+        step: optimizer steps done; events of later steps, from before a resume, are hidden.
+
+    Raises:
+        MissingDependencyError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingDependencyError("--tensorboard needs the package tensorboard: "
+                                         "pip install 'attentive-clip[tensorboard]'") from error
+        self._writer: Any = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write one record; a full disk is no reason to stop training."""
+        with suppress(OSError):
+            for name, value in record.items():
+                if name == "parts":
+                    for part, loss in value.items():
+                        self._writer.add_scalar(f"loss/{part}", loss, record["step"])
+                elif name != "step":
+                    self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Write what is still buffered."""
+        with suppress(OSError):
+            self._writer.close()

@@ -7,6 +7,9 @@ from itertools import accumulate
 from aclip.config import RunConfig
 from aclip.errors import ConfigError
 
+SHORTEST_EPOCH = 10
+"""Steps between evaluations, and checkpoints, on so little data that an epoch has fewer."""
+
 
 def warmup_cosine(
     step: int, total: int, base: float, warmup_steps: int, warmup_start: float, end: float
@@ -106,4 +109,4 @@ class Timetable:
 
 
 def _steps(epochs: float, per_epoch: int) -> int:
-    return max(1, round(epochs * per_epoch)) if epochs > 0 else 0
+    return max(1, round(epochs * max(per_epoch, SHORTEST_EPOCH))) if epochs > 0 else 0

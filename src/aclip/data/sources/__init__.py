@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import unquote
 
 from aclip.data.decode import IMAGE_EXTENSIONS
 from aclip.data.sources.base import RawSample, Source, Summary
@@ -20,7 +19,7 @@ from aclip.data.sources.remote import RemoteShardSource, expand_urls
 from aclip.data.sources.shards import ShardSource, reading_of
 from aclip.data.sources.torchvision_sets import PREFIX as TORCHVISION
 from aclip.data.sources.torchvision_sets import TorchvisionSource
-from aclip.data.spec import Spec, expand_paths, is_pattern, missing, parse_spec, resolve, split_sizes
+from aclip.data.spec import Spec, expand_paths, locate, parse_spec, split_sizes
 from aclip.errors import ConfigError, DataError
 
 __all__ = [
@@ -86,24 +85,16 @@ def _open(spec: Spec) -> Source:
 
 
 def _open_whole(spec: Spec) -> Source:
-    path = spec.path
+    path = locate(spec.path)
     if not os.path.exists(path):
         if path.startswith(TORCHVISION):
             return TorchvisionSource(spec)
-        if path.startswith("file://"):
-            path = unquote(path.removeprefix("file://"))
-        elif "://" in path:
+        if "://" in path:
             if not any(ending in path for ending in _TAR_ENDINGS):
                 raise DataError(f"'{path}' cannot be read remotely: WebDataset shards can, the rest is local")
             return RemoteShardSource(path, expand_urls(path), reading_of(spec))
-        else:
-            path = resolve(path) or path
     spec = spec.with_path(path)
-    if os.path.isdir(path):
-        return _open_folder(Path(path), spec)
-    if not os.path.isfile(path) and not is_pattern(path):
-        raise missing(path)
-    return _open_files(expand_paths(path), spec)
+    return _open_folder(Path(path), spec) if os.path.isdir(path) else _open_files(expand_paths(path), spec)
 
 
 def _open_files(paths: Sequence[Path], spec: Spec) -> Source:

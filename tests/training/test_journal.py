@@ -1,13 +1,16 @@
-"""What a run says in the terminal."""
+"""What a run says in the terminal, and its peak memory."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from aclip.training import progress
-from aclip.training.progress import TrainingProgress
+from aclip.run_folder import RunFolder
+from aclip.training import journal
+from aclip.training.journal import TrainingProgress, write_peak_memory
 
 
 def record(step: int) -> dict[str, Any]:
@@ -16,7 +19,7 @@ def record(step: int) -> dict[str, Any]:
 
 
 def test_the_line_of_a_step_shows_its_own_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(journal, "SECONDS_BETWEEN_LINES", 0.0)
     out = io.StringIO()
     with TrainingProgress(Console(file=out, width=200), total_steps=2, done=0) as shown:
         shown.show(1, record(1))
@@ -31,3 +34,14 @@ def test_a_narrow_terminal_gets_one_line() -> None:
     with TrainingProgress(Console(file=out, width=80, force_terminal=True), total_steps=5, done=0) as shown:
         shown.show(1, record(1))
     assert "…" in out.getvalue()
+
+
+def test_the_maximum_over_all_processes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, device = RunFolder(tmp_path), torch.device("cpu")
+    for now, noted in ((5, 5), (9, 9), (7, 9)):
+        monkeypatch.setattr(journal, "peak_memory", lambda _, now=now: now)
+        write_peak_memory(folder, device)
+        assert folder.read_json("memory.json") == {"peak_memory": noted, "device": "cpu"}
+    (tmp_path / "memory.json").write_text('{"peak_mem')
+    write_peak_memory(folder, device)
+    assert folder.read_json("memory.json")["peak_memory"] == 7

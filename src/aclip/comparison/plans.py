@@ -1,218 +1,38 @@
-"""Several recipes on equal terms: a list of run configurations, a process each, one grouped table.
-
-    comparisons/mine/
-        runs/RECIPE-lrLR-sSEED/   every run is an ordinary one
-        logs/                     what each run printed
-        timing.json               step times of all recipes, taken in turns in one process
-        comparison.json           what was asked for, and the results so far
-        index.html, table.md, table.csv
-
-The same call continues an interrupted comparison; finished runs are kept, and recipes or seeds can be added later.
-"""
+"""A comparison: what was asked for, resolved and checked before anything runs; timed, trained, written down."""
 
 import itertools
 import json
-import logging
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from aclip import data, dist, evaluation, models
-from aclip.bench import summary, time_in_turns
-from aclip.config import CHANGEABLE, Recipe, RunConfig, override, to_dict
+from aclip import data, evaluation, models
+from aclip.comparison.processes import ended, gpus_of, locked, start, time_steps, train_run
+from aclip.comparison.runs import BASELINE, Contender, PlannedRun, stages_of
+from aclip.config import Recipe, RunConfig, to_dict
 from aclip.devices import choose_device, usable_cores
-from aclip.errors import AclipError, BadSampleError, ConfigError, TrainingError
+from aclip.errors import BadSampleError, ConfigError, TrainingError
 from aclip.logs import warnings_only
-from aclip.plan import Plan, resolve, trains_only_masked
+from aclip.plan import resolve, trains_only_masked
 from aclip.recipes import configure, find_recipe
 from aclip.report import summary_table, write_comparison
 from aclip.report.journals import outcome, primary
 from aclip.rng import generator
 from aclip.run_folder import RunFolder, command_line
-from aclip.trainer import Trainer, build_trainer, open_batches, resolve_defaults, train
-from aclip.training.schedule import Timetable
-from aclip.training.stop import Interrupted, StopRequest
+from aclip.trainer import resolve_defaults
+from aclip.training.guard import Interrupted, StopRequest
 
-BASELINE = "clip"
-"""What times and arithmetic are relative to, whether it is compared or not."""
-NOMINAL_STEPS = 1000
-WARMUP_ROUNDS, TIMED_BATCHES = 3, 4
 TEXT_SAMPLES = 512
-IRRELEVANT = {"output", *CHANGEABLE} - {"data", "validation"}
-"""Settings in which a run that is already there may differ: they change nothing in what is computed."""
-
-
-def compare(
-    *,
-    recipes: tuple[str, ...],
-    data: tuple[str, ...] | str,
-    validation: tuple[str, ...] | str,
-    output: str,
-    epochs: float | None = None,
-    samples: int | None = None,
-    minutes: float | None = None,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    lr: tuple[float, ...] = (),
-    choose_on: str | None = None,
-    evaluators: tuple[str, ...] = (),
-    probe: str | None = None,
-    evaluate_on: tuple[str, ...] | str = (),
-    jobs: int = 1,
-    timing_rounds: int = 10,
-    dry_run: bool = False,
-    changes: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> list[dict[str, Any]]:
-    """Train several recipes on the same data with the same budget and seeds, and write one table and one page.
-
-    The steps of all recipes are timed in turns in one process before anything is trained, so that the ratio of their
-    times does not depend on what else the machine does. Needs no torchrun: it starts a process for each run.
-
-    Args:
-        recipes: names from `aclip recipes`.
-        data: training sources, as of `aclip train`.
-        validation: sources to evaluate on, [NAME=]SOURCE.
-        output: the comparison's folder.
-        epochs: the budget: equal passes over the data. Give one of epochs, samples and minutes.
-        samples: or: equal numbers of pairs.
-        minutes: or: equal time in training steps, by each recipe's measured step time on this machine.
-        seeds: a run of each recipe for each.
-        lr: peak learning rates that every recipe tries with the first seed; its best is used for the others
-            (default: the recipe's own).
-        choose_on: the set that chooses among several lr, apart from those whose results are reported.
-        evaluators: further evaluators of the finished models (default: with probe linear_probe and knn).
-        probe: labelled images on which linear_probe and knn are trained.
-        evaluate_on: sets of evaluators, e.g. labelled ones for the probes (default: those of validation).
-        jobs: runs at a time; they share the cores, and take the GPUs in turns.
-        timing_rounds: timed steps of every recipe.
-        dry_run: only show the runs and the arithmetic.
-        changes: path -> value, fields of every run to change, as `--recipe.passes.masked.mask-ratio 0.6`.
-        settings: further arguments of `aclip.configure`, for every run.
-
-    Returns:
-        A record of every run: recipe, lr, seed, whether it is finished, metrics by set and evaluator.
-
-    Raises:
-        ConfigError, DataError: what would fail later, in one sentence.
-        TrainingError: some runs failed; the others are finished, and in the tables.
-        Interrupted: on SIGINT or SIGTERM, after the runs in progress have saved themselves.
-    """
-    asked = {"recipes": _several(recipes), "epochs": epochs, "samples": samples, "minutes": minutes,
-             "seeds": list(seeds), "lr": list(lr) or None, "choose_on": choose_on,
-             "evaluators": _several(evaluators) or None, "probe": probe,
-             "evaluate_on": _several(evaluate_on) or None, "jobs": jobs, "timing_rounds": timing_rounds}
-    comparison = Comparison(asked, _several(data), _several(validation), Path(output), dict(changes or {}), settings)
-    if dry_run:
-        Console(highlight=False).print(comparison.table())
-        return comparison.records()
-    return comparison.run()
-
-
-def _several(value: tuple[str, ...] | str) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Steps of a run that cost the same: a fraction of all, masked or not, at one image size."""
-
-    share: float
-    masked: bool
-    resolution: float
-    plan: Plan
-
-    def label(self, name: str) -> str:
-        """Return the recipe's name with what is special about these steps."""
-        return ", ".join([name, *([] if self.masked else ["unmasked"]),
-                          *([f"at {self.resolution:g} of the size"] if self.resolution != 1.0 else [])])
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A recipe with the settings of every run; seed, length and folder are those of no run."""
-
-    config: RunConfig
-    plan: Plan
-    stages: tuple[Stage, ...]
-
-    def macs(self, text_tokens: float) -> float:
-        """Return multiply-accumulates per pair and step, averaged over the stages."""
-        return sum(stage.share * stage.plan.macs(text_tokens) for stage in self.stages)
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run: its configuration, (set name, evaluator) pairs measured in and after training, and the latter's sets."""
-
-    config: RunConfig
-    num_pairs: int
-    in_training: frozenset[tuple[str, str]]
-    afterwards: frozenset[tuple[str, str]]
-    later: tuple[str, ...]
-
-    @property
-    def folder(self) -> RunFolder:
-        """The run's folder."""
-        return RunFolder(Path(self.config.output))
-
-    @property
-    def name(self) -> str:
-        """The name of its folder."""
-        return self.folder.path.name
-
-    @cached_property
-    def total_steps(self) -> int:
-        """Its length."""
-        return Timetable.of(self.config, self.num_pairs).total_steps
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps done, as far as they are journalled."""
-        return int(self.folder.last("metrics").get("step", 0))
-
-    def missing(self, wanted: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
-        """Return what the finished model was not measured with yet."""
-        return wanted - {(r.get("set"), r.get("evaluator")) for r in self.folder.records("evaluations")
-                         if r.get("step") == self.total_steps and r.get("weights") == "online"}
-
-    @property
-    def trained(self) -> bool:
-        """Whether the model is finished and evaluated."""
-        return self.folder.final.is_dir() and not self.missing(self.in_training)
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.trained and not self.missing(self.afterwards)
-
-    def check_same(self) -> None:
-        """Refuse another run in the folder of this one."""
-        if not self.folder.exists():
-            return
-        wanted = _flat(to_dict(self.config) | {"num_pairs": self.num_pairs})
-        found = _flat(to_dict(self.folder.config()) | {
-            "num_pairs": self.folder.read_json("config.json").get("num_pairs")})
-        other = [f"{key} is {found.get(key)} there and {wanted.get(key)} here" for key in {**wanted, **found}
-                 if key.split(".")[0] not in IRRELEVANT and found.get(key) != wanted.get(key)]
-        if other:
-            raise ConfigError(f"{self.folder.path} holds a run with other settings ({'; '.join(other)}): give the same "
-                              "options to continue the comparison, or choose another --output")
 
 
 class Comparison:
@@ -247,7 +67,7 @@ class Comparison:
 
     def run(self) -> list[dict[str, Any]]:
         """Time, train, evaluate, write the tables; see `compare`."""
-        with _locked(self.folder.path):
+        with locked(self.folder.path):
             self.write()
             if self.timing is None:
                 self._time_steps()
@@ -374,27 +194,9 @@ class Comparison:
 
     def _check_options(self) -> None:
         asked = self.asked
-        if dist.launched() or "RANK" in os.environ:
-            raise ConfigError("aclip compare starts its own processes: run it without torchrun, with --jobs for more "
-                              "runs at a time")
-        for one, several in (("recipe", "recipes"), ("seed", "seeds")):
-            if one in self.settings:
-                raise ConfigError(f"a comparison takes {several}, not {one}")
-        if sum(asked[name] is not None for name in ("epochs", "samples", "minutes")) != 1:
-            raise ConfigError("a comparison needs one budget for all recipes: --epochs, --samples or --minutes")
         probes = {name for name in asked["evaluators"] or () if evaluation.is_probe(name)}
         if probes and not asked["probe"]:
             raise ConfigError(f"{' and '.join(sorted(probes))} need --probe, labelled images to learn from")
-        if asked["lr"] and len(asked["lr"]) > 1 and not asked["choose_on"]:
-            raise ConfigError("several learning rates need --choose-on, a set that chooses among them apart from those "
-                              "whose results are reported, e.g. --data pairs.csv[1000:] --choose-on pairs.csv[:1000]")
-        for option in ("recipes", "seeds", "lr"):
-            twice = [value for value, n in Counter(asked[option] or ()).items() if n > 1]
-            if twice or asked[option] == []:
-                raise ConfigError(f"--{option} names {twice[0]} twice" if twice else f"--{option} is missing")
-        for option in ("jobs", "timing_rounds", "minutes"):
-            if asked[option] is not None and not asked[option] > 0:
-                raise ConfigError(f"--{option.replace('_', '-')} must be above 0, not {asked[option]}")
         before = self._read("comparison.json").get("settings", {}) if (self.folder.path / "runs").exists() else {}
         for option in ("minutes", "probe", "evaluate_on", "choose_on"):  # what no run's own configuration holds
             if before.get(option) is not None and before[option] != asked[option]:
@@ -434,14 +236,14 @@ class Comparison:
             settings.pop("unmasked_tuning", None)
             settings.pop("unmasked_lr", None)
         try:
-            config = override(configure(**{**settings, "recipe": recipe, "data": tuple(self.sources),
-                                           "output": str(self.folder.path)}), {} if plain else self.changes)
+            config = configure(**{**settings, "recipe": recipe, "data": tuple(self.sources), "output": str(
+                self.folder.path)}, changes={} if plain else self.changes)
             config = resolve_defaults(config, len(self.source), self.device)
             plan = resolve(config.recipe, models.shape_of(models.model_config(
                 config.model, image_size=config.image_size)))
             if not (plan.uses_text or plain or len(self.asked["lr"] or "1") == 1 or self._evaluators(False)):
                 raise ConfigError("it has no text, so choosing among learning rates needs --probe, labelled images")
-            return Contender(config, plan, _stages(config, plan, len(self.source)))
+            return Contender(config, plan, stages_of(config, plan, len(self.source)))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
 
@@ -451,7 +253,6 @@ class Comparison:
         return [e for e in self.asked["evaluators"] or default if uses_text or evaluation.is_probe(e)]
 
     def _check_runs(self) -> None:
-        """Refuse folders that hold runs with other settings."""
         for name in filter(self._budgeted, self.contenders):
             for lr, seed in itertools.product(self.lrs(name), self.asked["seeds"]):
                 self.planned(name, lr, seed).check_same()
@@ -472,11 +273,10 @@ class Comparison:
         return {BASELINE: self.baseline.config} | {name: one.config for name, one in self.contenders.items()}
 
     def _time_steps(self) -> None:
-        """Time the steps of all recipes in turns, in one process."""
         self.console.print("timing the steps of all recipes in turns ...")
-        process = self._start(
-            "timing", _time, self.folder, self._timed(), self.asked["timing_rounds"], len(self.source))
-        with StopRequest() as stop, _ended([process]):
+        process = start(self._log("timing"), self.threads, self._gpu(0), time_steps, self.folder, self._timed(),
+                        self.asked["timing_rounds"], len(self.source))
+        with StopRequest() as stop, ended([process]):
             while process.is_alive() and not stop.requested:
                 process.join(0.2)
         if stop.requested:
@@ -528,12 +328,13 @@ class Comparison:
         waiting = [run for run in runs if not run.complete]
         working: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
         processes: list[Any] = []
-        with StopRequest() as stop, self.console.status("starting") as status, _ended(processes):
+        with StopRequest() as stop, self.console.status("starting") as status, ended(processes):
             while (waiting or working) and not stop.requested:
                 for slot in range(self.asked["jobs"]):
                     if waiting and slot not in working:
                         run = waiting.pop(0)
-                        processes.append(self._start(run.name, _work, run, self.asked["probe"], slot=slot))
+                        processes.append(start(self._log(run.name), self.threads, self._gpu(slot), train_run, run,
+                                               self.asked["probe"]))
                         working[slot] = run, processes[-1]
                 time.sleep(0.2)
                 status.update(", ".join(f"{run.name} {run.steps:,}/{run.total_steps:,}" for run, _ in working.values()))
@@ -552,31 +353,6 @@ class Comparison:
             self.write()
             raise Interrupted("stopped, the runs have saved themselves; the same command continues the comparison")
 
-    def _start(self, name: str, target: Callable[..., None], *arguments: Any, slot: int = 0) -> Any:
-        """Start a process whose output goes to a log; it shares threads and GPUs with others.
-
-        It ignores Ctrl-C, which reaches all processes of a terminal: this one stops it.
-        """
-        gpus = _gpus(self.settings.get("device", "auto"))
-        environment = {"OMP_NUM_THREADS": str(self.threads)}
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        log = self._log(name)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        before = {key: os.environ.get(key) for key in environment}
-        in_main = threading.current_thread() is threading.main_thread()
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
-        os.environ.update(environment)
-        try:
-            process = multiprocessing.get_context("spawn").Process(target=_in_process, args=(log, target, arguments))
-            process.start()
-        finally:
-            for key, value in before.items():
-                os.environ.pop(key) if value is None else os.environ.update({key: value})
-            if in_main:
-                signal.signal(signal.SIGINT, handler)
-        return process
-
     def _left(self) -> str:
         """Return how many runs are over, and how long the remaining steps take at their measured time."""
         seconds = (self.timing or {}).get("step_seconds", {})
@@ -592,6 +368,10 @@ class Comparison:
             left -= seconds.get(run.config.recipe.name, 0.0) * (run.total_steps if ended else run.steps)
         time_left = f", {timedelta(seconds=round(left / self.asked['jobs']))} of steps left" if left > 0 else ""
         return f"{over} of {number} runs are over{time_left}"
+
+    def _gpu(self, slot: int) -> str | None:
+        gpus = gpus_of(self.settings.get("device", "auto"))
+        return gpus[slot % len(gpus)] if gpus else None
 
     def _log(self, name: str) -> Path:
         return self.folder.path / "logs" / f"{name}.log"
@@ -610,146 +390,3 @@ class Comparison:
 
 def _masks(recipe: Recipe) -> bool:
     return any(p.masking != "none" for p in recipe.passes.values())
-
-
-def _stages(config: RunConfig, plan: Plan, num_pairs: int) -> tuple[Stage, ...]:
-    """Return the stages of a run; their shares do not depend on its length."""
-    table = Timetable.of(replace(config, samples=NOMINAL_STEPS * (config.batch_size or 1)), num_pairs)
-    masks = any(p.removes for p in plan.passes.values()) or any(t.reduction for t in plan.texts.values())
-    counts = Counter((table.masked(step) or not masks, table.resolution(step)) for step in range(NOMINAL_STEPS))
-    plans = {resolution: resolve(plan.recipe, plan.shape, resolution) for _, resolution in counts}
-    return tuple(
-        Stage(number / NOMINAL_STEPS, masked, resolution, plans[resolution] if masked else plans[resolution].unmasked())
-        for (masked, resolution), number in counts.items())
-
-
-# what runs in processes of their own
-
-
-def _in_process(log: Path, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Run `target` with its output in a log, and stop when the parent is gone."""
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    _lock(descriptor)  # a process that a killed comparison left behind may still be saving the same run
-    os.ftruncate(descriptor, 0)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    logging.basicConfig(format="aclip: %(message)s")
-    logging.getLogger("aclip").setLevel(logging.INFO)
-    threading.Thread(target=_stop_without_parent, daemon=True).start()
-    try:
-        target(*arguments)
-    except AclipError as error:
-        sys.stderr.write(f"aclip: {error}\n")
-        sys.exit(1)
-    except KeyboardInterrupt as interrupt:
-        sys.stderr.write(f"aclip: {interrupt or 'interrupted'}\n")
-        sys.exit(130)
-
-
-def _stop_without_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _work(run: PlannedRun, probe: str | None) -> None:
-    """Train a run to its end, and measure what is missing."""
-    if not run.folder.final.is_dir():
-        train(run.config, resume=True)
-    for wanted, specs in ((run.in_training, run.config.validation), (run.afterwards, run.later)):
-        names = tuple(sorted({evaluator for _, evaluator in run.missing(wanted)}))
-        if names:
-            evaluation.evaluate(run.config.output, data=specs, evaluators=names, device=run.config.device,
-                                train=probe if any(map(evaluation.is_probe, names)) else None,
-                                workers=run.config.workers)
-
-
-def _time(folder: RunFolder, configs: Mapping[str, RunConfig], rounds: int, num_pairs: int) -> None:
-    """Time optimizer steps of all configurations in turns, on batches that are read already; write `timing.json`."""
-    baseline = configs[BASELINE]
-    source, device = data.open_training(baseline.data), choose_device(baseline.device)
-    steps: dict[str, Callable[[], object]] = {}
-    stages: dict[str, tuple[Stage, ...]] = {}
-    for name, config in configs.items():
-        trainer = build_trainer(replace(config, samples=NOMINAL_STEPS * (config.batch_size or 1)), num_pairs, device)
-        dataset = data.PairDataset(
-            source, trainer.method.plan.pipeline, data.CaptionTokenizer(models.tokenizer_of(config.model)),
-            sizes=trainer.method.plan.view_sizes, seed=config.seed)
-        batches = [batch.to(device) for batch in itertools.islice(open_batches(trainer, dataset, 0), TIMED_BATCHES)]
-        stages[name] = _stages(config, trainer.method.plan, num_pairs)
-        steps |= {stage.label(name): _step(trainer, stage, itertools.cycle(batches)) for stage in stages[name]}
-    times = time_in_turns(steps, warmup=WARMUP_ROUNDS, rounds=rounds, device=device)
-    measured = {label: summary(seconds) for label, seconds in times.items()}
-    parts = {name: [{"share": s.share, "seconds": measured[s.label(name)]["median"]} for s in of_run]
-             for name, of_run in stages.items()}
-    average = {name: sum(part["share"] * part["seconds"] for part in of_run) for name, of_run in parts.items()}
-    folder.write_json("timing.json", {
-        "configs": {name: to_dict(config) for name, config in configs.items()}, "threads": torch.get_num_threads(),
-        "device": str(device), "batch_size": baseline.batch_size, "warmup_rounds": WARMUP_ROUNDS, "rounds": rounds,
-        "steps": measured, "stages": parts, "step_seconds": average,
-        "relative": {name: value / average[BASELINE] for name, value in average.items()}})
-
-
-def _step(trainer: Trainer, stage: Stage, batches: Iterator[Any]) -> Callable[[], object]:
-    """Return what takes one optimizer step, always the run's first, as in a stage of the run."""
-    timetable = replace(trainer.timetable, masked_steps=NOMINAL_STEPS if stage.masked else 0,
-                        resolutions=((NOMINAL_STEPS, stage.resolution),))
-
-    def step() -> None:
-        trainer.timetable, trainer.step = timetable, 0
-        trainer.train_step(next(batches))
-
-    return step
-
-
-@contextmanager
-def _ended(processes: Sequence[Any]) -> Iterator[None]:
-    """At the end of this context, stop the processes that still run, and wait for them."""
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Return nested objects flattened, with dotted keys."""
-    if not isinstance(value, dict):
-        return {path: value}
-    return {key: leaf for name, item in value.items()
-            for key, leaf in _flat(item, f"{path}.{name}" if path else name).items()}
-
-
-def _gpus(device: str) -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES calls the GPUs here, if there are several and `device` names none of them."""
-    number = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = listed.split(",") if listed else list(map(str, range(number)))
-    return [name.strip() for name in names[:number]] if number > 1 else []
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second comparison out of the folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"cannot write the comparison's folder {folder}: {error.strerror}") from error
-    with file:
-        try:
-            _lock(file.fileno(), wait=False)
-        except BlockingIOError as error:
-            raise ConfigError(f"another comparison is running in {folder}: wait for it, or stop it") from error
-        yield
-
-
-def _lock(descriptor: int, *, wait: bool = True) -> None:
-    """Lock a file until it is closed, where the system can."""
-    with suppress(ImportError):  # Windows
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
