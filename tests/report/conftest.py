@@ -4,20 +4,14 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from html_page import EVIL
+from html_page import EVIL, write_lines
 from PIL import Image
 
 from aclip.report.snapshots import Snapshot, snapshot_path, write_snapshot
-
-
-def write_lines(path: Path, records: Iterable[Any]) -> None:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 def thumbnail() -> str:

@@ -1,8 +1,11 @@
-"""A parsed page, for tests."""
+"""A parsed page, and journals of any content, for tests."""
 
+import json
 import re
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x.png> | & {{ 7*7 }} </style>"
 """Text from data that must stay text."""
@@ -65,3 +68,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._open and self._open[-1] not in ("script", "style"):
             self.text[self._section] = f"{self.text.get(self._section, '')} {data}"
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")

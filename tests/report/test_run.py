@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from html_page import EVIL, Page
+from html_page import EVIL, Page, write_lines
 from synthetic_comparison import write_comparison_folder
 
 from aclip import report as reporting
 from aclip.errors import ConfigError
 from aclip.report import read_snapshot, write_report
 from aclip.report.snapshots import write_snapshot
-from conftest import write_lines
 
 
 def report(folder: Path) -> Page:
