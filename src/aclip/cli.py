@@ -326,8 +326,9 @@ def _call(
         hint = _option(parameter.annotation, parameter.default)
         if parameter.name.endswith("_"):  # a keyword of Python, such as not_
             hint = typing.Annotated[hint, tyro.conf.arg(name=parameter.name.rstrip("_"))]
-        options.append(parameter.replace(
-            annotation=typing.Annotated[hint, tyro.conf.Positional] if parameter.name in positional else hint))
+        if parameter.name in positional:
+            hint = typing.Annotated[hint, tyro.conf.Positional]
+        options.append(parameter.replace(annotation=hint))
     call.__doc__ = re.sub(r"\n {12,}", " ", doc)  # or the help of an option would be wrapped twice
     call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     call.__annotations__ = {option.name: option.annotation for option in options}
