@@ -133,7 +133,7 @@ def test_only_whole_names_count(tmp_path: Path) -> None:
     for name in (".step-00000030.tmp", "step-30", "step-00000030.bak", "other"):
         (tmp_path / name).mkdir()
     assert list_checkpoints(tmp_path) == list_checkpoints(tmp_path / "missing") == []
-    with pytest.raises(CheckpointError, match="there is no undamaged checkpoint in"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is undamaged"):
         open_newest(tmp_path)
 
 

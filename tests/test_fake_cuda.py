@@ -86,7 +86,7 @@ def training(words: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> It
                 if buffer is not None:
                     module._buffers[name] = like(buffer, CUDA)
         trainer = Trainer(config, method, table, CUDA)
-        here = batch._map(like)
+        here = batch.map(like)
         assert trainer.scaler.is_enabled() == (config.precision == "fp16")
 
         def step() -> StepOutput:

@@ -37,7 +37,7 @@ def test_parts_of_a_specification(text: str, expected: Spec) -> None:
     ("a.csv=0", "must be a positive number, not 0"),
     ("a.csv[-1:]", "takes no negative numbers"),
     ("a.csv[:3]?image=x&caption=y", r"comes after the options, as in 'a.csv\?image=x&caption=y\[:3\]'"),
-    ("{0..99999999}.tar", "counts more than 1,000,000 files"),
+    ("{0..99999999}.tar", "expands to more than 1,000,000 files"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_said(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 import aclip.masking
-from aclip import config
+from aclip import plan
 from aclip.errors import ConfigError
 from aclip.masking import MASKING, TEXT_REDUCTIONS, MaskingContext, MaskingStrategy, fitting_block_size, num_keep
 
@@ -226,4 +226,4 @@ def test_options_of_a_users_own_strategy_are_constructor_arguments() -> None:
 def test_options_out_of_range_are_refused(cls: type, options: dict[str, float]) -> None:
     (name,) = options
     with pytest.raises(ConfigError, match=f"it: {name}"):
-        config.build(cls, {}, options, "it")
+        plan.build(cls, {}, options, "it")

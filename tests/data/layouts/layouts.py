@@ -383,7 +383,7 @@ def list_with_windows_paths(root: Path) -> Layout:
 def list_with_paths_of_another_drive(root: Path) -> Layout:
     images(root, "images/0.jpg", "images/1.jpg")
     table(root / "pairs.csv", ("image", "caption"), (r"D:\data\images\0.jpg", "zero"), (r"D:\data\images\1.jpg", "one"))
-    return Layout("pairs.csv", ["zero", "one"], says=("without the first 1 part of their paths",))
+    return Layout("pairs.csv", ["zero", "one"], says=("without the first part of their paths",))
 
 
 @layout

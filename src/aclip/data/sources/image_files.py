@@ -71,7 +71,7 @@ class ImageFiles:
         found = _found(self._place, cells)
         root, drop = self._place
         how = [f"in {root}"] if root != str(self.folder) else []
-        how += [f"without the first {drop} part{'s' * (drop > 1)} of their paths"] if drop > 0 else []
+        how += [f"without the first {f'{drop} parts' if drop > 1 else 'part'} of their paths"] if drop > 0 else []
         self.notes = [f"images found {', '.join(how)}"] if how else []
         if found > 0.9 * len(cells):
             return None
