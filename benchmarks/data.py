@@ -1,4 +1,4 @@
-"""How fast pairs are read, beside open_clip's own loader and bare decoding, and what it takes in memory.
+"""How fast pairs are read, beside open_clip's own loader and bare decoding.
 
     pip install webdataset open_clip_torch pandas braceexpand opencv-python-headless
     aclip data fetch cifar10
@@ -18,9 +18,7 @@ image, with torchvision's operations as the A-CLIP release lists them. Ours augm
 main process, which is counted.
 
 "Per core" is images per second of processor time of all processes together: it depends less on what else the machine
-does, though work beside it empties the caches. Memory is measured over ten epochs of a manifest of a million rows, of
-each of which the first 5,000 samples are read (32 px images): what is the parent's and each worker's own, without
-files that lie in memory.
+does, though work beside it empties the caches.
 """
 
 import argparse
@@ -53,11 +51,8 @@ from torchvision.transforms import v2
 
 from aclip import data
 from aclip.data import augment
-from aclip.data.batches import ReadBatch
-from aclip.data.order import BatchSampler
 from aclip.data.packing import Sample, write_tar
 from aclip.data.views import VIEWS
-from aclip.data.workers import read_ahead
 from aclip.models import tokenizer_of
 
 SIDE, BATCH, SHARDS = 224, 64, 16
@@ -274,42 +269,6 @@ def rates(run: Callable[[], Batches], workers: int) -> tuple[float, float]:
     return images / (end - start), images / (used - spent)
 
 
-def own_memory(pid: int, what: str) -> float:
-    """Return megabytes: "Anonymous", which holds no file, or "Private", which no other process shares."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
-
-
-def memory(folder: Path, rows: int, samples: int, epochs: int = 10) -> dict[str, list[float]]:
-    """Return megabytes of the parent before and after a manifest is opened, and of it and two workers each epoch."""
-    image = as_jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)))
-    (folder / "0000").mkdir()
-    for number in range(100):
-        (folder / "0000" / f"{number:02}.jpg").write_bytes(image)
-    for number in range(1, -(-rows // 100)):  # a path of its own for every row: rows of one image are one sample
-        (folder / f"{number:04}").symlink_to("0000")
-    with (folder / "million.csv").open("w") as file:
-        file.write("filepath,caption\n")
-        for row in range(rows):
-            file.write(f"{row // 100:04}/{row % 100:02}.jpg,a photo of thing{row} beside {row * 7919 % rows}\n")
-    me = os.getpid()
-    tokenizer = data.CaptionTokenizer(tokenizer_of(MODEL))
-    before = own_memory(me, "Anonymous")
-    source = data.open_source(str(folder / "million.csv"))
-    build = VIEWS["one_crop"]()
-    dataset = data.PairDataset(source, build, tokenizer, sizes={"a": (32, 32)}, seed=0)
-    sampler = BatchSampler(source, batch_size=100, seed=0, total_steps=epochs * (rows // 100))
-    wanted = samples // 100
-    some = (step for number, step in enumerate(sampler) if number % sampler.steps_per_epoch < wanted)
-    found: dict[str, list[float]] = {"opened": [own_memory(me, "Anonymous") - before], "parent": [], "workers": []}
-    for number, _ in enumerate(read_ahead(ReadBatch(dataset, None), some, workers=2)):
-        if number % wanted == wanted - 1:
-            found["parent"].append(own_memory(me, "Anonymous") - before)
-            found["workers"].append(max(own_memory(child.pid or 0, "Private") for child in
-                                        multiprocessing.active_children()))  # fmt: skip
-    return found
-
-
 def print_rates(measured: dict[tuple[str, int], list[tuple[float, float]]], console: Console) -> None:
     """Print a table; medians, and the lowest and highest in brackets."""
     table = Table("reader", "workers", "images/s", "images/s per core")
@@ -345,25 +304,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--photos", type=Path, help="folder of JPEG files to read in place of composed images")
     parser.add_argument("--synthetic", action="store_true", help="read smooth noise in place of composed images")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of the manifest whose memory is measured")
-    parser.add_argument("--only", choices=["speed", "memory"], help="measure one of the two")
     parser.add_argument("--json", type=Path, help="write all that was measured here")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    console, result = Console(), {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         os.environ["ACLIP_CACHE"] = f"{name}/cache"
-        if args.only != "memory":
-            made = (own_photographs(args.photos, args.images) if args.photos else smooth_noise(args.images)
-                    if args.synthetic else cut_outs_before_photographs(args.images))  # fmt: skip
-            result["speed"] = speed(folder, list(track(made, "preparing images", args.images)), args.rounds, console)
-        if args.only != "speed":
-            result["memory"] = used = memory(folder, args.rows, samples=min(5_000, args.rows))
-            console.print(f"a manifest of {args.rows:,} rows takes {used['opened'][0]:.0f} MB in the parent")
-            for whose in ("parent", "workers"):
-                console.print(f"{whose}, MB after each epoch: {', '.join(f'{mb:.0f}' for mb in used[whose])}")
+        made = (own_photographs(args.photos, args.images) if args.photos else smooth_noise(args.images)
+                if args.synthetic else cut_outs_before_photographs(args.images))  # fmt: skip
+        images = list(track(made, "preparing images", args.images))
+        result = {"speed": speed(Path(name), images, args.rounds, Console())}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

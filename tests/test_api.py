@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import aclip
-from aclip import devices
+from aclip import devices, dist
 from aclip.errors import ConfigError, DataError
 from made_pictures import captioned_noise
 
@@ -90,6 +90,15 @@ def test_a_validation_set_that_cannot_be_used_is_refused_before_the_first_step(i
     with pytest.raises(DataError, match="empty"):
         aclip.train(recipe="clip", data=str(images), validation=str(empty), output=str(tmp_path / "run"), **SMALL)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_ranks_that_opened_different_data_are_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = dist.collect
+    monkeypatch.setattr(dist, "collect", lambda value: [*collect(value), *["another digest"] * isinstance(value, str)])
+    with pytest.raises(DataError, match="the ranks opened different data"):
+        aclip.train(recipe="clip", data=str(images), output=str(tmp_path / "run"), **SMALL)
 
 
 def test_compiling_without_a_compiler_is_one_sentence(

@@ -39,10 +39,12 @@ IN_THIS_PROCESS = {
 }
 IN_PROCESSES = {
     "communication": "--recipes clip --batch-size 4 --ranks 2",
-    "data": "--synthetic --only memory --rows 2000",
+    "data": "--synthetic --images 384 --rounds 1",
+    "data_memory": "--rows 2000 --samples 500 --passes 2 --workers 2",
     "equality": "--recipes clip",
     "first_step": "",
     "gpu": "--stages optimizers=2 attention=2 --tiny --device cpu --output FOLDER/gpu",
+    "resume_data": "--shards 10 --pairs 12 --batch-size 12 --workers 1 --ranks 2 --outage 3",
     "soak": "--steps 6 --minutes 0 --kills 1 --pause 1 --signals-only --output FOLDER/soak --data SHARD SHARD",
     "step": "--against SOURCE --methods clip --models vit-micro --batch-size 2 --rounds 1 --turns 1 --precision fp32",
     "threads": "--model vit-micro --batch-size 2 --rounds 1 --turns 1 --busy 1",

@@ -1,5 +1,6 @@
 """The command line outside of training: help, recipes, errors."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from aclip.cli import VERBS, main
 from aclip.recipes import RECIPES
+from made_pictures import picture
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -108,3 +110,12 @@ def test_a_path_of_the_recipe_does_not_swallow_the_next_option(capsys: pytest.Ca
 def test_a_number_of_steps_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--data", "a.csv", "--overfit-one-batch", "many"]) == 2
     assert "takes a number of steps, not 'many'" in capsys.readouterr().err
+
+
+def test_printing_in_a_terminal_that_is_not_utf8(tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text("un café 🐱", encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "aclip", "data", "look", str(tmp_path)], capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rb"un caf\xe9 \U0001f431" in done.stdout

@@ -8,9 +8,11 @@ Needs `pip install atheris`, whose mutations are guided by the code that they re
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import logging
+import pkgutil
 import random
 import sys
 import tarfile
@@ -152,7 +154,10 @@ def guided(good: list[bytes], minutes: float, check: Callable[[bytes], None]) ->
     import atheris
 
     with atheris.instrument_imports(include=["aclip.data.sources", "tarfile", "zipfile", "csv", "json"]):
-        import aclip.data  # noqa: F401
+        import aclip.data.sources
+
+        for module in pkgutil.iter_modules(aclip.data.sources.__path__, "aclip.data.sources."):
+            importlib.import_module(module.name)  # those that are not yet imported by the others
     folder = tempfile.mkdtemp()
     for number, data in enumerate(good):
         (Path(folder) / str(number)).write_bytes(data)

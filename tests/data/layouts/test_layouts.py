@@ -1,6 +1,7 @@
 """Every layout of `layouts.py` gives its samples, captions and classes, and says how it was read."""
 
 import pickle
+import re
 from pathlib import Path
 
 import published
@@ -59,3 +60,12 @@ def test_layout(tmp_path: Path, name: str) -> None:
 
 def raw_size(data: bytes) -> tuple[int, int]:
     return decode_image(data).size
+
+
+def test_the_page_of_layouts_names_what_exists() -> None:
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "layouts.md").read_text(encoding="utf-8")
+    tests = set(re.findall(r"def (test_\w+)", "".join(p.read_text("utf-8") for p in (root / "tests").rglob("*.py"))))
+    assert set(re.findall(r"`(test_\w+)`", page)) <= tests
+    assert set(re.findall(r"\*(\w+)\*", page)) - {"italics"} <= set(LAYOUTS)
+    assert f"The corpus has {len(LAYOUTS)} layouts" in page

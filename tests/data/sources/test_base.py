@@ -128,6 +128,10 @@ def test_groups_that_are_large_or_single_are_advised_against(tmp_path: Path, mon
     assert "aclip data pack" in advice(source)
 
 
+def test_one_caption_of_a_group_of_one_is_not_taken_for_all(tmp_path: Path) -> None:
+    assert open_source(parquet(tmp_path, group=1)).advice() == []
+
+
 def advice(source: Source) -> str:
     (sentence,) = source.advice()
     return sentence

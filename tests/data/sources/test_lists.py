@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -270,6 +271,21 @@ def test_training_order_needs_each_row_group_once(tmp_path: Path, monkeypatch: p
     for index in window_order(source.groups, seed=0, epoch=0).tolist():
         source.read(index)
     assert len(opened) == len(source.groups)
+
+
+def test_more_parquet_files_than_can_be_open(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    for number in range(100):
+        table = pa.table({"image": [b"image"], "text": [str(number)]})
+        pq.write_table(table, tmp_path / f"{number:02}.parquet")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 50, before[1]))
+    try:
+        source = open_source(str(tmp_path))
+        assert [source.read(number).captions for number in range(100)] == [(str(number),) for number in range(100)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_pictures_missing_or_gone(tmp_path: Path) -> None:

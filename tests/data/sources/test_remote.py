@@ -15,7 +15,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from aclip.data import CaptionTokenizer, PairDataset, build_loader
+from aclip.data import CaptionTokenizer, PairDataset, build_loader, token_frequencies
 from aclip.data.sources import RemoteShardSource, Source, open_source, remote
 from aclip.errors import BadSampleError, DataError
 from aclip.files import cache_root
@@ -369,3 +369,13 @@ def test_bad_samples_fetch_no_further_shards(photos: Server) -> None:
     read = build_loader(data, batch_size=10, total_steps=4)  # forty places: the first window of eight shards
     assert sum(len(batch.skipped) for batch in read) > 0
     assert sum(photos.asked[f"/{n:02}.tar"] for n in range(20)) == 8
+
+
+def test_words_are_counted_on_the_shards_that_training_reads_first(photos: Server) -> None:
+    source = open_source(f"{photos.url}/{{00..19}}.tar")
+    token_frequencies(source, CaptionTokenizer(WordTokenizer()), 1000, seed=3, limit=90)
+    counted = set(photos.asked)
+    data = PairDataset(source, WholePicture(), CaptionTokenizer(WordTokenizer()), sizes={"a": (4, 4)}, seed=3)
+    assert len(list(build_loader(data, batch_size=10, total_steps=4))) == 4
+    assert counted == set(photos.asked)
+    assert len(counted) == 8 + 1  # the first window, and the sizes

@@ -248,6 +248,12 @@ def test_a_quote_that_never_ends_is_taken_literally(folder: Path) -> None:
     assert source.read(len(source) - 1).captions == ("after",)
 
 
+@pytest.mark.parametrize("mark", ["\r", "\u2028", "\x85", "\x0c"])
+def test_a_row_ends_with_its_line(folder: Path, mark: str) -> None:
+    source = open_text(folder, f'{mark}image,caption\n"images/0.jpg",before{mark}after\nimages/1.jpg,"one"{mark}\n')
+    assert [" ".join(source.captions(index)[0].split()) for index in range(2)] == ["before after", "one"]
+
+
 def test_a_quote_that_would_swallow_rows_is_taken_literally(folder: Path) -> None:
     source = open_text(folder, 'image\tcaption\nimages/0.jpg\tok\nimages/1.jpg\t"Hi, he said\nimages/2.jpg\tkept\n'
                                'images/3.jpg\t"So\n')  # fmt: skip

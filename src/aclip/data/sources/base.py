@@ -186,7 +186,7 @@ def _caption_advice(source: Source) -> Iterator[str]:
             said.update(" ".join(text.split()) for text in source.captions(index) if text.strip())
         if len(said) > 1:
             return
-    if said and len(source) > 1:
+    if said and len(numbers) > 1:
         yield f"{source.spec} has one caption for every image, {said.pop()[:80]!r}: nothing can be learnt from it"
     elif not said and numbers:
         yield (f"no image of {source.spec} has a caption, of {len(numbers)} that were checked: it can evaluate "

@@ -248,7 +248,7 @@ def _split_rows(lines: Iterator[Line], delimiter: str, width: int | None = None,
     """
     waiting: deque[Line] = deque()
     while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
-        text, place = line[0].rstrip("\r\n"), line[1]
+        text, place = line[0].strip("\r\n"), line[1]
         if not text.strip():
             continue
         if delimiter == _WORDS:
@@ -273,8 +273,9 @@ def _split_rows(lines: Iterator[Line], delimiter: str, width: int | None = None,
 
 def _quoted(lines: Iterable[Line], delimiter: str) -> tuple[list[str], bool]:
     """Return the fields of a row, and whether its last quote is closed."""
-    text = "".join(line.rstrip("\r\n") + "\n" for line, _ in lines)
-    fields = next(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True), [])
+    text = (line.strip("\r\n").replace("\r", "\0") + "\n" for line, _ in lines)  # csv would end the row at it
+    fields = next(csv.reader(text, delimiter=delimiter, skipinitialspace=True), [])
+    fields = [field.replace("\0", "\r") for field in fields]
     return fields, not fields or not fields[-1].endswith("\n")
 
 
