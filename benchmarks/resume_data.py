@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--outage", type=float, default=60, help="seconds (default: 60)")
     args = parser.parse_args()
-    RANKS.set_forkserver_preload(["aclip.data.batches", "aclip.models", "fsspec.implementations.http"])
+    RANKS.set_forkserver_preload(["open_clip", "aclip.data.batches", "aclip.data.sources", "aiohttp"])
     steps = args.shards * args.pairs // args.batch_size
     end, stop, outage = EPOCHS * steps, steps + steps // 4, steps // 2
     table = Table("shards", "workers", "ranks", "batches", "hash", "equal", "skipped", "downloads / shard and epoch",
