@@ -33,8 +33,8 @@ demo: $(INSTALLED)
 	$(BIN)/aclip train --resume --output $(RUN) --seed $(SEED) --recipe a-clip --optimizer muon --model vit-tiny \
 	  --data emoji:train --validation emoji:val_vendor emoji:val_concept emoji:val_both --batch-size 64 \
 	  --epochs $(EPOCHS) --unmasked-tuning 0.15 --evaluate-every 10
-	@echo "look:   $(BIN)/aclip explain $(RUN) IMAGE.png --text 'a red apple' --output explained.png"
-	@echo "search: $(BIN)/aclip index $(RUN) emoji:val_vendor --output $(RUN)/index && $(BIN)/aclip search $(RUN)/index 'a red apple' --sheet found.png"
+	@echo "look:   $(BIN)/aclip explain $(RUN) IMAGE.png --text sunflower --output explained.png"
+	@echo "search: $(BIN)/aclip index $(RUN) emoji:val_vendor --output $(RUN)/index && $(BIN)/aclip search $(RUN)/index sunflower --sheet found.png"
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
