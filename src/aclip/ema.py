@@ -49,7 +49,7 @@ class Ema:
             skipped: () float on the device, 1 if the optimizer step was skipped, which leaves the averages as they are,
                 else 0. None: the step was taken.
         """
-        averages, online = [*map(_local, self._average)], [*map(_local, self._online)]
+        averages, online = [*map(local_shard, self._average)], [*map(local_shard, self._online)]
         if skipped is None:
             weights: Any = 1.0 - momentum
         else:
@@ -68,7 +68,7 @@ class Ema:
         """
         sharded, whole = torch.zeros(2, 2)
         for online, average in zip(self._online, self._average, strict=True):
-            ours, theirs = _local(online).float(), _local(average).float()
+            ours, theirs = local_shard(online).float(), local_shard(average).float()
             squares = torch.stack([(theirs - ours).square().sum(), ours.square().sum()])
             if isinstance(online, DTensor):
                 sharded = sharded.to(squares.device) + squares
@@ -79,8 +79,8 @@ class Ema:
         return distance
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard; averages are sharded like the online tensors."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a sharded tensor, and any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

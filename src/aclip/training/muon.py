@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from aclip.ema import local_shard
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5; K. Jordan, kellerjordan.github.io/posts/muon
 _ITERATIONS = 5
 
@@ -55,8 +57,8 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         skip = skip.to(parameters[0].device).view(())
-        gradients = [torch.where(skip > 0, 0.0, _local(p.grad)) for p in parameters]
-        own = [_local(buffer) for buffer in buffers]
+        gradients = [torch.where(skip > 0, 0.0, local_shard(p.grad)) for p in parameters if p.grad is not None]
+        own = [local_shard(buffer) for buffer in buffers]
         torch._foreach_mul_(own, torch.lerp(torch.full_like(skip, group["momentum"]), torch.ones_like(skip), skip))
         torch._foreach_add_(own, gradients)
         ahead = torch._foreach_add(gradients, own, alpha=group["momentum"])
@@ -67,7 +69,7 @@ class Muon(torch.optim.Optimizer):
         found = iter(_orthogonalized(parts, self._dtype))
         updates = [_shard_like(p, torch.cat([next(found) for _ in range(3)]) if p in group["packed"] else next(found))
                    for p in parameters]
-        weights = [_local(p) for p in parameters]
+        weights = [local_shard(p) for p in parameters]
         taken = group["lr"] * (1.0 - skip)
         torch._foreach_mul_(weights, 1.0 - taken * group["weight_decay"])
         torch._foreach_mul_(updates, -taken)
@@ -104,11 +106,6 @@ def _orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tens
             rows, columns = matrices[index].shape
             found[index] = result if rows <= columns else result.mT * (rows / columns) ** 0.5
     return [found[index] for index in range(len(matrices))]
-
-
-def _local(tensor: Any) -> Tensor:
-    own: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return own
 
 
 def _whole(own: Tensor, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from aclip import dist
 from aclip.checkpoint import Checkpoint
 from aclip.config import MuonConfig, Optimization
+from aclip.ema import local_shard
 from aclip.errors import CheckpointError
 from aclip.training.muon import Muon
 
@@ -153,7 +154,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
 def clip_gradients(tensors: Sequence[Tensor], norm: Float[Tensor, ""], max_norm: float) -> None:
     """Scale all tensors in place so that their norm, which is `norm`, is at most `max_norm`."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([t.to_local() if isinstance(t, DTensor) else t for t in tensors], factor)
+    torch._foreach_mul_([local_shard(t) for t in tensors], factor)
 
 
 def _depths(module: nn.Module) -> dict[str, int]:
