@@ -205,7 +205,7 @@ def measure_faiss(method: str, features: np.ndarray, asked: torch.Tensor, truth:
         index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         widths = [0]
     else:
-        index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_fp16, 16, faiss.METRIC_INNER_PRODUCT)  # type: ignore
+        index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_fp16, 16, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction, widths = 128, [64, 128, 256, 512]
 
     def build() -> None:
