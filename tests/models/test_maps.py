@@ -92,6 +92,13 @@ def test_maps_of_open_clips_vit(size):
         torch.testing.assert_close(maps, models.text_maps(visual, pixels, TEXTS))
 
 
+def test_maps_within_inference_mode():
+    visual = small_vit()
+    with torch.inference_mode():
+        maps = models.text_maps(visual, images(1, (12, 20)), TEXTS.clone())
+    torch.testing.assert_close(maps, models.text_maps(visual, images(1, (12, 20)), TEXTS))
+
+
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_maps_of_timms_vits(options):
     visual, pixels = small_timm(**options), images(2, (12, 20))

@@ -27,6 +27,7 @@ class _Attentions(TorchFunctionMode):
         return output
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def text_maps(
     visual: nn.Module, pixels: Float[Tensor, "B 3 h w"], text_features: Float[Tensor, "T D"]
@@ -56,11 +57,12 @@ def text_maps(
     if vit.scored_by is None:
         raise UnsupportedModelError(NO_ATTENTION_SCORES)
     with _Attentions() as attentions:
-        x = embed_tokens(vit, pixels.detach().requires_grad_())  # attention has a gradient even in a frozen tower
+        # attention has a gradient even in a frozen tower; what was made in inference mode has none
+        x = embed_tokens(vit, pixels.clone().detach().requires_grad_())
         for block in blocks_of(vit.stack):
             x, _ = run_block(block, x, None, False, None, False, None)
         pooled, _ = vit.pool(x, False)
-        similarity = F.normalize(vit.project(pooled), dim=-1) @ text_features.mT
+        similarity = F.normalize(vit.project(pooled), dim=-1) @ text_features.clone().mT
     calls = attentions.calls
     maps = []
     for one in similarity.unbind(1):
