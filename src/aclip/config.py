@@ -255,7 +255,8 @@ class Recipe:
     @property
     def uses_frozen(self) -> bool:
         """Whether any pass or text pass runs the frozen encoder."""
-        return any(p.encoder == "frozen" for p in (*self.passes.values(), *self.texts.values()))
+        every: list[Pass | TextPass] = [*self.passes.values(), *self.texts.values()]
+        return any(p.encoder == "frozen" for p in every)
 
 
 def _split_phase(value: Any) -> Any:
