@@ -220,7 +220,8 @@ def _settings_of_run() -> list[inspect.Parameter]:
     from aclip.config import Optimization, RunConfig
 
     hints = typing.get_type_hints(RunConfig)
-    simple = {"recipe": str | None, "image_size": str | None, "resolution_schedule": tuple[str, ...], "output": str | None}
+    simple = {"recipe": str | None, "image_size": str | None, "resolution_schedule": tuple[str, ...],
+              "output": str | None}
     first = {"recipe": None, "model": "vit-tiny", "data": (), "output": None}
     known = [(field.name, simple.get(field.name, hints[field.name]), first.get(field.name, field.default))
              for field in fields(RunConfig)]

@@ -293,7 +293,7 @@ class RunConfig:
     """One execution of a recipe.
 
     Attributes:
-        recipe: the method, by its name (see `aclip recipes`) or as a `Recipe` (default: finetune if the model comes with
+        recipe: the method, by its name (see `aclip recipes`) or as a `Recipe` (default: finetune if the model has
             weights, else a-clip).
         model: open_clip name, NAME:PRETRAINED, NAME:WEIGHT_FILE, a preset (vit-micro, vit-tiny, vit-small), a run, a
             folder of open_clip's or Hugging Face's CLIP, or the A-CLIP release's checkpoint.
@@ -364,8 +364,8 @@ class RunConfig:
         if self.unmasked_lr != 1.0 and self.unmasked_tuning == 0.0:
             raise ConfigError("unmasked_lr has no effect without unmasked_tuning, the fraction of unmasked steps")
         if self.teacher is not None and not self.recipe.uses_frozen:
-            raise ConfigError(f"teacher has no effect: recipe '{self.recipe.name}' has no frozen encoder; choose one that "
-                              "has, such as distill")
+            raise ConfigError(f"teacher has no effect: recipe '{self.recipe.name}' has no frozen encoder; choose one "
+                              "that has, such as distill")
         total = sum(phase.share for phase in self.resolution_schedule)
         if total > 1.0 + 1e-9:
             raise ConfigError(f"the shares of a resolution schedule add up to at most 1, not {total:g}")

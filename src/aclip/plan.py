@@ -234,8 +234,8 @@ def _check_same_tokens(config: RunConfig, own: Mapping[str, Any], theirs: Mappin
                   for text, shape in ((own, plan.shape), (theirs, plan.frozen_shape))]
     length, longest = plan.shape.context_length, plan.frozen_shape.context_length
     if tokenizers[0] != tokenizers[1] or length > longest or (length < longest and own.get("hf_tokenizer_name")):
-        raise ConfigError(f"the teacher '{config.teacher}' cannot read the tokens of '{config.model}', as its tokenizer "
-                          f"or its context of {longest} (here {length}) is another: choose a teacher with the same")
+        raise ConfigError(f"the teacher '{config.teacher}' cannot read the tokens of '{config.model}': its tokenizer "
+                          f"is another, or its context ({longest} beside {length}); choose a teacher with the same")
 
 
 def _resolve_pass(

@@ -31,19 +31,20 @@ class Affinity(Objective):
 
     def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape, label_share: Fraction = 0.0) -> None:
         super().__init__(reads, shape)
-        (_, image), (name, text), (_, frozen), (_, frozen_text) = reads.items()
+        (own, image), (name, text), (other, frozen), _ = reads.items()
         assert isinstance(image, Pass)
         assert isinstance(frozen, Pass)
         assert isinstance(text, TextPass)
         if [one.encoder for one in reads.values()] != ["online", "online", "frozen", "frozen"]:
-            raise ConfigError(f"objective {type(self).__name__} reads an online image and text pass, then a frozen image "
-                              f"and text pass, not {', '.join(f'{name} ({p.encoder})' for name, p in reads.items())}")
+            found = ", ".join(f"{name} ({one.encoder})" for name, one in reads.items())
+            raise ConfigError(f"objective {type(self).__name__} reads an online image and text pass, then a frozen "
+                              f"image and text pass, not {found}")
         if text.mask_ratio > 0:
             raise ConfigError(f"text pass '{name}' hides {text.mask_ratio:.0%} of the tokens and has no feature of the "
                               "caption: read a text pass whose mask_ratio is 0")
         if len(frozen.views) > 1 and not set(image.views) <= set(frozen.views):
-            raise ConfigError(f"objective {type(self).__name__}: a view of pass '{self.reads[0]}' is not among those of "
-                              f"the frozen pass '{self.reads[2]}': {', '.join(frozen.views)}")
+            raise ConfigError(f"objective {type(self).__name__}: a view of pass '{own}' is not among those of the "
+                              f"frozen pass '{other}': {', '.join(frozen.views)}")
         self.label_share = label_share
         self.counterparts = [frozen.views.index(view) if view in frozen.views else 0 for view in image.views]
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from aclip import dist
 
-__all__ = ["affinity_loss", "byol_loss", "chance_loss", "clip_loss", "codeword_loss", "hidden_token_loss", "ntxent_loss",
-           "sigmoid_loss", "sum_over_rows"]
+__all__ = ["affinity_loss", "byol_loss", "chance_loss", "clip_loss", "codeword_loss", "hidden_token_loss",
+           "ntxent_loss", "sigmoid_loss", "sum_over_rows"]
 
 # Logits held at a time, 64 MiB in float32; softmax and masks take about three times as much on top.
 LOGITS_AT_ONCE = 2**24
