@@ -63,7 +63,12 @@ def build(recipe: Recipe, model_name: str = "vit-tiny", image_size: int | None =
     torch.manual_seed(0)
     plan = resolve(small(recipe), models.shape_of(models.model_config(model_name, image_size=image_size)))
     model = models.create_model(model_name, with_text=plan.uses_text, image_size=image_size)
-    return Method(model, plan, (0.5,) * 3, (0.25,) * 3).train()
+    method = Method(model, plan, (0.5,) * 3, (0.25,) * 3).train()
+    if method.frozen is not None:  # as after some steps: a copy that agrees with the model teaches nothing
+        with torch.no_grad():
+            for parameter in method.frozen.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape)
+    return method
 
 
 def random_batch(plan: Plan, batch_size: int, seed: int = 0, text_length: int = 9) -> Batch:

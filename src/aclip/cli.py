@@ -220,8 +220,9 @@ def _settings_of_run() -> list[inspect.Parameter]:
     from aclip.config import Optimization, RunConfig
 
     hints = typing.get_type_hints(RunConfig)
-    simple = {"recipe": str, "image_size": str | None, "resolution_schedule": tuple[str, ...], "output": str | None}
-    first = {"recipe": "a-clip", "model": "vit-tiny", "data": (), "output": None}
+    simple = {"recipe": str | None, "image_size": str | None, "resolution_schedule": tuple[str, ...],
+              "output": str | None}
+    first = {"recipe": None, "model": "vit-tiny", "data": (), "output": None}
     known = [(field.name, simple.get(field.name, hints[field.name]), first.get(field.name, field.default))
              for field in fields(RunConfig)]
     own = typing.get_type_hints(Optimization)

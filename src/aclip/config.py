@@ -76,7 +76,8 @@ class Pass:
 
     Attributes:
         views: names of views of the recipe's view pipeline, encoded in one batch.
-        encoder: "online" (trained) or "ema" (its moving average, no gradient).
+        encoder: "online" (trained), "ema" (its moving average, no gradient), or "frozen" (the model that training
+            started from, or `RunConfig.teacher`; no gradient, never changed).
         masking: name in `aclip.MASKING`.
         mask_ratio: fraction of patches removed, in [0, 1).
         masking_options: further arguments of the strategy, e.g. `{"block_size": 2, "keep": "lowest"}`.
@@ -87,7 +88,7 @@ class Pass:
     """
 
     views: Annotated[Names, Field(min_length=1)]
-    encoder: Literal["online", "ema"] = "online"
+    encoder: Literal["online", "ema", "frozen"] = "online"
     masking: str = "none"
     mask_ratio: Ratio = 0.0
     masking_options: Options = Field(default_factory=dict)
@@ -102,12 +103,14 @@ class TextPass:
     """One run of the text encoder over the captions.
 
     Attributes:
+        encoder: "online" or "frozen", as of a `Pass`.
         reduction: name in `aclip.masking.TEXT_REDUCTIONS`, or "none": which of a caption's tokens are encoded.
         reduction_options: arguments of that strategy, e.g. `{"num_keep": 8}`.
         mask_ratio: fraction of a caption's tokens hidden from the encoder, in [0, 1), as in BERT (arXiv 1810.04805,
             section 3.1): 80 % replaced by a mask token, 10 % by a random one, 10 % unchanged.
     """
 
+    encoder: Literal["online", "frozen"] = "online"
     reduction: str = "none"
     reduction_options: Options = Field(default_factory=dict)
     mask_ratio: Ratio = 0.0
@@ -228,8 +231,14 @@ class Recipe:
             if p.encoder == "ema" and self.ema_momentum is None:
                 raise ConfigError(f"recipe '{self.name}': pass '{name}' uses the EMA encoder, so the recipe needs an "
                                   "ema_momentum")
+            if p.encoder == "frozen" and p.fill:
+                raise ConfigError(f"recipe '{self.name}': pass '{name}' is frozen, so no mask token can fill its gaps: "
+                                  "leave fill at false")
             earlier.append(name)
-        for name in self.texts:
+        for name, text in self.texts.items():
+            if text.encoder == "frozen" and text.mask_ratio > 0:
+                raise ConfigError(f"recipe '{self.name}': text pass '{name}' is frozen, so no mask token can hide its "
+                                  "words: leave mask_ratio at 0")
             if name in earlier:
                 raise ConfigError(f"recipe '{self.name}': a pass and a text pass are both called '{name}'")
         known = [*earlier, *self.texts]
@@ -242,6 +251,12 @@ class Recipe:
     def uses_ema(self) -> bool:
         """Whether any pass runs the EMA encoder."""
         return any(p.encoder == "ema" for p in self.passes.values())
+
+    @property
+    def uses_frozen(self) -> bool:
+        """Whether any pass or text pass runs the frozen encoder."""
+        every: list[Pass | TextPass] = [*self.passes.values(), *self.texts.values()]
+        return any(p.encoder == "frozen" for p in every)
 
 
 def _split_phase(value: Any) -> Any:
@@ -278,12 +293,15 @@ class RunConfig:
     """One execution of a recipe.
 
     Attributes:
-        recipe: the method, by its name (see `aclip recipes`) or as a `Recipe`.
+        recipe: the method, by its name (see `aclip recipes`) or as a `Recipe` (default: finetune if the model has
+            weights, else a-clip).
         model: open_clip name, NAME:PRETRAINED, NAME:WEIGHT_FILE, a preset (vit-micro, vit-tiny, vit-small), a run, a
             folder of open_clip's or Hugging Face's CLIP, or the A-CLIP release's checkpoint.
         data: training sources, SOURCE or SOURCE=WEIGHT; several are mixed by their weights, or by their sizes.
         output: the run's folder.
         validation: sources to evaluate on, [NAME=]SOURCE.
+        teacher: the model whose weights the recipe's frozen encoder has, by a name as of `model` (default: the model
+            itself, as it starts).
         image_size: input side in pixels, or HEIGHTxWIDTH; positions are interpolated (default: the model's own).
         epochs: passes over the data; ignored if samples is set.
         samples: pairs to train on.
@@ -316,6 +334,7 @@ class RunConfig:
     data: Names
     output: str
     validation: Names = ()
+    teacher: str | None = None
     image_size: ImageSize = None
     epochs: Positive = 25.0
     samples: Count | None = None
@@ -344,6 +363,9 @@ class RunConfig:
             raise ConfigError("data is missing: name a source of image-text pairs")
         if self.unmasked_lr != 1.0 and self.unmasked_tuning == 0.0:
             raise ConfigError("unmasked_lr has no effect without unmasked_tuning, the fraction of unmasked steps")
+        if self.teacher is not None and not self.recipe.uses_frozen:
+            raise ConfigError(f"teacher has no effect: recipe '{self.recipe.name}' has no frozen encoder; choose one "
+                              "that has, such as distill")
         total = sum(phase.share for phase in self.resolution_schedule)
         if total > 1.0 + 1e-9:
             raise ConfigError(f"the shares of a resolution schedule add up to at most 1, not {total:g}")

@@ -35,6 +35,7 @@ def show_recipe(
     recipe: str,
     *,
     model: str = "ViT-B-16",
+    teacher: str | None = None,
     image_size: int | str | None = None,
     text_tokens: float = 14.0,
     changes: Mapping[str, Any] | None = None,
@@ -44,6 +45,7 @@ def show_recipe(
     Args:
         recipe: a name from `aclip recipes`.
         model: open_clip name or preset.
+        teacher: the same, of the frozen encoder (default: the model).
         image_size: side of the input in pixels, or HEIGHTxWIDTH (default: the model's own).
         text_tokens: mean caption length in tokens, where text is cut.
         changes: path -> value, fields of the recipe to change.
@@ -51,7 +53,7 @@ def show_recipe(
     from aclip import plan
 
     changed = find_recipe(recipe, changes)
-    resolved = plan.resolve(changed, _shape(model, image_size, text_tokens))
+    resolved = plan.resolve(changed, _shape(model, image_size, text_tokens), frozen_shape=_frozen_shape(teacher))
     Console().print(dataflow_table(resolved, model, text_tokens))
     return resolved
 
@@ -60,6 +62,7 @@ def recipe_costs(
     recipes: Sequence[str] = (),
     *,
     model: str = "ViT-B-16",
+    teacher: str | None = None,
     image_size: int | str | None = None,
     text_tokens: float = 14.0,
     changes: Mapping[str, Any] | None = None,
@@ -69,6 +72,7 @@ def recipe_costs(
     Args:
         recipes: names from `aclip recipes` (default: all).
         model: open_clip name or preset.
+        teacher: the same, of the frozen encoder (default: the model).
         image_size: side of the input in pixels, or HEIGHTxWIDTH (default: the model's own).
         text_tokens: mean caption length in tokens, where text is cut.
         changes: path -> value, fields of every recipe to change.
@@ -79,7 +83,7 @@ def recipe_costs(
     plans = []
     for name in recipes or RECIPES:
         try:
-            plans.append(plan.resolve(find_recipe(name, changes), shape))
+            plans.append(plan.resolve(find_recipe(name, changes), shape, frozen_shape=_frozen_shape(teacher)))
         except ConfigError as error:
             raise ConfigError(f"recipe '{name}': {error}") from error
     console = Console(highlight=False)
@@ -102,6 +106,12 @@ def _shape(model: str, image_size: int | str | None, text_tokens: float) -> "Tow
     return shape
 
 
+def _frozen_shape(teacher: str | None) -> "TowerShape | None":
+    from aclip import models
+
+    return None if teacher is None else models.shape_of(models.model_config(teacher))
+
+
 def cost_table(plans: Sequence["Plan"], model: str, text_tokens: float) -> Table:
     """Return what a step of each recipe costs, by arithmetic: GMAC a pair, and relative to CLIP."""
     table = Table(title=f"a training step on {model}, text padded to {plans[0].shape.context_length} or cut to "
@@ -112,7 +122,7 @@ def cost_table(plans: Sequence["Plan"], model: str, text_tokens: float) -> Table
         table.add_column(title, justify="right")
     for one in plans:
         tokens = ", ".join(f"{f'{len(p.spec.views)}x' if len(p.spec.views) > 1 else ''}{p.num_tokens}"
-                           + ("" if p.trains else " EMA" if p.spec.encoder == "ema" else " scored")
+                           + ("" if p.trains else {"ema": " EMA", "frozen": " frozen"}.get(p.spec.encoder, " scored"))
                            for p in one.passes.values())
         gmacs = (f"{macs / 1e9:.3g}" for macs in (one.macs(), one.macs(text_tokens)))
         ratios = one.relative_cost(), one.relative_cost(text_tokens), relative_to_padded(one, text_tokens)
@@ -133,7 +143,7 @@ def dataflow_table(resolved: "Plan", model: str, text_tokens: float) -> Table:
     options = ", ".join(f"{k}={v}" for k, v in recipe.view_options.items())
     table.add_row("views", f"{recipe.views}({options}) -> {', '.join(resolved.pipeline.names)}")
     for name, text in resolved.texts.items():
-        table.add_row(f"text '{name}'", _describe_text(text, resolved.shape))
+        table.add_row(f"text '{name}'", _describe_text(text))
     for name, p in resolved.passes.items():
         masking = f"{p.spec.masking} masking, " if p.spec.masking != "none" else ""
         if p.spec.scores_from:
@@ -163,14 +173,14 @@ def dataflow_table(resolved: "Plan", model: str, text_tokens: float) -> Table:
     return table
 
 
-def _describe_text(text: "TextPlan", shape: "TowerShape") -> str:
-    cut = "cut after the longest caption of the batch" if shape.text_cut else "full length"
-    words = f"{cut}, at most {shape.context_length} tokens"
+def _describe_text(text: "TextPlan") -> str:
+    cut = "cut after the longest caption of the batch" if text.shape.text_cut else "full length"
+    words = f"{cut}, at most {text.shape.context_length} tokens"
     if text.reduction is not None:
         words += f", reduced to {text.reduction.num_keep} by '{text.spec.reduction}'"
     if text.spec.mask_ratio > 0:
         words += f", {text.spec.mask_ratio:.0%} of the words hidden"
-    return words + ("" if text.encoded else ", not encoded")
+    return words + ("" if text.trains else ", frozen encoder") + ("" if text.encoded else ", not encoded")
 
 
 def parameter_table(groups: Sequence["ParameterGroup"], model: "nn.Module") -> Table:

@@ -4,12 +4,12 @@ A-CLIP (Yang et al., "Attentive Mask CLIP", arXiv 2212.08653) is the general cas
 same four steps with parts switched off.
 
     1. text:        t = norm(text_encoder(captions)), once, cut after the longest caption; for masked language
-                    modelling a second time, with some words hidden
+                    modelling a second time, with some words hidden; for distillation by the frozen model too
     2. passes, in declared order:
        a. scores:   resample an earlier pass's [CLS] attention onto each view's own patch grid
        b. masking:  keep_indices = strategy(scores): the K patches of each view that stay
-       c. encoding: v = norm(encoder(kept patches of all views)), encoder = online, or its EMA without
-                    gradient
+       c. encoding: v = norm(encoder(kept patches of all views)), encoder = online, or without gradient its
+                    EMA, or the frozen model that training started from
     3. objectives:  L = sum of weight * objective(passes, t)
     4. EMA:         after the optimizer step, theta_ema <- m theta_ema + (1 - m) theta
 
@@ -20,7 +20,7 @@ its attention ranks their patches, the better half of which the online encoder s
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +38,13 @@ from aclip.structs import Batch, Encoded, EncodedBatch, EncodedText, StepContext
 
 
 class Method(nn.Module):
-    """A model, its EMA image encoder, and the heads of a recipe: everything that a step computes with.
+    """A model, its EMA image encoder, a frozen model, and the heads of a recipe: all that a step computes with.
 
     Args:
         model: an open_clip model; stays native, so that its state dict is open_clip's.
         plan: the recipe resolved for this model (`aclip.plan.resolve`).
         mean, std: normalisation of the model's input.
+        teacher: the model of the frozen encoder; None: a copy of `model` as it is now.
 
     Attributes:
         frequencies: (vocabulary,) relative frequency of every token in the training captions, where a text pass is
@@ -52,16 +53,20 @@ class Method(nn.Module):
 
     mean: Tensor
     std: Tensor
+    frozen_mean: Tensor
+    frozen_std: Tensor
     frequencies: Tensor | None
 
     def __init__(
-        self, model: nn.Module, plan: Plan, mean: Sequence[float], std: Sequence[float]
+        self, model: nn.Module, plan: Plan, mean: Sequence[float], std: Sequence[float],
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
         self._plans: dict[float, Plan] = {}
         self.model = model
         self.ema_visual = frozen_copy(models.visual_of(model)) if plan.recipe.uses_ema else None
+        self.frozen = frozen_copy(model if teacher is None else teacher) if plan.recipe.uses_frozen else None
         freeze(model, plan.recipe.freeze)
         shape = plan.shape
         fills = any(p.spec.fill for p in plan.passes.values())
@@ -80,6 +85,16 @@ class Method(nn.Module):
         self.register_buffer("frequencies", torch.full((shape.vocab_size,), 1 / shape.vocab_size) if counts else None)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
+        pixels = {"mean": mean, "std": std} if teacher is None else models.preprocess_config(teacher)
+        self.register_buffer("frozen_mean", torch.tensor(pixels["mean"]), persistent=False)
+        self.register_buffer("frozen_std", torch.tensor(pixels["std"]), persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of everything that is trained; the frozen model stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen is not None:
+            self.frozen.eval()
+        return self
 
     def forward(self, batch: Batch, masked: bool = True, resolution: float = 1.0) -> StepOutput:
         """Return the loss of one batch, its parts, and the encoded passes.
@@ -101,16 +116,19 @@ class Method(nn.Module):
         for these samples with the same weights, masks and passes without gradient are reused.
         """
         # 1. text
-        texts = {name: self.encode_text(text, batch, masked) for name, text in self.plan.texts.items()}
+        texts = {name: self.encode_text(text, batch, masked) if earlier is None or text.trains else earlier.texts[name]
+                 for name, text in self.plan.texts.items()}
 
         # 2. passes
         return EncodedBatch(texts, self.run_passes(batch, masked, resolution, earlier))
 
     def compute_loss(self, encoded: EncodedBatch, caption_ids: Int[Tensor, " B"]) -> StepOutput:
         """Step 3: objectives, over the whole batch."""
-        logit_scale = models.logit_scale_of(self.model).exp() if self.plan.uses_text else None
+        logit_scale, frozen_scale = (
+            models.logit_scale_of(model).exp() if self.plan.uses_text and model is not None else None
+            for model in (self.model, self.frozen))
         context = StepContext(encoded.passes, encoded.texts, caption_ids, logit_scale,
-                              getattr(self.model, "logit_bias", None))
+                              getattr(self.model, "logit_bias", None), frozen_scale)
         losses = {name: objective(context) for name, objective in self.objectives.items()}
         loss = torch.stack([o.weight * losses[name] for name, o in self.plan.recipe.objectives.items()]).sum()
         return StepOutput(loss, {name: part.detach() for name, part in losses.items()}, encoded.passes)
@@ -127,7 +145,14 @@ class Method(nn.Module):
             seen = hide_tokens(tokens, ratio, batch.seeds, self.plan.shape.vocab_size, f"text/{text.name}")
             states = models.encode_hidden_text(self.model, seen.tokens, seen.masked, self.text_mask_token)
             return EncodedText(tokens, hidden=seen.hidden, states=states)
-        return EncodedText(tokens, F.normalize(models.encode_text(self.model, tokens).float(), dim=-1))
+        if text.trains:
+            features = models.encode_text(self.model, tokens)
+        else:
+            assert self.frozen is not None
+            missing = 0 if text.shape.text_cut else text.shape.context_length - tokens.shape[1]
+            with torch.no_grad():
+                features = models.encode_text(self.frozen, F.pad(tokens, (0, missing)))
+        return EncodedText(tokens, F.normalize(features.float(), dim=-1))
 
     def run_passes(
         self, batch: Batch, masked: bool = True, resolution: float = 1.0, earlier: EncodedBatch | None = None
@@ -144,6 +169,8 @@ class Method(nn.Module):
         images = {name: augment.apply(batch.views[name], self.mean, self.std) for name in batch.views if name in needed}
         for p in todo:
             views = [resized(images[view], p.image_size) for view in p.spec.views]
+            if p.spec.encoder == "frozen":
+                views = [self.normalised_for_frozen(pixels) for pixels in views]
             if not (masked and p.removes):
                 keep = None
             elif earlier is not None:
@@ -153,6 +180,12 @@ class Method(nn.Module):
                 keep = self.choose_patches(plan, p, batch, passes, views)
             passes[p.name] = self.encode(p, views, keep)
         return {p.name: passes[p.name] for p in run}
+
+    def normalised_for_frozen(self, pixels: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 h w"]:
+        """Return normalised images as the frozen model's normalisation has them: its own if that is the same."""
+        mean, std, theirs, deviation = (
+            v[:, None, None] for v in (self.mean, self.std, self.frozen_mean, self.frozen_std))
+        return pixels * (std / deviation) + (mean - theirs) / deviation
 
     def ema(self) -> Ema:
         """Step 4: return the EMA of the image encoder and of the heads that have an averaged copy.
@@ -206,8 +239,9 @@ class Method(nn.Module):
     ) -> Encoded:
         """Step 2c: run all views of a pass through its encoder in one batch."""
         online = p.spec.encoder == "online"
-        visual = models.visual_of(self.model) if online else self.ema_visual
-        assert visual is not None
+        model = {"online": self.model, "ema": self.ema_visual, "frozen": self.frozen}[p.spec.encoder]
+        assert model is not None
+        visual = models.visual_of(model)
         with torch.set_grad_enabled(p.trains and torch.is_grad_enabled()):
             pixels = torch.cat(views)
             out = models.encode_image(
@@ -234,7 +268,8 @@ class Method(nn.Module):
         if resolution == 1.0:
             return self.plan
         if resolution not in self._plans:
-            self._plans[resolution] = resolve(self.plan.recipe, self.plan.shape, resolution)
+            self._plans[resolution] = resolve(self.plan.recipe, self.plan.shape, resolution,
+                                              frozen_shape=self.plan.frozen_shape)
         return self._plans[resolution]
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from aclip.config import ObjectiveConfig, Pass, Recipe, TextPass, sentence
+from aclip import models
+from aclip.config import ObjectiveConfig, Pass, Recipe, RunConfig, TextPass, sentence
 from aclip.data.views import VIEWS, ViewPipeline
 from aclip.errors import ConfigError, UnsupportedModelError, unknown_name
 from aclip.masking import MASKING, TEXT_REDUCTIONS, MaskingStrategy, TextReduction, fitting_block_size
-from aclip.models import NO_ATTENTION_SCORES
 from aclip.objectives import OBJECTIVES, Objective
 from aclip.objectives.base import block_macs
 from aclip.structs import TowerShape
@@ -29,6 +29,7 @@ class PassPlan:
 
     Attributes:
         name, spec: the recipe's pass.
+        shape: of its encoder.
         strategy: its masking strategy, built.
         image_size: (height, width) in pixels. grid_size: patches (down, across).
         num_keep: patches per view that go through the blocks (K).
@@ -40,6 +41,7 @@ class PassPlan:
 
     name: str
     spec: Pass
+    shape: TowerShape
     strategy: MaskingStrategy
     image_size: tuple[int, int]
     grid_size: tuple[int, int]
@@ -72,14 +74,21 @@ class TextPlan:
 
     Attributes:
         name, spec: the recipe's text pass.
+        shape: of its encoder.
         reduction: its strategy, built, or None for whole captions.
         encoded: whether any objective reads more than the tokens themselves.
     """
 
     name: str
     spec: TextPass
+    shape: TowerShape
     reduction: TextReduction | None
     encoded: bool
+
+    @property
+    def trains(self) -> bool:
+        """Whether a gradient flows through it."""
+        return self.spec.encoder == "online"
 
     def length(self, text_tokens: float | None) -> float | None:
         """Return how many of `text_tokens` tokens are encoded (None: the full context), SOT and EOT included."""
@@ -95,6 +104,7 @@ class Plan:
 
     Attributes:
         recipe, shape: what was resolved.
+        frozen_shape: of the frozen encoder's model.
         pipeline: the view pipeline, built.
         passes: name -> pass, in order. texts: name -> text pass, those that an objective reads.
         view_sizes: view name -> (height, width) in which the loader delivers it.
@@ -104,6 +114,7 @@ class Plan:
 
     recipe: Recipe
     shape: TowerShape
+    frozen_shape: TowerShape
     pipeline: ViewPipeline
     passes: Mapping[str, PassPlan]
     texts: Mapping[str, TextPlan]
@@ -123,7 +134,7 @@ class Plan:
 
     def unmasked(self) -> "Plan":
         """Return the plan of steps in which nothing is masked (unmasked tuning)."""
-        passes = {name: replace(p, num_keep=p.num_patches, num_tokens=p.num_patches + self.shape.num_prefix_tokens)
+        passes = {name: replace(p, num_keep=p.num_patches, num_tokens=p.num_patches + p.shape.num_prefix_tokens)
                   for name, p in self.passes.items()}
         texts = {name: replace(text, reduction=None) for name, text in self.texts.items()}
         return replace(self, passes=passes, texts=texts)
@@ -137,19 +148,18 @@ class Plan:
         Args:
             text_tokens: length of the text as encoded; None is the full context.
         """
-        shape = self.shape
         total = 0.0
         for text in self.texts.values():
             if text.encoded:
-                total += 3.0 * text_macs(shape, text.length(text_tokens))
+                total += (3.0 if text.trains else 1.0) * text_macs(text.shape, text.length(text_tokens))
         for p in filter(self.runs, self.passes.values()):
             passes = 3.0 if p.trains else 1.0
-            total += passes * len(p.spec.views) * image_macs(shape, p.num_keep, p.num_tokens)
+            total += passes * len(p.spec.views) * image_macs(p.shape, p.num_keep, p.num_tokens)
         for name, config in self.recipe.objectives.items():
             with torch.device("meta"):
                 objective = build_objective(name, self)
             length = next((text.length(text_tokens) for text in self.texts.values() if text.name in config.reads), None)
-            total += 3.0 * objective.decoder_macs(self.images_of(config), length or shape.context_length)
+            total += 3.0 * objective.decoder_macs(self.images_of(config), length or self.shape.context_length)
         return total
 
     def images_of(self, objective: ObjectiveConfig) -> list[tuple[int, int, int]]:
@@ -165,13 +175,16 @@ class Plan:
         return self.macs(text_tokens) / clip
 
 
-def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
+def resolve(
+    recipe: Recipe, shape: TowerShape, resolution: float = 1.0, *, frozen_shape: TowerShape | None = None
+) -> Plan:
     """Resolve `recipe` for a model of this shape.
 
     Args:
         recipe: what to resolve.
         shape: of the model.
         resolution: image side of all passes relative to the recipe's own, rounded to whole patches.
+        frozen_shape: of the frozen encoder's model; None: as the model.
 
     Raises:
         ConfigError: an unknown masking, view, objective or option, each with what exists instead; an objective that
@@ -181,11 +194,13 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
     if recipe.views not in VIEWS:
         raise ConfigError(f"recipe '{recipe.name}': {unknown_name('view pipeline', recipe.views, VIEWS)}")
     pipeline: ViewPipeline = build(VIEWS[recipe.views], {}, recipe.view_options, f"views '{recipe.views}'")
-    passes = {name: _resolve_pass(recipe, name, shape, pipeline, resolution) for name in recipe.passes}
+    frozen_shape = frozen_shape or shape
+    passes = {name: _resolve_pass(recipe, name, frozen_shape if p.encoder == "frozen" else shape, pipeline, resolution)
+              for name, p in recipe.passes.items()}
     notes = [note for p in passes.values() for note in _notes(p)]
-    _check_score_sources(recipe, passes, shape)
+    _check_score_sources(recipe, passes)
     _check_masked_objectives(recipe, passes)
-    texts = _resolve_texts(recipe, shape)
+    texts = _resolve_texts(recipe, shape, frozen_shape)
     uses_text = any(text.encoded for text in texts.values())
     if uses_text and not shape.text_cut:
         notes.append("text runs at full length: this tower is not causal and EOT-pooled")
@@ -193,7 +208,34 @@ def resolve(recipe: Recipe, shape: TowerShape, resolution: float = 1.0) -> Plan:
     for p in passes.values():
         for view in p.spec.views:
             sizes[view] = max(sizes.get(view, p.image_size), p.image_size)
-    return Plan(recipe, shape, pipeline, passes, texts, sizes, uses_text, tuple(notes))
+    return Plan(recipe, shape, frozen_shape, pipeline, passes, texts, sizes, uses_text, tuple(notes))
+
+
+def resolve_run(config: RunConfig) -> Plan:
+    """Resolve a run's recipe for its model and its teacher, if it names one; no weights are read.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as `resolve`; a teacher that reads captions in other tokens.
+    """
+    own = models.model_config(config.model, image_size=config.image_size)
+    shape = models.shape_of(own)
+    if config.teacher is None:
+        return resolve(config.recipe, shape)
+    theirs = models.model_config(config.teacher)
+    plan = resolve(config.recipe, shape, frozen_shape=models.shape_of(theirs))
+    if any(text.spec.encoder == "frozen" for text in plan.texts.values()):
+        _check_same_tokens(config, own["text_cfg"], theirs["text_cfg"], plan)
+    return plan
+
+
+def _check_same_tokens(config: RunConfig, own: Mapping[str, Any], theirs: Mapping[str, Any], plan: Plan) -> None:
+    """Refuse a teacher that reads other tokens than the model; a longer context is filled with open_clip's padding."""
+    tokenizers = [[text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs"), shape.vocab_size]
+                  for text, shape in ((own, plan.shape), (theirs, plan.frozen_shape))]
+    length, longest = plan.shape.context_length, plan.frozen_shape.context_length
+    if tokenizers[0] != tokenizers[1] or length > longest or (length < longest and own.get("hf_tokenizer_name")):
+        raise ConfigError(f"the teacher '{config.teacher}' cannot read the tokens of '{config.model}': its tokenizer "
+                          f"is another, or its context ({longest} beside {length}); choose a teacher with the same")
 
 
 def _resolve_pass(
@@ -220,8 +262,8 @@ def _resolve_pass(
     readers = [objective_class(key) for key, objective in recipe.objectives.items() if name in objective.reads]
     gives_scores = any(other.scores_from == name for other in recipe.passes.values())
     return PassPlan(
-        name=name, spec=spec, strategy=strategy, image_size=(height, width), grid_size=grid, num_keep=num_keep,
-        num_tokens=(math.prod(grid) if spec.fill else num_keep) + shape.num_prefix_tokens,
+        name=name, spec=spec, shape=shape, strategy=strategy, image_size=(height, width), grid_size=grid,
+        num_keep=num_keep, num_tokens=(math.prod(grid) if spec.fill else num_keep) + shape.num_prefix_tokens,
         gives_scores=gives_scores,
         gives_patches=any(reader.needs_patches for reader in readers),
         gives_pixels=any(reader.needs_pixels for reader in readers),
@@ -311,9 +353,10 @@ def text_macs(shape: TowerShape, tokens: float | None = None) -> float:
     return shape.text_layers * block_macs(length, shape.text_width, shape.text_mlp_width)
 
 
-def _resolve_texts(recipe: Recipe, shape: TowerShape) -> dict[str, TextPlan]:
+def _resolve_texts(recipe: Recipe, online: TowerShape, frozen: TowerShape) -> dict[str, TextPlan]:
     plans = {}
     for name, spec in recipe.texts.items():
+        shape = frozen if spec.encoder == "frozen" else online
         readers = [key for key, objective in recipe.objectives.items() if name in objective.reads]
         if not readers:
             continue
@@ -330,7 +373,7 @@ def _resolve_texts(recipe: Recipe, shape: TowerShape) -> dict[str, TextPlan]:
         elif spec.reduction_options:
             raise ConfigError(f"text pass '{name}': reduction 'none' takes no options; there are: "
                               f"{', '.join(TEXT_REDUCTIONS)}")
-        plans[name] = TextPlan(name, spec, reduction, any(objective_class(key).needs_text for key in readers))
+        plans[name] = TextPlan(name, spec, shape, reduction, any(objective_class(key).needs_text for key in readers))
     return plans
 
 
@@ -359,12 +402,12 @@ def _check_masked_objectives(recipe: Recipe, passes: Mapping[str, PassPlan]) -> 
                               "ratio, or the resolution")
 
 
-def _check_score_sources(recipe: Recipe, passes: Mapping[str, PassPlan], shape: TowerShape) -> None:
+def _check_score_sources(recipe: Recipe, passes: Mapping[str, PassPlan]) -> None:
     """A view takes its scores from the same view of an unmasked source pass, or from that pass's only view."""
     for p in passes.values():
         where = f"recipe '{recipe.name}', pass '{p.name}'"
-        if p.gives_scores and not shape.scored:
-            raise UnsupportedModelError(f"{where}: {NO_ATTENTION_SCORES}")
+        if p.gives_scores and not p.shape.scored:
+            raise UnsupportedModelError(f"{where}: {models.NO_ATTENTION_SCORES}")
         if p.gives_scores and p.removes:
             raise ConfigError(f"{where}: others take scores from it, so it must see every patch: leave its masking at "
                               "'none'")

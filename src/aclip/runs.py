@@ -53,11 +53,15 @@ def train(config: RunConfig | None = None, *, resume: bool | str = False, **sett
         TrainingError: the loss stays non-finite, or a step does not fit into memory.
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint saved.
     """
+    named = config is not None or settings.get("recipe") is not None
     config, resumed = _prepare(config, resume, settings)
     config = replace(config, data=tuple(map(data.absolute, config.data)),
                      validation=tuple(map(data.absolute, config.validation)))
     with dist.joined(config.device) as device:
         config, resumed = dist.collect((config, resumed))[0]
+        if dist.rank() == 0 and not (resumed or named) and config.recipe.name == "finetune":
+            _log.info("'%s' comes with weights, so the recipe is finetune, which keeps what they know; for another: "
+                      "--recipe", config.model)
         _train(config, resumed, choose_device(device))
     return Run(config.output)
 
@@ -125,6 +129,7 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
         raise DataError("the ranks opened different data: check that all machines see the same files")
     for advice in source.advice() if dist.rank() == 0 else ():
         _log.warning("%s", advice)
+    _check_frozen(config)
     held_out = open_sets(config.validation)
     check_sets(held_out)
     with _explained("if a script registered it, resume from that script by "
@@ -176,6 +181,15 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     trainer.wrapped.refresh()
     if dist.rank() == 0:
         _finish(trainer, model, folder, console)
+
+
+def _check_frozen(config: RunConfig) -> None:
+    """Refuse to hold a model to random weights."""
+    name = config.teacher or config.model
+    if config.recipe.uses_frozen and models.resolve_source(name).read is None:
+        raise ConfigError(f"recipe '{config.recipe.name}' holds the model to frozen weights, and '{name}' is an "
+                          "architecture without any: name weights by --model or --teacher, such as a run or NAME:TAG, "
+                          "or choose another recipe")
 
 
 @contextmanager

@@ -182,6 +182,7 @@ class StepContext:
         caption_ids: (B,) int64.
         logit_scale: scalar multiplier, already exponentiated, or None without text.
         logit_bias: the bias that the model adds to logits, or None.
+        frozen_logit_scale: the frozen model's multiplier, or None without it or without text.
     """
 
     passes: Mapping[str, Encoded]
@@ -189,6 +190,7 @@ class StepContext:
     caption_ids: Int[Tensor, " B"]
     logit_scale: Float[Tensor, ""] | None
     logit_bias: Float[Tensor, ""] | None = None
+    frozen_logit_scale: Float[Tensor, ""] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aclip import checkpoint, data, dist, models, plan
-from aclip.config import RunConfig
+from aclip.config import ImageSize, RunConfig
 from aclip.devices import cpp_compiler, fast_precision
 from aclip.errors import AclipError, CheckpointError, ConfigError, TrainingError
 from aclip.method import Method
@@ -53,15 +53,25 @@ def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "T
     if config.compile and device.type == "cpu" and cpp_compiler() is None:
         raise ConfigError("--compile on a CPU needs a C++ compiler: install one (apt install g++), or leave it out")
     torch.manual_seed(config.seed)
-    shape = models.shape_of(models.model_config(config.model, image_size=config.image_size))
-    resolved = plan.resolve(config.recipe, shape)
+    resolved = plan.resolve_run(config)
     if config.unmasked_tuning > 0 and plan.trains_only_masked(config.recipe):
         raise ConfigError(f"unmasked_tuning has no effect: all losses of recipe '{config.recipe.name}' are computed on "
                           "removed patches alone")
-    model = models.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text)
+    model = _model(config, config.model, config.image_size, uses_text=resolved.uses_text)
+    teacher = _model(config, config.teacher, None, uses_text=resolved.uses_text) if config.teacher else None
     pixels = models.preprocess_config(model)
-    method = Method(model, resolved, pixels["mean"], pixels["std"]).to(device).train()
+    method = Method(model, resolved, pixels["mean"], pixels["std"], teacher).to(device).train()
     return Trainer(config, method, Timetable.of(config, num_pairs), device)
+
+
+def _model(config: RunConfig, name: str, image_size: ImageSize, *, uses_text: bool) -> nn.Module:
+    """Return a model; if it is to be the frozen encoder as well, its text tower must come with its weights."""
+    frozen = name == (config.teacher or config.model) and config.recipe.uses_frozen
+    model = models.create_model(name, image_size=image_size, with_text=None if frozen and uses_text else uses_text)
+    if uses_text and isinstance(model, models.ImageTower):
+        raise ConfigError(f"the weights '{name}' are an image tower alone, and recipe '{config.recipe.name}' keeps to "
+                          "what a model knows of images and texts: choose another recipe, such as clip")
+    return model
 
 
 def open_batches(trainer: "Trainer", source: data.Source, workers: int) -> Iterable[Batch]:

@@ -23,6 +23,8 @@ COSTS = {
     "attentive-3x33": (1.28, 1.31, 1.16),
     "slip": (2.71, 2.94, 2.59),
     "maskclip": (1.57, 1.65, 1.45),
+    "finetune": (1.33, 1.33, 1.17),
+    "finetune-attentive": (0.90, 0.84, 0.74),
 }
 TOLERANCE = 0.03
 

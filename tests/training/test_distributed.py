@@ -22,7 +22,8 @@ from over_ranks import a_batch, build, in_double, run_ranks
 
 ROWS = 8
 PRECISIONS = ("fp64", "fp32")
-SOME = ("a-clip", "slip", "mae", "siglip")  # heads with batch statistics, an EMA, a decoder, another loss
+SOME = ("a-clip", "slip", "mae", "siglip", "finetune-attentive")
+# heads with batch statistics, an EMA, a decoder, another loss, a frozen model
 SCORED_ONLINE = "attentive-2x50 passes.context.encoder=online"  # the same encoder without gradient, and then with it
 NAMES = (*RECIPES, SCORED_ONLINE)
 TWO_RANKS = [*((name, way) for name in NAMES for way in ("ddp", "fsdp")),

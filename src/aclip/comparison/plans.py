@@ -23,7 +23,7 @@ from aclip.config import Recipe, RunConfig, to_dict
 from aclip.devices import choose_device, usable_cores
 from aclip.errors import BadSampleError, ConfigError, TrainingError
 from aclip.logs import warnings_only
-from aclip.plan import resolve, trains_only_masked
+from aclip.plan import resolve_run, trains_only_masked
 from aclip.recipes import configure, find_recipe
 from aclip.report import summary_table, write_comparison
 from aclip.report.journals import outcome, primary
@@ -232,6 +232,8 @@ class Comparison:
         settings = dict(self.settings)
         if not _masks(recipe) and (plain or any(map(_masks, map(find_recipe, self.asked["recipes"])))):
             settings.pop("mask_ratio", None)
+        if not recipe.uses_frozen:
+            settings.pop("teacher", None)
         if trains_only_masked(recipe):
             settings.pop("unmasked_tuning", None)
             settings.pop("unmasked_lr", None)
@@ -239,8 +241,7 @@ class Comparison:
             config = configure(**{**settings, "recipe": recipe, "data": tuple(self.sources), "output": str(
                 self.folder.path)}, changes={} if plain else self.changes)
             config = resolve_defaults(config, len(self.source), self.device)
-            plan = resolve(config.recipe, models.shape_of(models.model_config(
-                config.model, image_size=config.image_size)))
+            plan = resolve_run(config)
             if not (plan.uses_text or plain or len(self.asked["lr"] or "1") == 1 or self._evaluators(False)):
                 raise ConfigError("it has no text, so choosing among learning rates needs --probe, labelled images")
             return Contender(config, plan, stages_of(config, plan, len(self.source)))

@@ -107,7 +107,8 @@ def stages_of(config: RunConfig, plan: Plan, num_pairs: int) -> tuple[Stage, ...
     table = Timetable.of(replace(config, samples=NOMINAL_STEPS * (config.batch_size or 1)), num_pairs)
     masks = any(p.removes for p in plan.passes.values()) or any(t.reduction for t in plan.texts.values())
     counts = Counter((table.masked(step) or not masks, table.resolution(step)) for step in range(NOMINAL_STEPS))
-    plans = {resolution: resolve(plan.recipe, plan.shape, resolution) for _, resolution in counts}
+    plans = {resolution: resolve(plan.recipe, plan.shape, resolution, frozen_shape=plan.frozen_shape)
+             for _, resolution in counts}
     return tuple(
         Stage(number / NOMINAL_STEPS, masked, resolution, plans[resolution] if masked else plans[resolution].unmasked())
         for (masked, resolution), number in counts.items())

@@ -26,6 +26,7 @@ from aclip.objectives import functional
 from aclip.objectives.bag_of_words import BagOfWords
 from aclip.objectives.base import Objective
 from aclip.objectives.contrastive import Contrastive, Sigmoid
+from aclip.objectives.frozen import Affinity, Anchor
 from aclip.objectives.maskclip import MaskedDistillation, MaskedLanguage
 from aclip.objectives.reconstruction import Reconstruction
 from aclip.objectives.self_supervised import Byol, NtXent
@@ -39,7 +40,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "reconstruction": Reconstruction,
     "sigmoid": Sigmoid,
     "bag_of_words": BagOfWords,
+    "anchor": Anchor,
+    "affinity": Affinity,
 }
 
-__all__ = ["OBJECTIVES", "BagOfWords", "Byol", "Contrastive", "MaskedDistillation", "MaskedLanguage", "NtXent",
-           "Objective", "Reconstruction", "Sigmoid", "functional"]
+__all__ = ["OBJECTIVES", "Affinity", "Anchor", "BagOfWords", "Byol", "Contrastive", "MaskedDistillation",
+           "MaskedLanguage", "NtXent", "Objective", "Reconstruction", "Sigmoid", "functional"]

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from aclip import dist
 
-__all__ = ["byol_loss", "chance_loss", "clip_loss", "codeword_loss", "hidden_token_loss", "ntxent_loss",
-           "sigmoid_loss", "sum_over_rows"]
+__all__ = ["affinity_loss", "byol_loss", "chance_loss", "clip_loss", "codeword_loss", "hidden_token_loss",
+           "ntxent_loss", "sigmoid_loss", "sum_over_rows"]
 
 # Logits held at a time, 64 MiB in float32; softmax and masks take about three times as much on top.
 LOGITS_AT_ONCE = 2**24
@@ -108,6 +108,59 @@ def sigmoid_loss(
             return losses.sum(dim=1).sum()
 
         return sum_over_rows(loss, image, labels, columns=len(all_text)) / len(image)
+
+
+def affinity_loss(
+    image_features: Float[Tensor, "B D"], text_features: Float[Tensor, "B D"], logit_scale: Float[Tensor, ""] | float,
+    teacher_image_features: Float[Tensor, "B E"], teacher_text_features: Float[Tensor, "B E"],
+    teacher_logit_scale: Float[Tensor, ""] | float, caption_ids: Int[Tensor, " B"] | None = None, *,
+    label_share: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Return the divergence between the similarities of a batch as a teacher and as a student see them.
+
+    MobileCLIP's distillation loss (Vasu et al., arXiv 2311.17049, section 4.1), and with a = `label_share` > 0 the
+    hybrid one of CLIP-Refine (Yamaguchi et al., arXiv 2504.12717, section 4.2), which mixes in the pairs themselves:
+
+        L = 1/2 mean_i KL(q_i. || p_i.) + 1/2 (the same for captions against images)
+        p_ij = softmax_j(s v_i . t_j),  q_ij = a [i = j] + (1 - a) softmax_j(s' v'_i . t'_j)
+
+    Across ranks, j runs over the rows of all ranks, i over this rank's; the mean over ranks is the loss of the batch.
+
+    Args:
+        image_features, text_features: (B, D) float, the student's, L2-normalised rows v and t.
+        logit_scale: s > 0, the multiplier itself and not its log.
+        teacher_image_features, teacher_text_features: (B, E) float, the teacher's v' and t', without gradient.
+        teacher_logit_scale: s' > 0.
+        caption_ids: (B,) int64. Different pairs with equal ids are left out of both distributions. None: all differ.
+        label_share: a, in [0, 1].
+
+    Returns:
+        () float32, at least 0; 0 where both see the same and a = 0.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        image, text, teacher_image, teacher_text = (
+            features.float() for features in (image_features, text_features, teacher_image_features.detach(),
+                                              teacher_text_features.detach()))
+        width = image.shape[1]
+        labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
+        all_ids = None if caption_ids is None else dist.gather(caption_ids)
+
+        def diverge(rows: Tensor, columns: Tensor, teacher_rows: Tensor, teacher_columns: Tensor) -> Tensor:
+            def loss(rows: Tensor, labels: Tensor) -> Tensor:
+                own, theirs = rows.split([width, rows.shape[1] - width], dim=1)
+                logits, targets = logit_scale * own @ columns.T, teacher_logit_scale * theirs @ teacher_columns.T
+                if all_ids is not None:
+                    same = (all_ids[labels, None] == all_ids).scatter(1, labels[:, None], False)
+                    logits, targets = (x.masked_fill(same, torch.finfo(x.dtype).min) for x in (logits, targets))
+                with torch.no_grad():
+                    q = (1 - label_share) * targets.softmax(dim=1)
+                    q.scatter_(1, labels[:, None], label_share, reduce="add")
+                return F.kl_div(logits.log_softmax(dim=1), q, reduction="sum")
+
+            return sum_over_rows(loss, torch.cat([rows, teacher_rows], dim=1), labels, columns=2 * len(columns))
+
+        return (diverge(image, dist.gather(text), teacher_image, dist.gather(teacher_text))
+                + diverge(text, dist.gather(image), teacher_text, dist.gather(teacher_image))) / (2 * len(image))
 
 
 def ntxent_loss(z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature: float) -> Float[Tensor, ""]:

@@ -71,7 +71,7 @@ class Byol(Objective):
         super().__init__(reads, shape)
         (online_name, online), (target_name, target) = reads.items()
         if target.encoder != "ema":
-            raise ConfigError(f"objective 'byol' regresses on an EMA pass, but '{target_name}' is online")
+            raise ConfigError(f"objective 'byol' regresses on an EMA pass, but '{target_name}' is {target.encoder}")
         self.pairs = [(i, j) for i, seen in enumerate(online.views) for j, view in enumerate(target.views)
                       if len(target.views) == 1 or view != seen]
         if len({i for i, _ in self.pairs}) < len(online.views):

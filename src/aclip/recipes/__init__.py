@@ -6,15 +6,23 @@ To add one: build a `Recipe` and add it to the table, here or from a script (`ac
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from aclip.config import Recipe, RunConfig, override
 from aclip.errors import ConfigError, unknown_name
 from aclip.recipes.a_clip import A_CLIP_RECIPES
 from aclip.recipes.clip import CLIP_RECIPES
+from aclip.recipes.frozen import FROZEN_RECIPES
 from aclip.recipes.images import IMAGE_RECIPES
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*CLIP_RECIPES, *A_CLIP_RECIPES, *IMAGE_RECIPES)}
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (*CLIP_RECIPES, *FROZEN_RECIPES, *A_CLIP_RECIPES, *IMAGE_RECIPES)}
+
+
+def default_recipe(model: str) -> str:
+    """Return the name of the recipe for a model, by its name alone: finetune if it comes with weights, else a-clip."""
+    return "finetune" if ":" in model or Path(model).exists() else "a-clip"
 
 
 def find_recipe(recipe: str | Recipe, changes: Mapping[str, Any] | None = None) -> Recipe:
@@ -49,7 +57,7 @@ def configure(
 
     Args:
         base: what is not given keeps its value from here; None: the defaults of `RunConfig`.
-        recipe: the method, by name or as a `Recipe` (default: a-clip).
+        recipe: the method, by name or as a `Recipe` (default: a-clip, or finetune if the model has weights).
         model: see `RunConfig` (default: vit-tiny).
         output: the run's folder (default: runs/RECIPE-MODEL).
         optimizer, lr, weight_decay, grad_clip, layer_decay: replace those of the recipe's optimization.
@@ -67,8 +75,8 @@ def configure(
             raise ConfigError(unknown_name("setting", name, {*known} - {"base", "settings"}))
     if base is not None and recipe in (None, base.recipe.name):
         recipe = base.recipe  # with its changes
-    chosen = find_recipe(recipe or "a-clip")
     model = model or (base.model if base else "vit-tiny")
+    chosen = find_recipe(recipe or default_recipe(model))
     given = {"optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "grad_clip": grad_clip,
              "layer_decay": layer_decay}
     optimization: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -90,4 +98,4 @@ def configure(
     return override(RunConfig(recipe=chosen, model=model, output=folder, **settings), changes or {})
 
 
-__all__ = ["RECIPES", "configure", "find_recipe"]
+__all__ = ["RECIPES", "configure", "default_recipe", "find_recipe"]

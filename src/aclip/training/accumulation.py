@@ -36,7 +36,7 @@ def accumulate(
         3. encode every part again and backpropagate its share of dL/dr
 
     Loss and gradients are those of one pass over the batch, up to rounding: heads with batch statistics see the whole
-    batch, over all ranks, once; masks and EMA passes of the first encoding are taken over by the second; augmentations
+    batch, over all ranks, once; masks and passes without gradient are taken over from the first encoding; augmentations
     are functions of the sample. The price is a second forward pass of the online towers. What the objectives read is
     held for the whole batch: little for features, more where a decoder reads patches.
 

@@ -69,10 +69,10 @@ def wrap(
     """
     needs_copy = parallel == "fsdp" and dist.world_size() > 1 and dist.rank() == 0
     whole_method = copy.deepcopy(method) if needs_copy else method
-    foreign = stack_of_open_clip(method.model)
+    foreign = [stack_of_open_clip(model) for model in (method.model, method.frozen) if model is not None]
     for transformer in stacks_of(method):
         transformer.grad_checkpointing = recompute
-        if (compile_blocks or parallel == "fsdp") and transformer is not foreign:
+        if (compile_blocks or parallel == "fsdp") and not any(transformer is stack for stack in foreign):
             call_as_modules(transformer)
         if compile_blocks:
             # all blocks share one function, of which there is a variant for each tower, mode and kind of last block
