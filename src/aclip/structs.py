@@ -220,7 +220,7 @@ class TowerShape:
         num_prefix_tokens: P, 1 for a CLS token, and registers.
         text_width, text_layers, text_mlp_width, context_length, vocab_size: of the text tower.
         text_cut: whether text may be cut after the longest EOT (causal and EOT-pooled).
-        scored: whether the tower has attention scores: a class token or a pooling query that attends to the patches.
+        scored: whether the tower has attention scores (`models.encode_image`): what it pools attends to the patches.
         pool_mlp_width: hidden width of the MLP behind the query that pools the patches (SigLIP's); 0 where none does.
     """
 

@@ -52,7 +52,8 @@ def literal_timm(visual, image, text):
         hooks.append(pool.kv.register_forward_hook(lambda _, __, out: pooled.append(out)))
     feature = visual(image[None])[0]
     if trunk.attn_pool is None:
-        row = relevance(maps, F.cosine_similarity(feature, text, dim=0))[0]
+        rollout = relevance(maps, F.cosine_similarity(feature, text, dim=0))
+        row = rollout[trunk.num_prefix_tokens:].mean(dim=0) if trunk.global_pool == "avg" else rollout[0]
     else:
         heads = (pool.num_heads, -1)
         query = pool.q_norm(pool.q(pool.latent)[0].unflatten(-1, heads).transpose(0, 1))
@@ -110,6 +111,7 @@ def test_maps_of_timms_vits(options):
 
 
 def test_maps_need_attention_that_pools():
-    with pytest.raises(UnsupportedModelError, match="neither a class token nor attention pooling"):
-        models.text_maps(small_timm(**UNSCORED["mean"]), images(1, (12, 20)), TEXTS)
+    options = UNSCORED["registers, mean and largest"]
+    with pytest.raises(UnsupportedModelError, match="no attention scores"):
+        models.text_maps(small_timm(**options), images(1, (12, 20)), TEXTS)
 

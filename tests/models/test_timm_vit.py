@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import DiffAttention, RmsNorm, SwiGLUPacked
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock
 from tower_oracles import (
     assert_same_gradients,
@@ -11,6 +12,7 @@ from tower_oracles import (
     gradients,
     images,
     small_timm,
+    timm_after_embedding,
     timm_on_kept,
     timm_scores_from_full_maps,
 )
@@ -28,10 +30,26 @@ VARIANTS = {
     "no class token, pooled by attention": {"class_token": False, "global_pool": "map"},
     "registers, pooled by attention": {"class_token": False, "reg_tokens": 3, "global_pool": "map"},
     "class token, pooled by attention": {"global_pool": "map"},
-}
-UNSCORED = {
     "mean": {"class_token": False, "global_pool": "avg"},
     "mean beside a class token": {"global_pool": "avg"},
+    "EVA-01": {"trunk": Eva, "global_pool": "token"},
+    "EVA-02-E": {"trunk": Eva, "global_pool": "token", "use_post_norm": True},
+    "EVA-02": {"trunk": Eva, "global_pool": "token", "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True,
+               "scale_attn_inner": True, "use_rot_pos_emb": True, "ref_feat_shape": (4, 4)},
+    "PE-Core": {"trunk": Eva, "global_pool": "map", "attn_type": "rope", "use_pre_transformer_norm": True,
+                "use_rot_pos_emb": True, "ref_feat_shape": (3, 5), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy",
+                "attn_pool_num_heads": 8},
+    "PE-Core-bigG": {"trunk": Eva, "global_pool": "map", "attn_type": "rope", "use_pre_transformer_norm": True,
+                     "class_token": False, "use_rot_pos_emb": True, "rope_grid_indexing": "xy"},
+    "DINOv3": {"trunk": Eva, "global_pool": "token", "use_rot_pos_emb": True, "rope_type": "dinov3",
+               "num_reg_tokens": 4, "rope_rotate_half": True, "use_abs_pos_emb": False, "dynamic_img_size": True,
+               "qkv_bias": False, "init_values": 0.3, "use_fc_norm": False},
+    "DINOv3, mean": {"trunk": Eva, "global_pool": "avg", "use_rot_pos_emb": True, "rope_type": "dinov3",
+                     "num_reg_tokens": 4, "rope_rotate_half": True, "use_abs_pos_emb": False},
+    "learned rotations": {"trunk": Eva, "global_pool": "token", "attn_type": "rope", "use_rot_pos_emb": True,
+                          "rope_type": "mixed", "use_abs_pos_emb": False, "no_embed_class": True, "qk_norm": True},
+}
+UNSCORED = {
     "registers, mean and largest": {"class_token": False, "reg_tokens": 2, "global_pool": "avgmax"},
 }
 ALL = VARIANTS | UNSCORED
@@ -74,12 +92,13 @@ def test_scores_equal_those_of_full_attention_maps(options):
 
 @pytest.mark.parametrize("options", UNSCORED.values(), ids=UNSCORED)
 def test_towers_without_attention_scores_say_so(options):
-    with pytest.raises(UnsupportedModelError, match=r"neither a class token nor attention pooling.* such as uniform"):
+    with pytest.raises(UnsupportedModelError, match=r"no attention scores: .* such as uniform"):
         models.encode_image(small_timm(**options), images(1, (12, 20)), return_scores=True)
 
 
 @pytest.mark.parametrize("name", ["class token", "registers", "registers with positions", "mean",
-                                  "no class token, pooled by attention"])
+                                  "no class token, pooled by attention", "EVA-02", "PE-Core", "DINOv3",
+                                  "learned rotations"])
 def test_another_resolution_equals_timm_resized(name):
     visual, pixels = small_timm(**ALL[name]), images(2, (20, 8))
     ours = models.encode_image(visual, pixels)
@@ -93,7 +112,7 @@ def test_another_resolution_equals_timm_resized(name):
     torch.testing.assert_close(resized(pixels), theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["registers", "no class token, pooled by attention", "mean"])
+@pytest.mark.parametrize("name", ["registers", "no class token, pooled by attention", "mean", "EVA-02", "DINOv3"])
 def test_patch_tokens_and_mask_tokens(name):
     visual, pixels, keep = small_timm(**ALL[name]), images(2, (12, 20)), draw_kept(2, 15, 6)
     trunk, first = visual.trunk, visual.trunk.num_prefix_tokens
@@ -103,10 +122,9 @@ def test_patch_tokens_and_mask_tokens(name):
     mask = torch.randn(32)
     filled = models.encode_image(visual, pixels, keep, mask_token=mask)
     embedded = trunk.patch_embed(pixels)
-    hidden = torch.ones(2, 15, dtype=torch.bool).scatter(1, keep, False)
-    x = trunk.blocks(trunk.norm_pre(trunk._pos_embed(torch.where(hidden[:, :, None], mask, embedded))))
-    torch.testing.assert_close(
-        filled.features, visual.head(trunk.forward_head(trunk.norm(x))), rtol=0, atol=1e-5)
+    hidden = torch.ones(2, 15, dtype=torch.bool).scatter(1, keep, False).view(2, *embedded.shape[1:-1], 1)
+    theirs = timm_after_embedding(visual, torch.where(hidden, mask, embedded), torch.arange(15).expand(2, -1))
+    torch.testing.assert_close(filled.features, theirs, rtol=0, atol=1e-5)
 
 
 def test_training_mode_draws_nothing():
@@ -117,14 +135,15 @@ def test_training_mode_draws_nothing():
     torch.testing.assert_close(models.encode_image(visual, pixels).features, still, rtol=0, atol=1e-6)
 
 
-def test_recomputing_activations_changes_nothing():
-    visual, pixels, keep = small_timm(reg_tokens=1), images(2, (12, 20)), draw_kept(2, 15, 6)
+@pytest.mark.parametrize("name", ["registers", "EVA-02", "learned rotations"])
+def test_recomputing_activations_changes_nothing(name):
+    visual, pixels, keep = small_timm(**ALL[name]), images(2, (12, 20)), draw_kept(2, 15, 6)
     expected = gradients(visual, models.encode_image(visual, pixels, keep).features)
     visual.set_grad_checkpointing(True)
     assert_same_gradients(gradients(visual, models.encode_image(visual, pixels, keep).features), expected, 1e-7)
 
 
-@pytest.mark.parametrize("name", ["registers", "no class token, pooled by attention"])
+@pytest.mark.parametrize("name", ["registers", "no class token, pooled by attention", "EVA-02"])
 def test_half_precision_is_close_and_scores_stay_fp32(name):
     visual, pixels = small_timm(**ALL[name]), images(4, (12, 20))
     exact = models.encode_image(visual, pixels, return_scores=True)
@@ -137,9 +156,10 @@ def test_half_precision_is_close_and_scores_stay_fp32(name):
 
 @pytest.mark.parametrize("options", [
     {"block_fn": ParallelScalingBlock}, {"attn_layer": DiffAttention}, {"pos_embed": "none"}, {"global_pool": "prr"},
+    {"trunk": Eva, "global_pool": "token", "attn_type": "rope", "qkv_fused": False, "num_kv_heads": 2},
 ])
 def test_other_parts_are_refused(options):
-    with pytest.raises(UnsupportedModelError, match=r"a VisionTransformer, is not a plain ViT .*supported are"):
+    with pytest.raises(UnsupportedModelError, match=r"a (VisionTransformer|Eva), is not a plain ViT .*supported are"):
         models.encode_image(small_timm(**options), images(1, (12, 20)))
 
 

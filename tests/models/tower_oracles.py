@@ -65,12 +65,13 @@ def embed_all_then_index(visual: Any, pixels: Tensor, keep: Tensor, positions: T
 
 
 def scores_from_full_maps(visual: Any, pixels: Tensor) -> Tensor:
-    """Average the class token's row over the complete attention maps of every layer and head."""
+    """Average a row, the class token's or the mean of the patches', over the attention maps of every layer and head."""
     x, rows = visual._embeds(pixels), []
     for block in visual.transformer.resblocks:
         normed = block.ln_1(x)
         maps = block.attn(normed, normed, normed, need_weights=True, average_attn_weights=False)[1]
-        rows.append(maps[:, :, 0, 1:].mean(dim=1))
+        asking = maps[:, :, 0] if visual.pool_type == "tok" else maps[:, :, 1:].mean(dim=2)
+        rows.append(asking[:, :, 1:].mean(dim=1))
         x = block(x)
     return torch.stack(rows).mean(dim=0)
 
@@ -129,15 +130,15 @@ def assert_same_gradients(
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=float(tolerance * largest), msg=name)
 
 
-def small_timm(seed: int = 0, out: int = 24, **options: Any) -> TimmModel:
-    """Build open_clip's wrapper around a tiny ViT of timm's: 3 x 5 patches of 4 pixels unless told otherwise."""
+def small_timm(seed: int = 0, out: int = 24, trunk: type[nn.Module] = TimmTrunk, **options: Any) -> TimmModel:
+    """Build open_clip's wrapper around a tiny trunk of timm's: 3 x 5 patches of 4 pixels unless told otherwise."""
     torch.manual_seed(seed)
     defaults: dict[str, Any] = {
         "img_size": (12, 20), "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0,
         "num_classes": 0,
     }
     visual = TimmModel("test_vit", out, pool="token", proj="linear")
-    visual.trunk = TimmTrunk(**{**defaults, **options})
+    visual.trunk = trunk(**{**defaults, **options})
     visual.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0.1), proj=nn.Linear(visual.trunk.embed_dim, out)))
     with torch.no_grad():
         for token in (visual.trunk.cls_token, visual.trunk.reg_token):
@@ -149,10 +150,23 @@ def small_timm(seed: int = 0, out: int = 24, **options: Any) -> TimmModel:
 def timm_on_kept(visual: TimmModel, pixels: Tensor, keep: Tensor) -> Tensor:
     """Embed every patch and add every position as timm does, and only then pick; run timm's own blocks and head."""
     trunk = visual.trunk
-    x = trunk._pos_embed(trunk.patch_embed(pixels))
-    prefix = torch.arange(trunk.num_prefix_tokens)
+    return timm_after_embedding(visual, trunk.patch_embed(pixels), keep)
+
+
+def timm_after_embedding(visual: TimmModel, embedded: Tensor, keep: Tensor) -> Tensor:
+    """Run timm's own positions, blocks and head on some of the embedded patches, with their own rotations."""
+    trunk, prefix = visual.trunk, torch.arange(visual.trunk.num_prefix_tokens)
+    found = trunk._pos_embed(embedded)
+    x, rotary = found if isinstance(found, tuple) else (found, None)
     x = torch.stack([tokens[torch.cat([prefix, len(prefix) + index])] for tokens, index in zip(x, keep, strict=True)])
-    return visual.head(trunk.forward_head(trunk.norm(trunk.blocks(trunk.norm_pre(x)))))
+    x = trunk.norm_pre(x)
+    for depth, block in enumerate(trunk.blocks):
+        if rotary is None:
+            x = block(x)
+        else:  # (N, e), or of each head (H, N, e), of which every sample has its own rows
+            table = rotary[depth] if rotary.ndim == 4 else rotary[None]
+            x = block(x, rope=torch.stack([table[:, index] for index in keep]))
+    return visual.head(trunk.forward_head(trunk.norm(x)))
 
 
 def timm_scores_from_full_maps(visual: TimmModel, pixels: Tensor) -> Tensor:
@@ -167,13 +181,15 @@ def timm_scores_from_full_maps(visual: TimmModel, pixels: Tensor) -> Tensor:
     for block in trunk.blocks:
         block.attn.fused_attn = True
     first = trunk.num_prefix_tokens
+    if trunk.global_pool == "avg":  # every patch asks
+        return torch.stack([m[:, :, first:, first:].mean(dim=(1, 2)) for m in maps]).mean(dim=0)
     if trunk.attn_pool is None:
         return torch.stack([m[:, :, 0, first:].mean(dim=1) for m in maps]).mean(dim=0)
-    pool, rows = trunk.attn_pool, []
+    pool, rows, pooled_prefix = trunk.attn_pool, [], 0 if isinstance(trunk, TimmTrunk) else first
     query = pool.q(pool.latent[0, 0])
-    keys = pool.kv(x[:, first:])[..., : len(query)]
+    keys = pool.kv(x[:, first - pooled_prefix:])[..., : len(query)]
     for head in range(pool.num_heads):
         part = slice(head * pool.head_dim, (head + 1) * pool.head_dim)
         q, k = pool.q_norm(query[part]), pool.k_norm(keys[..., part])
         rows.append(torch.softmax(k @ q / pool.head_dim**0.5, dim=-1))
-    return torch.stack(rows).mean(dim=0)
+    return torch.stack(rows).mean(dim=0)[:, pooled_prefix:]

@@ -3,7 +3,7 @@
 Below them, attention on projected heads, and the single row of it that scores patches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,6 +50,10 @@ class Packing(NamedTuple):
         return whole.view(*self.present.shape, x.shape[1])
 
 
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Queries (B, H, M, d) and keys (B, H, L, d) of a block -> (B, L) float32 scores of its tokens."""
+
+
 def run_blocks(
     transformer: Any,
     x: Float[Tensor, "B L C"] | Float[Tensor, "S C"],
@@ -57,44 +61,50 @@ def run_blocks(
     *,
     causal: bool = False,
     visible: Bool[Tensor, "B L"] | None = None,
-    with_scores: bool = False,
+    score: Score | None = None,
+    rotary: Sequence[Tensor] | None = None,
     packing: Packing | None = None,
-) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B N"] | None]:
-    """Run all blocks of an open_clip `Transformer` or a timm ViT: plain pre-norm blocks.
+) -> tuple[Float[Tensor, "B M C"], Float[Tensor, "B L"] | None]:
+    """Run all blocks of an open_clip `Transformer`, a timm ViT or a timm `Eva`: plain pre-norm or post-norm blocks.
 
-        x <- x + ls_1(attn(ln_1(x)));  x <- x + ls_2(mlp(ln_2(x)))
+        x <- x + ls_1(attn(ln_1(x)));  x <- x + ls_2(mlp(ln_2(x)))        pre-norm
+        x <- x + ln_1(attn(x));        x <- x + ln_2(mlp(x))              post-norm
 
     If only one token of each sample is read afterwards, the last block computes that token alone, with 10 / (12 n)
     fewer multiplications in n blocks (7 % in 12). Honours `transformer.grad_checkpointing`.
 
     Args:
-        transformer: `open_clip.transformer.Transformer` of `ResidualAttentionBlock`, or
-            `timm.models.VisionTransformer` of `Block`, which is never causal.
+        transformer: `open_clip.transformer.Transformer` of `ResidualAttentionBlock`, or timm's `VisionTransformer` or
+            `Eva`, which are never causal.
         x: (B, L, C) embedded tokens.
         read: (B,) int64 position of the one token of each sample that is read, or None for all.
         causal: token i sees tokens 0..i only.
         visible: (B, L) bool, the tokens of each sample that can be attended to, at least one; None for all. Outputs
-            at the others are undefined. Not together with `causal` or `with_scores`.
-        with_scores: also return the attention of token 0 to the others, averaged over blocks and heads.
+            at the others are undefined. Not together with `causal` or `score`.
+        score: queries and keys of a block -> (B, L) scores of its tokens (`first_row`, `mean_row`), to be averaged over
+            blocks.
+        rotary: of each block, timm's table of sines and cosines (B or 1, H or 1, R, 2 d), by which queries and keys of
+            the last R tokens are rotated; None rotates nothing. The token of `read` is not among the R.
         packing: layout of `x`, which then is (S, C); `read`, if given, is each sample's last token. Only with
-            `causal`, without `visible` and `with_scores`.
+            `causal`, without `visible` and `score`.
 
     Returns:
-        The tokens, shaped like `x` or, with `read`, (B, 1, C); and the scores, (B, L - 1) float32, or None.
+        The tokens, shaped like `x` or, with `read`, (B, 1, C); and the scores, (B, L) float32, or None.
     """
     recompute = transformer.grad_checkpointing and torch.is_grad_enabled()
     rows: list[Tensor] = []
     blocks = blocks_of(transformer)
     for index, block in enumerate(blocks):
         run = block if "forward" in vars(block) else partial(run_block, block)
-        arguments = (x, read if index == len(blocks) - 1 else None, causal, visible, with_scores, packing)
+        last = index == len(blocks) - 1
+        arguments = (x, read if last else None, causal, visible, score, rotary[index] if rotary else None, packing)
         if recompute:  # nothing is drawn in a block
             x, row = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             x, row = run(*arguments)
         if row is not None:
             rows.append(row)
-    return x, torch.stack(rows).mean(dim=0) if with_scores else None
+    return x, torch.stack(rows).mean(dim=0) if rows else None
 
 
 def call_as_modules(transformer: Any) -> None:
@@ -109,9 +119,10 @@ def call_as_modules(transformer: Any) -> None:
 def stacks_of(module: nn.Module) -> Iterator[Any]:
     """Yield every stack of blocks in a module, of towers, their EMA copies and decoders alike."""
     from open_clip.transformer import Transformer
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
-    return (part for part in module.modules() if isinstance(part, Transformer | VisionTransformer))
+    return (part for part in module.modules() if isinstance(part, Transformer | VisionTransformer | Eva))
 
 
 def blocks_of(transformer: Any) -> Any:
@@ -122,62 +133,97 @@ def blocks_of(transformer: Any) -> Any:
 def run_block(
     block: Any,
     x: Float[Tensor, "B L C"] | Float[Tensor, "S C"],
-    read: Int[Tensor, " B"] | None,
-    causal: bool,
-    visible: Bool[Tensor, "B L"] | None,
-    with_scores: bool,
-    packing: Packing | None,
-) -> tuple[Float[Tensor, "B M C"] | Float[Tensor, "S C"], Float[Tensor, "B N"] | None]:
+    read: Int[Tensor, " B"] | None = None,
+    causal: bool = False,
+    visible: Bool[Tensor, "B L"] | None = None,
+    score: Score | None = None,
+    rotary: Float[Tensor, "b h R e"] | None = None,
+    packing: Packing | None = None,
+) -> tuple[Float[Tensor, "B M C"] | Float[Tensor, "S C"], Float[Tensor, "B L"] | None]:
     """Run one block, as `run_blocks`; without dropout, as a step that is run again must give the same result."""
     attn = block.attn
-    if is_timm := hasattr(block, "norm1"):
-        norm_1, scale_1, norm_2, scale_2, project = block.norm1, block.ls1, block.norm2, block.ls2, attn.proj
-    else:
-        norm_1, scale_1, norm_2, scale_2, project = block.ln_1, block.ls_1, block.ln_2, block.ls_2, attn.out_proj
+    norm_1, scale_1, norm_2, scale_2 = _norms_and_scales(block)
     normed = norm_1(x)
     queried = normed if read is None else _row(normed, read, packing)
     q, k, v = _heads_of(attn, normed, None if read is None else queried, packing)
+    if rotary is not None:
+        half = getattr(attn, "rotate_half", False)  # since timm 1.0.20
+        q, k = q if read is not None else _rotate(q, rotary, half), _rotate(k, rotary, half)
     if read is not None:
         x = _row(x, read, packing)
         if causal:
             visible = torch.arange(k.shape[2], device=x.device) <= read[:, None]
             causal = False
-    scores = first_row(q, k)[:, 1:] if with_scores else None
+    scores = score(q, k) if score is not None else None
     keys = None if visible is None else visible[:, None, None]
     mixed = attention(q, k, v, causal=causal, visible=keys).transpose(1, 2).flatten(2)
     if packing is not None and read is None:
         mixed = packing.pack(mixed)
-    if is_timm:
+    if hasattr(attn, "q_norm"):
         mixed = attn.norm(mixed)
         if getattr(attn, "gate", None) is not None:
             mixed = mixed * attn.gate(queried).sigmoid()
-    x = x + scale_1(project(mixed))
+    x = x + scale_1((attn.proj if hasattr(attn, "proj") else attn.out_proj)(mixed))
     x = x + scale_2(block.mlp(norm_2(x)))
     return x, scores
+
+
+def _norms_and_scales(block: Any) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """Return norm and scale around attention, then around the MLP: x + scale(f(norm(x)))."""
+    if hasattr(block, "ln_1"):  # open_clip's
+        return block.ln_1, block.ls_1, block.ln_2, block.ls_2
+    if hasattr(block, "ls1"):  # timm's ViT
+        return block.norm1, block.ls1, block.norm2, block.ls2
+    if hasattr(block, "gamma_1"):  # Eva
+        return block.norm1, partial(_scaled, block.gamma_1), block.norm2, partial(_scaled, block.gamma_2)
+    return partial(_scaled, None), block.norm1, partial(_scaled, None), block.norm2  # Eva, post-norm
+
+
+def _scaled(gamma: Float[Tensor, " C"] | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
 
 
 def _heads_of(
     attn: Any, x: Tensor, queried: Float[Tensor, "B 1 C"] | None, packing: Packing | None
 ) -> tuple[Float[Tensor, "B H M d"], Float[Tensor, "B H L d"], Float[Tensor, "B H L d"]]:
-    """Apply the stacked projection of an attention module: queries of `queried` (None: of all), keys and values."""
-    is_timm = hasattr(attn, "qkv")
-    weight, bias = (attn.qkv.weight, attn.qkv.bias) if is_timm else (attn.in_proj_weight, attn.in_proj_bias)
-
+    """Apply the projections of an attention module: queries of `queried` (None: of all), keys and values."""
     def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
         if packing is not None and x.ndim == 2:
             x = packing.unpack(x)
         heads: Tensor = x.unflatten(-1, (parts, attn.num_heads, -1))
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
-    if queried is None:
-        q, k, v = split(F.linear(x, weight, bias), 3)
+    if getattr(attn, "q_proj", None) is not None:  # Eva's, not stacked
+        (q,), (k,), (v,) = (split(projection(tokens), 1) for projection, tokens in (
+            (attn.q_proj, x if queried is None else queried), (attn.k_proj, x), (attn.v_proj, x)))
     else:
-        sizes = [weight.shape[0] // 3, 2 * weight.shape[0] // 3]
-        q_weight, kv_weight = torch.split(weight, sizes)
-        q_bias, kv_bias = (None, None) if bias is None else torch.split(bias, sizes)
-        (q,) = split(F.linear(queried, q_weight, q_bias), 1)
-        k, v = split(F.linear(x, kv_weight, kv_bias), 2)
-    return (attn.q_norm(q), attn.k_norm(k), v) if is_timm else (q, k, v)
+        weight, bias = _stacked(attn)
+        if queried is None:
+            q, k, v = split(F.linear(x, weight, bias), 3)
+        else:
+            sizes = [weight.shape[0] // 3, 2 * weight.shape[0] // 3]
+            q_weight, kv_weight = torch.split(weight, sizes)
+            q_bias, kv_bias = (None, None) if bias is None else torch.split(bias, sizes)
+            (q,) = split(F.linear(queried, q_weight, q_bias), 1)
+            k, v = split(F.linear(x, kv_weight, kv_bias), 2)
+    return (attn.q_norm(q), attn.k_norm(k), v) if hasattr(attn, "q_norm") else (q, k, v)
+
+
+def _stacked(attn: Any) -> tuple[Float[Tensor, "E C"], Float[Tensor, " E"] | None]:
+    """Return weight and bias of the stacked projection to queries, keys and values."""
+    if hasattr(attn, "in_proj_weight"):
+        return attn.in_proj_weight, attn.in_proj_bias
+    if getattr(attn, "q_bias", None) is not None:  # Eva's, whose keys have none
+        return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    return attn.qkv.weight, attn.qkv.bias
+
+
+def _rotate(x: Float[Tensor, "B H L d"], table: Float[Tensor, "b h R e"], half: bool) -> Float[Tensor, "B H L d"]:
+    """Rotate the last R tokens (RoPE, arXiv 2104.09864); the others, class token and registers, have no position."""
+    from timm.layers import apply_rot_embed_cat
+
+    first = x.shape[2] - table.shape[2]
+    return torch.cat([x[:, :, :first], apply_rot_embed_cat(x[:, :, first:], table, half=half)], dim=2)
 
 
 def _row(x: Tensor, read: Int[Tensor, " B"], packing: Packing | None) -> Float[Tensor, "B 1 C"]:
@@ -240,4 +286,19 @@ def first_row(q: Float[Tensor, "B H M d"], k: Float[Tensor, "B H L d"]) -> Float
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         logits = q[:, :, :1].float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
         row: Tensor = logits.softmax(dim=-1)[:, :, 0].mean(dim=1)
+    return row
+
+
+def mean_row(q: Float[Tensor, "B H M d"], k: Float[Tensor, "B H L d"], first: int) -> Float[Tensor, "B L"]:
+    """Return the attention of all queries from `first` on to each key, averaged over them and over heads.
+
+        1/(H (M - first)) sum_hm softmax(q_h[m] . k_h / sqrt(d))
+
+    Of whole attention maps, head by head so that no more than (B, M, L) is held, otherwise as `first_row`.
+    """
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        scale = q.shape[-1] ** -0.5
+        rows = [(a.float() @ b.float().mT * scale).softmax(dim=-1).mean(dim=1)
+                for a, b in zip(q[:, :, first:].unbind(1), k.unbind(1), strict=True)]
+        row: Tensor = torch.stack(rows).mean(dim=0)
     return row

@@ -405,7 +405,8 @@ def _seems_supported(config: Mapping[str, Any]) -> bool:
         return False
     if not name:
         return isinstance(vision.get("layers", 12), int)
-    if not is_model(name) or model_entrypoint(name).__module__ != "timm.models.vision_transformer":
+    if not is_model(name) or model_entrypoint(name).__module__ not in ("timm.models.vision_transformer",
+                                                                       "timm.models.eva"):
         return False
     patch = re.search(r"patch(\d+)", name)  # does not divide the image of one (SO400M at 384)
     return patch is None or all(side % int(patch[1]) == 0 for side in pair(vision["image_size"]))

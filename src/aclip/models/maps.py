@@ -39,8 +39,8 @@ def text_maps(
 
         R <- R + mean_h max(0, A_h . dS/dA_h) R
 
-    The map is the class token's row of R, its patches; in a tower that pools by attention (SigLIP), the row of the
-    pool's query, mean_h max(0, A_h . dS/dA_h) R.
+    The map is the class token's row of R, its patches; in a tower that pools the mean, the mean of the patches' rows;
+    in one that pools by attention (SigLIP), the row of the pool's query, mean_h max(0, A_h . dS/dA_h) R.
 
     Args:
         visual: an image tower, as `encode_image` takes it, in fp32.
@@ -58,9 +58,10 @@ def text_maps(
         raise UnsupportedModelError(NO_ATTENTION_SCORES)
     with _Attentions() as attentions:
         # attention has a gradient even in a frozen tower; what was made in inference mode has none
-        x = embed_tokens(vit, pixels.clone().detach().requires_grad_())
-        for block in blocks_of(vit.stack):
-            x, _ = run_block(block, x, None, False, None, False, None)
+        pixels = pixels.clone().detach().requires_grad_()
+        x, rotary = embed_tokens(vit, pixels)
+        for index, block in enumerate(blocks_of(vit.stack)):
+            x, _ = run_block(block, x, rotary=rotary[index] if rotary else None)
         pooled, _ = vit.pool(x, False)
         similarity = F.normalize(vit.project(pooled), dim=-1) @ text_features.clone().mT
     calls = attentions.calls
@@ -74,7 +75,8 @@ def text_maps(
             relevance = relevance + weight @ relevance
         if last is not None:  # a pool may leave out the prefix
             relevance = last @ relevance[:, x.shape[1] - last.shape[2]:]
-        maps.append(relevance[:, 0, vit.num_prefix_tokens:])
+        rows = relevance[:, vit.num_prefix_tokens:].mean(dim=1) if vit.scored_by == "patches" else relevance[:, 0]
+        maps.append(rows[:, vit.num_prefix_tokens:])
     return torch.stack(maps, dim=1)
 
 

@@ -1,5 +1,8 @@
 """The image tower: a ViT over the kept patches, at any resolution, with the attention that ranks patches."""
 
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -8,15 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from aclip.errors import ConfigError, UnsupportedModelError
-from aclip.models.blocks import attention, first_row, run_blocks
+from aclip.models.blocks import Score, attention, first_row, mean_row, run_blocks
 from aclip.structs import ImageEncoding
 
 SUPPORTED = ("supported are plain ViTs: open_clip's own, such as ViT-B-32, ViT-B-16, ViT-L-14, vit-small and vit-tiny, "
-             "and timm's, such as ViT-B-16-SigLIP")
+             "and timm's, such as ViT-B-16-SigLIP, EVA02-B-16 and PE-Core-B-16")
 
 NO_ATTENTION_SCORES = (
-    "the features of this image tower come from neither a class token nor attention pooling, so it has no attention "
-    "scores: choose a masking that needs none, such as uniform, or another model, such as ViT-B-16")
+    "the features of this image tower come from neither a class token, nor attention pooling, nor the mean of the "
+    "patches, so it has no attention scores: choose a masking that needs none, such as uniform, or another model, such "
+    "as ViT-B-16")
 
 
 def encode_image(
@@ -32,10 +36,13 @@ def encode_image(
 
     With every patch kept, the features equal `visual(pixels)` up to rounding. Patches are removed before they are
     embedded and keep their own positions, which are interpolated at another resolution than the model's. The score of
-    patch P, over all layers l and heads h (A-CLIP, arXiv 2212.08653), or, in a tower that pools by attention (SigLIP),
-    over the heads of the pool's query in place of CLS:
+    patch P, over all layers l and heads h (A-CLIP, arXiv 2212.08653):
 
         s_P = 1/(L H) sum_lh softmax(q_lh(CLS) . k_lh / sqrt(d))[P]
+
+    What is pooled asks: in a tower that pools by attention (SigLIP), the heads of the pool's query in place of CLS; in
+    one that pools the mean of the patches, every patch, averaged, which is the weight that P's value has in the mean
+    of what a layer's attention returns.
 
     Works under autocast and `torch.compile`, without host synchronisation. A config's `patch_dropout`, dropout and
     stochastic depth are not applied: masking is an argument here, never a state of the model.
@@ -60,17 +67,15 @@ def encode_image(
         raise ValueError("scores rank all patches: they cannot be returned when only some are kept")
     if return_scores and vit.scored_by is None:
         raise UnsupportedModelError(NO_ATTENTION_SCORES)
-    x = embed_tokens(vit, pixels, keep_indices, mask_token)
+    x, rotary = embed_tokens(vit, pixels, keep_indices, mask_token)
     num_tokens, first_patch = x.shape[1], vit.num_prefix_tokens
 
     reads_all = return_patches or not vit.reads_first
     first = None if reads_all else torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    x, scores = run_blocks(vit.stack, x, first, with_scores=return_scores and vit.scored_by == "class token")
-    if scores is not None:
-        scores = scores[:, first_patch - 1:]  # drop the registers
-    pooled, pool_scores = vit.pool(x, return_scores and vit.scored_by == "pool")
+    x, rows = run_blocks(vit.stack, x, first, score=vit.block_score if return_scores else None, rotary=rotary)
+    pooled, scores = vit.pool(x, return_scores and vit.scored_by == "pool")
     return ImageEncoding(
-        features=vit.project(pooled), cls=pooled, scores=scores if pool_scores is None else pool_scores,
+        features=vit.project(pooled), cls=pooled, scores=scores if rows is None else rows[:, first_patch:],
         patches=vit.norm_patches(x[:, first_patch:]) if return_patches else None, num_tokens=num_tokens)
 
 
@@ -79,10 +84,15 @@ def embed_tokens(
     pixels: Float[Tensor, "B 3 h w"],
     keep_indices: Int[Tensor, "B K"] | None = None,
     mask_token: Float[Tensor, " C"] | None = None,
-) -> Float[Tensor, "B L C"]:
-    """Return what the first block reads: class token and registers, then the patches; arguments of `encode_image`."""
+) -> tuple[Float[Tensor, "B L C"], Sequence[Tensor] | None]:
+    """Return what the blocks read: class token and registers, then the patches; and their rotations, for `run_blocks`.
+
+    Arguments are those of `encode_image`.
+    """
     x = _embed_patches(vit, pixels, keep_indices, mask_token)
-    return cast(Tensor, vit.norm_before(torch.cat([vit.prefix().to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)))
+    tokens = torch.cat([vit.prefix().to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+    grid = grid_of((pixels.shape[-2], pixels.shape[-1]), vit.patch_size)
+    return vit.norm_before(tokens), vit.rotary_at(grid, keep_indices if mask_token is None else None)
 
 
 def _embed_patches(
@@ -138,15 +148,19 @@ def vit_of(visual: nn.Module) -> "Vit":
 
 
 def _is_plain(trunk: Any) -> bool:
-    from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
+    from timm.layers import Attention, AttentionPoolLatent, AttentionRope, PatchEmbed
+    from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
     from timm.models.vision_transformer import Block, VisionTransformer
 
+    kinds = {VisionTransformer: [(Block, Attention)],
+             Eva: [(block, attn) for block in (EvaBlock, EvaBlockPostNorm) for attn in (EvaAttention, AttentionRope)]}
     return (
-        type(trunk) is VisionTransformer
-        and all(type(block) is Block and type(block.attn) is Attention for block in trunk.blocks)
+        type(trunk) in kinds
+        and all((type(block), type(getattr(block, "attn", None))) in kinds[type(trunk)]
+                and getattr(block.attn, "num_kv_groups", 1) == 1 for block in trunk.blocks)
         and type(trunk.patch_embed) is PatchEmbed
         and isinstance(trunk.patch_embed.norm, nn.Identity)
-        and trunk.pos_embed is not None
+        and (trunk.pos_embed is not None or getattr(trunk, "rope", None) is not None)
         and trunk.global_pool not in ("", "prr")
         and type(trunk.attn_pool) in (type(None), AttentionPoolLatent)
     )
@@ -178,12 +192,13 @@ class Vit:
         patch_embedding: the convolution that embeds patches; its stride is its kernel size.
         norm_before: the norm before the blocks, or the identity.
         num_prefix_tokens: P, class token and registers.
-        scored_by: the source of attention scores, None if there is none. A class token that is not pooled is no
-            source: no loss reaches its last query, and nothing teaches the earlier ones to look for content.
+        scored_by: whose attention scores the patches, None if nothing's does. It is what is pooled: a class token that
+            is not pooled is no source, as no loss reaches its last query, and nothing teaches the earlier ones to look
+            for content.
         reads_first: whether only the first token is read after the blocks.
     """
 
-    scored_by: Literal["class token", "pool"] | None
+    scored_by: Literal["class token", "patches", "pool"] | None
 
     def __init__(self, visual: Any) -> None:
         self.visual = visual
@@ -194,7 +209,20 @@ class Vit:
         self.norm_before: nn.Module = visual.ln_pre
         self.num_prefix_tokens = 1
         self.reads_first: bool = visual.pool_type == "tok"
-        self.scored_by = "class token" if self.reads_first else None
+        self.scored_by = "class token" if self.reads_first else "patches"
+
+    @property
+    def block_score(self) -> Score | None:
+        """The scores that blocks give, None if they give none."""
+        if self.scored_by == "patches":
+            return partial(mean_row, first=self.num_prefix_tokens)
+        return first_row if self.scored_by == "class token" else None
+
+    def rotary_at(
+        self, grid_size: tuple[int, int], keep_indices: Int[Tensor, "B K"] | None
+    ) -> Sequence[Float[Tensor, "b h R e"]] | None:
+        """Return each block's rotations of the kept patches on a grid (down, across), None in a tower without."""
+        return None
 
     def prefix(self) -> Float[Tensor, "P C"]:
         """Return class token and registers, their positions added."""
@@ -248,7 +276,11 @@ class Vit:
 
 
 class TimmVit(Vit):
-    """timm's `VisionTransformer` of plain blocks inside open_clip's `TimmModel`: class token, registers, any pool."""
+    """timm's `VisionTransformer` or `Eva` of plain blocks inside open_clip's `TimmModel`.
+
+    Class token, registers, any pool; learned or rotary positions, or both. Rotations on another grid than the tower's
+    own are those that timm's `set_input_size` would give it.
+    """
 
     def __init__(self, visual: Any) -> None:
         trunk = visual.trunk
@@ -260,17 +292,46 @@ class TimmVit(Vit):
         self.norm_before = trunk.norm_pre
         self.num_prefix_tokens = trunk.num_prefix_tokens
         self.reads_first = trunk.attn_pool is None and trunk.global_pool == "token"
-        by_class_token = self.reads_first and trunk.has_class_token  # else the first token is a register or a patch
-        self.scored_by = "pool" if trunk.attn_pool is not None else "class token" if by_class_token else None
-        self._prefix_positions = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+        if trunk.attn_pool is not None:
+            self.scored_by = "pool"
+        elif self.reads_first:  # without a class token, the first is a register or a patch
+            self.scored_by = "class token" if trunk.cls_token is not None else None
+        else:
+            self.scored_by = "patches" if trunk.global_pool == "avg" else None
+        without = trunk.pos_embed is None or trunk.no_embed_class
+        self._prefix_positions = 0 if without else trunk.num_prefix_tokens
 
     def prefix(self) -> Float[Tensor, "P C"]:
         tokens = [token[0] for token in (self.trunk.cls_token, self.trunk.reg_token) if token is not None]
-        prefix: Tensor = torch.cat(tokens) if tokens else self.trunk.pos_embed[0, :0]
+        weight = self.patch_embedding.weight
+        prefix: Tensor = torch.cat(tokens) if tokens else weight.new_zeros(0, len(weight))
         return prefix + self.trunk.pos_embed[0, :self._prefix_positions] if self._prefix_positions else prefix
 
     def patch_positions(self) -> Float[Tensor, "N C"]:
         return cast(Tensor, self.trunk.pos_embed[0, self._prefix_positions:])
+
+    def positions_at(self, grid_size: tuple[int, int]) -> Float[Tensor, "N C"]:
+        if self.trunk.pos_embed is None:  # rotations alone
+            weight = self.patch_embedding.weight
+            return weight.new_zeros(grid_size[0] * grid_size[1], len(weight))
+        return super().positions_at(grid_size)
+
+    def rotary_at(
+        self, grid_size: tuple[int, int], keep_indices: Int[Tensor, "B K"] | None
+    ) -> Sequence[Float[Tensor, "b h R e"]] | None:
+        rope, depth = getattr(self.trunk, "rope", None), len(self.trunk.blocks)
+        if rope is None:
+            return None
+        if grid_size != self.grid_size and hasattr(rope, "pos_embed"):  # keeps one table, and ignores `shape`
+            rope = deepcopy(rope)
+            rope.update_feat_shape(list(grid_size))
+        tables: Tensor = rope.get_embed(shape=list(grid_size))
+        if tables.ndim == 2:  # (N, e), shared by all blocks and heads
+            table = tables[None] if keep_indices is None else F.embedding(keep_indices, tables)
+            return [table[:, None]] * depth
+        if keep_indices is None:  # (depth, H, N, e)
+            return list(tables[:, None])
+        return [table[:, keep_indices].transpose(0, 1) for table in tables]
 
     def pool(
         self, x: Float[Tensor, "B L C"], with_scores: bool
@@ -280,7 +341,7 @@ class TimmVit(Vit):
         if trunk.attn_pool is None:
             pooled = trunk.pool(x)
         else:
-            start = 0 if trunk.pool_include_prefix else self.num_prefix_tokens
+            start = 0 if getattr(trunk, "pool_include_prefix", True) else self.num_prefix_tokens
             pooled, scores = _attention_pool(trunk.attn_pool, x[:, start:], with_scores=with_scores)
             scores = None if scores is None else scores[:, self.num_prefix_tokens - start:]
         return trunk.fc_norm(pooled), scores

@@ -20,7 +20,7 @@ from aclip.training.muon import Muon
 # By name, for parameters with two dimensions that are not matrices of a linear map.
 _NEVER_DECAYED = (
     "positional_embedding", "class_embedding", "logit_scale", "logit_bias",
-    "pos_embed", "cls_token", "reg_token", "attn_pool.latent",  # timm's
+    "pos_embed", "cls_token", "reg_token", "attn_pool.latent", "rope.freqs",  # timm's
 )
 _BLOCK = re.compile(r".*?\.(?:resblocks|trunk\.blocks)\.(\d+)\.")  # open_clip's and timm's
 _PACKED = ("attn.in_proj_weight", "attn.qkv.weight")  # open_clip's and timm's queries, keys and values
