@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import aclip
-from aclip import devices, dist
+from aclip import checkpoint, devices, dist
 from aclip.errors import ConfigError, DataError
+from aclip.run_folder import RunFolder
 from made_pictures import captioned_noise
 
 SMALL: dict[str, Any] = {"model": "vit-micro", "precision": "fp32", "batch_size": 8, "workers": 0, "log_every": 1}
@@ -51,6 +52,63 @@ def test_a_finished_run_is_continued_and_only_machinery_may_change(run: aclip.Ru
         aclip.train(resume=str(images))
     with pytest.raises(ConfigError, match="already holds a run"):
         aclip.train(recipe="flip", data=str(images), output=str(run.folder), **SMALL)
+
+
+def test_the_best_model_is_kept_and_changes_are_counted_from_a_pretrained_start(
+    run: aclip.Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    new.mkdir()
+    for colour in ("red", "green", "blue", "yellow", "black", "white", "purple", "orange"):  # soon learned
+        Image.new("RGB", (40, 40), colour).save(new / f"{colour}.png")
+        (new / f"{colour}.txt").write_text(colour)
+    fine = aclip.train(
+        recipe="clip", data=str(new), validation=(f"new={new}", f"old={images}"), output=str(tmp_path / "fine"),
+        epochs=40, lr=1e-3, keep_best="new", keep_checkpoints=99, evaluate_every=1, save_every=1,
+        **{**SMALL, "model": str(run.folder)})
+    found = [(r["step"], r["metrics"]["image_to_text_r1"]) for r in RunFolder(fine.folder).records("evaluations")
+             if r["set"] == "new"]
+    assert [step for step, _ in found] == [0, 10, 20, 30, 40]
+    best, value = max(found, key=lambda one: one[1])  # of equal ones the first
+    assert best > 0
+    loaded = aclip.load(fine.folder / "best")
+    assert loaded.step == best
+    stored = checkpoint.open_checkpoint(fine.folder / "checkpoints" / f"step-{best:08}").tensors("method/model.")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.model.state_dict().items())
+    assert fine.model.step == 40
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"new was best at step {best}" in said
+    assert said.count("in brackets the change since the start") == 2 * 4
+    change = f"({100 * (value - found[0][1]):+.1f})"
+    assert f"image_to_text_r1 {value:.1%} {change}" in said
+    page = (fine.folder / "report.html").read_text()
+    assert f" % ({100 * (found[-1][1] - found[0][1]):+.1f})</td>" in page
+    assert "since the start" in page
+
+
+def test_a_run_ends_early_and_stays_ended(run: aclip.Run, images: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "model": str(run.folder), "output": str(tmp_path / "run"), "data": str(images)}
+    early = aclip.train(recipe="clip", epochs=40, validation=f"held={images}", keep_best="held:text_to_image_r10",
+                        early_stop=1, lr=1e-12, **settings)  # stands still, so that nothing improves
+    assert early.model.step == 10
+    assert aclip.load(early.folder / "best").step == 0
+    before = (early.folder / "final" / "open_clip_model.safetensors").read_bytes()
+    assert aclip.train(resume=str(early.folder)).model.step == 10
+    weights = (early.folder / "final" / "open_clip_model.safetensors").read_bytes()
+    assert weights == before
+
+
+@pytest.mark.parametrize(("settings", "reason"), [
+    ({"keep_best": "hold"}, "unknown validation set 'hold': did you mean 'held'"),
+    ({"keep_best": "held:r1"}, "unknown metric 'r1'"), ({"early_stop": 3}, "add --keep-best SET"),
+    ({"keep_best": "held", "recipe": "simclr"}, "recipe 'simclr' trains no text tower"),
+])
+def test_a_best_that_cannot_be_told_is_refused(
+    images: Path, tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        aclip.train(**{"recipe": "clip", **settings}, data=str(images), validation=f"held={images}",
+                    output=str(tmp_path / "run"), **SMALL)
 
 
 def test_a_run_goes_on_from_another_working_folder_and_names_moved_data(

@@ -25,7 +25,7 @@ LEVELS = (
     {"recipes", "report", "training"},
     {"describe", "evaluation", "examination", "explanation", "exporters"},
     {"trainer"},
-    {"bench", "overfit", "runs", "search"},
+    {"bench", "merging", "overfit", "runs", "search"},
     {"comparison", "machine"},
     {"cli"},
     {"__main__", "__init__"},

@@ -33,10 +33,11 @@ def test_says_where_it_cannot_write(tmp_path: Path) -> None:
 
 
 def test_names_of_its_parts(folder: RunFolder) -> None:
-    parts = (folder.checkpoints, folder.final, folder.snapshots)
+    parts = (folder.checkpoints, folder.final, folder.best, folder.snapshots)
     assert [p.relative_to(folder.path).as_posix() for p in parts] == [
         "checkpoints",
         "final",
+        "best",
         "snapshots",
     ]
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aclip.explanation import Explanation, explain
     from aclip.exporters import EXPORTERS, export
     from aclip.masking import MASKING
+    from aclip.merging import merge
     from aclip.models import load
     from aclip.objectives import OBJECTIVES
     from aclip.objectives import functional as losses
@@ -43,13 +44,14 @@ _HOMES = {
     **dict.fromkeys(("Index", "index", "serve"), "aclip.search"),
     "compare": "aclip.comparison",
     "load": "aclip.models",
+    "merge": "aclip.merging",
     "MASKING": "aclip.masking",
     "OBJECTIVES": "aclip.objectives",
 }
 __all__ = [
     "EVALUATORS", "EXPORTERS", "MASKING", "OBJECTIVES", "RECIPES", "SETS", "SOURCES", "EmaMomentum", "Explanation",
     "Index", "ObjectiveConfig", "Optimization", "Pass", "Recipe", "Run", "RunConfig", "TextPass", "compare",
-    "configure", "evaluate", "explain", "export", "index", "load", "losses", "serve", "train",
+    "configure", "evaluate", "explain", "export", "index", "load", "losses", "merge", "serve", "train",
 ]
 
 

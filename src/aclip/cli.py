@@ -34,6 +34,7 @@ and its relatives, on your own images and captions, over open_clip.
                    a text
   export           hand a model to open_clip, transformers, ONNX Runtime or
                    torch.export
+  merge            average the weights of models: fine-tune without forgetting
   index            encode images so that they can be searched
   search           find them by text, by image, or near-duplicates
   serve            the same as a page, on this machine
@@ -65,6 +66,7 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "evaluate": ("aclip.evaluation", "evaluate", ("model",)),
     "explain": ("aclip.explanation", "draw_explanations", ("model", "images")),
     "export": ("aclip.exporters", "export", ("model",)),
+    "merge": ("aclip.merging", "merge", ("models",)),
     "index": ("aclip.search", "index", ("model", "source")),
     "search": ("aclip.search", "search", ("index", "query")),
     "serve": ("aclip.search", "serve", ("index",)),
@@ -345,7 +347,9 @@ def _option(hint: Any, default: Any) -> Any:
     if any(typing.get_origin(kind) in (tuple, Sequence) for kind in typing.get_args(hint)) and str in kinds:
         metavar = "STR [STR ...]"
     elif kinds and default is None:
-        metavar = "|".join(kind.__name__.upper() for kind in kinds)
+        words = [word for kind in typing.get_args(hint) if typing.get_origin(kind) is typing.Literal
+                 for word in typing.get_args(kind)]
+        metavar = "|".join([*(kind.__name__.upper() for kind in kinds), *words])
     if default in (None, (), inspect.Parameter.empty):
         return typing.Annotated[hint, tyro.conf.arg(help_behavior_hint="", metavar=metavar)]
     return typing.Annotated[hint, tyro.conf.arg(metavar=metavar)] if metavar else hint

@@ -322,6 +322,9 @@ class RunConfig:
         compile: compile the transformer blocks.
         log_every: optimizer steps between lines of metrics.jsonl.
         evaluate_every: epochs between evaluations, an epoch counting as ten steps at least; 0: only at the end.
+        keep_best: a validation set's name, or SET:METRIC with a recall of retrieval (default: image_to_text_r1): the
+            run's best/ is the model of the best evaluation, in the form of final/, which stays the last one.
+        early_stop: end when so many evaluations in a row were no better than the best; needs keep_best. 0: never.
         save_every: epochs between checkpoints, counted alike; 0: only at the end.
         keep_checkpoints: how many of the newest checkpoints to keep.
         keep_every: also keep every N-th checkpoint for good; 0 keeps none.
@@ -352,6 +355,8 @@ class RunConfig:
     compile: bool = False
     log_every: Count = 10
     evaluate_every: NonNegative = 1.0
+    keep_best: str | None = None
+    early_stop: Natural = 0
     save_every: NonNegative = 1.0
     keep_checkpoints: Count = 2
     keep_every: Natural = 0
@@ -366,6 +371,9 @@ class RunConfig:
         if self.teacher is not None and not self.recipe.uses_frozen:
             raise ConfigError(f"teacher has no effect: recipe '{self.recipe.name}' has no frozen encoder; choose one "
                               "that has, such as distill")
+        if self.early_stop and self.keep_best is None:
+            raise ConfigError("early_stop watches the metric of keep_best: add --keep-best SET, the name of a "
+                              "validation set")
         total = sum(phase.share for phase in self.resolution_schedule)
         if total > 1.0 + 1e-9:
             raise ConfigError(f"the shares of a resolution schedule add up to at most 1, not {total:g}")

@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "final"
 
     @property
+    def best(self) -> Path:
+        """Folder of the model of the best evaluation, in the form of `final`."""
+        return self.path / "best"
+
+    @property
     def snapshots(self) -> Path:
         """Folder of what the model attended to over training."""
         return self.path / "snapshots"

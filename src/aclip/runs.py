@@ -16,11 +16,13 @@ from aclip import data, dist, exporters, models
 from aclip.config import CHANGEABLE, RunConfig, differences, to_dict
 from aclip.describe import dataflow_table, describe_run, plain_text
 from aclip.devices import choose_device, versions
-from aclip.errors import AclipError, BadSampleError, ConfigError, DataError
+from aclip.errors import AclipError, BadSampleError, ConfigError, DataError, unknown_name
 from aclip.evaluation import Result, evaluate
-from aclip.evaluation.retrieval import Retrieval
-from aclip.evaluation.sets import check_sets, evaluate_sets, name_skipped, open_sets
+from aclip.evaluation.retrieval import RECALLS, Retrieval
+from aclip.evaluation.sets import HeldOut, check_sets, evaluate_sets, name_skipped, open_sets
 from aclip.recipes import configure
+from aclip.report.journals import PRIMARY
+from aclip.report.page import percent
 from aclip.report.run import write_report
 from aclip.report.snapshots import take_snapshot
 from aclip.rng import generator
@@ -70,7 +72,8 @@ class Run:
     """A run's folder.
 
     Attributes:
-        folder: its path; `report.html` shows it, `final/` is the model for open_clip.
+        folder: its path; `report.html` shows it, `final/` is the model for open_clip, `best/` the same at the best
+            evaluation (`keep_best`).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -132,12 +135,17 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     _check_frozen(config)
     held_out = open_sets(config.validation)
     check_sets(held_out)
+    watched = _watched(config, held_out)
     with _explained("if a script registered it, resume from that script by "
                     f"aclip.train(resume={config.output!r})", ConfigError, resumed):
         trainer = build_trainer(config, len(source), device)
+    if watched and not trainer.method.plan.uses_text:
+        raise ConfigError(f"--keep-best watches retrieval, and recipe '{config.recipe.name}' trains no text tower")
     method, table, workers = trainer.method, trainer.timetable, data.suitable_workers(device, config.workers)
     flow = dataflow_table(method.plan, config.model, text_tokens=14)
     sizes = {held.name: len(held.source) for held in held_out}
+    # a model that has learned already is measured before its first step, for the change since then
+    trainer.evaluation_due = bool(held_out and method.plan.uses_text and models.resolve_source(config.model).read)
     if resumed:
         _check_same_data(folder, config, len(source), sizes)
         trainer.resume(folder)
@@ -163,15 +171,21 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
             tokens = trainer.tokenizer(list(captions)) if method.plan.uses_text else None
             take_snapshot(trainer.wrapped.whole, images, captions, step, folder.snapshots, tokens)
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> float | None:
+        """Measure the validation sets, on rank 0, and keep the model if it is the best so far."""
         look(step)
-        if method.plan.uses_text and dist.rank() == 0:
-            evaluate_sets(model, held_out, (Retrieval(),), folder, console, step=step,
-                          samples_seen=trainer.samples_seen, device=device, workers=workers)
+        if not method.plan.uses_text or dist.rank() > 0:
+            return None
+        results = evaluate_sets(model, held_out, (Retrieval(),), folder, console, step=step,
+                                samples_seen=trainer.samples_seen, device=device, workers=workers)
+        value = next((result.value for result in results if (result.set, result.metric) == watched), None)
+        if value is not None and trainer.improves(value):
+            _save(trainer, model, folder.best)
+        return value
 
-    if trainer.step == 0:
+    if trainer.step == 0 and not trainer.evaluation_due:
         look(0)
-    if trainer.step < table.total_steps or trainer.evaluation_due:
+    if trainer.evaluation_due or (trainer.step < table.total_steps and not trainer.stops_early):
         sink = TensorBoard(folder.path, trainer.step) if config.tensorboard and dist.rank() == 0 else None
         progress = TrainingProgress(console, table.total_steps, trainer.step)
         with closing(sink) if sink else nullcontext(), progress:
@@ -190,6 +204,21 @@ def _check_frozen(config: RunConfig) -> None:
         raise ConfigError(f"recipe '{config.recipe.name}' holds the model to frozen weights, and '{name}' is an "
                           "architecture without any: name weights by --model or --teacher, such as a run or NAME:TAG, "
                           "or choose another recipe")
+
+
+def _watched(config: RunConfig, held_out: list[HeldOut]) -> tuple[str, str] | None:
+    """Return set and metric of `keep_best`, which may be named after their colon or not."""
+    if config.keep_best is None:
+        return None
+    names = [held.name for held in held_out]
+    name, metric = config.keep_best, PRIMARY["retrieval"]
+    if name not in names:
+        name, _, metric = config.keep_best.rpartition(":")
+    if name not in names:
+        raise ConfigError(f"--keep-best {config.keep_best}: {unknown_name('validation set', name or metric, names)}")
+    if metric not in RECALLS:
+        raise ConfigError(f"--keep-best {config.keep_best}: {unknown_name('metric', metric, RECALLS)}")
+    return name, metric
 
 
 @contextmanager
@@ -241,14 +270,24 @@ def _sample_images(source: data.Source, seed: int) -> list[tuple[Any, str]]:
 
 def _finish(trainer: Trainer, model: models.LoadedModel, folder: RunFolder, console: Console) -> None:
     """Save the model, name what was skipped, write the report, and say where the results are."""
-    config = trainer.config
-    exporters.open_clip.save(
-        model.model, models.model_config(config.model, image_size=config.image_size),
-        models.preprocess_config(model.model), model.tokenizer, folder.final,
-        step=trainer.step, samples_seen=trainer.samples_seen)
+    _save(trainer, model, folder.final)
+    best = trainer.best
+    if best is not None:
+        stopped = f"stopped early at step {trainer.step}: " if trainer.stops_early else ""
+        console.print(f"{stopped}{trainer.config.keep_best} was best at step {best.step}, {percent(best.value)}; "
+                      f"model: {folder.best}", markup=False, soft_wrap=True)
     bad = [(record["key"], record["reason"]) for record in folder.records("skipped")]
     if bad:
         console.print(f"{name_skipped(bad)}; all in {folder.path}/skipped.jsonl", markup=False,
                       soft_wrap=True)
     report = write_report(folder.path)
     console.print(f"done. model: {folder.final}  report: {report}", markup=False, soft_wrap=True)
+
+
+def _save(trainer: Trainer, model: models.LoadedModel, folder: Path) -> None:
+    """Write the model as it is now, for open_clip."""
+    config = trainer.config
+    exporters.open_clip.save(
+        model.model, models.model_config(config.model, image_size=config.image_size),
+        models.preprocess_config(model.model), model.tokenizer, folder,
+        step=trainer.step, samples_seen=trainer.samples_seen)

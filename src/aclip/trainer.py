@@ -5,7 +5,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -86,6 +86,15 @@ def open_batches(trainer: "Trainer", source: data.Source, workers: int) -> Itera
         rank=dist.rank(), world_size=dist.world_size())
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: its step, its value, and how many evaluations in a row have not been better since."""
+
+    step: int
+    value: float
+    since: int = 0
+
+
 class Trainer:
     """The state of a run: model, optimizer, EMA, and how far it is.
 
@@ -98,6 +107,7 @@ class Trainer:
     Attributes:
         step: optimizer steps done. samples_seen: pairs, over all ranks.
         evaluation_due: whether this state is to be evaluated and is not yet.
+        best: the best evaluation by the metric of `keep_best`; None without one.
     """
 
     def __init__(self, config: RunConfig, method: Method, timetable: Timetable, device: torch.device) -> None:
@@ -107,6 +117,7 @@ class Trainer:
         self.step = 0
         self.samples_seen = 0
         self.evaluation_due = False
+        self.best: Best | None = None
         self.truncated = 0  # captions cut since the last record
         share = max(1, (config.batch_size or 0) // dist.world_size())
         self.micro_batch = min(config.micro_batch or share, share)
@@ -185,9 +196,22 @@ class Trainer:
         self._caption_ids = batch.caption_ids
         return replace(output, passes={})  # they hold the step's largest tensors
 
-    def mark_evaluated(self) -> None:
-        """Note that the evaluation that was due is done, or has failed."""
+    def mark_evaluated(self, value: float | None = None) -> None:
+        """Note that the evaluation that was due is done, with what the metric of `keep_best` is, or has failed."""
         self.evaluation_due = False
+        if value is not None and self.improves(value):
+            self.best = Best(self.step, value)
+        elif value is not None and self.best is not None:
+            self.best = replace(self.best, since=self.best.since + 1)
+
+    def improves(self, value: float) -> bool:
+        """Return whether a value of the metric of `keep_best` is better than all before it."""
+        return self.best is None or value > self.best.value
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether `early_stop` evaluations in a row were no better than the best."""
+        return self.best is not None and 0 < self.config.early_stop <= self.best.since
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
@@ -237,6 +261,7 @@ class Trainer:
         tensors["rng/torch"] = torch.get_rng_state()
         values = {"samples_seen": self.samples_seen, "cut_captions": self._total_truncated(),
                   "skipped_steps": self.guard.skipped, "evaluation_due": self.evaluation_due,
+                  "best": None if self.best is None else asdict(self.best),
                   "scaler": self.scaler.state_dict()}
         return tensors, values
 
@@ -260,6 +285,8 @@ class Trainer:
         self.truncated = int(stored.values["cut_captions"]) if dist.rank() == 0 else 0
         self.guard.skipped = int(stored.values["skipped_steps"])
         self.evaluation_due = bool(stored.values["evaluation_due"])
+        best = stored.values.get("best")
+        self.best = None if best is None else Best(**best)
 
     def resume(self, folder: RunFolder) -> None:
         """Continue from the newest undamaged checkpoint, or from the start if there is none; all ranks call it.
@@ -293,17 +320,20 @@ def fit(
     batches: Iterable[Batch],
     folder: RunFolder,
     progress: TrainingProgress,
-    evaluate: Callable[[int], None],
+    evaluate: Callable[[int], float | None],
     sink: TensorBoard | None = None,
 ) -> None:
     """THE LOOP: train to the end of the timetable, from wherever the trainer stands; on every rank.
+
+    It ends sooner if the trainer `stops_early`.
 
     Args:
         trainer: fresh, or resumed.
         batches: from the trainer's next step on, this rank's share of each.
         folder: where metrics and checkpoints go; rank 0 writes journals.
         progress: what the terminal shows.
-        evaluate: called with the number of steps done, every so often and at the end.
+        evaluate: called with the number of steps done, every so often and at the end; rank 0's returns the metric of
+            `keep_best`.
         sink: also gets every record of metrics.jsonl.
 
     Raises:
@@ -319,6 +349,8 @@ def fit(
         if trainer.evaluation_due:
             _evaluate(trainer, folder, saver, stop, evaluate)
         for batch in clock.waiting_for(batches):
+            if trainer.stops_early:
+                break
             output = trainer.train_step(batch)
             step, last = trainer.step, trainer.step == table.total_steps
             clock.samples += batch.size * dist.world_size()
@@ -361,21 +393,28 @@ def fit(
 
 
 def _evaluate(
-    trainer: Trainer, folder: RunFolder, saver: checkpoint.Saver, stop: StopRequest, evaluate: Callable[[int], None]
+    trainer: Trainer, folder: RunFolder, saver: checkpoint.Saver, stop: StopRequest,
+    evaluate: Callable[[int], float | None],
 ) -> None:
-    """Evaluate the state that was just saved. A stop request ends it at once; a failure does not end the training."""
+    """Evaluate the state that was just saved. A stop request ends it at once; a failure does not end the training.
+
+    A state that ends the run early is saved again: a resume must find it evaluated.
+    """
     saver.wait()
     if any(dist.collect(stop.requested)):
         _leave(trainer, folder, saver)
+    value = None
     try:
         with stop.immediately():
-            evaluate(trainer.step)
+            value = evaluate(trainer.step)
     except Interrupted:
         _leave(trainer, folder, saver, together=dist.world_size() == 1)
     except (AclipError, OSError) as error:
         report_incident(folder, {"step": trainer.step, "kind": "evaluation_failed", "reason": str(error)},
                 "the evaluation after step %d failed: %s", trainer.step, error)
-    trainer.mark_evaluated()
+    trainer.mark_evaluated(dist.collect(value)[0])
+    if trainer.stops_early:
+        saver.save(trainer.step, *trainer.state_dict())
 
 
 def _leave(trainer: Trainer, folder: RunFolder, saver: checkpoint.Saver, *, together: bool = True) -> NoReturn:

@@ -52,7 +52,7 @@ def batches(trainer: Trainer, is_bad: Callable[[int, int], bool] = lambda number
 
 def train(folder: Path, trainer: Trainer | None = None, is_bad: Callable[[int, int], bool] = lambda n, r: False,
           before: Callable[[int], object] = lambda number: None,
-          evaluate: Callable[[int], None] = lambda step: None) -> Trainer:
+          evaluate: Callable[[int], float | None] = lambda step: None) -> Trainer:
     """Train in a folder, from its newest checkpoint if there is one."""
     trainer = trainer or build()
     run = RunFolder(folder)

@@ -23,7 +23,7 @@ from aclip.errors import CheckpointError, DataError, TrainingError
 from aclip.recipes import RECIPES
 from aclip.run_folder import RunFolder
 from aclip.structs import Batch
-from aclip.trainer import Trainer
+from aclip.trainer import Best, Trainer
 from aclip.training.guard import Interrupted, StopRequest
 from over_ranks import a_batch
 
@@ -259,6 +259,50 @@ def test_the_last_evaluation_of_a_finished_run_outlives_a_resume(tmp_path: Path)
     train(run, evaluate=evaluate)
     assert evaluated == [12]
     assert [record["step"] for record in numbers(run, "evaluations")] == [12]
+
+
+VALUES = {2: 0.2, 4: 0.5, 6: 0.5, 8: 0.4, 10: 0.6, 12: 0.1}
+"""What is measured after every second step."""
+
+
+@pytest.mark.parametrize(("patience", "end", "best"), [(0, 12, Best(10, 0.6, 1)), (2, 8, Best(4, 0.5, 2))])
+@pytest.mark.parametrize("killed_at", [None, 3, 6, 8])
+def test_the_best_evaluation_is_known_and_patience_ends_across_kills(
+    tmp_path: Path, patience: int, end: int, best: Best, killed_at: int | None
+) -> None:
+    run = tmp_path / "run"
+    settings = {"evaluate_every": 2, "keep_best": "held", "early_stop": patience, "keep_checkpoints": 2}
+
+    def killed(step: int) -> float:
+        if step == killed_at:
+            raise MemoryError  # ends the process, after the save and before the note
+        return VALUES[step]
+
+    def stop(number: int) -> None:
+        if number == killed_at:
+            raise MemoryError
+
+    if killed_at is not None:
+        with pytest.raises(MemoryError):
+            train(run, build(**settings), evaluate=killed, before=stop if killed_at % 2 else lambda number: None)
+    trainer = train(run, build(**settings), evaluate=VALUES.__getitem__)
+    assert (trainer.step, trainer.best, trainer.stops_early) == (end, best, patience > 0)
+    (run / "final").mkdir()  # what comes after the training
+    again = build(**settings)
+    again.resume(RunFolder(run))
+    if patience:
+        assert (again.step, again.best, again.stops_early) == (end, best, True)
+        assert train(run, build(**settings), evaluate=VALUES.__getitem__).step == end
+
+
+def test_an_evaluation_that_fails_is_no_sign_of_anything(tmp_path: Path) -> None:
+    def failing(step: int) -> float:
+        if step in (6, 8):
+            raise DataError("gone")
+        return VALUES[step]
+
+    trainer = train(tmp_path / "run", build(evaluate_every=2, keep_best="held", early_stop=2), evaluate=failing)
+    assert (trainer.step, trainer.best) == (12, Best(10, 0.6, 1))
 
 
 def test_a_signal_repeated_by_torchrun_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from aclip.evaluation.ranking import Ranks, chance_recall, rank_both_ways, recal
 CUTOFFS = (1, 5, 10)
 """The k of R@k."""
 
+RECALLS = tuple(f"{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in CUTOFFS)
+
 THUMBNAIL_SIDE = 96
 """Longest side of the image of an example, in pixels."""
 

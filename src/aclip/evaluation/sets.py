@@ -22,6 +22,7 @@ from aclip.evaluation.retrieval import Retrieval
 from aclip.evaluation.zero_shot import Calibration, ZeroShot, find_classes, find_templates
 from aclip.files import as_file_name, write_atomically
 from aclip.models import LoadedModel
+from aclip.report.journals import at_start
 from aclip.run_folder import RunFolder
 
 MeasureFunction = Callable[[ImageFeatures, TextEncoder], Mapping[str, Any]]
@@ -186,13 +187,14 @@ def evaluate_sets(
                 encoded[space] = encode(encoder, held, space, named if space == "joint" else "label")
             found = evaluator.evaluate(encoded[space], texts)
             masking = encoder.to_record() if isinstance(encoder, MaskedEncoder) else {}
-            console.print(_sentence(held.name, evaluator, found, masking), markup=False, soft_wrap=True)
             name = f"{held.name}, {evaluator.variant}" if evaluator.variant else held.name
             fitted = {"training_set": training.name, "settings": dict(found.settings)} if (
                 training and isinstance(evaluator, Probe)) else {}
             record = {"step": step, "samples_seen": samples_seen, "weights": weights, "evaluator": found.evaluator,
                       "set": name, "metrics": dict(found.metrics), "chance": dict(found.chance),
                       "counts": dict(found.counts), **fitted, **masking}
+            start = at_start(folder.records("evaluations"), record) if folder and not masking else {}
+            console.print(_sentence(held.name, evaluator, found, masking, start), markup=False, soft_wrap=True)
             with sharding.raise_on_all_ranks():
                 if folder is not None and sharding.rank() == 0:
                     _write(folder, record, found)
@@ -251,12 +253,20 @@ def _write(folder: RunFolder, record: dict[str, Any], found: Evaluation) -> None
                          json.dumps(details, ensure_ascii=False))
 
 
-def _sentence(set_name: str, evaluator: Evaluator, found: Evaluation, masking: dict[str, Any]) -> str:
-    metrics = "  ".join(f"{key} {value:.1%}" if _FRACTION.search(key) else f"{key} {value:.4g}"
-                        for key, value in found.metrics.items())
+def _sentence(
+    set_name: str, evaluator: Evaluator, found: Evaluation, masking: dict[str, Any], start: Mapping[str, float]
+) -> str:
+    def write(key: str, value: float) -> str:
+        fraction = _FRACTION.search(key)
+        change = "" if key not in start else (
+            f" ({100 * (value - start[key]):+.1f})" if fraction else f" ({value - start[key]:+.4g})")
+        return f"{key} {value:.1%}{change}" if fraction else f"{key} {value:.4g}{change}"
+
+    metrics = "  ".join(write(key, value) for key, value in found.metrics.items())
     counts = ", ".join(f"{value:,} {key.replace('_', ' ').replace('picture', 'image')}"
                        for key, value in found.counts.items() if value)
     settings = "".join(f"; {key} {value:g}" for key, value in found.settings.items())
+    settings += "; in brackets the change since the start" if start else ""
     part = ", {num_keep} of {num_patches} patches, {kept_by}".format_map(masking) if masking else ""
     name = f"{evaluator.name} {evaluator.variant}".strip()
     return f"{set_name} {name}{part} ({counts}{settings}): {metrics}"

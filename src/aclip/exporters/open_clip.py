@@ -6,6 +6,7 @@ from typing import Any
 
 import open_clip
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -65,13 +66,17 @@ def save(
             and verifies the checksum beside them.
 
     Raises:
-        OSError, SafetensorError: the folder cannot be written; an earlier model stays.
+        OSError: the folder cannot be written; an earlier model stays.
     """
     with replace_folder(folder) as temporary:
         write_json(temporary / HF_CONFIG_NAME,
                    {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)})
         # clones, because safetensors refuses tensors that share memory
-        save_file({name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous().clone()
-                   for name, tensor in model.state_dict().items()}, weights := temporary / HF_SAFE_WEIGHTS_NAME)
+        state = {name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous().clone()
+                 for name, tensor in model.state_dict().items()}
+        try:
+            save_file(state, weights := temporary / HF_SAFE_WEIGHTS_NAME)
+        except SafetensorError as error:  # its message holds the system's
+            raise OSError(str(error)) from error
         write_json(temporary / "aclip.json", {"step": step, "samples_seen": samples_seen, "crc32": crc32(weights)})
         save_pretrained(tokenizer, temporary)

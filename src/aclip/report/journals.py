@@ -112,6 +112,13 @@ def primary(result: Record, sets: Sequence[str]) -> tuple[Metric, float] | None:
     return None
 
 
+def at_start(evaluations: Sequence[Record], record: Record) -> Record:
+    """Return the metrics of the same evaluation before the first step, of the model that training started from."""
+    same = ("set", "evaluator", "weights")
+    return next((mapping(one, "metrics") for one in evaluations if record.get("step") and one.get("step") == 0
+                 and all(one.get(key) == record.get(key) for key in same)), {})
+
+
 def number(record: Record, name: str) -> float | None:
     """Return a finite number of a record, or None for anything else."""
     value = record.get(name)

@@ -12,8 +12,9 @@ from markupsafe import Markup
 from aclip.errors import category
 from aclip.files import as_file_name
 from aclip.report.figures import Points, Series, line_chart, smooth
-from aclip.report.journals import PRIMARY, Record, RunFiles, mapping, number, read_run
+from aclip.report.journals import PRIMARY, Record, RunFiles, at_start, mapping, number, read_run
 from aclip.report.page import MISSING, compact, count, percent, write_page
+from aclip.report.tables import is_fraction
 
 DIRECTIONS = {"image_to_text": "image → caption", "text_to_image": "caption → image"}
 CLASSIFIERS = {"zero_shot": "Zero-shot classification", "linear_probe": "Linear probe", "knn": "Nearest neighbours"}
@@ -70,13 +71,14 @@ def write_report(folder: Path) -> Path:
     run = read_run(folder)
     shown = {key: value for key, value in run.config.items() if key not in ("dataflow", "command", "versions")}
     optional = {"classes": run.details, "robustness": run.robustness, "incidents": run.incidents}
+    # a model without text has the probes alone
+    leading = next(filter(None, (_leading(run.evaluations, evaluator) for evaluator in PRIMARY)), {})
     label, bad = folder.resolve().name, {record["key"]: record["reason"] for record in reversed(run.skipped)}
     return write_page(
         folder / "report.html", "run", name=str(mapping(run.config, "recipe").get("name") or label), folder=label,
         sections=[(anchor, title) for anchor, title in SECTIONS if optional.get(anchor, True)], notes=run.notes,
         configuration=json.dumps(shown, indent=2, ensure_ascii=False) if shown else "", run=run,
-        # a model without text has the probes alone
-        leading=next(filter(None, (_leading(run.evaluations, evaluator) for evaluator in PRIMARY)), {}),
+        leading=leading, at_start={name: at_start(run.evaluations, record) for name, record in leading.items()},
         results=results(run.evaluations),
         confusions=[_confusions(one) for one in run.details if "confusions" in one],
         diagrams=[_reliability(one) for one in run.details if "reliability" in one],
@@ -204,16 +206,26 @@ def _table(evaluations: Sequence[Record], evaluator: str) -> Table:
     title, columns = TABLES[evaluator]
     rows = []
     for (name, weights), record in _last_by_set(evaluations, evaluator).items():
-        settings = mapping(record, "settings")
+        settings, start = mapping(record, "settings"), at_start(evaluations, record)
         labels = [str(record.get("training_set") or MISSING),
                   ", ".join(f"{key} {compact(number(settings, key))}" for key in settings) or MISSING]
-        rows += [[name, weights, words, *labels, *(write(number(mapping(record, part), key.format(direction)))
-                                                   for _, part, key, write in columns)]
+        rows += [[name, weights, words, *labels, *(
+            write(number(mapping(record, part), key.format(direction)))
+            + (change(mapping(record, part), start, key.format(direction)) if part == "metrics" else "")
+            for _, part, key, write in columns)]
                  for direction, words in (DIRECTIONS if evaluator == "retrieval" else {"": MISSING}).items()]
     head = ["set", "weights", "direction", "learned from", "settings", *(column[0] for column in columns)]
     optional = ("direction", "learned from", "settings", "training images")
     shown = [i for i, word in enumerate(head) if word not in optional or any(row[i] != MISSING for row in rows)]
     return title, [head[i] for i in shown], [[row[i] for i in shown] for row in rows], sum(i < 5 for i in shown)
+
+
+def change(now: Record, start: Record, key: str) -> str:
+    """Return how far a metric is from what it was at the start, in brackets, fractions in points; "" if unknown."""
+    value, before = number(now, key), number(start, key)
+    if value is None or before is None:
+        return ""
+    return f" ({100 * (value - before):+.1f})" if is_fraction(("", "", key)) else f" ({value - before:+.3g})"
 
 
 def _plain_table(evaluations: Sequence[Record], evaluator: str) -> Table:  # such as a user's
