@@ -20,6 +20,7 @@ from aclip.errors import ConfigError, unknown_name
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
+Sink = Literal["tensorboard", "wandb", "mlflow"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -329,7 +330,7 @@ class RunConfig:
         keep_checkpoints: how many of the newest checkpoints to keep.
         keep_every: also keep every N-th checkpoint for good; 0 keeps none.
         max_skipped: steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
-        tensorboard: also write TensorBoard events to the run's folder.
+        log: where metrics also go, in the run's folder: tensorboard, wandb, mlflow.
     """
 
     recipe: Recipe
@@ -361,7 +362,7 @@ class RunConfig:
     keep_checkpoints: Count = 2
     keep_every: Natural = 0
     max_skipped: Natural = 5
-    tensorboard: bool = False
+    log: tuple[Sink, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -380,7 +381,7 @@ class RunConfig:
 
 
 CHANGEABLE = ("data", "validation", "workers", "device", "parallel", "micro_batch", "recompute", "compile", "log_every",
-              "evaluate_every", "save_every", "keep_checkpoints", "keep_every", "tensorboard")
+              "evaluate_every", "save_every", "keep_checkpoints", "keep_every", "log")
 """Settings that may change on resume: data location, hardware, logging frequency. They change results by rounding at
 most."""
 

@@ -25,7 +25,8 @@ from aclip.version import VERSION
 
 FEATURES = {
     "demo": "fetching and drawing the emoji set", "heic": "HEIC photos", "huggingface": "data that save_to_disk wrote",
-    "parquet": "data in Parquet", "remote": "shards on remote storage", "tensorboard": "aclip train --tensorboard",
+    "parquet": "data in Parquet", "remote": "shards on remote storage", "tensorboard": "aclip train --log tensorboard",
+    "wandb": "aclip train --log wandb", "mlflow": "aclip train --log mlflow",
     "search": "a graph of neighbours for millions of images", "serve": "aclip serve",
     "onnx": "aclip export --to onnx", "transformers": "aclip export --to huggingface",
 }

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,8 @@ from aclip.report.snapshots import take_snapshot
 from aclip.rng import generator
 from aclip.run_folder import RunFolder, command_line
 from aclip.trainer import Trainer, build_trainer, fit, open_batches
-from aclip.training.journal import TensorBoard, TrainingProgress, write_peak_memory
+from aclip.training.journal import TrainingProgress, write_peak_memory
+from aclip.training.sinks import Sinks
 
 SNAPSHOT_IMAGES = 8
 
@@ -186,10 +187,9 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     if trainer.step == 0 and not trainer.evaluation_due:
         look(0)
     if trainer.evaluation_due or (trainer.step < table.total_steps and not trainer.stops_early):
-        sink = TensorBoard(folder.path, trainer.step) if config.tensorboard and dist.rank() == 0 else None
         progress = TrainingProgress(console, table.total_steps, trainer.step)
-        with closing(sink) if sink else nullcontext(), progress:
-            fit(trainer, open_batches(trainer, source, workers), folder, progress, evaluate, sink)
+        with closing(Sinks(config, folder.path, trainer.step)) as sinks, progress:
+            fit(trainer, open_batches(trainer, source, workers), folder, progress, evaluate, sinks)
         if dist.rank() == 0:
             write_peak_memory(folder, device)
     trainer.wrapped.refresh()

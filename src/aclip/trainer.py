@@ -24,7 +24,7 @@ from aclip.structs import Batch, StepOutput
 from aclip.training.accumulation import accumulate
 from aclip.training.distributed import wrap
 from aclip.training.guard import ChanceLevel, Guard, Interrupted, StopRequest, explain_oom
-from aclip.training.journal import BadSamples, Clock, TensorBoard, TrainingProgress, report_incident
+from aclip.training.journal import BadSamples, Clock, TrainingProgress, report_incident
 from aclip.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -34,6 +34,7 @@ from aclip.training.optim import (
     total_norm,
 )
 from aclip.training.schedule import Timetable, momentum_cosine, warmup_cosine
+from aclip.training.sinks import Sinks
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_BATCH_SIZE = 256
@@ -321,7 +322,7 @@ def fit(
     folder: RunFolder,
     progress: TrainingProgress,
     evaluate: Callable[[int], float | None],
-    sink: TensorBoard | None = None,
+    sinks: Sinks | None = None,
 ) -> None:
     """THE LOOP: train to the end of the timetable, from wherever the trainer stands; on every rank.
 
@@ -334,7 +335,7 @@ def fit(
         progress: what the terminal shows.
         evaluate: called with the number of steps done, every so often and at the end; rank 0's returns the metric of
             `keep_best`.
-        sink: also gets every record of metrics.jsonl.
+        sinks: also get every record of metrics.jsonl.
 
     Raises:
         Interrupted: on SIGINT, SIGTERM or SIGUSR1 to any rank, after saving a checkpoint; on all ranks together.
@@ -372,8 +373,8 @@ def fit(
                 if dist.rank() == 0:
                     folder.append("metrics", record)
                     chance.check(record)
-                    if sink is not None:
-                        sink.log(record)
+                    if sinks is not None:
+                        sinks.log(record)
             progress.show(step, record)
 
             if save_due or stopping or failing:  # skipped steps have left the weights as they were

@@ -4,9 +4,8 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from aclip import dist
 from aclip.devices import peak_memory
-from aclip.errors import MissingDependencyError
 from aclip.run_folder import RunFolder
 from aclip.structs import Batch
 
@@ -150,38 +148,3 @@ def describe(record: Mapping[str, Any]) -> str:
     chance = f" (chance {record['chance_loss']:.2f})" if "chance_loss" in record else ""
     return (f"loss {record['loss']:.2f}, {record['samples_per_second']:.0f} pairs/s, {record['data_wait']:.0%} waiting "
             f"for data, {parts}{chance}")
-
-
-class TensorBoard:
-    """Writes the records of metrics.jsonl as TensorBoard scalars into a run's folder.
-
-    Args:
-        folder: of the run.
-        step: optimizer steps done; events of later steps, from before a resume, are hidden.
-
-    Raises:
-        MissingDependencyError: TensorBoard is not installed.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingDependencyError("--tensorboard needs the package tensorboard: "
-                                         "pip install 'attentive-clip[tensorboard]'") from error
-        self._writer: Any = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Write one record; a full disk is no reason to stop training."""
-        with suppress(OSError):
-            for name, value in record.items():
-                if name == "parts":
-                    for part, loss in value.items():
-                        self._writer.add_scalar(f"loss/{part}", loss, record["step"])
-                elif name != "step":
-                    self._writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        """Write what is still buffered."""
-        with suppress(OSError):
-            self._writer.close()
