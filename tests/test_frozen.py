@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import aclip
 from aclip import models, plan
+from aclip.checkpoint import open_newest
 from aclip.config import ObjectiveConfig, Recipe, RunConfig, TextPass, override
 from aclip.data import augment
 from aclip.errors import ConfigError
@@ -230,12 +231,18 @@ def test_a_resumed_run_goes_on_with_what_it_started_from(
 
 
 def test_it_is_in_checkpoints_and_not_in_the_model(finished: Path, pretrained: Path) -> None:
-    from aclip.checkpoint import open_newest
-
     kept, start = open_newest(finished / "checkpoints").tensors("method/frozen."), models.create_model(pretrained)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in start.state_dict().items())
     assert aclip.load(finished).model.state_dict().keys() == start.state_dict().keys()
     assert not torch.equal(aclip.load(finished).model.visual.proj, start.visual.proj)
+
+
+def test_a_fresh_student_learns_from_a_smaller_teacher(images: Path, pretrained: Path, tmp_path: Path) -> None:
+    run = aclip.train(**command(images, tmp_path / "run", recipe="distill", model="vit-tiny", teacher=str(pretrained)))
+    assert run.config.teacher == str(pretrained)
+    assert losses(run.folder)[-1] < losses(run.folder)[0]
+    kept = open_newest(run.folder / "checkpoints").tensors("method/frozen.")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in models.create_model(pretrained).state_dict().items())
 
 
 @pytest.mark.parametrize(("model", "expected"), [
