@@ -41,7 +41,7 @@ FINETUNE_ATTENTIVE = replace(
         "anchor": ObjectiveConfig(reads=("masked", "captions", "frozen", "frozen-captions")),
     },
 )
-"""Cost 0.90. A pretrained model has never seen half an image, and is used on whole ones: end with unmasked steps,
+"""Cost 0.91. A pretrained model has never seen half an image, and is used on whole ones: end with unmasked steps,
 `--unmasked-tuning 0.15`."""
 
 DISTILL = replace(
