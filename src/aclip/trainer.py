@@ -58,7 +58,9 @@ def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "T
     if config.unmasked_tuning > 0 and plan.trains_only_masked(config.recipe):
         raise ConfigError(f"unmasked_tuning has no effect: all losses of recipe '{config.recipe.name}' are computed on "
                           "removed patches alone")
-    model = models.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text)
+    starts = [OBJECTIVES[name].first_logit_scale for name in config.recipe.objectives]
+    model = models.create_model(config.model, image_size=config.image_size, with_text=resolved.uses_text,
+                                logit_scale=next((start for start in starts if start is not None), None))
     pixels = models.preprocess_config(model)
     method = Method(model, resolved, pixels["mean"], pixels["std"]).to(device).train()
     return Trainer(config, method, Timetable.of(config, num_pairs), device)
