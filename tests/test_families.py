@@ -15,11 +15,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from aclip import models, plan
+from aclip.config import RunConfig
 from aclip.errors import UnsupportedModelError
 from aclip.exporters import open_clip as exported
 from aclip.plan import image_macs
 from aclip.recipes import RECIPES
 from aclip.report import read_snapshot, take_snapshot
+from aclip.trainer import build_trainer
 from aclip.training.distributed import wrap
 from aclip.training.optim import parameter_groups
 from tests_support import build, random_batch
@@ -107,6 +109,17 @@ def test_the_sigmoid_loss_starts_from_the_models_own_bias_and_trains_it(tmp_path
     exported.save(model, models.model_config("family-siglip"), models.preprocess_config(model),
                   models.tokenizer_of("family-siglip"), tmp_path / "final")
     assert models.create_model(tmp_path / "final").logit_bias == model.logit_bias
+
+
+def test_the_sigmoid_loss_starts_fresh_models_as_its_paper_does() -> None:
+    """Scale 10 and bias -10 (arXiv 2303.15343, section 3.2); weights and configs that have a scale keep it."""
+    def started(**changes: Any) -> Any:
+        config = RunConfig(recipe=RECIPES["siglip"], model="family-siglip", data="x", output="x", **changes)
+        return build_trainer(config, 100, torch.device("cpu")).method.model
+
+    assert started().logit_scale.exp().item() == pytest.approx(10)
+    assert started().logit_bias.item() == -10
+    assert build(RECIPES["clip"], "family-siglip").model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
 
 
 @pytest.mark.parametrize("way", [{"parallel": "fsdp"}, {"compile_blocks": True}], ids=["sharded", "compiled"])

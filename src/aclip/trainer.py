@@ -68,7 +68,9 @@ def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "T
 def _model(config: RunConfig, name: str, image_size: ImageSize, *, uses_text: bool) -> nn.Module:
     """Return a model; if it is to be the frozen encoder as well, its text tower must come with its weights."""
     frozen = name == (config.teacher or config.model) and config.recipe.uses_frozen
-    model = models.create_model(name, image_size=image_size, with_text=None if frozen and uses_text else uses_text)
+    starts = [OBJECTIVES[key].first_logit_scale for key in config.recipe.objectives]
+    model = models.create_model(name, image_size=image_size, with_text=None if frozen and uses_text else uses_text,
+                                logit_scale=next((start for start in starts if start is not None), None))
     if uses_text and isinstance(model, models.ImageTower):
         raise ConfigError(f"the weights '{name}' are an image tower alone, and recipe '{config.recipe.name}' keeps to "
                           "what a model knows of images and texts: choose another recipe, such as clip")

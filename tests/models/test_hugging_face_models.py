@@ -15,8 +15,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
-    SiglipConfig,
     SiglipImageProcessor,
+    ViTConfig,
     ViTImageProcessor,
 )
 
@@ -117,10 +117,10 @@ def test_damaged_processors_are_named(content, tmp_path):
 
 
 def test_hugging_face_folders_of_other_kinds_are_refused(tmp_path):
-    (tmp_path / "siglip").mkdir()
-    SiglipConfig().save_pretrained(tmp_path / "siglip")
-    with pytest.raises(UnsupportedModelError, match="of type 'siglip', and only 'clip' with both towers"):
-        models.create_model(tmp_path / "siglip")
+    (tmp_path / "vit").mkdir()
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    with pytest.raises(UnsupportedModelError, match="of type 'vit', and only 'clip', 'siglip' and 'siglip2' with both"):
+        models.create_model(tmp_path / "vit")
     hugging_face_folder(tmp_path / "mixed", {"hidden_act": "gelu"}, {})
     with pytest.raises(UnsupportedModelError, match="activations gelu, quick_gelu"):
         models.create_model(tmp_path / "mixed")

@@ -1,4 +1,4 @@
-"""transformers' `CLIPModel`, without transformers: folders of it, and the names of its weights in open_clip.
+"""transformers' models in folders, without transformers, and the names of `CLIPModel`'s weights in open_clip.
 
 Both libraries compute the same function of the same numbers; they name and stack them differently:
 
@@ -21,6 +21,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from aclip.errors import CheckpointError, UnsupportedModelError
+from aclip.models import siglip_model
 from aclip.models.weights import read_weights
 
 # transformers leaves out of a config.json what equals its defaults
@@ -43,17 +44,19 @@ def read_json(path: Path) -> Any:
 
 
 def open_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the open_clip config of a `CLIPModel`'s.
+    """Return the open_clip config of a `CLIPModel`'s, or a `SiglipModel`'s (`siglip_model`).
 
     Raises:
-        UnsupportedModelError: another kind of model, or activations that open_clip does not have.
+        UnsupportedModelError: another kind of model, or one that open_clip cannot build.
         CheckpointError: settings that describe no model.
     """
-    if config["model_type"] != "clip" or not {"vision_config", "text_config"} <= config.keys():
-        raise UnsupportedModelError(f"'{folder}' holds a transformers model of type '{config['model_type']}', and only "
-                                    "'clip' with both towers can be read; for SigLIP, use open_clip's names, such as "
-                                    "ViT-B-16-SigLIP:webli")
+    kind = config["model_type"]
+    if kind not in ("clip", "siglip", "siglip2") or not {"vision_config", "text_config"} <= config.keys():
+        raise UnsupportedModelError(f"'{folder}' holds a transformers model of type '{kind}', and only 'clip', "
+                                    "'siglip' and 'siglip2' with both towers can be read")
     try:
+        if kind != "clip":
+            return siglip_model.open_clip_config(config, folder)
         vision, text = {**_VISION, **config["vision_config"]}, {**_TEXT, **config["text_config"]}
         activations = {vision["hidden_act"], text["hidden_act"]}
         if len(activations) != 1 or not activations <= {"quick_gelu", "gelu"}:
@@ -80,13 +83,16 @@ def open_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"'{folder / 'config.json'}' describes no model: {error!r}") from error
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
+def read_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a folder, in one file or several, in open_clip's names; CheckpointError if damaged."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = read_json(folder / f"{name}.index.json")
         files = sorted(set(index["weight_map"].values())) if index else [name]
         if index or (folder / name).is_file():
-            return to_open_clip({key: tensor for file in files for key, tensor in read_weights(folder / file).items()})
+            state = {key: tensor for file in files for key, tensor in read_weights(folder / file).items()}
+            if config["model_type"] == "clip":
+                return to_open_clip(state)
+            return siglip_model.to_open_clip(state, config["vision_config"].get("patch_size", 16))
     raise CheckpointError(f"'{folder}' holds config.json but no weights beside it (model.safetensors or "
                           "pytorch_model.bin)")
 

@@ -3,12 +3,13 @@
 import functools
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import open_clip
 import torch
@@ -17,6 +18,7 @@ from open_clip.constants import HF_CONFIG_NAME as CONFIG_NAME
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME as WEIGHTS_NAME
 from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import is_model, model_entrypoint
@@ -28,7 +30,7 @@ from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, un
 from aclip.models import hugging_face
 from aclip.models.blocks import blocks_of
 from aclip.models.hugging_face import read_json
-from aclip.models.text import can_cut, text_tower_of
+from aclip.models.text import can_cut, is_hugging_face, text_blocks_of, text_tower_of
 from aclip.models.vision import SUPPORTED, attention_pool_of, grid_of, pair, resize_images, visual_of, vit_of
 from aclip.models.weights import from_released, is_released, load_weights, read_weights, released_config
 from aclip.structs import TowerShape
@@ -95,7 +97,8 @@ class ImageTower(nn.Module):
 
 
 def create_model(
-    name: str | Path, *, image_size: int | tuple[int, int] | None = None, with_text: bool | None = True
+    name: str | Path, *, image_size: int | tuple[int, int] | None = None, with_text: bool | None = True,
+    logit_scale: float | None = None,
 ) -> nn.Module:
     """Build an open_clip model on the CPU in fp32, in training mode.
 
@@ -107,24 +110,29 @@ def create_model(
         image_size: pixels, one side or (height, width), in place of the model's own; positions are interpolated.
         with_text: False leaves the text tower out (`ImageTower`); None does so if the weights hold an image tower only;
             with True, the text tower starts fresh then.
+        logit_scale: first multiplier of similarities, where neither weights nor the config have one; None is
+            open_clip's 1 / 0.07.
 
     Raises:
         ConfigError: an unknown name or a size that is not a whole number of patches.
         CheckpointError: weights that are missing, damaged, of another model, or cannot be fetched.
         UnsupportedModelError: a model whose towers cannot be trained here.
     """
-    return build(resolve_source(name), image_size, with_text)[0]
+    return build(resolve_source(name), image_size, with_text, logit_scale)[0]
 
 
 def build(
-    source: Source, image_size: int | tuple[int, int] | None = None, with_text: bool | None = True
+    source: Source, image_size: int | tuple[int, int] | None = None, with_text: bool | None = True,
+    logit_scale: float | None = None,
 ) -> tuple[nn.Module, Weights | None]:
     """Build the model of a source as `create_model` does; also return where its weights came from, without them."""
     config = _at_size(source.config, image_size)
     # fixed positions that become learned ones start from those of the model's own grid
     unfixed = "pos_embed_type" in source.config["vision_cfg"] and "pos_embed_type" not in config["vision_cfg"]
-    model = build_modules(source.config if source.read or unfixed else config)
+    model = build_modules(source.config if source.read or unfixed else config, pretrained_text=source.read is None)
     visual = visual_of(model)
+    if logit_scale is not None and "init_logit_scale" not in source.config:
+        nn.init.constant_(cast(Any, model).logit_scale, math.log(logit_scale))
     fresh = source.read is None and source.preprocess is None
     preprocess = merge_preprocess_dict(PreprocessCfg(), FRESH_PREPROCESS if fresh else source.preprocess)
     set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual.image_size)})
@@ -169,7 +177,8 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
     pool: Any = attention_pool_of(vit.visual)
     image_size = pair(config["vision_cfg"].get("image_size", 224))
     grid_of(image_size, vit.patch_size)
-    blocks, text_blocks = blocks_of(vit.stack), blocks_of(text.transformer)
+    blocks, text_blocks = blocks_of(vit.stack), text_blocks_of(text)
+    words = text.transformer.get_input_embeddings() if is_hugging_face(text) else text.token_embedding
     return TowerShape(
         image_size=image_size,
         patch_size=vit.patch_size,
@@ -179,11 +188,11 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
         mlp_width=_mlp_width(blocks[0].mlp, vit.patch_embedding.out_channels),
         joint_dim=config["embed_dim"],
         num_prefix_tokens=vit.num_prefix_tokens,
-        text_width=text.token_embedding.embedding_dim,
+        text_width=words.embedding_dim,
         text_layers=len(text_blocks),
-        text_mlp_width=_mlp_width(text_blocks[0].mlp, text.token_embedding.embedding_dim),
+        text_mlp_width=_mlp_width(text_blocks[-1], words.embedding_dim, attention=4),
         context_length=int(text.context_length),
-        vocab_size=text.token_embedding.num_embeddings,
+        vocab_size=words.num_embeddings,
         text_cut=can_cut(model),
         scored=vit.scored_by is not None,
         pool_mlp_width=0 if pool is None else pool.mlp.fc1.out_features,
@@ -202,36 +211,79 @@ def _outline(config: str) -> nn.Module:
         return build_modules(json.loads(config))
 
 
-def build_modules(config: Mapping[str, Any]) -> nn.Module:
-    """Build the modules of a config with fresh weights; raises as `shape_of`."""
+def build_modules(config: Mapping[str, Any], *, pretrained_text: bool = False) -> nn.Module:
+    """Build the modules of a config with fresh weights; raises as `shape_of`.
+
+    Args:
+        config: open_clip's `model_cfg`; `vision_cfg.act_kwargs` is that of a timm tower's GELU, too.
+        pretrained_text: whether a Hugging Face text tower starts from its own weights.
+    """
     try:
-        vision, text = dict(config["vision_cfg"]), config["text_cfg"]
-        what = "a captioning decoder (CoCa)" if "multimodal_cfg" in config else (
-            f"the Hugging Face text tower {text['hf_model_name']}" if text.get("hf_model_name") else None)
-        if what is not None:
-            raise UnsupportedModelError(f"it has {what}, which cannot be trained here: {SUPPORTED}")
+        vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+        if "multimodal_cfg" in config:
+            raise UnsupportedModelError("it has a captioning decoder (CoCa), which cannot be trained here: "
+                                        f"{SUPPORTED}")
         if vision.get("timm_model_name"):
             vision["timm_model_pretrained"] = False  # on ImageNet, fetched
-        cls = CustomTextCLIP if config.get("custom_text") else CLIP
+        if text.get("hf_model_name"):
+            text["hf_model_pretrained"] = pretrained_text and text.get("hf_model_pretrained", True)
+            find_text_tower(text["hf_model_name"])
+        cls = CustomTextCLIP if config.get("custom_text") or text.get("hf_model_name") else CLIP
         rest = {key: value for key, value in config.items() if key != "custom_text"}
-        model: nn.Module = cls(**{**rest, "vision_cfg": vision})
-    except UnsupportedModelError:
+        model: Any = cls(**{**rest, "vision_cfg": vision, "text_cfg": text})
+    except (CheckpointError, UnsupportedModelError):
         raise
     except Exception as error:  # whatever open_clip and timm meet in unknown fields and sizes that do not fit
         raise ConfigError(f"its config describes no model that open_clip can build: {error!r}") from error
+    if text.get("hf_model_name"):  # open_clip's is what the tower could read
+        model.text.context_length = model.context_length = text.get("context_length", DEFAULT_CONTEXT_LENGTH)
+    if vision.get("timm_model_name") and vision.get("act_kwargs"):
+        for module in model.visual.modules():
+            if isinstance(getattr(module, "act", None), nn.GELU):
+                module.act = nn.GELU(**vision["act_kwargs"])
     visual, size = visual_of(model), pair(vision.get("image_size", 224))
     if vision.get("timm_model_name") and vit_of(visual).grid_size != grid_of(size, vit_of(visual).patch_size):
         resize_images(visual, size)  # timm builds at a size of its own
     return model
 
 
-def _mlp_width(mlp: nn.Module, width: int) -> int:
-    """Return the hidden width of an MLP; of a gated one, that of the plain MLP with as many weights."""
-    return round(sum(p.numel() for p in mlp.parameters() if p.ndim == 2) / (2 * width))
+def _mlp_width(mlp: nn.Module, width: int, attention: int = 0) -> int:
+    """Return the hidden width of an MLP; of a gated one, that of the plain MLP with as many weights.
+
+    Args:
+        mlp: the MLP, or a block with `attention` square matrices besides.
+        width: of what it reads and returns.
+        attention: how many.
+    """
+    return round(sum(p.numel() for p in mlp.parameters() if p.ndim == 2) / (2 * width)) - attention * width // 2
+
+
+def find_text_tower(name: str) -> None:
+    """Look for a Hugging Face text tower, a folder or a name on the hub (fetched, then cached).
+
+    Raises:
+        UnsupportedModelError: transformers is not installed.
+        CheckpointError: its config cannot be read.
+    """
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise UnsupportedModelError(f"it has the Hugging Face text tower '{name}', which needs transformers: "
+                                    "pip install 'attentive-clip[transformers]'") from error
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception as error:  # no network, no such repository, no such file: the client's own errors
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(f"its Hugging Face text tower '{name}' is not here ({reason}): fetch it once with "
+                              f"`hf download {name}`, or name a folder of it as hf_model_name and hf_tokenizer_name in "
+                              "an open_clip_config.json") from error
 
 
 def list_models() -> list[str]:
-    """Return the names that can be trained: the presets, open_clip's own ViTs, and timm's plain ones in open_clip."""
+    """Return the names that can be trained: the presets, open_clip's own ViTs, and timm's plain ones in open_clip.
+
+    Not those with a Hugging Face text tower, whose config must be fetched first.
+    """
     return [name for name in open_clip.list_models() if _seems_supported(open_clip.get_model_config(name))]
 
 
@@ -258,7 +310,7 @@ def resolve_source(name: str | Path, weights: WeightsOf = "online") -> Source:
     source = _find_source(str(name), weights)
     try:
         patch_size_of(source.config)
-    except (ConfigError, UnsupportedModelError) as error:
+    except (CheckpointError, ConfigError, UnsupportedModelError) as error:
         raise type(error)(f"model '{name}': {error}") from error
     return source
 
@@ -316,7 +368,7 @@ def _folder_source(folder: Path) -> Source:
     theirs = read_json(folder / "config.json")
     if isinstance(theirs, dict) and "model_type" in theirs:
         return Source(hugging_face.open_clip_config(theirs, folder), hugging_face.preprocess(folder), folder,
-                      lambda: Weights(hugging_face.read_folder(folder), str(folder)))
+                      lambda: Weights(hugging_face.read_folder(folder, theirs), str(folder)))
     if steps := _steps(folder):
         return _run_source(folder, steps, ema=False)
     raise CheckpointError(f"'{folder}' holds no model: there is neither {CONFIG_NAME} (a saved model), "

@@ -32,6 +32,8 @@ def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "
         if length != context:
             raise ValueError(f"this text tower reads exactly {context} tokens, not {length}: it is not "
                              "causal and EOT-pooled, so it cannot be cut")
+        if is_hugging_face(tower):
+            tower.transformer.eval()  # without dropout, as all towers
         return cast(Any, model).encode_text(tokens)  # type: ignore[no-any-return]
     if length > context:
         raise ValueError(f"{length} tokens are more than the text tower's context of {context}")
@@ -92,6 +94,20 @@ def can_cut(model: nn.Module) -> bool:
 def cut_after_eot(tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B S"]:
     """Return a view of the tokens up to the longest row's EOT, the first occurrence of its highest id; synchronises."""
     return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+
+
+def is_hugging_face(tower: nn.Module) -> bool:
+    """Whether a text tower is transformers' inside open_clip's `HFTextEncoder`."""
+    from open_clip.hf_model import HFTextEncoder
+
+    return isinstance(tower, HFTextEncoder)
+
+
+def text_blocks_of(tower: Any) -> Any:
+    """Return the transformer blocks of a text tower."""
+    if not is_hugging_face(tower):
+        return tower.transformer.resblocks
+    return max((m for m in tower.transformer.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
 def text_tower_of(model: nn.Module) -> Any:

@@ -80,6 +80,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
 def _adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Resolve the differences between files of one architecture that open_clip resolves too."""
     own = model.state_dict()
+    state.pop("text.transformer.embeddings.position_ids", None)  # a constant that older versions of transformers saved
     if "positional_embedding" in state and "positional_embedding" not in own:
         state = convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):  # a scalar, or a vector of one

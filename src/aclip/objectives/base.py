@@ -28,6 +28,7 @@ class Objective(nn.Module, ABC):
         needs_masking: whether its loss is 0 where nothing is masked.
         needs_pooled: whether it reads the pooled token of its image passes, or their features.
         max_logit_scale: the model's logit multiplier is clamped to this after every step; None: it is not.
+        first_logit_scale: from which a fresh model's starts; None is open_clip's 1 / 0.07.
 
     Raises:
         ConfigError: passes that it does not read, or that do not fit each other or its options.
@@ -40,6 +41,7 @@ class Objective(nn.Module, ABC):
     needs_masking: ClassVar[bool] = False
     needs_pooled: bool = True
     max_logit_scale: float | None = None
+    first_logit_scale: ClassVar[float | None] = None
 
     def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape) -> None:
         super().__init__()

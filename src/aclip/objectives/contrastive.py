@@ -49,8 +49,8 @@ class Contrastive(Objective):
 class Sigmoid(Contrastive):
     """The mean over the V views of a pass of SigLIP's sigmoid loss with the captions (`functional.sigmoid_loss`).
 
-    The multiplier is the model's `logit_scale`, from the value that the model has (1/0.07 in a fresh one; the paper
-    starts at 10) and without an upper limit: that of a pretrained SigLIP is about 117. The bias is the model's
+    The multiplier is the model's `logit_scale`, without an upper limit: in a fresh model it starts at 10, as in the
+    paper (section 3.2), in a pretrained one where it is, which is about 117 in a SigLIP. The bias is the model's
     `logit_bias` if it has one (about -13 in a pretrained SigLIP), saved with it. In other models it is a parameter of
     this objective and is not exported: it shifts all similarities alike and changes no ranking.
 
@@ -60,6 +60,7 @@ class Sigmoid(Contrastive):
     """
 
     max_logit_scale = None
+    first_logit_scale = 10.0
 
     def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape,
                  init_bias: float | None = None) -> None:

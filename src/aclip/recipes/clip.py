@@ -93,8 +93,8 @@ SIGLIP = replace(
     paper="SigLIP, arXiv 2303.15343",
     objectives={"sigmoid": ObjectiveConfig(reads=("full", "captions"))},
 )
-"""Cost 1.00. The scale starts where the model's does (1 / 0.07; the paper starts at 10), and so does a SigLIP model's
-bias; for other models it starts at -10."""
+"""Cost 1.00. In a fresh model the scale starts at 10 and the bias at -10, as in the paper; a pretrained model's scale,
+and a SigLIP model's bias, start where they are."""
 
 CLIP_WORDS = replace(
     CLIP,

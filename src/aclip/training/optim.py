@@ -19,12 +19,14 @@ from aclip.training.muon import Muon
 
 # By name, for parameters with two dimensions that are not matrices of a linear map.
 _NEVER_DECAYED = (
-    "positional_embedding", "class_embedding", "logit_scale", "logit_bias",
+    "positional_embedding", "position_embeddings.weight", "class_embedding", "logit_scale", "logit_bias",
     "pos_embed", "cls_token", "reg_token", "attn_pool.latent", "rope.freqs",  # timm's
 )
-_BLOCK = re.compile(r".*?\.(?:resblocks|trunk\.blocks)\.(\d+)\.")  # open_clip's and timm's
+# open_clip's, timm's, and of Hugging Face's text towers (BERT's and RoBERTa's, T5's, NLLB's)
+_BLOCK = re.compile(
+    r".*?\.(?:resblocks|trunk\.blocks|text\.transformer\.(?:encoder\.layer|block|layers))\.(\d+)\.")
 _PACKED = ("attn.in_proj_weight", "attn.qkv.weight")  # open_clip's and timm's queries, keys and values
-_AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "visual.proj", "logit_scale", "logit_bias",
+_AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "text.proj.", "visual.proj", "logit_scale", "logit_bias",
                  "trunk.norm.", "trunk.fc_norm.", "trunk.attn_pool.", "trunk.head.", "visual.head.")
 
 
