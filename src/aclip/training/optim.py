@@ -23,7 +23,8 @@ _NEVER_DECAYED = (
     "pos_embed", "cls_token", "reg_token", "attn_pool.latent",  # timm's
 )
 _BLOCK = re.compile(r".*?\.(?:resblocks|trunk\.blocks)\.(\d+)\.")  # open_clip's and timm's
-_PACKED = ("attn.in_proj_weight", "attn.qkv.weight")  # open_clip's and timm's queries, keys and values
+# open_clip's and timm's queries, keys and values, and what is added to them
+_PACKED = ("attn.in_proj_weight", "attn.qkv.weight", "attn.low_rank.up", "attn.qkv.low_rank.up")
 _AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "visual.proj", "logit_scale", "logit_bias",
                  "trunk.norm.", "trunk.fc_norm.", "trunk.attn_pool.", "trunk.head.", "visual.head.")
 
