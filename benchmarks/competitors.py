@@ -25,6 +25,7 @@ from aclip.data import augment
 from aclip.devices import peak_memory, synchronize
 from aclip.method import Method
 from aclip.models import text
+from aclip.models.lora import adapt
 from aclip.recipes import RECIPES
 from aclip.structs import Batch, EncodedBatch, TowerShape
 from aclip.training.distributed import wrap
@@ -33,7 +34,7 @@ from aclip.training.optim import build_optimizer, parameter_groups
 WIDTHS = {f"ViT-B-16-of-width-{width}": width for width in (192, 384, 576)}
 """Models with ViT-B/16's tokens, depth, heads of 64 and ratio of text to image, and less width, which is 768 there."""
 
-SIZES = {"half": "ViT-B-16-of-width-384", "ViT-B-16": "ViT-B-16", "vit-micro": "vit-micro"}
+SIZES = {"half": "ViT-B-16-of-width-384", "ViT-B-16": "ViT-B-16", "ViT-B-32": "ViT-B-32", "vit-micro": "vit-micro"}
 BATCHES = 4  # different ones, which all competitors read
 
 
@@ -147,13 +148,18 @@ def excluded(name: str, parameter: nn.Parameter) -> bool:
 
 
 class Ours:
-    """A recipe's training step, as `aclip train` takes it; without `cut_text`, text is padded to the full context."""
+    """A recipe's training step, as `aclip train` takes it; without `cut_text`, text is padded to the full context.
 
-    def __init__(self, settings: Settings, recipe: Recipe, cut_text: bool) -> None:
+    With `lora`, low-rank updates of both towers are trained, else everything.
+    """
+
+    def __init__(self, settings: Settings, recipe: Recipe, cut_text: bool, lora: int = 0) -> None:
         torch.manual_seed(0)
         self.settings = settings
         self.plan = plan.resolve(recipe, settings.shape())
         model = models.create_model(settings.model, image_size=settings.image_size, with_text=self.plan.uses_text)
+        if lora:
+            adapt(model, lora, ("image", "text"))
         pixels = models.preprocess_config(model)
         self.method = Method(model, self.plan, pixels["mean"], pixels["std"]).to(settings.device).train()
         if settings.compiled:

@@ -3,6 +3,7 @@
     python benchmarks/step.py          CPU: ViT-B/16's proportions at half of its width, bf16; 5 minutes on 2 idle cores
     python benchmarks/step.py --precision fp32 --text cut --batch-size 4 --rounds 4 --parts 0             2 minutes
     python benchmarks/step.py --size ViT-B-16 --batch-size 256 --device cuda --compile
+    python benchmarks/step.py --size ViT-B-32 --batch-size 32 --methods clip 'clip, LoRA 8' --text cut --parts 0
     python benchmarks/step.py --against OTHER/src --methods clip a-clip --models vit-micro vit-tiny   another checkout
 
 One process; the competitors take their steps in turns, A B C A B C ..., so that whatever else the machine does meets
@@ -50,6 +51,9 @@ ASKED: dict[str, tuple[str, dict[str, float]]] = {
     "a-clip-eff": ("a-clip-eff", {}),
 }
 """Title in the table -> recipe, and changes to it."""
+
+LORA = {"clip, LoRA 8": ("clip", 8)}
+"""Title -> recipe, and rank of the updates of both towers that are trained instead of the weights."""
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 PARTS = ("text", "EMA pass", "online pass", "heads", "losses", "optimizer", "EMA update", "host")
@@ -223,7 +227,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=2, help="steps taken part by part; 0 leaves the second table out")
     parser.add_argument("--text-tokens", type=float, default=14.0, help="mean length of the captions")
     parser.add_argument("--text", nargs="+", choices=("cut", "padded"), default=["cut", "padded"])
-    parser.add_argument("--methods", nargs="+", choices=ASKED, default=list(ASKED))
+    parser.add_argument("--methods", nargs="+", choices=[*ASKED, *LORA], default=list(ASKED))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: seconds of all threads together, "
@@ -248,9 +252,10 @@ def main() -> None:
     rows = [Row("open_clip", "padded", OpenClip(settings))]
     for text in args.text:
         for title in args.methods:
-            name, changes = ASKED[title]
+            name, rank = LORA.get(title, (title, 0))
+            name, changes = ASKED[name]
             recipe = override(RECIPES[name], changes)
-            rows.append(Row(title, text, Ours(settings, recipe, cut_text=text == "cut")))
+            rows.append(Row(title, text, Ours(settings, recipe, text == "cut", rank)))
     watch = Stopwatch(device, CLOCKS[args.clock])
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("steps", total=(args.warmup + args.rounds + args.parts) * len(rows))

@@ -33,14 +33,14 @@ def register_nano() -> None:
 
 def recipe_of(words: str) -> Recipe:
     """Return a recipe from its name and changes to it: `a-clip passes.context.resolution=0.5`."""
-    name, *changes = words.split()
+    name, *changes = words.partition(" lora=")[0].split()
     return override(RECIPES[name], dict(change.split("=", 1) for change in changes))
 
 
 def build(words: str) -> Method:
-    """Return a recipe (`recipe_of`) with narrow heads on `vit-nano`."""
+    """Return a recipe (`recipe_of`) with narrow heads on `vit-nano`; "a-clip lora=4" adapts it by updates of rank 4."""
     register_nano()
-    return build_recipe(recipe_of(words), "vit-nano")
+    return build_recipe(recipe_of(words), "vit-nano", lora=int(words.partition(" lora=")[2] or 0))
 
 
 def a_batch(method: Method, rows: int, seed: int = 0) -> Batch:

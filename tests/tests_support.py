@@ -9,6 +9,7 @@ from aclip.config import Recipe
 from aclip.data import RawSample, Source
 from aclip.data.augment import AUGMENTATIONS, draw
 from aclip.method import Method
+from aclip.models.lora import adapt
 from aclip.plan import Plan, resolve
 from aclip.rng import generator
 from aclip.structs import Batch, TowerShape, ViewBatch
@@ -58,11 +59,13 @@ def small(recipe: Recipe) -> Recipe:
                                        for name, o in recipe.objectives.items()})
 
 
-def build(recipe: Recipe, model_name: str = "vit-tiny", image_size: int | None = None) -> Method:
-    """Return a recipe, with narrow heads, on a small model."""
+def build(recipe: Recipe, model_name: str = "vit-tiny", image_size: int | None = None, lora: int = 0) -> Method:
+    """Return a recipe, with narrow heads, on a small model, all of it trained or low-rank updates of its blocks."""
     torch.manual_seed(0)
     plan = resolve(small(recipe), models.shape_of(models.model_config(model_name, image_size=image_size)))
     model = models.create_model(model_name, with_text=plan.uses_text, image_size=image_size)
+    if lora:
+        adapt(model, lora, ("image", "text"))
     method = Method(model, plan, (0.5,) * 3, (0.25,) * 3).train()
     if method.frozen is not None:  # as after some steps: a copy that agrees with the model teaches nothing
         with torch.no_grad():

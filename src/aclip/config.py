@@ -21,6 +21,7 @@ T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
 Sink = Literal["tensorboard", "wandb", "mlflow"]
+Tower = Literal["image", "text"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -307,6 +308,9 @@ class RunConfig:
         epochs: passes over the data; ignored if samples is set.
         samples: pairs to train on.
         batch_size: pairs per optimizer step, over all processes (default: 256, or all the data).
+        lora: rank of updates of the matrices inside the blocks, which alone are trained of the model (LoRA, arXiv
+            2106.09685, with alpha equal to the rank); final/ holds the sums. 0: everything is trained.
+        lora_towers: image, text or both; the other stays as it is.
         unmasked_tuning: fraction of the optimizer steps, at the end, in which nothing is masked (FLIP, section 3).
         unmasked_lr: factor on the learning rate in those steps; FLIP's paper takes 0.01.
         resolution_schedule: smaller images first, as SHARE:RESOLUTION, e.g. 0.5:0.5; steps after the last phase see
@@ -343,6 +347,8 @@ class RunConfig:
     epochs: Positive = 25.0
     samples: Count | None = None
     batch_size: Annotated[int, Field(ge=2)] | None = None
+    lora: Natural = 0
+    lora_towers: Annotated[tuple[Tower, ...], Field(min_length=1)] = ("image", "text")
     unmasked_tuning: Fraction = 0.0
     unmasked_lr: Positive = 1.0
     resolution_schedule: tuple[Annotated[ResolutionPhase, BeforeValidator(_split_phase)], ...] = ()

@@ -17,6 +17,7 @@ from aclip.config import ImageSize, RunConfig
 from aclip.devices import cpp_compiler, fast_precision
 from aclip.errors import AclipError, CheckpointError, ConfigError, TrainingError
 from aclip.method import Method
+from aclip.models.lora import adapt
 from aclip.objectives import OBJECTIVES
 from aclip.objectives.functional import chance_loss
 from aclip.run_folder import RunFolder, command_line
@@ -59,6 +60,8 @@ def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "T
         raise ConfigError(f"unmasked_tuning has no effect: all losses of recipe '{config.recipe.name}' are computed on "
                           "removed patches alone")
     model = _model(config, config.model, config.image_size, uses_text=resolved.uses_text)
+    if config.lora:
+        adapt(model, config.lora, config.lora_towers)
     teacher = _model(config, config.teacher, None, uses_text=resolved.uses_text) if config.teacher else None
     pixels = models.preprocess_config(model)
     method = Method(model, resolved, pixels["mean"], pixels["std"], teacher).to(device).train()

@@ -168,6 +168,22 @@ def test_training_outside_the_main_thread_leaves_signals_alone(
     assert numbers(tmp_path / "run") == numbers(whole[0])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_low_rank_updates_resume_and_leave_the_weights_as_they_were(tmp_path: Path, optimizer: str) -> None:
+    words = f"a-clip optimization.optimizer={optimizer} lora=4"
+    base = state(build(words))
+    whole = state(train(tmp_path / "whole", build(words)))
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", build(words),
+              before=lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 5 else None)
+    end = state(train(tmp_path / "run", build(words)))
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    assert all(torch.equal(tensor, end[name]) for name, tensor in whole.items())
+    changed = [name for name in base if name.startswith("method/model.") and not torch.equal(base[name], end[name])]
+    assert changed
+    assert set(changed) == {name for name in base if name.startswith("method/model.") and ".low_rank." in name}
+
+
 def test_a_resumed_run_is_the_same_run(tmp_path: Path, whole: tuple[Path, dict[str, torch.Tensor]]) -> None:
     run = tmp_path / "run"
     with pytest.raises(Interrupted, match="stopped after step 5 of 12"):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from aclip import checkpoint, dist
 from aclip.checkpoint import Saver, list_checkpoints, open_checkpoint, open_newest
+from aclip.trainer import Best
 from aclip.training.distributed import whole
 from aclip.training.guard import Guard, Interrupted
 from aclip.training.optim import total_norm
@@ -63,6 +64,20 @@ def one_bad_rank(_: Path, folder: Path) -> tuple[Any, ...]:
 
 def test_the_verdict_is_the_same_on_all_ranks(tmp_path: Path) -> None:
     assert ranks(one_bad_rank, tmp_path) == [(1.0, [1], [["sample 0"], ["sample 1"]], [0.0, 0.0])] * 2
+
+
+def stopping_early(_: Path, folder: Path) -> tuple[int, Any]:
+    measured = {2: 0.2, 4: 0.5, 6: 0.5, 8: 0.4}
+
+    def evaluate(step: int) -> float | None:
+        return measured[step] if dist.rank() == 0 else None
+
+    trainer = train(folder / "run", build(evaluate_every=2, keep_best="held", early_stop=2), evaluate=evaluate)
+    return trainer.step, trainer.best
+
+
+def test_ranks_agree_on_the_best_and_end_together(tmp_path: Path) -> None:
+    assert ranks(stopping_early, tmp_path) == [(8, Best(4, 0.5, since=2))] * 2
 
 
 def with_a_signal_to_one(_: Path, folder: Path, way: Any) -> str:

@@ -15,6 +15,7 @@ from aclip.errors import UnsupportedModelError
 from aclip.exporters.base import Exporter, Readback, logit_multiplier, replace_folder, write_json
 from aclip.exporters.huggingface import is_clip_tokenizer, save_pretrained
 from aclip.models import LoadedModel, Tokenizer, preprocess_config, tokenizer_of
+from aclip.models.lora import merged
 
 
 class OpenClipExporter(Exporter):
@@ -55,7 +56,7 @@ def save(
     model: nn.Module, model_config: Mapping[str, Any], preprocess_config: Mapping[str, Any], tokenizer: Tokenizer,
     folder: Path, *, step: int | None = None, samples_seen: int | None = None,
 ) -> None:
-    """Write a model in fp32 to `folder`, replacing it as a whole.
+    """Write a model in fp32 to `folder`, replacing it as a whole; low-rank updates are added to their matrices.
 
     Args:
         model: the open_clip model (or `ImageTower`).
@@ -73,7 +74,7 @@ def save(
                    {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)})
         # clones, because safetensors refuses tensors that share memory
         state = {name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous().clone()
-                 for name, tensor in model.state_dict().items()}
+                 for name, tensor in merged(model.state_dict()).items()}
         try:
             save_file(state, weights := temporary / HF_SAFE_WEIGHTS_NAME)
         except SafetensorError as error:  # its message holds the system's

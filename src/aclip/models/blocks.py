@@ -187,6 +187,13 @@ def _heads_of(
     attn: Any, x: Tensor, queried: Float[Tensor, "B 1 C"] | None, packing: Packing | None
 ) -> tuple[Float[Tensor, "B H M d"], Float[Tensor, "B H L d"], Float[Tensor, "B H L d"]]:
     """Apply the projections of an attention module: queries of `queried` (None: of all), keys and values."""
+    low_rank: Any = getattr(getattr(attn, "qkv", attn), "low_rank", None)  # of `models.lora`
+    up = None if low_rank is None else low_rank.up
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None) -> Tensor:
+        y = F.linear(x, weight, bias)
+        return y if up is None else y + F.linear(F.linear(x, low_rank.down), up)
+
     def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
         if packing is not None and x.ndim == 2:
             x = packing.unpack(x)
@@ -199,13 +206,14 @@ def _heads_of(
     else:
         weight, bias = _stacked(attn)
         if queried is None:
-            q, k, v = split(F.linear(x, weight, bias), 3)
+            q, k, v = split(project(x, weight, bias, up), 3)
         else:
             sizes = [weight.shape[0] // 3, 2 * weight.shape[0] // 3]
             q_weight, kv_weight = torch.split(weight, sizes)
             q_bias, kv_bias = (None, None) if bias is None else torch.split(bias, sizes)
-            (q,) = split(F.linear(queried, q_weight, q_bias), 1)
-            k, v = split(F.linear(x, kv_weight, kv_bias), 2)
+            q_up, kv_up = (None, None) if up is None else torch.split(up, sizes)
+            (q,) = split(project(queried, q_weight, q_bias, q_up), 1)
+            k, v = split(project(x, kv_weight, kv_bias, kv_up), 2)
     return (attn.q_norm(q), attn.k_norm(k), v) if hasattr(attn, "q_norm") else (q, k, v)
 
 

@@ -30,6 +30,7 @@ from aclip.errors import CheckpointError, ConfigError, UnsupportedModelError, un
 from aclip.models import hugging_face
 from aclip.models.blocks import blocks_of
 from aclip.models.hugging_face import read_json
+from aclip.models.lora import merged
 from aclip.models.text import can_cut, is_hugging_face, text_blocks_of, text_tower_of
 from aclip.models.vision import SUPPORTED, attention_pool_of, grid_of, pair, resize_images, visual_of, vit_of
 from aclip.models.weights import from_released, is_released, load_weights, read_weights, released_config
@@ -407,7 +408,7 @@ def _run_source(folder: Path, steps: list[Path], *, ema: bool) -> Source:
         if ema and not average:
             raise CheckpointError(f"the run of {checkpoint.path} keeps no EMA: use the online weights")
         state |= {f"visual.{name}": tensor for name, tensor in average.items()}
-        return Weights(state, str(checkpoint.path), checkpoint.step, checkpoint.values.get("samples_seen"))
+        return Weights(merged(state), str(checkpoint.path), checkpoint.step, checkpoint.values.get("samples_seen"))
 
     run = steps[0].parent.parent
     if (run / "final" / CONFIG_NAME).is_file():

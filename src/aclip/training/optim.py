@@ -25,7 +25,8 @@ _NEVER_DECAYED = (
 # open_clip's, timm's, and of Hugging Face's text towers (BERT's and RoBERTa's, T5's, NLLB's)
 _BLOCK = re.compile(
     r".*?\.(?:resblocks|trunk\.blocks|text\.transformer\.(?:encoder\.layer|block|layers))\.(\d+)\.")
-_PACKED = ("attn.in_proj_weight", "attn.qkv.weight")  # open_clip's and timm's queries, keys and values
+# open_clip's and timm's queries, keys and values, and what is added to them
+_PACKED = ("attn.in_proj_weight", "attn.qkv.weight", "attn.low_rank.up", "attn.qkv.low_rank.up")
 _AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "text.proj.", "visual.proj", "logit_scale", "logit_bias",
                  "trunk.norm.", "trunk.fc_norm.", "trunk.attn_pool.", "trunk.head.", "visual.head.")
 
