@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types check clean help
+.PHONY: demo test lint types docs check clean help
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,8 @@ SEED ?= 0
 EPOCHS ?= 20
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile; echo '  make check  lint, types and tests'; echo '  make clean  remove what was set up here'
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile; echo '  make check  lint, types and tests'
+	@echo '  make docs   build the documentation, site/index.html'; echo '  make clean  remove what was set up here'
 
 # The environment is rebuilt when the project's requirements change; a failed attempt leaves no stamp.
 $(INSTALLED): pyproject.toml
@@ -45,6 +46,10 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# strictly, which tests/docs/test_site.py does too; the variable silences an advertisement
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 check: lint types test
 

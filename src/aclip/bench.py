@@ -3,12 +3,10 @@
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from json import dumps
 from typing import Any, Literal
 
 import numpy as np
@@ -50,7 +48,6 @@ def bench_step(
     rounds: int = 5,
     precision: Literal["fp32", "bf16", "fp16"] | None = None,
     device: str = "auto",
-    json: bool = False,
     changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Time whole optimizer steps at several batch sizes, in turns, on crops of noise and synthetic captions.
@@ -69,7 +66,6 @@ def bench_step(
         rounds: timed steps of each batch size.
         precision: of the towers (default: as `aclip train` chooses).
         device: auto, cpu, cuda, cuda:1, mps.
-        json: print the numbers as JSON instead of a table.
         changes: path -> value, fields of the recipe to change.
     """
     where = choose_device(device)
@@ -92,7 +88,7 @@ def bench_step(
              f"{one['pairs_per_second']:,.1f}", in_units(one["peak_memory"]),
              *([f"{one['hours']:,.1f}"] if pairs else [])) for one in speeds]
     hours = f"; hours for {pairs:,} pairs x {epochs:g} epochs, if reading keeps up" if pairs else ""
-    return _show(result, json, titles, rows,
+    return _show(result, titles, rows,
                  f"{recipe} on {model}, {trainer.config.precision} on {result['versions']['device']}, captions of "
                  f"{text_tokens:g} tokens on average; median of {rounds} steps{hours}",
                  *([f"most pairs a second: batch {best['batch_size']}; a larger batch also contrasts each pair with "
@@ -100,12 +96,9 @@ def bench_step(
 
 
 def _show(
-    result: dict[str, Any], json: bool, titles: Sequence[str], rows: Sequence[Sequence[str]], *sentences: str
+    result: dict[str, Any], titles: Sequence[str], rows: Sequence[Sequence[str]], *sentences: str
 ) -> dict[str, Any]:
-    """Print a table and sentences, or the numbers as JSON; return the numbers."""
-    if json:
-        sys.stdout.write(dumps(result, indent=2) + "\n")
-        return result
+    """Print a table and sentences; return the numbers."""
     console, table = Console(highlight=False), Table(box=None, pad_edge=False)
     for title in titles:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
@@ -167,7 +160,6 @@ def bench_model(
     rounds: int = 10,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: str = "auto",
-    json: bool = False,
 ) -> dict[str, Any]:
     """Time the encoding of images, whole and with patches dropped, and of texts, in turns.
 
@@ -181,7 +173,6 @@ def bench_model(
         rounds: timed calls of each.
         precision: of the towers.
         device: auto, cpu, cuda, cuda:1, mps.
-        json: print the numbers as JSON instead of a table.
     """
     if min((*batch_sizes, rounds)) < 1 or not all(0 < fraction <= 1 for fraction in keep):
         raise ConfigError("batch_sizes and rounds are 1 or more, and keep takes fractions of the patches, above 0 and "
@@ -216,7 +207,7 @@ def bench_model(
         shown.append((row["what"], f"{row['keep']:.0%}" if row["what"] == "images" else "", str(row["tokens"]),
                       str(row["batch_size"]), f"{row['per_second']:,.1f}", f"{low:,.1f} to {high:,.1f}",
                       f"{row['relative']:.2f} x"))
-    return _show(result, json, ("", "patches kept", "tokens", "batch", "a second", "quartiles", "speed-up"), shown,
+    return _show(result, ("", "patches kept", "tokens", "batch", "a second", "quartiles", "speed-up"), shown,
                  f"{model}, {precision} on {result['device']}, median of {rounds} calls")
 
 

@@ -3,18 +3,21 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (with the checkpoint saved).
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
+import json
 import logging
+import math
 import os
 import re
 import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,8 @@ examples:
   aclip evaluate runs/first --data held-out.csv
   aclip recipes show a-clip --model ViT-B-16
 
-`aclip VERB --help` shows a verb's options; --debug shows tracebacks; --version.
+`aclip VERB --help` shows a verb's options. With every verb: --json prints what
+it found as JSON, and all else on standard error; --debug shows tracebacks.
 """
 
 # verb -> (module, function, names of positional arguments)
@@ -94,11 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # printing must not fail in a locale that is not UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    debug = "--debug" in given
-    given = [word for word in given if word != "--debug"]
+    debug, as_json = "--debug" in given, "--json" in given
+    given = [word for word in given if word not in ("--debug", "--json")]
     _show_log(debug)
+    if not given or given[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return 0 if given else 2
+    if given[0] == "--version":
+        import aclip
+
+        sys.stdout.write(f"attentive-clip {aclip.__version__}\n")
+        return 0
     try:
-        return _run(given)
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            found = _run(given)
+        if as_json and os.environ.get("RANK", "0") == "0":
+            sys.stdout.write(json.dumps(_plain(found), indent=1) + "\n")
+        return 0
     except SystemExit as exit_:  # tyro, after --help or a wrong option
         return exit_.code if isinstance(exit_.code, int) else 2
     except KeyboardInterrupt as interrupt:
@@ -133,41 +149,47 @@ def _show_log(debug: bool) -> None:
     logger.propagate = False
 
 
-def _run(given: list[str]) -> int:
-    if not given or given[0] in ("-h", "--help"):
-        sys.stdout.write(HELP)
-        return 0 if given else 2
-    if given[0] == "--version":
-        import aclip
+def _plain(value: Any) -> Any:
+    """Return what a verb found as JSON values; bytes and arrays are left out, and numbers that are not finite null."""
+    if hasattr(value, "to_json"):
+        return _plain(value.to_json())
+    if is_dataclass(value):
+        return _plain({field.name: getattr(value, field.name) for field in fields(value)})
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items() if not isinstance(one, bytes)}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
-        sys.stdout.write(f"attentive-clip {aclip.__version__}\n")
-        return 0
+
+def _run(given: list[str]) -> Any:
+    """Run a verb and return what its function does."""
     if given[0] == "train":
-        _train(given[1:])
-    elif given[0] == "compare":
-        _compare(given[1:])
-    else:
-        two = " ".join(given[:2])
-        verb = two if two in VERBS else given[0]
-        if verb not in VERBS:
-            group = [name for name in VERBS if name.startswith(verb + " ")]
-            if group:
-                raise ConfigError(f"aclip {verb} needs an action: {', '.join(name.split()[1] for name in group)}")
-            raise ConfigError(unknown_name("verb", verb, ["train", "compare", *{v.split()[0] for v in VERBS}]))
-        module, name, positional = VERBS[verb]
-        rest = given[len(verb.split()):]
-        function = getattr(importlib.import_module(module), name)
-        doc = function.__doc__
-        parameters = _parameters_of(function)
-        if any(one.name == "changes" for one in parameters):
-            rest, changes = take_paths(rest)
-            parameters = [one for one in parameters if one.name != "changes"]
-            function = functools.partial(function, changes=changes)
-        _call(function, parameters, rest, f"aclip {verb}", doc, positional=positional)
-    return 0
+        return _train(given[1:])
+    if given[0] == "compare":
+        return _compare(given[1:])
+    two = " ".join(given[:2])
+    verb = two if two in VERBS else given[0]
+    if verb not in VERBS:
+        group = [name for name in VERBS if name.startswith(verb + " ")]
+        if group:
+            raise ConfigError(f"aclip {verb} needs an action: {', '.join(name.split()[1] for name in group)}")
+        raise ConfigError(unknown_name("verb", verb, ["train", "compare", *{v.split()[0] for v in VERBS}]))
+    module, name, positional = VERBS[verb]
+    rest = given[len(verb.split()):]
+    function = getattr(importlib.import_module(module), name)
+    doc = function.__doc__
+    parameters = _parameters_of(function)
+    if any(one.name == "changes" for one in parameters):
+        rest, changes = take_paths(rest)
+        parameters = [one for one in parameters if one.name != "changes"]
+        function = functools.partial(function, changes=changes)
+    return _call(function, parameters, rest, f"aclip {verb}", doc, positional=positional)
 
 
-def _train(given: list[str]) -> None:
+def _train(given: list[str]) -> Any:
     from aclip.recipes import configure
 
     given, changes = take_paths(given, prefix="recipe.")
@@ -184,15 +206,14 @@ def _train(given: list[str]) -> None:
 
         if not steps.isdecimal() or not int(steps):
             raise ConfigError(f"--overfit-one-batch takes a number of steps, not '{steps}'")
-        overfit_one_batch(configure(**settings), int(steps))
-        return
+        return overfit_one_batch(configure(**settings), int(steps))
     if resume is None and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip("0"):
         check_early(configure(**settings))
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write("aclip: loading PyTorch\n")
     from aclip.runs import train
 
-    train(resume=resume or resume is not None, **settings)
+    return train(resume=resume or resume is not None, **settings)
 
 
 def check_early(config: Any) -> None:
@@ -205,7 +226,7 @@ def check_early(config: Any) -> None:
         locate(parse_spec(spec).path)
 
 
-def _compare(given: list[str]) -> None:
+def _compare(given: list[str]) -> Any:
     from aclip.comparison import compare
 
     given, changes = take_paths(given, prefix="recipe.")
@@ -213,8 +234,8 @@ def _compare(given: list[str]) -> None:
     decided = {one.name for one in own} | {"recipe", "seed", "freeze", "lr"}
     others = [one for one in _settings_of_run() if one.name not in decided]
     about, arguments = str(compare.__doc__).partition("\n\n    Args:\n")[::2]
-    _call(functools.partial(compare, changes=changes), [*own, *others], given, "aclip compare",
-          f"{_arguments_of_run()}\n{arguments.partition(NEXT_SECTION)[0]}", about)
+    return _call(functools.partial(compare, changes=changes), [*own, *others], given, "aclip compare",
+                 f"{_arguments_of_run()}\n{arguments.partition(NEXT_SECTION)[0]}", about)
 
 
 def _settings_of_run() -> list[inspect.Parameter]:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from aclip.training.optim import ParameterGroup
 
 
-def list_recipes() -> list[str]:
-    """List the training methods; return their names."""
+def list_recipes() -> dict[str, str]:
+    """List the training methods; return what each does, by name."""
     table = Table("recipe", "what it does", "paper", box=None, pad_edge=False)
     for name, recipe in RECIPES.items():
         table.add_row(f"[bold]{name}", recipe.title, recipe.paper)
     Console().print(table)
-    return list(RECIPES)
+    return {name: recipe.title for name, recipe in RECIPES.items()}
 
 
 def show_recipe(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -123,7 +123,7 @@ def explain(
 def draw_explanations(
     model: str, images: tuple[str, ...], *, output: str, text: tuple[str, ...] = (), keep: float = 0.5,
     weights: Literal["online", "ema"] = "online",
-) -> list[Path]:
+) -> list[dict[str, Any]]:
     """Draw where a model looks in images, which patches it would keep, and where the images answer texts.
 
     Args:
@@ -135,7 +135,7 @@ def draw_explanations(
         weights: of a run: the trained model, or its image tower's moving average (ema), which scores in training.
 
     Returns:
-        The files written.
+        Of every image: its name, the file written, and its similarity to each text.
 
     Raises:
         ConfigError: several images for one file.
@@ -155,12 +155,14 @@ def draw_explanations(
     else:
         unique = len(set(stems)) == len(stems)
         paths = [Path(output) / f"{stem if unique else f'{number:03}-{stem}'}.png" for number, stem in enumerate(stems)]
-    loaded, console = load(model, weights=weights), Console(highlight=False)
+    loaded, console, drawn = load(model, weights=weights), Console(highlight=False), []
     for image, path in zip(track(images, "images", console=console, disable=len(images) == 1), paths, strict=True):
         (explained,) = explain(loaded, [image], text, keep)
         path.parent.mkdir(parents=True, exist_ok=True)
         explained.figure().save(path)
-        for words, similarity in zip(text, explained.similarity, strict=True):
+        similarities = dict(zip(text, explained.similarity.tolist(), strict=True))
+        drawn.append({"image": image, "output": path, "similarity": similarities})
+        for words, similarity in similarities.items():
             console.print(f"{similarity:6.3f}  {words}", markup=False)
         console.print(f"{image} -> {path}", markup=False, soft_wrap=True)
-    return paths
+    return drawn

@@ -14,7 +14,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from aclip import models
-from aclip.config import ObjectiveConfig, Pass, Recipe, RunConfig, TextPass, sentence
+from aclip.config import ObjectiveConfig, Pass, Recipe, RunConfig, TextPass, sentence, to_dict
 from aclip.data.views import VIEWS, ViewPipeline
 from aclip.errors import ConfigError, UnsupportedModelError, unknown_name
 from aclip.masking import MASKING, TEXT_REDUCTIONS, MaskingStrategy, TextReduction, fitting_block_size
@@ -121,6 +121,12 @@ class Plan:
     view_sizes: Mapping[str, tuple[int, int]]
     uses_text: bool
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe, what its passes see, and its cost with padded text, relative to CLIP's."""
+        return {"recipe": to_dict(self.recipe), "cost": self.relative_cost(), "macs": self.macs(), "passes": {
+            name: {"patches": p.num_patches, "kept": p.num_keep, "tokens": p.num_tokens, "image_size": p.image_size}
+            for name, p in self.passes.items()}, "notes": self.notes}
 
     def runs(self, p: PassPlan, masked: bool = True) -> bool:
         """Return whether a step runs the pass: a scoring pass is skipped where no patch is chosen by its scores.

@@ -95,6 +95,13 @@ class Run:
         """The records of metrics.jsonl."""
         return RunFolder(self.folder).records("metrics")
 
+    def to_json(self) -> dict[str, Any]:
+        """Return where the results are, the last record of metrics.jsonl, and the evaluations' metrics by set."""
+        journal = RunFolder(self.folder)
+        return {"folder": self.folder, "model": journal.final, "report": self.folder / "report.html",
+                "last": self.metrics[-1] if self.metrics else None,
+                "evaluations": {one["set"]: one["metrics"] for one in journal.records("evaluations")}}
+
     def evaluate(self, **options: Any) -> list[Result]:
         """Evaluate the trained model; arguments as of `aclip.evaluate`."""
         return evaluate(str(self.folder), **options)

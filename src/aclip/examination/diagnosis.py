@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,11 @@ class Examination:
         """Number of samples that have an image and a caption."""
         samples = self.measured[0].samples
         return int((samples["decoded"] & (samples["captions"] > 0)).sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return how many samples there are and are usable, and the findings without their examples."""
+        return {"samples": len(self.measured[0].samples), "usable": self.usable,
+                "findings": [replace(finding, examples=()) for finding in self.findings]}
 
     def load_examples(self) -> "list[list[list[Example]]]":
         """Read the examples of every finding again, in groups of samples that belong together."""

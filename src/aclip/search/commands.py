@@ -55,7 +55,7 @@ def index(
 
 def search(
     index: str, query: tuple[str, ...] = (), *, not_: tuple[str, ...] = (), top: int = 20, duplicates: bool = False,
-    threshold: float = 0.97, json: bool = False, sheet: str | None = None, model: str | None = None,
+    threshold: float = 0.97, sheet: str | None = None, model: str | None = None,
     device: str = "auto",
 ) -> list[Hit] | list[list[Hit]]:
     """Search an index by text or image, or for near-duplicates.
@@ -67,7 +67,6 @@ def search(
         top: number of images.
         duplicates: list groups of images that look nearly the same instead.
         threshold: of near-duplicates: least cosine of their features.
-        json: print JSON.
         sheet: write the images found to this PNG or JPEG file as well.
         model: where the model lies if it has been moved.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -84,10 +83,7 @@ def search(
         raise ConfigError(f"--sheet is the name of a .png or .jpg file, not '{sheet}'")
     opened = Index(index, model=model, device=device)
     groups = opened.duplicates(threshold) if duplicates else [opened.search(*query, not_=not_, top=top)]
-    if json:
-        _print_json(groups if duplicates else groups[0])
-    else:
-        _print_table(opened, groups, duplicates)
+    _print_table(opened, groups, duplicates)
     if sheet is not None and groups:
         write_sheet(opened, groups[:_GROUPS], Path(sheet))
     return groups if duplicates else groups[0]
@@ -132,15 +128,6 @@ def serve(
     console = Console(soft_wrap=True, highlight=False, markup=False)
     server.run(Index(index, model=model, device=device), host, port, password,
                lambda address: console.print(f"open {address} (stop with Ctrl-C)"))
-
-
-def _print_json(found: Sequence[Hit] | Sequence[Sequence[Hit]]) -> None:
-    import json
-    import sys
-    from dataclasses import asdict, is_dataclass
-
-    records = [asdict(one) if is_dataclass(one) else [asdict(hit) for hit in one] for one in found]
-    sys.stdout.write(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
 
 
 def _print_table(index: Index, groups: Sequence[Sequence[Hit]], duplicates: bool) -> None:

@@ -111,6 +111,10 @@ class Index:
         """Return the number of images N."""
         return len(self.features)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return where it lies and what its `index.json` says."""
+        return {"folder": self.folder, **self.description}
+
     @cached_property
     def model(self) -> LoadedModel:
         """The model that the images were encoded by, loaded on first use.
