@@ -43,7 +43,7 @@ def run(**changes: Any) -> RunConfig:
         ({"mask_ratio": float("nan")}, "mask_ratio should be a finite number, not nan"),
         ({"views": ()}, "views .* at least 1 item"),
         ({"resolution": 0.0}, "resolution should be greater than 0"),
-        ({"encoder": "emma"}, "encoder should be 'online' or 'ema', not 'emma'"),
+        ({"encoder": "emma"}, "encoder should be 'online', 'ema' or 'frozen', not 'emma'"),
     ],
 )
 def test_pass_refuses(changes: dict[str, Any], message: str) -> None:
@@ -131,7 +131,7 @@ def test_from_dict_refuses(values: dict[str, Any], message: str) -> None:
 def test_from_dict_names_the_file_and_the_path_to_a_wrong_field() -> None:
     values = to_dict(A_CLIP)
     values["passes"]["context"]["encoder"] = "emma"
-    with pytest.raises(ConfigError, match=r"config.json: passes\.context\.encoder should be 'online' or 'ema'"):
+    with pytest.raises(ConfigError, match=r"config.json: passes\.context\.encoder should be 'online', 'ema' or 'frozen'"):
         from_dict(Recipe, values, "config.json")
     values = to_dict(A_CLIP)
     values["passes"]["context"]["encodr"] = "ema"
