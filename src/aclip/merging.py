@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,18 +75,18 @@ def merge(
     loaded = [towers.load(name) for name in names]
     for other in loaded[1:]:
         check_same(loaded[0], other)
-    console, first = Console(highlight=False), loaded[0]
-    states = [{name: tensor.clone() for name, tensor in one.model.state_dict().items()} for one in loaded]
+    console, result = Console(highlight=False), copy.deepcopy(loaded[0])
+    states = [one.model.state_dict() for one in loaded]
     frontier: dict[str, Any] | None = None
     if alpha == "sweep":
-        frontier = {"models": names, **_sweep(first, states, evaluate, evaluator, lose, device, workers, console)}
+        frontier = {"models": names, **_sweep(result, states, evaluate, evaluator, lose, device, workers, console)}
         alpha = float(frontier["alpha"])
     share = 0.5 if alpha is None else alpha
     shares = [1 - share, share] if len(names) == 2 else [1 / len(names)] * len(names)
-    first.cpu().model.load_state_dict(mix(states, shares))
+    result.cpu().model.load_state_dict(mix(states, shares))
     folder = Path(output)
-    open_clip.save(first.model, towers.model_config(names[0]), towers.preprocess_config(first.model), first.tokenizer,
-                   folder)
+    open_clip.save(result.model, towers.model_config(names[0]), towers.preprocess_config(result.model),
+                   result.tokenizer, folder)
     write_json(folder / "merge.json", {"models": names, "shares": shares})
     written = f"merged {', '.join(f'{part:.3g} x {name}' for part, name in zip(shares, names, strict=True))}: {folder}"
     if frontier is not None:
@@ -124,8 +125,6 @@ def check_same(first: LoadedModel, other: LoadedModel) -> None:
     Raises:
         ConfigError: they differ; the message says in what.
     """
-    import copy
-
     import torch
 
     from aclip.exporters.base import CAPTIONS, synthetic_examples

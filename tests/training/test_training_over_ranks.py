@@ -10,7 +10,7 @@ from over_ranks import run_ranks
 CASES: list[Case] = [
     *((recipe, way, "sgd") for recipe in ("a-clip", "slip", "mae") for way in ("ddp", "fsdp")),
     ("a-clip", "fsdp in 2", "sgd"),
-    *(("a-clip lora=4", way, "sgd") for way in ("ddp", "fsdp")),
+    *(("a-clip lora=4", way, "sgd") for way in ("ddp", "fsdp in 2")),
     *((recipe, way, "adamw") for recipe in ("a-clip", "a-clip optimization.optimizer=muon") for way in ("ddp", "fsdp")),
 ]
 # `benchmarks/equality.py` does this for every recipe
