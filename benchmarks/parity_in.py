@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from aclip import models
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-B-16-SigLIP", "vit_medium_patch16_gap_256",
-          "MobileCLIP2-L-14")
+          "MobileCLIP2-L-14", "ViT-B-16-SigLIP2", "EVA02-B-16", "EVA02-L-14", "PE-Core-T-16-384", "PE-Core-B-16",
+          "PE-Core-L-14-336", "ViT-L-14-CLIPA", "SiglipModel", "Siglip2Model")
 HUGGING_FACE = ("ViT-B-32", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14")
+SIGLIP = ("SiglipModel", "Siglip2Model")
 CAPTIONS = ["a cat", "two dogs on a red sofa", "", "a diagram of a heart, drawn by hand " * 9]
 
 
@@ -61,19 +63,28 @@ def masked_by_hooks(visual: nn.Module, pixels: Tensor, keep: Tensor) -> Tensor:
         x = arguments[0]
         return (x.gather(1, place[:, :, None].expand(-1, -1, x.shape[2])), *arguments[1:]), options
 
+    def rotate(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        table = options.get("rope")
+        return arguments, options if table is None else options | {"rope": table[keep][:, None]}
+
     blocks = vit.stack.resblocks if hasattr(vit.stack, "resblocks") else vit.stack.blocks
-    hook = blocks[0].register_forward_pre_hook(pick, with_kwargs=True)
+    hooks = [blocks[0].register_forward_pre_hook(pick, with_kwargs=True)]
+    hooks += [block.register_forward_pre_hook(rotate, with_kwargs=True) for block in blocks]
     try:
         features: Tensor = visual(pixels)
         return features
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def against_open_clip(name: str, seed: int) -> list[str]:
     """Return a row: image, masked image and text features against open_clip's (and timm's) own forward."""
     torch.manual_seed(seed)
     model: Any = shaken(models.create_model(name), seed)
+    head = getattr(getattr(model.visual, "trunk", None), "head", None)
+    if isinstance(head, nn.Linear):  # timm starts it at almost nothing
+        nn.init.normal_(head.weight, std=0.02)
     vit = models.vit_of(model.visual)
     pixels = torch.randn(4, 3, *(side * patch for side, patch in zip(vit.grid_size, vit.patch_size, strict=True)))
     patches = vit.grid_size[0] * vit.grid_size[1]
@@ -111,6 +122,29 @@ def against_transformers(name: str, seed: int) -> list[str]:
     return [name, "transformers folder", f"{image:.1e}", "", f"{text:.1e}"]
 
 
+def against_siglip(name: str, seed: int) -> list[str]:
+    """Return a row: a folder that transformers wrote of its own random base model, read by our code."""
+    import transformers
+    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+    torch.manual_seed(seed)
+    config = getattr(transformers, name.replace("Model", "Config"))()
+    theirs: Any = shaken(getattr(transformers, name)(config), seed)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours: Any = models.create_model(Path(folder)).eval()
+    pixels = torch.randn(4, 3, *ours.visual.image_size)
+    seen = {"pixel_values": pixels}
+    if name == "Siglip2Model":
+        patches = torch.stack([convert_image_to_patches(image, 16) for image in pixels])
+        seen = {"pixel_values": patches, "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int64),
+                "spatial_shapes": torch.tensor(models.vit_of(ours.visual).grid_size).expand(4, -1)}
+    tokens = torch.randint(1, config.text_config.vocab_size, (4, ours.text.context_length))
+    image = largest(models.encode_image(ours.visual, pixels).features, theirs.get_image_features(**seen).pooler_output)
+    text = largest(models.encode_text(ours, tokens), theirs.get_text_features(tokens).pooler_output)
+    return [f"{name}, base", "transformers folder", f"{image:.1e}", "", f"{text:.1e}"]
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,8 +153,9 @@ def main() -> None:
     args = parser.parse_args()
     print("| model | against | image | masked image | text |\n| --- | --- | --- | --- | --- |")  # noqa: T201
     measures: list[tuple[Callable[[str, int], list[str]], tuple[str, ...]]] = [
-        (against_open_clip, tuple(args.models)),
-        (against_transformers, tuple(name for name in args.models if name in HUGGING_FACE))]
+        (against_open_clip, tuple(name for name in args.models if name not in SIGLIP)),
+        (against_transformers, tuple(name for name in args.models if name in HUGGING_FACE)),
+        (against_siglip, tuple(name for name in args.models if name in SIGLIP))]
     with torch.no_grad():
         for measure, names in measures:
             for name in names:

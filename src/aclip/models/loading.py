@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, cast
 
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jaxtyping import Float
 from open_clip.constants import HF_CONFIG_NAME as CONFIG_NAME
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME as WEIGHTS_NAME
@@ -228,12 +230,17 @@ def build_modules(config: Mapping[str, Any], *, pretrained_text: bool = False) -
             vision["timm_model_pretrained"] = False  # on ImageNet, fetched
         if text.get("hf_model_name"):
             text["hf_model_pretrained"] = pretrained_text and text.get("hf_model_pretrained", True)
-            find_text_tower(text["hf_model_name"])
+            text["hf_model_name"] = _text_tower(text["hf_model_name"], weights=text["hf_model_pretrained"])
         cls = CustomTextCLIP if config.get("custom_text") or text.get("hf_model_name") else CLIP
         rest = {key: value for key, value in config.items() if key != "custom_text"}
         model: Any = cls(**{**rest, "vision_cfg": vision, "text_cfg": text})
-    except (CheckpointError, UnsupportedModelError):
+    except UnsupportedModelError:
         raise
+    except OSError as error:
+        name, reason = config["text_cfg"].get("hf_model_name"), (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(f"its Hugging Face text tower '{name}' is not here ({reason}): fetch it once with "
+                              f"`hf download {name}`, or name a folder of it as hf_model_name and hf_tokenizer_name in "
+                              "an open_clip_config.json") from error
     except Exception as error:  # whatever open_clip and timm meet in unknown fields and sizes that do not fit
         raise ConfigError(f"its config describes no model that open_clip can build: {error!r}") from error
     if text.get("hf_model_name"):  # open_clip's is what the tower could read
@@ -259,25 +266,25 @@ def _mlp_width(mlp: nn.Module, width: int, attention: int = 0) -> int:
     return round(sum(p.numel() for p in mlp.parameters() if p.ndim == 2) / (2 * width)) - attention * width // 2
 
 
-def find_text_tower(name: str) -> None:
-    """Look for a Hugging Face text tower, a folder or a name on the hub (fetched, then cached).
+def _text_tower(name: str, *, weights: bool) -> str:
+    """Return where a Hugging Face text tower is read: its folder, in the cache if it is there, or its name on the hub.
+
+    Args:
+        name: a folder, or a name on the hub, whose config is fetched if it is not cached.
+        weights: whether its weights are wanted, too.
 
     Raises:
-        UnsupportedModelError: transformers is not installed.
-        CheckpointError: its config cannot be read.
+        OSError: no network, no such name.
     """
+    if Path(name).is_dir():
+        return name
     try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise UnsupportedModelError(f"it has the Hugging Face text tower '{name}', which needs transformers: "
-                                    "pip install 'attentive-clip[transformers]'") from error
-    try:
-        AutoConfig.from_pretrained(name)
-    except Exception as error:  # no network, no such repository, no such file: the client's own errors
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise CheckpointError(f"its Hugging Face text tower '{name}' is not here ({reason}): fetch it once with "
-                              f"`hf download {name}`, or name a folder of it as hf_model_name and hf_tokenizer_name in "
-                              "an open_clip_config.json") from error
+        config = hf_hub_download(name, "config.json", local_files_only=True)
+    except LocalEntryNotFoundError:
+        config = hf_hub_download(name, "config.json")
+    folder = Path(config).parent
+    found = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return str(folder) if found or not weights else name
 
 
 def list_models() -> list[str]:
