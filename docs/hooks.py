@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-GROUPS = {"clip": "With captions", "a_clip": "A-CLIP and its ablations", "images": "Images alone"}
+
+
+def on_config(config: Any) -> Any:
+    """Add the page on fine-tuning where there is one."""
+    if (ROOT / "docs/finetune.md").exists():
+        guide = next(part["Guide"] for part in config.nav if "Guide" in part)
+        guide.insert(1, {"Fine-tune without forgetting": "finetune.md"})
+    return config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -28,9 +35,9 @@ def recipes() -> str:
     costs = {name: resolve(recipe, shape).relative_cost() for name, recipe in RECIPES.items()}
     lines = ["", "## All recipes", "", "| recipe | what it does | cost | paper |", "| --- | --- | --- | --- |"]
     lines += [f"| `{name}` | {recipe.title} | {costs[name]:.2f} | {recipe.paper} |" for name, recipe in RECIPES.items()]
-    for module, title in GROUPS.items():
-        tree = ast.parse((ROOT / "src/aclip/recipes" / f"{module}.py").read_text(encoding="utf-8"))
-        lines += ["", f"## {title}"]
+    for module in sorted((ROOT / "src/aclip/recipes").glob("[!_]*.py")):
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        lines += ["", f"## {str(ast.get_docstring(tree)).partition(chr(10))[0].partition(':')[0]}"]
         for recipe, said in zip(tree.body, tree.body[1:], strict=False):
             if isinstance(recipe, ast.Assign) and isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant):
                 lines += ["", f"### {recipe.targets[0].id.lower().replace('_', '-')}", "",  # type: ignore[attr-defined]
