@@ -252,7 +252,7 @@ def build_modules(config: Mapping[str, Any], *, pretrained_text: bool = False) -
     visual, size = visual_of(model), pair(vision.get("image_size", 224))
     if vision.get("timm_model_name") and vit_of(visual).grid_size != grid_of(size, vit_of(visual).patch_size):
         resize_images(visual, size)  # timm builds at a size of its own
-    return model
+    return cast(nn.Module, model)
 
 
 def _mlp_width(mlp: nn.Module, width: int, attention: int = 0) -> int:
