@@ -79,11 +79,11 @@ def recipe_costs(
     """
     from aclip import plan
 
-    shape = _shape(model, image_size, text_tokens)
+    shape, frozen_shape = _shape(model, image_size, text_tokens), _frozen_shape(teacher)
     plans = []
     for name in recipes or RECIPES:
         try:
-            plans.append(plan.resolve(find_recipe(name, changes), shape, frozen_shape=_frozen_shape(teacher)))
+            plans.append(plan.resolve(find_recipe(name, changes), shape, frozen_shape=frozen_shape))
         except ConfigError as error:
             raise ConfigError(f"recipe '{name}': {error}") from error
     console = Console(highlight=False)
