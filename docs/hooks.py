@@ -8,14 +8,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def on_config(config: Any) -> Any:
-    """Add the page on fine-tuning where there is one."""
-    if (ROOT / "docs/finetune.md").exists():
-        guide = next(part["Guide"] for part in config.nav if "Guide" in part)
-        guide.insert(1, {"Fine-tune without forgetting": "finetune.md"})
-    return config
-
-
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Return a page's text with what is generated, and without links to files that are no part of the site."""
     if page.file.src_uri == "recipes.md":

@@ -33,7 +33,7 @@ NOT_RUN = {
     r"\bdoctor$": "tests/cli/test_cli_doctor.py",
     r"--overfit-one-batch": "100 steps; tests/cli/test_train.py",
     r"torchrun|s3://": "several processes, remote files; tests/cli/test_train.py, tests/data/sources/test_remote.py",
-    r"cifar10:|torchvision:|imagenet|dataset_coco|mine/test": "data that has to be there",
+    r"cifar10:|torchvision:|imagenet|dataset_coco|mine/test|scenes/": "data that has to be there",
     r"--to (huggingface|onnx|torch-export)": "tests/exporters",
     r"--pretrained|clip_benchmark": "another program",
 }
@@ -86,14 +86,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("filepath", "caption"), *rows])
     shutil.copy(photos / "00.jpg", folder / "street.jpg")
-    (folder / "names.txt").write_text("noise\nnothing\n")
+    (folder / "names.txt").write_text("".join(f"{caption}\n" for _, caption in rows))
     aclip.train(recipe="a-clip", model="vit-micro", data=str(folder / "pairs.csv"), epochs=1, batch_size=4, workers=0,
                 validation=f"held-out={folder / 'held-out.csv'}", output=str(folder / "runs" / "first"))
     for name in ("fine", "mine", "b16", "demo", "seed0", "seed1", "seed2"):
         shutil.copytree(folder / "runs" / "first", folder / "runs" / name)
     aclip.index(str(folder / "runs" / "first"), str(photos), output=folder / "photos.index", workers=0)
     shutil.copytree(folder / "photos.index", folder / "runs" / "first" / "index")
-    (folder / "skip.txt").write_text("")
     return folder
 
 
@@ -106,7 +105,7 @@ def smallest(command: str, number: Iterator[int]) -> list[str]:
     for option, value in SMALLEST.items():
         if option in found:
             found[found.index(option) + 1] = value
-    if found[0] == "train" and "--output" in found:
+    if found[0] in ("train", "merge") and "--output" in found:
         found[found.index("--output") + 1] = f"runs/{next(number)}"
     if found[0] == "train" and "--resume" not in found:
         found += ["--epochs", "1", "--batch-size", "4", "--workers", "0"]
