@@ -334,7 +334,7 @@ class RunConfig:
         keep_checkpoints: how many of the newest checkpoints to keep.
         keep_every: also keep every N-th checkpoint for good; 0 keeps none.
         max_skipped: steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
-        log: where metrics also go, in the run's folder: tensorboard, wandb, mlflow.
+        loggers: where metrics also go, in the run's folder: tensorboard, wandb, mlflow.
     """
 
     recipe: Recipe
@@ -368,7 +368,7 @@ class RunConfig:
     keep_checkpoints: Count = 2
     keep_every: Natural = 0
     max_skipped: Natural = 5
-    log: tuple[Sink, ...] = ()
+    loggers: tuple[Sink, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -387,7 +387,7 @@ class RunConfig:
 
 
 CHANGEABLE = ("data", "validation", "workers", "device", "parallel", "micro_batch", "recompute", "compile", "log_every",
-              "evaluate_every", "save_every", "keep_checkpoints", "keep_every", "log")
+              "evaluate_every", "save_every", "keep_checkpoints", "keep_every", "loggers")
 """Settings that may change on resume: data location, hardware, logging frequency. They change results by rounding at
 most."""
 

@@ -25,8 +25,9 @@ from aclip.version import VERSION
 
 FEATURES = {
     "demo": "fetching and drawing the emoji set", "heic": "HEIC photos", "huggingface": "data that save_to_disk wrote",
-    "parquet": "data in Parquet", "remote": "shards on remote storage", "tensorboard": "aclip train --log tensorboard",
-    "wandb": "aclip train --log wandb", "mlflow": "aclip train --log mlflow",
+    "parquet": "data in Parquet", "remote": "shards on remote storage",
+    "tensorboard": "aclip train --loggers tensorboard",
+    "wandb": "aclip train --loggers wandb", "mlflow": "aclip train --loggers mlflow",
     "search": "a graph of neighbours for millions of images", "serve": "aclip serve",
     "onnx": "aclip export --to onnx", "transformers": "aclip export --to huggingface",
 }

@@ -217,7 +217,7 @@ def test_a_folder_of_bad_samples_trains_to_the_end(tmp_path: Path, capsys: pytes
     """A hundred good pairs, six unusual ones that are used, six bad ones that are skipped and named."""
     run, folder = tmp_path / "run", make_mixed_folder(tmp_path / "mixed")
     arguments = options(folder, run, "--epochs", "2", "--workers", "1", "--validation", f"held={folder}")
-    assert main([*arguments, "--batch-size", "16", "--log", "tensorboard"]) == 0
+    assert main([*arguments, "--batch-size", "16", "--loggers", "tensorboard"]) == 0
     assert [r["step"] for r in journal(run)] == list(range(1, 15))  # 112 // 16 steps an epoch, none lost
     check_skipped({(r["key"], r["reason"]) for r in journal(run, "skipped")})
     assert len(journal(run, "skipped")) == 6  # each once, though every epoch meets them
@@ -248,7 +248,7 @@ def test_a_run_goes_on_with_the_same_numbers_where_its_data_were_moved_and_its_m
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("final", "step-00000018", "report.html"))
     command = ["train", "--resume", "--output", str(run), "--data", str(moved), "--validation", f"held={moved}",
                "--workers", "0", "--device", "cpu", "--parallel", "fsdp", "--log-every", "2", "--evaluate-every", "0",
-               "--save-every", "0.5", "--keep-checkpoints", "1", "--keep-every", "3", "--log", "tensorboard"]
+               "--save-every", "0.5", "--keep-checkpoints", "1", "--keep-every", "3", "--loggers", "tensorboard"]
     _, errors = (resumed := in_another_process(command)).communicate(timeout=300)
     assert resumed.returncode == 0, errors.decode()
     theirs = [record for record in journal(finished) if record["step"] <= 15 or record["step"] % 2 == 0]
@@ -303,7 +303,7 @@ def test_processes_under_torchrun_train_as_one_does(images: Path, tmp_path: Path
     """Two processes that share everything, in parts; then one goes on."""
     arguments = options(images, tmp_path / "two", "--epochs", "1", "--workers", "0", "--device", "cpu",
                         "--validation", f"held={images}", "--save-every", "0.1", "--keep-checkpoints", "9")
-    done = under_torchrun(2, [*arguments, "--parallel", "fsdp", "--micro-batch", "2", "--log", "tensorboard"])
+    done = under_torchrun(2, [*arguments, "--parallel", "fsdp", "--micro-batch", "2", "--loggers", "tensorboard"])
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # one process writes
     assert done.stdout.count("done. model:") == 1

@@ -1,5 +1,6 @@
 """What every objective of the table has in common, and a user's own objective."""
 
+from dataclasses import replace
 from textwrap import dedent
 
 import pytest
@@ -12,6 +13,7 @@ from aclip.errors import ConfigError
 from aclip.objectives import OBJECTIVES, Objective
 from aclip.plan import build
 
+FROZEN = {"frozen": Pass(views=("a", "b"), encoder="frozen"), "theirs": TextPass(encoder="frozen")}
 READS: dict[str, dict[str, Pass | TextPass]] = {
     "contrastive": {**masked(), **CAPTIONS},
     "ntxent": {**masked()},
@@ -21,6 +23,8 @@ READS: dict[str, dict[str, Pass | TextPass]] = {
     "reconstruction": {**masked()},
     "sigmoid": {**masked(), **CAPTIONS},
     "bag_of_words": {**masked(), **CAPTIONS},
+    "anchor": {**masked(), **CAPTIONS, **FROZEN},
+    "affinity": {**masked(), **CAPTIONS, **FROZEN},
 }
 
 
@@ -33,7 +37,7 @@ def built(name: str) -> Objective:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_returns_a_float32_scalar_and_trains_all_of_its_heads(name: str) -> None:
     objective = built(name)
-    loss = objective(step_context(READS[name]))
+    loss = objective(replace(step_context(READS[name]), frozen_logit_scale=torch.tensor(10.0)))
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     averaged = {id(p) for _, average in objective.ema_pairs() for p in average.parameters()}

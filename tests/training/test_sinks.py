@@ -27,7 +27,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(*names: str) -> RunConfig:
-    return aclip.configure(recipe="a-clip", data="pairs.csv", log=names)
+    return aclip.configure(recipe="a-clip", data="pairs.csv", loggers=names)
 
 
 def write(name: str, folder: Path) -> None:
@@ -108,7 +108,7 @@ def test_one_that_fails_is_left_out(
         opened.close()
     assert steps == [1, 2, 3, 4]
     assert [r.getMessage() for r in caplog.records] == [
-        "--log wandb failed and is left out from here on: no space left"]
+        "--loggers wandb failed and is left out from here on: no space left"]
 
 
 def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

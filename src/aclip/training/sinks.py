@@ -102,7 +102,7 @@ class Sinks:
     """All sinks of a run; none on other ranks than 0. One that fails is left out with a warning: training goes on.
 
     Args:
-        config: its `log` names them.
+        config: its `loggers` names them.
         folder: of the run.
         step: optimizer steps done.
 
@@ -112,11 +112,11 @@ class Sinks:
 
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
         self._open: dict[str, Sink] = {}
-        for name in config.log if dist.rank() == 0 else ():
+        for name in config.loggers if dist.rank() == 0 else ():
             try:
                 self._open[name] = SINKS[name](folder, step, _flat(to_dict(config)))
             except ImportError as error:
-                raise MissingDependencyError(f"--log {name} needs its package: pip install 'attentive-clip[{name}]'"
+                raise MissingDependencyError(f"--loggers {name} needs its package: pip install 'attentive-clip[{name}]'"
                                              ) from error
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -135,7 +135,7 @@ class Sinks:
         try:
             action()
         except Exception as error:  # of any library, or a full disk
-            _log.warning("--log %s failed and is left out from here on: %s", name, error)
+            _log.warning("--loggers %s failed and is left out from here on: %s", name, error)
             del self._open[name]
 
 
