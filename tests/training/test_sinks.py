@@ -54,8 +54,10 @@ def wandb_history(file: Path) -> Iterator[dict[str, str]]:
     data, offset, parts = file.read_bytes(), 7, b""
     while offset + 7 <= len(data):
         length, kind = struct.unpack_from("<HB", data, offset + 4)
-        if kind == 0:  # padding to the end of a block
-            break
+        left = 32768 - offset % 32768
+        if left < 7 or kind == 0:  # padding to the end of a block
+            offset += left
+            continue
         parts += data[offset + 7: offset + 7 + length]
         offset += 7 + length
         if kind in (1, 4):  # whole, or the last part
