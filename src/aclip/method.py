@@ -182,7 +182,7 @@ class Method(nn.Module):
         return {p.name: passes[p.name] for p in run}
 
     def normalised_for_frozen(self, pixels: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 h w"]:
-        """Return normalised images as the frozen model's normalisation has them: its own if that is the same."""
+        """Return images that are normalised for the model as the frozen one expects them."""
         mean, std, theirs, deviation = (
             v[:, None, None] for v in (self.mean, self.std, self.frozen_mean, self.frozen_std))
         return pixels * (std / deviation) + (mean - theirs) / deviation

@@ -53,13 +53,17 @@ def clip_loss(
             def loss(rows: Tensor, labels: Tensor) -> Tensor:
                 logits = logit_scale * rows @ columns.T
                 if all_ids is not None:
-                    same = (all_ids[labels, None] == all_ids).scatter(1, labels[:, None], False)
-                    logits = logits.masked_fill(same, float("-inf"))
+                    logits = logits.masked_fill(_others_with_caption(all_ids, labels), float("-inf"))
                 return F.cross_entropy(logits, labels, reduction="sum")
 
             return sum_over_rows(loss, rows, labels, columns=len(columns))
 
         return (contrast(image, dist.gather(text)) + contrast(text, dist.gather(image))) / (2 * len(image))
+
+
+def _others_with_caption(all_ids: Int[Tensor, " WB"], labels: Int[Tensor, " R"]) -> Bool[Tensor, "R WB"]:
+    """Return, for the pairs at positions `labels` of all, which other pairs have the same caption."""
+    return (all_ids[labels, None] == all_ids).scatter(1, labels[:, None], False)
 
 
 def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
@@ -150,7 +154,7 @@ def affinity_loss(
                 own, theirs = rows.split([width, rows.shape[1] - width], dim=1)
                 logits, targets = logit_scale * own @ columns.T, teacher_logit_scale * theirs @ teacher_columns.T
                 if all_ids is not None:
-                    same = (all_ids[labels, None] == all_ids).scatter(1, labels[:, None], False)
+                    same = _others_with_caption(all_ids, labels)
                     logits, targets = (x.masked_fill(same, torch.finfo(x.dtype).min) for x in (logits, targets))
                 with torch.no_grad():
                     q = (1 - label_share) * targets.softmax(dim=1)
