@@ -294,3 +294,6 @@ def test_a_users_own_strategy_and_objective_are_resolved_by_name(monkeypatch: py
     assert isinstance(build_objective("zero", plan), Zero)
     with pytest.raises(ConfigError, match="strength should be a valid number"):
         resolved(override(recipe, {"passes.masked.masking_options.strength": "strong"}))
+    monkeypatch.setattr(Mine, "__init__", lambda self, strength=1.0: None)
+    with pytest.raises(ConfigError, match=r"Mine.__init__ does not take 'mask_ratio': add it, and pass it on to super"):
+        resolved(recipe)

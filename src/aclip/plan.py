@@ -308,9 +308,15 @@ def build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: 
         what: for the error message, e.g. "masking 'attentive'".
 
     Raises:
-        ConfigError: an option that does not exist, with the closest that does, or has a wrong value or type.
+        ConfigError: an option that does not exist, with the closest that does, or has a wrong value or type; a class
+            that does not accept `given`.
     """
-    parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name not in given}
+    accepted = inspect.signature(cls).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        for name in given.keys() - accepted.keys():
+            raise ConfigError(f"{what}: {cls.__name__}.__init__ does not take '{name}': add it, and pass it on to "
+                              "super().__init__")
+    parameters = {name: p for name, p in accepted.items() if name not in given}
     owner = cls if is_dataclass(cls) else cls.__init__
     try:
         hints = typing.get_type_hints(owner, include_extras=True)

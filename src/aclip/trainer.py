@@ -377,7 +377,7 @@ def fit(
                     "skipped_steps": trainer.guard.skipped} | clock.restart()
                 if dist.rank() == 0:
                     folder.append("metrics", record)
-                    chance.check(record)
+                    chance.check(record, last=last)
                     if sinks is not None:
                         sinks.log(record)
             progress.show(step, record)

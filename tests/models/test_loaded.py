@@ -92,6 +92,13 @@ def test_features_and_preprocessing_are_open_clips(model, run):
     assert not any(part.training for part in model.modules())
 
 
+def test_preprocess_composites_transparency_on_white_as_encode_images_does(model, paths):
+    image = Image.open(paths[0]).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(model.preprocess(image)[None]), model.encode_images([image]))
+
+
 def test_images_of_every_kind_give_the_same_features(model, paths):
     opened = [Image.open(path) for path in paths]
     expected = model.encode_image(torch.stack([model.preprocess(image.convert("RGB")) for image in opened])).detach()

@@ -72,6 +72,13 @@ def test_a_loss_at_chance_is_reported_once(caplog: pytest.LogCaptureFixture) -> 
     assert "--overfit-one-batch" in caplog.text
 
 
+def test_a_short_run_that_ends_at_chance_is_told_to_train_longer(caplog: pytest.LogCaptureFixture) -> None:
+    for step in (10, 25):
+        ChanceLevel(warmup_steps=10).check(record(step, 4.15), last=True)
+    ChanceLevel(warmup_steps=10).check(record(25, 3.9), last=True)
+    assert [text.partition(":")[0] for text in caplog.messages] == ["25 steps were too few"]
+
+
 def test_a_falling_loss_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     level = ChanceLevel(warmup_steps=500)
     for step in range(0, 500, 10):  # not yet

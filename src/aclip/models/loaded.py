@@ -16,6 +16,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import Compose
 from torchvision.transforms.functional import to_pil_image
 
 from aclip.data import CaptionTokenizer, decode_image
@@ -40,7 +41,7 @@ class LoadedModel(nn.Module):
 
     Attributes:
         model: the open_clip model itself (or `ImageTower`, of a run without text).
-        preprocess: PIL image -> (3, h, w) float32, resized, cropped and normalised as the model expects.
+        preprocess: PIL image of any mode -> (3, h, w) float32: transparency on white, resized, cropped, normalised.
         tokenizer: texts -> (B, T) int64 token ids.
         name: what it was loaded from, for messages.
         step, samples_seen: how far the loaded weights were trained; None if unknown.
@@ -54,8 +55,8 @@ class LoadedModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.name, self.step, self.samples_seen = name, step, samples_seen
-        self.preprocess: Callable[[Any], Tensor] = image_transform_v2(
-            PreprocessCfg(**preprocess_config(model)), is_train=False)
+        self.preprocess: Callable[[Any], Tensor] = Compose([
+            as_rgb, image_transform_v2(PreprocessCfg(**preprocess_config(model)), is_train=False)])
 
     @property
     def has_text(self) -> bool:

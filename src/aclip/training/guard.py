@@ -29,6 +29,7 @@ REPEAT_SECONDS = 30.0
 """torchrun passes on the signals it gets, so that a process may hear of one request several times within this time."""
 
 CHANCE_STEPS, CHANCE_FRACTION, CHANCE_RECORDS = 300, 0.97, 5
+SHORTEST_RUN = 20  # steps; shorter ones are trials of the command
 
 _log = logging.getLogger(__name__)
 
@@ -131,18 +132,25 @@ class Guard:
 
 class ChanceLevel:
     """Notices a contrastive loss that stays at chance level (`functional.chance_loss`): `CHANCE_RECORDS` records in a
-    row above `CHANCE_FRACTION` of it, after `CHANCE_STEPS` steps and the warm-up."""
+    row above `CHANCE_FRACTION` of it, after `CHANCE_STEPS` steps and the warm-up; or the last of a shorter run."""
 
     def __init__(self, warmup_steps: int) -> None:
         self._after = max(CHANCE_STEPS, warmup_steps)
         self._in_a_row = 0
 
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Take a record of metrics.jsonl; warn once."""
+    def check(self, record: Mapping[str, Any], *, last: bool = False) -> None:
+        """Take a record of metrics.jsonl, the `last` one of the run or not; warn once."""
         loss, chance = record.get("parts", {}).get("contrastive"), record.get("chance_loss")
-        if loss is None or chance is None or record["step"] < self._after:
+        if loss is None or chance is None:
             return
-        self._in_a_row = self._in_a_row + 1 if loss > CHANCE_FRACTION * chance else 0
+        at_chance = loss > CHANCE_FRACTION * chance
+        if record["step"] < self._after:
+            if last and at_chance and record["step"] >= SHORTEST_RUN:
+                _log.warning(
+                    "%d steps were too few: the contrastive loss is %.2f, and chance is %.2f. Train longer: more "
+                    "--epochs, or for few pairs a smaller --batch-size", record["step"], loss, chance)
+            return
+        self._in_a_row = self._in_a_row + 1 if at_chance else 0
         if self._in_a_row == CHANCE_RECORDS:
             _log.warning(
                 "after %d steps the contrastive loss is %.2f, and chance is %.2f: nothing is being learned. First see "
