@@ -87,6 +87,9 @@ class Pass:
         score_padding: scores outside the scored box: "border" clamps, "zeros" as the A-CLIP release does.
         resolution: image side relative to the model's own, rounded to whole patches.
         fill: removed patches stay in the sequence as a learned mask token (SimMIM) instead of leaving it.
+
+    Example:
+        >>> half = aclip.Pass(views=("a",), masking="uniform", mask_ratio=0.5)
     """
 
     views: Annotated[Names, Field(min_length=1)]
@@ -110,6 +113,9 @@ class TextPass:
         reduction_options: arguments of that strategy, e.g. `{"num_keep": 8}`.
         mask_ratio: fraction of a caption's tokens hidden from the encoder, in [0, 1), as in BERT (arXiv 1810.04805,
             section 3.1): 80 % replaced by a mask token, 10 % by a random one, 10 % unchanged.
+
+    Example:
+        >>> hidden = aclip.TextPass(mask_ratio=0.2)
     """
 
     encoder: Literal["online", "frozen"] = "online"
@@ -126,6 +132,9 @@ class ObjectiveConfig:
         reads: names of the passes it reads, text passes included, in the order that its class documents.
         weight: factor in the total loss.
         options: further arguments of its class (head widths, temperature).
+
+    Example:
+        >>> simclr = aclip.ObjectiveConfig(reads=("masked",), weight=0.5, options={"temperature": 0.2})
     """
 
     reads: Names
@@ -141,6 +150,9 @@ class EmaMomentum:
         start, end: of the cosine.
         warmup: w >= 1 starts with momentum (1 + t) / (w + t) in step t until that reaches `start`, so that the average
             soon forgets its random initialisation; with w = 10 it reaches 0.996 after 2,240 steps. 0: no warm-up.
+
+    Example:
+        >>> recipe = replace(aclip.RECIPES["a-clip"], ema_momentum=aclip.EmaMomentum(start=0.99, warmup=10))
     """
 
     start: Fraction = 0.996
@@ -179,6 +191,9 @@ class Optimization:
         weight_decay: AdamW's, on matrices only; vectors, norms, biases, positions and logit_scale have none.
         grad_clip: largest global gradient norm; 0 disables clipping.
         layer_decay: factor on the learning rate from one block of a tower to the block before it; 1 disables it.
+
+    Example:
+        >>> recipe = replace(aclip.RECIPES["clip"], optimization=aclip.Optimization(optimizer="muon", lr=1e-3))
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -210,6 +225,13 @@ class Recipe:
         freeze: parameters of the model that are not trained: names, prefixes ending in ".", patterns with "*", or
             `patch_embedding`, the image tower's under any name.
         optimization: the settings of its paper where the recipe says so, else A-CLIP's.
+
+    Example:
+        >>> recipe = aclip.Recipe(
+        ...     name="half", title="a random half", paper="my own", views="one_crop",
+        ...     passes={"masked": aclip.Pass(views=("a",), masking="uniform", mask_ratio=0.5)},
+        ...     objectives={"contrastive": aclip.ObjectiveConfig(reads=("masked", "captions"))})
+        >>> run = aclip.train(recipe=recipe, model="vit-micro", data="pairs.csv", epochs=1, output="runs/half")
     """
 
     name: str
@@ -335,6 +357,11 @@ class RunConfig:
         keep_every: also keep every N-th checkpoint for good; 0 keeps none.
         max_skipped: steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
         loggers: where metrics also go, in the run's folder: tensorboard, wandb, mlflow.
+
+    Example:
+        >>> config = aclip.RunConfig(recipe=aclip.RECIPES["clip"], model="vit-micro", data="pairs.csv",
+        ...                          output="runs/clip", epochs=1)
+        >>> run = aclip.train(config)
     """
 
     recipe: Recipe

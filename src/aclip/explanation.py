@@ -32,6 +32,11 @@ class Explanation:
         maps: (T, H_p, W_p) not negative, how much each patch makes the image more similar to each text, see
             `aclip.models.text_maps`; 0 is not at all.
         similarity: (T,) in [-1, 1], cosine similarity of the image to each text.
+
+    Example:
+        >>> explained, = aclip.explain("runs/first", ["street.jpg"], ["a red bus"])
+        >>> explained.maps.shape, explained.kept.sum().item()
+        ((1, 8, 8), 32)
     """
 
     image: Image.Image
@@ -82,7 +87,6 @@ def explain(
         UnsupportedModelError: a tower without attention scores, or texts for a model without a text tower.
 
     Example:
-        >>> import aclip
         >>> explained, = aclip.explain("runs/first", ["street.jpg"], ["a red bus", "a tree"])
         >>> explained.figure().save("explained.png")
     """

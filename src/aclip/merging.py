@@ -59,8 +59,7 @@ def merge(
         AclipError: a model or set cannot be read or used.
 
     Example:
-        >>> import aclip
-        >>> folder = aclip.merge(["ViT-B-32:laion2b_s34b_b79k", "runs/fine"], alpha=0.5, output="merged")
+        >>> folder = aclip.merge(["runs/first", "runs/fine"], alpha=0.5, output="merged")
     """
     from rich.console import Console
 

@@ -39,8 +39,6 @@ _log = logging.getLogger(__name__)
 def train(config: RunConfig | None = None, *, resume: bool | str = False, **settings: Any) -> "Run":
     """Train a recipe on image-text pairs, evaluate it, and write model and report to the run's folder.
 
-        run = aclip.train(recipe="a-clip", model="ViT-B-16", data="pairs.csv", output="runs/first", epochs=10)
-
     Under torchrun all processes call it, and train what one process with the whole batch would.
 
     Args:
@@ -55,6 +53,10 @@ def train(config: RunConfig | None = None, *, resume: bool | str = False, **sett
         DataError: data that cannot be used.
         TrainingError: the loss stays non-finite, or a step does not fit into memory.
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint saved.
+
+    Example:
+        >>> run = aclip.train(recipe="a-clip", model="vit-micro", data="pairs.csv", epochs=1, output="runs/mine")
+        >>> run = aclip.train(resume="runs/mine")
     """
     named = config is not None or settings.get("recipe") is not None
     config, resumed = _prepare(config, resume, settings)
@@ -75,6 +77,13 @@ class Run:
     Attributes:
         folder: its path; `report.html` shows it, `final/` is the model for open_clip, `best/` the same at the best
             evaluation (`keep_best`).
+
+    Example:
+        >>> run = aclip.Run("runs/first")
+        >>> run.config.recipe.name, run.metrics[-1]["loss"] < 20
+        ('a-clip', True)
+        >>> features = run.model.encode_texts(["a cat"])
+        >>> results = run.evaluate(data="held-out.csv")
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -1,6 +1,5 @@
 """Every `aclip` command of the documentation parses, and runs in its smallest form unless `NOT_RUN` says why not."""
 
-import csv
 import glob
 import itertools
 import os
@@ -16,7 +15,6 @@ import pytest
 import aclip
 from aclip import cli
 from aclip.cli import main
-from made_pictures import picture
 
 ROOT = Path(__file__).parents[2]
 OF_THEIR_TIME = {"history.md"}  # its commands are those of earlier code
@@ -70,32 +68,6 @@ def test_commands_are_found() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 60
     assert ["search", "photos.index", "two red cars", "--not", "a person", "--sheet", "cars.png"] in [
         words(command) for command in commands(ROOT / "docs" / "search.md")]
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages name: pictures, tables, a run, an index."""
-    folder = tmp_path_factory.mktemp("workspace")
-    photos = folder / "photos"
-    photos.mkdir()
-    rows = []
-    for number in range(12):
-        for ending in ("png", "jpg"):
-            picture(number, side=40).save(photos / f"{number:02}.{ending}")
-            (photos / f"{number:02}.txt").write_text(f"noise number {number}\n")
-        rows.append((f"photos/{number:02}.png", f"noise number {number}"))
-    for name in ("pairs", "held-out", "more", "shuffled", "before", "new-held-out"):
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("filepath", "caption"), *rows])
-    shutil.copy(photos / "00.jpg", folder / "street.jpg")
-    (folder / "names.txt").write_text("".join(f"{caption}\n" for _, caption in rows))
-    aclip.train(recipe="a-clip", model="vit-micro", data=str(folder / "pairs.csv"), epochs=1, batch_size=4, workers=0,
-                validation=f"held-out={folder / 'held-out.csv'}", output=str(folder / "runs" / "first"))
-    for name in ("fine", "mine", "b16", "demo", "seed0", "seed1", "seed2"):
-        shutil.copytree(folder / "runs" / "first", folder / "runs" / name)
-    aclip.index(str(folder / "runs" / "first"), str(photos), output=folder / "photos.index", workers=0)
-    shutil.copytree(folder / "photos.index", folder / "runs" / "first" / "index")
-    return folder
 
 
 def smallest(command: str, number: Iterator[int]) -> list[str]:

@@ -74,6 +74,10 @@ def compare(
         ConfigError, DataError: what would fail later, in one sentence.
         TrainingError: some runs failed; the others are finished, and in the tables.
         Interrupted: on SIGINT or SIGTERM, after the runs in progress have saved themselves.
+
+    Example:
+        >>> runs = aclip.compare(recipes=("clip", "a-clip"), model="vit-micro", data="pairs.csv", epochs=1,
+        ...                      validation="held-out.csv", output="comparisons/mine", dry_run=True)
     """
     asked = {"recipes": _several(recipes), "epochs": epochs, "samples": samples, "minutes": minutes,
              "seeds": list(seeds), "lr": list(lr) or None, "choose_on": choose_on,

@@ -95,7 +95,7 @@ def evaluate(
 
     Example:
         >>> for result in aclip.evaluate("runs/first", data="held-out.csv"):
-        ...     print(result.set, result.metric, result.value)
+        ...     print(result.set, result.metric, f"{result.value:.1%}")
     """
     from rich.console import Console
 

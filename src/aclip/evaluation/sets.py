@@ -32,7 +32,12 @@ EVALUATORS: dict[str, type[Evaluator] | MeasureFunction] = {
     "retrieval": Retrieval, "zero_shot": ZeroShot, "calibration": Calibration, "linear_probe": LinearProbe,
     "knn": NearestNeighbours,
 }
-"""All evaluators by name; add your own: a subclass of `Evaluator`, or a function of (images, texts) -> metrics."""
+"""All evaluators by name; add your own: a subclass of `Evaluator`, or a function of (images, texts) -> metrics.
+
+Example:
+    >>> list(aclip.EVALUATORS)
+    ['retrieval', 'zero_shot', 'calibration', 'linear_probe', 'knn']
+"""
 
 BATCH_SIZE = 256
 

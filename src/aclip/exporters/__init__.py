@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from aclip.exporters.base import Exporter, Readback, synthetic_examples, write_checked
 
 EXPORTERS: "dict[str, Exporter]"
-"""Formats by the name that `export(to=...)` takes; `EXPORTERS["mine"] = MyExporter()` adds one."""
+"""Formats by the name that `export(to=...)` takes; `EXPORTERS["mine"] = MyExporter()` adds one.
+
+Example:
+    >>> list(aclip.EXPORTERS)
+    ['open_clip', 'huggingface', 'onnx', 'torch-export']
+"""
 
 __all__ = ["EXPORTERS", "Exporter", "Readback", "export", "open_clip", "synthetic_examples", "write_checked"]
 
@@ -67,8 +72,7 @@ def export(
         ExportError: the features differ, or the export cannot be written or loaded.
 
     Example:
-        >>> import aclip
-        >>> folder = aclip.export("runs/first", to="huggingface")
+        >>> folder = aclip.export("runs/first", to="open_clip")
     """
     from rich.console import Console
 

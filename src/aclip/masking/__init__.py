@@ -29,6 +29,12 @@ MASKING: dict[str, type[MaskingStrategy]] = {
     "cluster": ClusterMasking,
     "edge": EdgeMasking,
 }
+"""Masking strategies by name; add your own.
+
+Example:
+    >>> list(aclip.MASKING)
+    ['none', 'uniform', 'attentive', 'gaussian', 'cluster', 'edge']
+"""
 
 __all__ = ["MASKING", "TEXT_REDUCTIONS", "AttentiveMasking", "ClusterMasking", "EdgeMasking", "GaussianMasking",
            "HiddenTokens", "Keep", "MaskingContext", "MaskingStrategy", "NoMasking", "TextReduction",

@@ -43,6 +43,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "anchor": Anchor,
     "affinity": Affinity,
 }
+"""Objectives by name; add your own.
+
+Example:
+    >>> aclip.OBJECTIVES["ntxent"].__name__
+    'NtXent'
+"""
 
 __all__ = ["OBJECTIVES", "Affinity", "Anchor", "BagOfWords", "Byol", "Contrastive", "MaskedDistillation",
            "MaskedLanguage", "NtXent", "Objective", "Reconstruction", "Sigmoid", "functional"]

@@ -43,6 +43,10 @@ def clip_loss(
 
     Returns:
         () float32, at least 0; log(batch) where all features are equal (`chance_loss`).
+
+    Example:
+        >>> aclip.losses.clip_loss(torch.eye(4), torch.eye(4), logit_scale=1.0)
+        tensor(0.7437)
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = image_features.float(), text_features.float()
@@ -71,6 +75,10 @@ def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
 
     mean_i log(1 + number of pairs j whose caption differs from that of i), i over this rank's pairs, j over those of
     all ranks; log(batch) where all captions differ. `caption_ids` as for `clip_loss`. No host synchronisation.
+
+    Example:
+        >>> aclip.losses.chance_loss(torch.arange(64))
+        tensor(4.1589)
     """
     everyone = dist.gather(caption_ids).sort().values
     own = caption_ids.contiguous()
@@ -97,6 +105,10 @@ def sigmoid_loss(
 
     Returns:
         () float32, at least 0.
+
+    Example:
+        >>> aclip.losses.sigmoid_loss(torch.eye(4), torch.eye(4), logit_scale=10.0, logit_bias=-5.0)
+        tensor(0.0269)
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, all_text = image_features.float(), dist.gather(text_features.float())
@@ -140,6 +152,11 @@ def affinity_loss(
 
     Returns:
         () float32, at least 0; 0 where both see the same and a = 0.
+
+    Example:
+        >>> student, teacher = (torch.eye(4), torch.eye(4), 1.0), (torch.eye(4), torch.eye(4), 10.0)
+        >>> aclip.losses.affinity_loss(*student, *teacher)
+        tensor(0.7423)
     """
     with torch.autocast(image_features.device.type, enabled=False):
         image, text, teacher_image, teacher_text = (
@@ -181,6 +198,10 @@ def ntxent_loss(z1: Float[Tensor, "B D"], z2: Float[Tensor, "B D"], temperature:
 
     Returns:
         () float32, at least 0; log(2 batch - 1) where all projections are equal.
+
+    Example:
+        >>> aclip.losses.ntxent_loss(torch.eye(4), torch.eye(4), temperature=0.5)
+        tensor(0.5944)
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
@@ -208,6 +229,10 @@ def byol_loss(prediction: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) ->
 
     Returns:
         () float32 in [0, 4].
+
+    Example:
+        >>> aclip.losses.byol_loss(torch.eye(4), torch.eye(4))
+        tensor(0.)
     """
     with torch.autocast(prediction.device.type, enabled=False):
         return (2 - 2 * F.cosine_similarity(prediction.float(), target.detach().float(), dim=1)).mean()
@@ -231,6 +256,10 @@ def codeword_loss(
 
     Returns:
         () float32, the sum over rows; 0 with a gradient of 0 for M = 0.
+
+    Example:
+        >>> aclip.losses.codeword_loss(torch.zeros(1, 8), torch.eye(1, 8), torch.zeros(8), 0.1, 0.04)
+        tensor(2.0794)
     """
     with torch.autocast(logits.device.type, enabled=False):
         targets = ((teacher_logits.detach().float() - centre) / teacher_temperature).softmax(dim=1)
@@ -254,6 +283,10 @@ def hidden_token_loss(
 
     Returns:
         () float32, at least 0; 0 with a gradient of 0 if nothing is hidden.
+
+    Example:
+        >>> aclip.losses.hidden_token_loss(torch.zeros(2, 8), torch.tensor([3, 1]), torch.tensor([True, False]))
+        tensor(2.0794)
     """
     with torch.autocast(logits.device.type, enabled=False):
         targets = tokens.masked_fill(~hidden, -100)  # which cross_entropy ignores
@@ -273,6 +306,12 @@ def sum_over_rows(
         loss: maps some rows and their labels to the sum of their losses, by way of (rows, columns) logits.
         rows, labels: split alike.
         columns: logits per row.
+
+    Example:
+        >>> def loss(rows, labels):
+        ...     return torch.nn.functional.cross_entropy(rows @ torch.eye(4), labels, reduction="sum")
+        >>> aclip.losses.sum_over_rows(loss, torch.eye(4), torch.arange(4), columns=4)
+        tensor(2.9747)
     """
     chunk = max(1, LOGITS_AT_ONCE // columns)
     if len(rows) <= chunk:

@@ -18,6 +18,12 @@ from aclip.recipes.images import IMAGE_RECIPES
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (*CLIP_RECIPES, *FROZEN_RECIPES, *A_CLIP_RECIPES, *IMAGE_RECIPES)}
+"""Recipes by name; add your own.
+
+Example:
+    >>> aclip.RECIPES["flip"].passes["masked"].mask_ratio
+    0.5
+"""
 
 
 def default_recipe(model: str) -> str:
@@ -68,6 +74,12 @@ def configure(
 
     Raises:
         ConfigError: a field that does not exist, or a wrong value.
+
+    Example:
+        >>> config = aclip.configure(recipe="flip", model="vit-micro", data="pairs.csv", mask_ratio=0.6)
+        >>> config.recipe.passes["masked"].mask_ratio
+        0.6
+        >>> run = aclip.train(config, output="runs/sixty", epochs=1)
     """
     known = [*inspect.signature(configure).parameters, *(field.name for field in fields(RunConfig))]
     for name in settings:

@@ -47,6 +47,9 @@ def index(
         DataError: no usable image, a source that cannot be read, or a full disk; what was encoded stays.
         CheckpointError: features that are NaN or inf.
         MissingDependencyError: pyarrow is not installed.
+
+    Example:
+        >>> index = aclip.index("runs/first", ["photos", "more.csv"], output="photos.index")
     """
     from aclip.search.build import build
 
@@ -109,6 +112,9 @@ def serve(
     Raises:
         ConfigError: no index, no password for others, or a port that is taken.
         MissingDependencyError: starlette or uvicorn is not installed.
+
+    Example:
+        >>> aclip.serve("photos.index", port=8000)  # doctest: +SKIP
     """
     import os
 

@@ -57,10 +57,10 @@ class Index:
     """Features of images, memory-mapped, with their names and captions; see `aclip.index`.
 
     Example:
-        >>> import aclip
-        >>> index = aclip.index("runs/first", "photos", output="photos.index")
+        >>> index = aclip.Index("photos.index")
         >>> for hit in index.search("two red cars", not_="a person", top=5):
-        ...     print(hit.similarity, hit.name)
+        ...     print(f"{hit.similarity:.2f} {hit.name}")
+        >>> groups = index.duplicates(threshold=0.97)
 
     Attributes:
         folder: where it lies. description: what its `index.json` says.

@@ -20,7 +20,12 @@ from aclip.files import data_root, write_atomically
 __all__ = ["SETS", "DataSet", "fetch", "list_sets"]
 
 SETS: dict[str, DataSet] = {one.name: one for one in (EMOJI, CIFAR10, ICONS, TUXPAINT)}
-"""Every set by its name; add your own."""
+"""Every set by its name; add your own.
+
+Example:
+    >>> list(aclip.SETS)
+    ['emoji', 'cifar10', 'icons', 'tuxpaint']
+"""
 
 
 def fetch(name: str, *, folder: str | None = None, workers: int | None = None) -> Path:

@@ -28,7 +28,11 @@ __all__ = [
 ]  # fmt: skip
 
 SOURCES: dict[str, Callable[[str], Source]] = {}
-"""Your own: `SOURCES["mine"] = MySource` opens `mine:REST` by `MySource(REST)`."""
+"""Your own: `SOURCES["mine"] = MySource` opens `mine:REST` by `MySource(REST)`.
+
+Example:
+    >>> aclip.SOURCES["mine"] = MySource  # doctest: +SKIP
+"""
 
 _log = logging.getLogger(__name__)
 _LIST_NAMES = ("metadata", "captions", "annotations")  # whatever their ending
