@@ -88,7 +88,7 @@ def _requirements() -> dict[str, list[str]]:
     for requirement in requires("attentive-clip") or []:
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
-        if name:
+        if name and name[0] != "attentive-clip":  # an extra that includes others
             extras.setdefault(extra[1] if extra else "", []).append(name[0])
     return extras
 

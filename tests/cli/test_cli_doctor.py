@@ -25,12 +25,14 @@ def test_a_missing_extra_is_a_note_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine, "requires", lambda name: [
-        "torch>=2.8", 'no-such-package>=1; extra == "onnx"', 'rich>=14; extra == "onnx"', 'nor-this; extra == "test"'])
+        "torch>=2.8", 'no-such-package>=1; extra == "onnx"', 'rich>=14; extra == "onnx"', 'nor-this; extra == "test"',
+        'attentive-clip[onnx]; extra == "all"'])
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "no-such-package missing, for aclip export --to onnx" in said
     assert "pip install 'attentive-clip[onnx]'" in said
     assert "nor-this" not in said
+    assert "for all" not in said
 
 
 @pytest.mark.usefixtures("without_self_test")
