@@ -207,8 +207,9 @@ class Recipe:
         objectives: name in `aclip.OBJECTIVES` -> its settings; the losses are summed with their weights.
         texts: name -> text pass; those that no objective reads are not run.
         ema_momentum: needed if a pass uses the EMA encoder.
-        freeze: parameters of the model that are not trained: names, prefixes ending in ".", patterns with "*", or
-            `patch_embedding`, the image tower's under any name.
+        freeze: parameters of the model that are not trained: names, prefixes ending in ".", patterns with "*",
+            `patch_embedding`, the image tower's under any name, or `towers`, all but the projections into the joint
+            space.
         optimization: the settings of its paper where the recipe says so, else A-CLIP's.
     """
 

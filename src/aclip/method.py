@@ -18,6 +18,7 @@ its attention ranks their patches, the better half of which the online encoder s
     L = 1/2 NCE(v1, t) + 1/2 NCE(v2, t) + SimCLR(v1, v2) + 2 mean BYOL(v -> ema).
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Self, cast
@@ -280,10 +281,15 @@ def resized(pixels: Float[Tensor, "B 3 h w"], size: tuple[int, int]) -> Float[Te
     return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
 
 
+# what open_clip's own towers, timm's and Hugging Face's have between the pooled token and the joint space
+_JOINT = re.compile(r"visual\.(proj|head\..+)|(text\.)?text_projection(\..+)?|text\.proj\..+|logit_(scale|bias)")
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Stop training the parameters whose names match a pattern ("visual.*"), or start with one ending in ".".
 
-    `patch_embedding` is the image tower's, whatever its family calls it.
+    `patch_embedding` is the image tower's, whatever its family calls it; `towers` is both towers, without their
+    projections into the joint space, the scale and the bias.
 
     Raises:
         ConfigError: a pattern that names nothing.
@@ -291,6 +297,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if pattern == "patch_embedding":
             matched = list(models.patch_embedding_of(models.visual_of(model)).parameters())
+        elif pattern == "towers":
+            matched = [parameter for name, parameter in model.named_parameters() if not _JOINT.fullmatch(name)]
         else:
             matched = [
                 parameter for name, parameter in model.named_parameters()

@@ -154,12 +154,12 @@ class Plan:
         Args:
             text_tokens: length of the text as encoded; None is the full context.
         """
-        total = 0.0
+        total, trained = 0.0, 1.0 if "towers" in self.recipe.freeze else 3.0
         for text in self.texts.values():
             if text.encoded:
-                total += (3.0 if text.trains else 1.0) * text_macs(text.shape, text.length(text_tokens))
+                total += (trained if text.trains else 1.0) * text_macs(text.shape, text.length(text_tokens))
         for p in filter(self.runs, self.passes.values()):
-            passes = 3.0 if p.trains else 1.0
+            passes = trained if p.trains else 1.0
             total += passes * len(p.spec.views) * image_macs(p.shape, p.num_keep, p.num_tokens)
         for name, config in self.recipe.objectives.items():
             with torch.device("meta"):
