@@ -304,6 +304,9 @@ class RunConfig:
         validation: sources to evaluate on, [NAME=]SOURCE.
         teacher: the model whose weights the recipe's frozen encoder has, by a name as of `model` (default: the model
             itself, as it starts).
+        hard_negatives: an index of the training data (`aclip index MODEL DATA --output INDEX`): batches are filled with
+            groups of samples whose images are alike to its model (B3, arXiv 2505.11293).
+        group_size: samples in such a group; divides the batch size.
         image_size: input side in pixels, or HEIGHTxWIDTH; positions are interpolated (default: the model's own).
         epochs: passes over the data; ignored if samples is set.
         samples: pairs to train on.
@@ -343,6 +346,8 @@ class RunConfig:
     output: str
     validation: Names = ()
     teacher: str | None = None
+    hard_negatives: str | None = None
+    group_size: Annotated[int, Field(ge=2)] = 4
     image_size: ImageSize = None
     epochs: Positive = 25.0
     samples: Count | None = None

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +55,10 @@ def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "T
     config = resolve_defaults(config, num_pairs, device)
     if config.compile and device.type == "cpu" and cpp_compiler() is None:
         raise ConfigError("--compile on a CPU needs a C++ compiler: install one (apt install g++), or leave it out")
+    assert config.batch_size is not None
+    if config.hard_negatives is not None and config.batch_size % config.group_size:
+        raise ConfigError(f"a batch of {config.batch_size} is not made of groups of {config.group_size}: choose "
+                          "another --batch-size or --group-size")
     torch.manual_seed(config.seed)
     resolved = plan.resolve_run(config)
     if config.unmasked_tuning > 0 and plan.trains_only_masked(config.recipe):
@@ -80,8 +85,17 @@ def _model(config: RunConfig, name: str, image_size: ImageSize, *, uses_text: bo
     return model
 
 
-def open_batches(trainer: "Trainer", source: data.Source, workers: int) -> Iterable[Batch]:
-    """Return this rank's share of the batches from the trainer's next step to the last."""
+def open_batches(
+    trainer: "Trainer", source: data.Source, workers: int, clusters: np.ndarray | None = None
+) -> Iterable[Batch]:
+    """Return this rank's share of the batches from the trainer's next step to the last.
+
+    Args:
+        trainer: where it stands.
+        source: the training pairs.
+        workers: see `data.build_loader`.
+        clusters: (N,) int32, of the samples; with `hard_negatives`.
+    """
     config, resolved = trainer.config, trainer.method.plan
     assert config.batch_size is not None
     dataset = data.PairDataset(source, resolved.pipeline, trainer.tokenizer, sizes=resolved.view_sizes,
@@ -89,7 +103,8 @@ def open_batches(trainer: "Trainer", source: data.Source, workers: int) -> Itera
     return data.build_loader(
         dataset, batch_size=config.batch_size, start_step=trainer.step, total_steps=trainer.timetable.total_steps,
         workers=workers, device=trainer.device, cut_text=models.cut_after_eot if resolved.shape.text_cut else None,
-        rank=dist.rank(), world_size=dist.world_size())
+        rank=dist.rank(), world_size=dist.world_size(),
+        groups=None if clusters is None else data.Groups(clusters, config.group_size))
 
 
 @dataclass(frozen=True)

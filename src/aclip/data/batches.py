@@ -16,7 +16,7 @@ from torch import Tensor
 from aclip import rng
 from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
 from aclip.data.decode import decode_pixels
-from aclip.data.order import BatchSampler, Request
+from aclip.data.order import BatchSampler, Groups, Request
 from aclip.data.sources.base import RawSample, Source
 from aclip.data.views import Crop, ViewPipeline
 from aclip.data.workers import check_workers, empty_shared, read_ahead
@@ -187,7 +187,7 @@ class BatchLoader:
 
 def build_loader(dataset: PairDataset, *, batch_size: int, total_steps: int, start_step: int = 0, workers: int = 0,
                  device: torch.device | None = None, cut_text: CutText | None = None, rank: int = 0,
-                 world_size: int = 1) -> BatchLoader:
+                 world_size: int = 1, groups: Groups | None = None) -> BatchLoader:
     """Return the loader of the optimizer steps [`start_step`, `total_steps`).
 
     The batches are the same for any number of workers, and for any `start_step` the rest of the same stream. Neither
@@ -201,13 +201,14 @@ def build_loader(dataset: PairDataset, *, batch_size: int, total_steps: int, sta
         device: where batches will go; for CUDA they come in page-locked memory.
         cut_text: shortens the tokens of a batch, see `CutText`; None leaves them at full length.
         rank, world_size: the contiguous slice of every batch that is delivered.
+        groups: samples that come into batches together.
 
     Raises:
         ConfigError: a batch size that does not divide among the ranks, or a negative number of workers.
         DataError: fewer samples than one batch.
     """
     sampler = BatchSampler(dataset.source, batch_size=batch_size, seed=dataset.seed, start_step=start_step,
-                           total_steps=total_steps, rank=rank, world_size=world_size)
+                           total_steps=total_steps, rank=rank, world_size=world_size, groups=groups)
     return BatchLoader(ReadBatch(dataset, cut_text), sampler, check_workers(workers),
                        pin_memory=device is not None and device.type == "cuda")
 
