@@ -25,7 +25,7 @@ LEVELS = (
     {"recipes", "report", "training"},
     {"describe", "evaluation", "examination", "explanation", "exporters"},
     {"search", "trainer"},
-    {"bench", "merging", "overfit", "runs"},
+    {"bench", "encoding", "merging", "overfit", "runs"},
     {"comparison", "machine"},
     {"cli"},
     {"__main__", "__init__"},

@@ -30,7 +30,7 @@ from aclip.report.snapshots import take_snapshot
 from aclip.rng import generator
 from aclip.run_folder import RunFolder, command_line
 from aclip.search.clusters import cluster_samples
-from aclip.trainer import Trainer, build_trainer, fit, open_batches
+from aclip.trainer import Trainer, build_trainer, fit, open_batches, open_stored
 from aclip.training.journal import TrainingProgress, write_peak_memory
 from aclip.training.sinks import Sinks
 
@@ -149,7 +149,7 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     watched = _watched(config, held_out)
     with _explained("if a script registered it, resume from that script by "
                     f"aclip.train(resume={config.output!r})", ConfigError, resumed):
-        trainer = build_trainer(config, len(source), device)
+        trainer = build_trainer(config, len(source), device, open_stored(config, source))
     if watched and not trainer.method.plan.uses_text:
         raise ConfigError(f"--keep-best watches retrieval, and recipe '{config.recipe.name}' trains no text tower")
     clusters = _clusters(config, source, folder, resumed)
@@ -231,7 +231,7 @@ def _clusters(config: RunConfig, source: data.Source, folder: RunFolder, resumed
 def _check_frozen(config: RunConfig) -> None:
     """Refuse to hold a model to random weights."""
     name = config.teacher or config.model
-    if config.recipe.uses_frozen and models.resolve_source(name).read is None:
+    if config.teacher_features is None and config.recipe.uses_frozen and models.resolve_source(name).read is None:
         raise ConfigError(f"recipe '{config.recipe.name}' holds the model to frozen weights, and '{name}' is an "
                           "architecture without any: name weights by --model or --teacher, such as a run or NAME:TAG, "
                           "or choose another recipe")

@@ -5,7 +5,7 @@ reason travel with the batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, dr
 from aclip.data.decode import decode_pixels
 from aclip.data.order import BatchSampler, Groups, Request
 from aclip.data.sources.base import RawSample, Source
+from aclip.data.stored import StoredFeatures
 from aclip.data.views import Crop, ViewPipeline
 from aclip.data.workers import check_workers, empty_shared, read_ahead
 from aclip.errors import BadSampleError, DataError
@@ -44,6 +45,7 @@ class Item:
         seed: of everything drawn on the device for this sample in this epoch.
         key: the sample's name.
         skipped: (name, reason) of the bad samples that this one replaces.
+        stored: a teacher's features, see `StoredFeatures.rows`.
     """
 
     views: Mapping[str, Crop]
@@ -52,6 +54,7 @@ class Item:
     seed: int
     key: str
     skipped: tuple[tuple[str, str], ...] = ()
+    stored: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class _Start(NamedTuple):
@@ -73,11 +76,13 @@ class PairDataset:
         tokenizer: turns captions into tokens.
         sizes: view name -> (height, width) in pixels.
         seed: of everything that is drawn for a sample, and of the order.
+        stored: features that samples come with; crops, captions and seeds are then those of the first K epochs, again
+            and again.
     """
 
     def __init__(self, source: Source, views: ViewPipeline, tokenizer: CaptionTokenizer, *,
-                 sizes: Mapping[str, tuple[int, int]], seed: int) -> None:
-        self.source, self.tokenizer, self.seed = source, tokenizer, seed
+                 sizes: Mapping[str, tuple[int, int]], seed: int, stored: StoredFeatures | None = None) -> None:
+        self.source, self.tokenizer, self.seed, self.stored = source, tokenizer, seed, stored
         self._views, self._sizes = views, dict(sizes)
         self._min_side = views.least_side(self._sizes)  # JPEGs are decoded no larger than that takes
 
@@ -100,6 +105,8 @@ class PairDataset:
         """
         for first in range(0, len(requests), _TOGETHER):
             some = requests[first : first + _TOGETHER]
+            if self.stored is not None:
+                some = [request._replace(epoch=request.epoch % self.stored.crops) for request in some]
             starts: list[_Start | BadSampleError] = []
             for request in some:
                 try:
@@ -111,9 +118,10 @@ class PairDataset:
                 try:
                     if isinstance(start, BadSampleError):
                         raise start
-                    yield self._finish(start, next(tokens))
+                    item = self._finish(start, next(tokens))
                 except BadSampleError as error:
-                    yield self._replacement(request, error.reason)
+                    item = self._replacement(request, error.reason)
+                yield item if self.stored is None else replace(item, stored=self.stored.rows(*request))
 
     def _replacement(self, request: Request, reason: str) -> Item:
         """Return a good sample for a request whose own is bad.
@@ -219,6 +227,7 @@ def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_
     An item's pixels are copied before the next item is asked for, while they are in the processor's cache.
     """
     views: dict[str, _Rows] = {}
+    stored: dict[str, list[np.ndarray]] = {}
     rows: list[tuple[Tensor, int, int, str]] = []
     skipped: dict[tuple[str, str], None] = {}
     for row, item in enumerate(items):
@@ -228,6 +237,8 @@ def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_
             views[name].put(row, crop)
         rows.append((item.tokens, item.caption_id, item.seed, item.key))
         skipped.update(dict.fromkeys(item.skipped))
+        for name, features in item.stored.items():
+            stored.setdefault(name, []).append(features)
     all_tokens, caption_ids, seeds, keys = zip(*rows, strict=True)
     tokens = torch.stack(all_tokens)
     return Batch(
@@ -238,6 +249,7 @@ def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_
         keys=keys,
         skipped=tuple(skipped),
         truncated=tokenizer.count_truncated(tokens),
+        stored={name: torch.from_numpy(np.stack(features)) for name, features in stored.items()},
     )
 
 
