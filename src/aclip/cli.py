@@ -233,7 +233,7 @@ def _compare(given: list[str]) -> Any:
 
     given, changes = take_paths(given, prefix="recipe.")
     own = [one for one in _parameters_of(compare) if one.name not in ("settings", "changes")]
-    decided = {one.name for one in own} | {"recipe", "seed", "freeze", "lr"}
+    decided = {one.name for one in own} | {"recipe", "seed", "freeze", "lr", "teacher_features"}
     others = [one for one in _settings_of_run() if one.name not in decided]
     about, arguments = str(compare.__doc__).partition("\n\n    Args:\n")[::2]
     return _call(functools.partial(compare, changes=changes), [*own, *others], given, "aclip compare",
