@@ -36,6 +36,7 @@ IN_THIS_PROCESS = {
     "small_objects": "make FOLDER/cluttered --train 8 --test 4 --photos SHARD",
     "step": "--size vit-micro --batch-size 2 --rounds 2 --warmup 1 --parts 1 --device cpu --precision fp32 --text cut "
             "--methods clip a-clip",
+    "teacher": "--model vit-micro --teacher vit-micro --batch-size 2 --rounds 2 --device cpu",
     "whole_or_masked": "RUN --data SHARD",
 }
 IN_PROCESSES = {
