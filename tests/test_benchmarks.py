@@ -22,6 +22,7 @@ NOT_RUN = {"reading", "gpu_bundle"}  # read fetched sets
 NEEDS = {"evaluation_parity": "clip_benchmark"}
 
 IN_THIS_PROCESS = {
+    "convolutional": "--data SHARD --validation test --steps 2 --batch-size 4 --styles 99",
     "checkpoint": "--model vit-micro --batch-size 2 --checkpoints 2",
     "evaluation_parity": "RUN --data SHARD --labelled SHARD --held-out SHARD",
     "growth": "--size vit-micro --batch-size 2 --rounds 1 --device cpu --precision fp32 --output FOLDER/growth.svg "
@@ -35,6 +36,7 @@ IN_THIS_PROCESS = {
     "small_objects": "make FOLDER/cluttered --train 8 --test 4 --photos SHARD",
     "step": "--size vit-micro --batch-size 2 --rounds 2 --warmup 1 --parts 1 --device cpu --precision fp32 --text cut "
             "--methods clip a-clip",
+    "teacher": "--model vit-micro --teacher vit-micro --batch-size 2 --rounds 2 --device cpu",
     "whole_or_masked": "RUN --data SHARD",
 }
 IN_PROCESSES = {

@@ -25,10 +25,10 @@ CAPTION_IDS = torch.tensor([0, 0, 1, 2, 3, 4, 5, 5, 1, 6])
 
 def inputs() -> list[Tensor]:
     noise = torch.Generator().manual_seed(0)
-    return [torch.randn(ROWS, 8, generator=noise) for _ in range(2)]
+    return [torch.randn(ROWS, width, generator=noise) for width in (8, 8, 3)]
 
 
-def compute(loss_name: str, a: Tensor, b: Tensor, caption_ids: Tensor) -> dict[str, Tensor]:
+def compute(loss_name: str, a: Tensor, b: Tensor, guide: Tensor, caption_ids: Tensor) -> dict[str, Tensor]:
     """Return the loss and its gradients with respect to this process's rows and the scale."""
     a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
     scale = torch.tensor(9.0, requires_grad=True)
@@ -38,23 +38,25 @@ def compute(loss_name: str, a: Tensor, b: Tensor, caption_ids: Tensor) -> dict[s
         a_unit, b_unit, ids = F.normalize(a, dim=1), F.normalize(b, dim=1), None
         if loss_name.endswith("with caption_ids"):
             ids = caption_ids
+        guided = {"guide": F.normalize(guide, dim=1), "false_negatives": 0.3} if loss_name.endswith("guide") else {}
         if loss_name.startswith("sigmoid"):
-            loss = sigmoid_loss(a_unit, b_unit, scale, -2.0, ids)
+            loss = sigmoid_loss(a_unit, b_unit, scale, -2.0, ids, **guided)
         else:
-            loss = clip_loss(a_unit, b_unit, scale, ids)
+            loss = clip_loss(a_unit, b_unit, scale, ids, **guided)
     loss.backward()
     return {"loss": loss.detach(), "a": a.grad, "b": b.grad, "scale": scale.grad}
 
 
-LOSSES = ("clip", "clip with caption_ids", "sigmoid", "sigmoid with caption_ids", "ntxent")
+LOSSES = ("clip", "clip with caption_ids", "clip with guide", "sigmoid", "sigmoid with caption_ids",
+          "sigmoid with guide", "ntxent")
 
 
 def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     own = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
-    a, b = inputs()
-    results: dict[str, object] = {name: compute(name, a[own], b[own], CAPTION_IDS[own]) for name in LOSSES}
+    rows = [x[own] for x in (*inputs(), CAPTION_IDS)]
+    results: dict[str, object] = {name: compute(name, *rows) for name in LOSSES}
     results["gathered"] = dist.gather(CAPTION_IDS[own])
     results["place"] = (dist.rank(), dist.world_size())
     results["summed"] = dist.sum_over_ranks(CAPTION_IDS[own])
@@ -82,10 +84,11 @@ def test_two_ranks_equal_one_process(by_rank: list[dict], name: str) -> None:
         assert torch.allclose(rows, alone[side], rtol=0, atol=1e-6)
 
 
-def test_caption_ids_change_the_loss(by_rank: list[dict]) -> None:
+def test_caption_ids_and_guide_change_the_loss(by_rank: list[dict]) -> None:
     for result in by_rank:
         for name in ("clip", "sigmoid"):
             assert result[f"{name} with caption_ids"]["loss"] < result[name]["loss"] - 1e-3
+            assert result[f"{name} with guide"]["loss"] < result[name]["loss"] - 1e-3
 
 
 def test_gather_keeps_rank_order_and_integers(by_rank: list[dict]) -> None:

@@ -186,6 +186,14 @@ def test_a_pattern_freezes_a_tower() -> None:
         assert (parameter.grad is None) == name.startswith("visual."), name
 
 
+def test_align_trains_the_projections_alone() -> None:
+    method = build(RECIPES["align"])
+    method(random_batch(method.plan, batch_size=4)).loss.backward()
+    trained = {name for name, parameter in method.model.named_parameters() if parameter.grad is not None}
+    assert trained == {"visual.proj", "text_projection", "logit_scale"}
+    assert method.plan.relative_cost() == pytest.approx(1 / 3)
+
+
 def test_small_heads_change_widths_alone() -> None:
     recipe = small(RECIPES["a-clip"])
     assert list(recipe.objectives) == list(RECIPES["a-clip"].objectives)

@@ -48,6 +48,7 @@ and its relatives, on your own images and captions, over open_clip.
   data look        how a source of pairs is understood
   data doctor      what is wrong with it: duplicates, leaks, bad captions
   data pack        write it as WebDataset shards
+  data encode      store a teacher's features of it, for `--recipe distill`
   data list        the sets that can be fetched
   data fetch       fetch one
   bench step       how long training takes on this machine
@@ -82,6 +83,7 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "data list": ("aclip.data", "list_sets", ()),
     "data fetch": ("aclip.data", "fetch", ("name",)),
     "data pack": ("aclip.data", "pack", ("source",)),
+    "data encode": ("aclip.encoding", "encode", ("teacher", "source")),
     "data doctor": ("aclip.examination", "doctor", ("source",)),
     "bench step": ("aclip.bench", "bench_step", ()),
     "bench model": ("aclip.bench", "bench_model", ("model",)),
@@ -231,7 +233,7 @@ def _compare(given: list[str]) -> Any:
 
     given, changes = take_paths(given, prefix="recipe.")
     own = [one for one in _parameters_of(compare) if one.name not in ("settings", "changes")]
-    decided = {one.name for one in own} | {"recipe", "seed", "freeze", "lr"}
+    decided = {one.name for one in own} | {"recipe", "seed", "freeze", "lr", "teacher_features"}
     others = [one for one in _settings_of_run() if one.name not in decided]
     about, arguments = str(compare.__doc__).partition("\n\n    Args:\n")[::2]
     return _call(functools.partial(compare, changes=changes), [*own, *others], given, "aclip compare",

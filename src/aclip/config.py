@@ -222,8 +222,9 @@ class Recipe:
         objectives: name in `aclip.OBJECTIVES` -> its settings; the losses are summed with their weights.
         texts: name -> text pass; those that no objective reads are not run.
         ema_momentum: needed if a pass uses the EMA encoder.
-        freeze: parameters of the model that are not trained: names, prefixes ending in ".", patterns with "*", or
-            `patch_embedding`, the image tower's under any name.
+        freeze: parameters of the model that are not trained: names, prefixes ending in ".", patterns with "*",
+            `patch_embedding`, the image tower's under any name, or `towers`, all but the projections into the joint
+            space.
         optimization: the settings of its paper where the recipe says so, else A-CLIP's.
 
     Example:
@@ -326,6 +327,11 @@ class RunConfig:
         validation: sources to evaluate on, [NAME=]SOURCE.
         teacher: the model whose weights the recipe's frozen encoder has, by a name as of `model` (default: the model
             itself, as it starts).
+        teacher_features: features of a teacher, stored by `aclip data encode`, in place of the teacher itself; crops,
+            captions and masks are those of as many epochs as there are crops, again and again.
+        hard_negatives: an index of the training data (`aclip index MODEL DATA --output INDEX`): batches are filled with
+            groups of samples whose images are alike to its model (B3, arXiv 2505.11293).
+        group_size: samples in such a group; divides the batch size.
         image_size: input side in pixels, or HEIGHTxWIDTH; positions are interpolated (default: the model's own).
         epochs: passes over the data; ignored if samples is set.
         samples: pairs to train on.
@@ -370,6 +376,9 @@ class RunConfig:
     output: str
     validation: Names = ()
     teacher: str | None = None
+    teacher_features: str | None = None
+    hard_negatives: str | None = None
+    group_size: Annotated[int, Field(ge=2)] = 4
     image_size: ImageSize = None
     epochs: Positive = 25.0
     samples: Count | None = None
@@ -405,6 +414,9 @@ class RunConfig:
         if self.teacher is not None and not self.recipe.uses_frozen:
             raise ConfigError(f"teacher has no effect: recipe '{self.recipe.name}' has no frozen encoder; choose one "
                               "that has, such as distill")
+        if self.teacher_features is not None and not self.recipe.uses_frozen:
+            raise ConfigError(f"teacher_features has no effect: recipe '{self.recipe.name}' has no frozen encoder; "
+                              "choose one that has, such as distill")
         if self.early_stop and self.keep_best is None:
             raise ConfigError("early_stop watches the metric of keep_best: add --keep-best SET, the name of a "
                               "validation set")
@@ -413,8 +425,8 @@ class RunConfig:
             raise ConfigError(f"the shares of a resolution schedule add up to at most 1, not {total:g}")
 
 
-CHANGEABLE = ("data", "validation", "workers", "device", "parallel", "micro_batch", "recompute", "compile", "log_every",
-              "evaluate_every", "save_every", "keep_checkpoints", "keep_every", "loggers")
+CHANGEABLE = ("data", "validation", "teacher_features", "workers", "device", "parallel", "micro_batch", "recompute",
+              "compile", "log_every", "evaluate_every", "save_every", "keep_checkpoints", "keep_every", "loggers")
 """Settings that may change on resume: data location, hardware, logging frequency. They change results by rounding at
 most."""
 

@@ -18,6 +18,7 @@ its attention ranks their patches, the better half of which the online encoder s
     L = 1/2 NCE(v1, t) + 1/2 NCE(v2, t) + SimCLR(v1, v2) + 2 mean BYOL(v -> ema).
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Self, cast
@@ -45,6 +46,8 @@ class Method(nn.Module):
         plan: the recipe resolved for this model (`aclip.plan.resolve`).
         mean, std: normalisation of the model's input.
         teacher: the model of the frozen encoder; None: a copy of `model` as it is now.
+        stored: batches come with the features of the frozen passes (`Batch.stored`), and there is no frozen model.
+        stored_logit_scale: the multiplier of the model that those features are of; None without text.
 
     Attributes:
         frequencies: (vocabulary,) relative frequency of every token in the training captions, where a text pass is
@@ -56,17 +59,21 @@ class Method(nn.Module):
     frozen_mean: Tensor
     frozen_std: Tensor
     frequencies: Tensor | None
+    stored_logit_scale: Tensor | None
 
     def __init__(
         self, model: nn.Module, plan: Plan, mean: Sequence[float], std: Sequence[float],
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | None = None, *, stored: bool = False, stored_logit_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
         self._plans: dict[float, Plan] = {}
         self.model = model
         self.ema_visual = frozen_copy(models.visual_of(model)) if plan.recipe.uses_ema else None
-        self.frozen = frozen_copy(model if teacher is None else teacher) if plan.recipe.uses_frozen else None
+        computes = plan.recipe.uses_frozen and not stored
+        self.frozen = frozen_copy(model if teacher is None else teacher) if computes else None
+        scale = None if stored_logit_scale is None else torch.tensor(stored_logit_scale)
+        self.register_buffer("stored_logit_scale", scale, persistent=False)
         freeze(model, plan.recipe.freeze)
         shape = plan.shape
         fills = any(p.spec.fill for p in plan.passes.values())
@@ -128,7 +135,8 @@ class Method(nn.Module):
             models.logit_scale_of(model).exp() if self.plan.uses_text and model is not None else None
             for model in (self.model, self.frozen))
         context = StepContext(encoded.passes, encoded.texts, caption_ids, logit_scale,
-                              getattr(self.model, "logit_bias", None), frozen_scale)
+                              getattr(self.model, "logit_bias", None),
+                              frozen_scale if self.frozen is not None else self.stored_logit_scale)
         losses = {name: objective(context) for name, objective in self.objectives.items()}
         loss = torch.stack([o.weight * losses[name] for name, o in self.plan.recipe.objectives.items()]).sum()
         return StepOutput(loss, {name: part.detach() for name, part in losses.items()}, encoded.passes)
@@ -147,8 +155,9 @@ class Method(nn.Module):
             return EncodedText(tokens, hidden=seen.hidden, states=states)
         if text.trains:
             features = models.encode_text(self.model, tokens)
+        elif self.frozen is None:
+            features = batch.stored[text.name]
         else:
-            assert self.frozen is not None
             missing = 0 if text.shape.text_cut else text.shape.context_length - tokens.shape[1]
             with torch.no_grad():
                 features = models.encode_text(self.frozen, F.pad(tokens, (0, missing)))
@@ -161,10 +170,15 @@ class Method(nn.Module):
         plan = self.plan_at(resolution)
         passes: dict[str, Encoded] = {}
         run = [p for p in plan.passes.values() if plan.runs(p, masked)]
+        if self.frozen is None:  # a snapshot's images come without features
+            run = [p for p in run if p.spec.encoder != "frozen" or p.name in batch.stored]
         if earlier is not None:  # no gradient reaches them
             passes |= {p.name: earlier.passes[p.name] for p in run if not p.trains}
         todo = [p for p in run if p.name not in passes]
         # parameters were drawn per sample in the loader; they are applied here, in batch, on the device
+        if self.frozen is None:
+            passes |= {p.name: stored_pass(p, batch) for p in todo if p.spec.encoder == "frozen"}
+            todo = [p for p in todo if p.name not in passes]
         needed = {view for p in todo for view in p.spec.views}
         images = {name: augment.apply(batch.views[name], self.mean, self.std) for name in batch.views if name in needed}
         for p in todo:
@@ -273,6 +287,13 @@ class Method(nn.Module):
         return self._plans[resolution]
 
 
+def stored_pass(p: PassPlan, batch: Batch) -> Encoded:
+    """Return a frozen pass whose features the batch comes with."""
+    features = batch.stored[p.name].float().transpose(0, 1)
+    return Encoded(features=F.normalize(features, dim=-1), cls=features[..., :0], scores=None, keep_indices=None,
+                   num_tokens=p.num_tokens, grid_size=p.grid_size)
+
+
 def resized(pixels: Float[Tensor, "B 3 h w"], size: tuple[int, int]) -> Float[Tensor, "B 3 p q"]:
     """Return the images at `size`; only views shared by passes of several sizes are resized here."""
     if pixels.shape[-2:] == size:
@@ -280,10 +301,15 @@ def resized(pixels: Float[Tensor, "B 3 h w"], size: tuple[int, int]) -> Float[Te
     return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
 
 
+# what open_clip's own towers, timm's and Hugging Face's have between the pooled token and the joint space
+_JOINT = re.compile(r"visual\.(proj|head\..+)|(text\.)?text_projection(\..+)?|text\.proj\..+|logit_(scale|bias)")
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Stop training the parameters whose names match a pattern ("visual.*"), or start with one ending in ".".
 
-    `patch_embedding` is the image tower's, whatever its family calls it.
+    `patch_embedding` is the image tower's, whatever its family calls it; `towers` is both towers, without their
+    projections into the joint space, the scale and the bias.
 
     Raises:
         ConfigError: a pattern that names nothing.
@@ -291,6 +317,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if pattern == "patch_embedding":
             matched = list(models.patch_embedding_of(models.visual_of(model)).parameters())
+        elif pattern == "towers":
+            matched = [parameter for name, parameter in model.named_parameters() if not _JOINT.fullmatch(name)]
         else:
             matched = [
                 parameter for name, parameter in model.named_parameters()

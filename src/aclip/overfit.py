@@ -11,7 +11,8 @@ from aclip.config import RunConfig
 from aclip.devices import choose_device
 from aclip.errors import ConfigError, TrainingError
 from aclip.objectives.functional import chance_loss
-from aclip.trainer import build_trainer, open_batches, resolve_defaults
+from aclip.search.clusters import cluster_samples
+from aclip.trainer import build_trainer, open_batches, open_stored, resolve_defaults
 
 MAX_CONTRASTIVE, MAX_LOSS = 0.5, 0.9
 """The fraction of its first value below which a loss has fallen: the contrastive part, if there is one, since it can
@@ -41,8 +42,9 @@ def overfit_one_batch(config: RunConfig, steps: int = 100) -> list[float]:
     recipe = replace(config.recipe, optimization=replace(config.recipe.optimization, warmup_epochs=warmup))
     trainer = build_trainer(
         replace(config, recipe=recipe, samples=config.batch_size * steps * 10, unmasked_tuning=0.0, unmasked_lr=1.0,
-                resolution_schedule=()), len(source), device)
-    batch = next(iter(open_batches(trainer, source, workers=0))).to(device)
+                resolution_schedule=()), len(source), device, open_stored(config, source))
+    clusters = cluster_samples(config.hard_negatives, source, config.seed) if config.hard_negatives else None
+    batch = next(iter(open_batches(trainer, source, workers=0, clusters=clusters))).to(device)
     console.print(f"{config.recipe.name} on {config.model}: {steps} steps on the first batch, {batch.size} pairs, "
                   f"lr {config.recipe.optimization.lr:g}", markup=False)
     losses: list[float] = []

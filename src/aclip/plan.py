@@ -138,6 +138,33 @@ class Plan:
         chooses = any(other.spec.scores_from == p.name and other.removes for other in self.passes.values())
         return (masked and chooses) or not p.scores_only
 
+    def frozen_inputs(self) -> dict[str, Any]:
+        """Return what the features of the frozen passes depend on, besides the samples, the seed and the weights.
+
+        Raises:
+            ConfigError: more is read of a frozen pass than features of whole images and captions.
+        """
+        passes = {name: p for name, p in self.passes.items() if p.spec.encoder == "frozen"}
+        texts = {name: text for name, text in self.texts.items() if text.spec.encoder == "frozen"}
+        for name, p in passes.items():
+            readers = [objective_class(key) for key, o in self.recipe.objectives.items() if name in o.reads]
+            if p.removes or p.gives_scores or not all(reader.needs_text for reader in readers):
+                raise ConfigError(f"recipe '{self.recipe.name}' needs more of its frozen pass '{name}' than features "
+                                  "of whole images, which alone can be stored: leave out --teacher-features")
+        for name, text in texts.items():
+            if text.reduction is not None:
+                raise ConfigError(f"recipe '{self.recipe.name}' reduces the captions of its frozen pass '{name}', and "
+                                  "features of whole ones alone can be stored: leave out --teacher-features")
+        specs = {name: to_dict(p.spec) for name, p in passes.items()}
+        specs |= {name: to_dict(text.spec) for name, text in texts.items()}
+        return {"views": self.recipe.views, "view_options": self.recipe.view_options, "sizes": self.view_sizes,
+                "context_length": self.shape.context_length, "passes": specs}
+
+    def frozen_alone(self) -> "Plan":
+        """Return the plan of the frozen passes, without those that are trained."""
+        return replace(self, passes={name: p for name, p in self.passes.items() if p.spec.encoder == "frozen"},
+                       texts={name: text for name, text in self.texts.items() if text.spec.encoder == "frozen"})
+
     def unmasked(self) -> "Plan":
         """Return the plan of steps in which nothing is masked (unmasked tuning)."""
         passes = {name: replace(p, num_keep=p.num_patches, num_tokens=p.num_patches + p.shape.num_prefix_tokens)
@@ -154,12 +181,12 @@ class Plan:
         Args:
             text_tokens: length of the text as encoded; None is the full context.
         """
-        total = 0.0
+        total, trained = 0.0, 1.0 if "towers" in self.recipe.freeze else 3.0
         for text in self.texts.values():
             if text.encoded:
-                total += (3.0 if text.trains else 1.0) * text_macs(text.shape, text.length(text_tokens))
+                total += (trained if text.trains else 1.0) * text_macs(text.shape, text.length(text_tokens))
         for p in filter(self.runs, self.passes.values()):
-            passes = 3.0 if p.trains else 1.0
+            passes = trained if p.trains else 1.0
             total += passes * len(p.spec.views) * image_macs(p.shape, p.num_keep, p.num_tokens)
         for name, config in self.recipe.objectives.items():
             with torch.device("meta"):

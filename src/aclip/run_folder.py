@@ -63,6 +63,11 @@ class RunFolder:
         """Folder of what the model attended to over training."""
         return self.path / "snapshots"
 
+    @property
+    def clusters(self) -> Path:
+        """The cluster of every training sample, where batches are made of groups of them (`hard_negatives`)."""
+        return self.path / "clusters.npy"
+
     def exists(self) -> bool:
         """Return whether the folder holds a run."""
         return (self.path / "config.json").exists()

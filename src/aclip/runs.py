@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from aclip.errors import AclipError, BadSampleError, ConfigError, DataError, unk
 from aclip.evaluation import Result, evaluate
 from aclip.evaluation.retrieval import RECALLS, Retrieval
 from aclip.evaluation.sets import HeldOut, check_sets, evaluate_sets, name_skipped, open_sets
+from aclip.files import atomic_file
 from aclip.recipes import configure
 from aclip.report.journals import PRIMARY
 from aclip.report.page import percent
@@ -27,7 +29,8 @@ from aclip.report.run import write_report
 from aclip.report.snapshots import take_snapshot
 from aclip.rng import generator
 from aclip.run_folder import RunFolder, command_line
-from aclip.trainer import Trainer, build_trainer, fit, open_batches
+from aclip.search.clusters import cluster_samples
+from aclip.trainer import Trainer, build_trainer, fit, open_batches, open_stored
 from aclip.training.journal import TrainingProgress, write_peak_memory
 from aclip.training.sinks import Sinks
 
@@ -155,9 +158,10 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     watched = _watched(config, held_out)
     with _explained("if a script registered it, resume from that script by "
                     f"aclip.train(resume={config.output!r})", ConfigError, resumed):
-        trainer = build_trainer(config, len(source), device)
+        trainer = build_trainer(config, len(source), device, open_stored(config, source))
     if watched and not trainer.method.plan.uses_text:
         raise ConfigError(f"--keep-best watches retrieval, and recipe '{config.recipe.name}' trains no text tower")
+    clusters = _clusters(config, source, folder, resumed)
     method, table, workers = trainer.method, trainer.timetable, data.suitable_workers(device, config.workers)
     flow = dataflow_table(method.plan, config.model, text_tokens=14)
     sizes = {held.name: len(held.source) for held in held_out}
@@ -170,6 +174,9 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
             _note_changes(folder, trainer.config, sizes, trainer.step)
     elif dist.rank() == 0:
         folder.create()
+        if clusters is not None:
+            with atomic_file(folder.clusters) as file:
+                np.save(file, clusters)
         folder.write_json("config.json", to_dict(trainer.config) | {
             "num_pairs": len(source), "held_out_pairs": sizes, "command": command_line(),
             "dataflow": plain_text(flow), "versions": versions(device)})
@@ -205,7 +212,7 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
     if trainer.evaluation_due or (trainer.step < table.total_steps and not trainer.stops_early):
         progress = TrainingProgress(console, table.total_steps, trainer.step)
         with closing(Sinks(config, folder.path, trainer.step)) as sinks, progress:
-            fit(trainer, open_batches(trainer, source, workers), folder, progress, evaluate, sinks)
+            fit(trainer, open_batches(trainer, source, workers, clusters), folder, progress, evaluate, sinks)
         if dist.rank() == 0:
             write_peak_memory(folder, device)
     trainer.wrapped.refresh()
@@ -213,10 +220,27 @@ def _train(config: RunConfig, resumed: bool, device: torch.device) -> None:
         _finish(trainer, model, folder, console)
 
 
+def _clusters(config: RunConfig, source: data.Source, folder: RunFolder, resumed: bool) -> np.ndarray | None:
+    """Return the clusters of the samples: a new run's of its index, by rank 0, a resumed run's from its folder."""
+    if config.hard_negatives is None:
+        return None
+    found: np.ndarray | None = None
+    if dist.rank() == 0 and not resumed:
+        found = cluster_samples(config.hard_negatives, source, config.seed)
+    elif dist.rank() == 0:
+        try:
+            found = np.load(folder.clusters)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the run cannot be resumed: the clusters of its samples, {folder.clusters}, cannot be "
+                              f"read ({error}); put the file back, or start a new run") from error
+    shared: np.ndarray = dist.collect(found)[0]
+    return shared
+
+
 def _check_frozen(config: RunConfig) -> None:
     """Refuse to hold a model to random weights."""
     name = config.teacher or config.model
-    if config.recipe.uses_frozen and models.resolve_source(name).read is None:
+    if config.teacher_features is None and config.recipe.uses_frozen and models.resolve_source(name).read is None:
         raise ConfigError(f"recipe '{config.recipe.name}' holds the model to frozen weights, and '{name}' is an "
                           "architecture without any: name weights by --model or --teacher, such as a run or NAME:TAG, "
                           "or choose another recipe")

@@ -76,6 +76,8 @@ class Batch(TensorFields):
         keys: the samples' names, for reports.
         skipped: (name, reason) of bad samples met while this batch was filled; each was replaced by another.
         truncated: number of captions cut at the context length.
+        stored: frozen pass -> (B, V, D), frozen text pass -> (B, D), float16, L2-normalised, where a teacher's features
+            are read and not computed.
     """
 
     views: Mapping[str, ViewBatch]
@@ -85,6 +87,7 @@ class Batch(TensorFields):
     keys: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     truncated: int = 0
+    stored: Mapping[str, Float[Tensor, "B *rest"]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,23 +50,53 @@ def resolve_defaults(config: RunConfig, num_pairs: int, device: torch.device) ->
     return replace(config, batch_size=batch_size, precision=config.precision or fast_precision(device))
 
 
-def build_trainer(config: RunConfig, num_pairs: int, device: torch.device) -> "Trainer":
-    """Return the trainer of a run, its defaults resolved, with a fresh model, at its first step."""
+def open_stored(config: RunConfig, source: data.Source) -> data.StoredFeatures | None:
+    """Return the stored features of a run's teacher, if it names any.
+
+    Raises:
+        ConfigError: they are of another teacher, or of other samples, crops or captions.
+    """
+    if config.teacher_features is None:
+        return None
+    stored = data.StoredFeatures(config.teacher_features)
+    if config.teacher not in (None, stored.teacher):
+        raise ConfigError(f"the features in {stored.folder} are those of '{stored.teacher}', not of "
+                          f"'{config.teacher}': leave out --teacher, or name other features")
+    resolved = plan.resolve_run(replace(config, teacher=stored.teacher))
+    stored.check({"seed": config.seed, "samples": len(source), "source": source.digest(), **resolved.frozen_inputs()},
+                 source.spec)
+    return stored
+
+
+def build_trainer(
+    config: RunConfig, num_pairs: int, device: torch.device, stored: data.StoredFeatures | None = None
+) -> "Trainer":
+    """Return the trainer of a run, its defaults resolved, with a fresh model, at its first step.
+
+    With features of the teacher that are `stored`, the teacher itself is not loaded.
+    """
     config = resolve_defaults(config, num_pairs, device)
     if config.compile and device.type == "cpu" and cpp_compiler() is None:
         raise ConfigError("--compile on a CPU needs a C++ compiler: install one (apt install g++), or leave it out")
+    assert config.batch_size is not None
+    if config.hard_negatives is not None and config.batch_size % config.group_size:
+        raise ConfigError(f"a batch of {config.batch_size} is not made of groups of {config.group_size}: choose "
+                          "another --batch-size or --group-size")
     torch.manual_seed(config.seed)
-    resolved = plan.resolve_run(config)
+    resolved = plan.resolve_run(config if stored is None else replace(config, teacher=stored.teacher))
     if config.unmasked_tuning > 0 and plan.trains_only_masked(config.recipe):
         raise ConfigError(f"unmasked_tuning has no effect: all losses of recipe '{config.recipe.name}' are computed on "
                           "removed patches alone")
     model = _model(config, config.model, config.image_size, uses_text=resolved.uses_text)
     if config.lora:
         adapt(model, config.lora, config.lora_towers)
-    teacher = _model(config, config.teacher, None, uses_text=resolved.uses_text) if config.teacher else None
+    teacher = None
+    if config.teacher and stored is None:
+        teacher = _model(config, config.teacher, None, uses_text=resolved.uses_text)
     pixels = models.preprocess_config(model)
-    method = Method(model, resolved, pixels["mean"], pixels["std"], teacher).to(device).train()
-    return Trainer(config, method, Timetable.of(config, num_pairs), device)
+    method = Method(model, resolved, pixels["mean"], pixels["std"], teacher, stored=stored is not None,
+                    stored_logit_scale=None if stored is None else stored.logit_scale)
+    return Trainer(config, method.to(device).train(), Timetable.of(config, num_pairs), device, stored)
 
 
 def _model(config: RunConfig, name: str, image_size: ImageSize, *, uses_text: bool) -> nn.Module:
@@ -80,16 +111,26 @@ def _model(config: RunConfig, name: str, image_size: ImageSize, *, uses_text: bo
     return model
 
 
-def open_batches(trainer: "Trainer", source: data.Source, workers: int) -> Iterable[Batch]:
-    """Return this rank's share of the batches from the trainer's next step to the last."""
+def open_batches(
+    trainer: "Trainer", source: data.Source, workers: int, clusters: np.ndarray | None = None
+) -> Iterable[Batch]:
+    """Return this rank's share of the batches from the trainer's next step to the last.
+
+    Args:
+        trainer: where it stands.
+        source: the training pairs.
+        workers: see `data.build_loader`.
+        clusters: (N,) int32, of the samples; with `hard_negatives`.
+    """
     config, resolved = trainer.config, trainer.method.plan
     assert config.batch_size is not None
     dataset = data.PairDataset(source, resolved.pipeline, trainer.tokenizer, sizes=resolved.view_sizes,
-                               seed=config.seed)
+                               seed=config.seed, stored=trainer.stored)
     return data.build_loader(
         dataset, batch_size=config.batch_size, start_step=trainer.step, total_steps=trainer.timetable.total_steps,
         workers=workers, device=trainer.device, cut_text=models.cut_after_eot if resolved.shape.text_cut else None,
-        rank=dist.rank(), world_size=dist.world_size())
+        rank=dist.rank(), world_size=dist.world_size(),
+        groups=None if clusters is None else data.Groups(clusters, config.group_size))
 
 
 @dataclass(frozen=True)
@@ -109,6 +150,7 @@ class Trainer:
         method: on its device.
         timetable: the run's length in steps.
         device: where batches go.
+        stored: features of the teacher that batches come with.
 
     Attributes:
         step: optimizer steps done. samples_seen: pairs, over all ranks.
@@ -116,8 +158,10 @@ class Trainer:
         best: the best evaluation by the metric of `keep_best`; None without one.
     """
 
-    def __init__(self, config: RunConfig, method: Method, timetable: Timetable, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, method: Method, timetable: Timetable, device: torch.device,
+                 stored: data.StoredFeatures | None = None) -> None:
         self.config, self.method, self.timetable, self.device = config, method, timetable, device
+        self.stored = stored
         for resolution in {size for _, size in timetable.resolutions}:  # refuse what cannot be trained before step 1
             method.plan_at(resolution)
         self.step = 0

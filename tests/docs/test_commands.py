@@ -34,7 +34,8 @@ NOT_RUN = {
     r"cifar10:|torchvision:|imagenet|dataset_coco|mine/test|scenes/": "data that has to be there",
     r"--to (huggingface|onnx|torch-export)": "tests/exporters",
     r"--pretrained|clip_benchmark": "another program",
-    r"--teacher": "weights that have to be there; tests/test_frozen.py",
+    r"--recipe align": "the same; tests/models/test_loading.py",
+    r"--teacher|data encode": "weights that have to be there; tests/test_frozen.py, tests/test_encoding.py",
     r"xlm-roberta": "the same; tests/models/test_hugging_face_text.py",
 }
 SMALLEST = {"--epochs": "1", "--batch-size": "4", "--seeds": "0", "--workers": "0"}

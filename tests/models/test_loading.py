@@ -6,6 +6,7 @@ import shutil
 
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from tower_oracles import fresh_model, images, open_clip_alone, shake, write_che
 
 from aclip import models
 from aclip.errors import AclipError, CheckpointError, ConfigError, UnsupportedModelError
+from aclip.method import freeze
 from aclip.models import loaded, loading
 from aclip.models.loading import FRESH_PREPROCESS
 
@@ -334,6 +336,35 @@ def test_damaged_folders_are_named(tiny, tmp_path, file, content, match):
         (folder / file).write_bytes(content)
     with pytest.raises(AclipError, match=match):
         models.create_model(folder)
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_config_alone_starts_timms_tower_from_its_own_weights(reachable, tmp_path, monkeypatch):
+    config = {"embed_dim": 24, "text_cfg": models.model_config("vit-micro")["text_cfg"],
+              "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": True,
+                             "timm_proj": "mlp", "timm_pool": "", "image_size": 32}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    create = timm.create_model
+
+    def fetched(*arguments, pretrained=False, **options):
+        if pretrained and not reachable:
+            raise OSError("no network")
+        tower = create(*arguments, **options)
+        if pretrained:
+            torch.nn.init.constant_(tower.norm.weight, 2.0)
+        return tower
+
+    monkeypatch.setattr(timm, "create_model", fetched)
+    if not reachable:
+        with pytest.raises(CheckpointError, match="weights of timm's vit_tiny_patch16_224 cannot be fetched"):
+            models.create_model(tmp_path)
+        return
+    model = models.create_model(tmp_path)
+    assert (model.visual.trunk.norm.weight == 2).all()
+    freeze(model, ("towers",))
+    assert {name for name, one in model.named_parameters() if one.requires_grad} == {
+        "visual.head.mlp.fc1.weight", "visual.head.mlp.fc1.bias", "visual.head.mlp.fc2.weight", "text_projection",
+        "logit_scale"}
 
 
 def test_a_weight_file_of_another_name_is_found_if_it_is_the_only_one(tiny, tmp_path):

@@ -1,17 +1,23 @@
 """The contrasts with the captions, averaged over the views of a pass."""
 
 import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from synthetic_passes import CAPTIONS, SHAPE, B, masked, step_context
 
 from aclip import models, plan
-from aclip.config import ObjectiveConfig, Pass, Recipe
+from aclip.config import ObjectiveConfig, Pass, Recipe, TextPass, override
 from aclip.data import augment
+from aclip.errors import ConfigError
 from aclip.method import Method
 from aclip.objectives import Contrastive, Sigmoid
 from aclip.objectives.functional import clip_loss, sigmoid_loss
+from aclip.recipes import RECIPES
 from tests_support import random_batch
 
 
@@ -35,6 +41,54 @@ def test_shared_captions_are_excluded() -> None:
     reads = {**masked(), **CAPTIONS}
     for objective in (Contrastive(reads, SHAPE), sigmoid(init_bias=0.0)):
         assert objective(step_context(reads, caption_ids=(0, 0, 2, 3, 4))) < objective(step_context(reads))
+
+
+GUIDE = {"guide": TextPass(encoder="frozen")}
+
+
+@pytest.mark.parametrize(("kind", "loss"), [(Contrastive, clip_loss), (Sigmoid, partial(sigmoid_loss, logit_bias=-10))])
+def test_a_frozen_text_pass_says_which_captions_are_nearly_the_same(kind: type[Contrastive], loss: Any) -> None:
+    reads = {**masked(), **CAPTIONS, **GUIDE}
+    context = step_context(reads)
+    guide = F.normalize(torch.randn(B, 3, generator=torch.Generator().manual_seed(5)), dim=1)
+    context = replace(context, texts={**context.texts, "guide": replace(context.texts["guide"], features=guide)})
+    text, options = context.texts["captions"].features, {"guide": guide, "false_negatives": 0.4}
+    expected = sum(loss(view, text, 12.0, caption_ids=context.caption_ids, **options)
+                   for view in context.passes["masked"].features) / 2
+    found = kind(reads, SHAPE, false_negatives=0.4)(context)
+    torch.testing.assert_close(found, expected)
+    assert found < kind({**masked(), **CAPTIONS}, SHAPE)(context)
+
+
+@pytest.mark.parametrize(("further", "option"), [
+    ({}, 0.9), (GUIDE, None), ({"guide": TextPass()}, 0.9), ({"guide": TextPass()}, None)])
+def test_false_negatives_need_a_frozen_text_pass(further: dict[str, TextPass], option: float | None) -> None:
+    with pytest.raises(ConfigError, match="give it both the option false_negatives and, as third of its reads"):
+        Contrastive({**masked(), **CAPTIONS, **further}, SHAPE, false_negatives=option)
+
+
+def test_no_fourth_pass_is_read() -> None:
+    with pytest.raises(ConfigError, match="reads an image pass, then a text pass"):
+        Contrastive({**masked(), **CAPTIONS, **GUIDE, "other": TextPass()}, SHAPE, false_negatives=0.9)
+
+
+def test_finetune_takes_it_by_its_paths() -> None:
+    recipe = override(RECIPES["finetune"], {
+        "objectives.contrastive.reads": '["full", "captions", "frozen-captions"]',
+        "objectives.contrastive.options.false-negatives": "0.9"})
+    torch.manual_seed(0)
+    model = models.create_model("vit-micro")
+    resolved = plan.resolve(recipe, models.shape_of(models.model_config("vit-micro")))
+    method = Method(model, resolved, (0.5,) * 3, (0.25,) * 3).train()
+    batch = random_batch(resolved, batch_size=4)
+    tokens = batch.tokens.clone()
+    tokens[1] = tokens[0]  # the same words under another id
+    twice = method(replace(batch, tokens=tokens)).parts["contrastive"]
+    same = method(replace(batch, tokens=tokens, caption_ids=torch.tensor([0, 0, 2, 3]))).parts["contrastive"]
+    assert torch.equal(twice, same)
+    recipe = override(recipe, {"objectives.contrastive.options.false_negatives": 2})
+    with pytest.raises(ConfigError, match="false_negatives should be less than or equal to 1"):
+        plan.build_objective("contrastive", plan.resolve(recipe, resolved.shape))
 
 
 def test_contrastive_reads_its_own_pass_and_has_no_parameters() -> None:

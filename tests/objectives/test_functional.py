@@ -89,6 +89,40 @@ def test_pairs_that_share_a_caption_do_not_push_each_other_away() -> None:
     assert clip_loss(image[:2], text[:2], 10.0).item() > 0.01
 
 
+def alike(ids: list[int] | None, guide: list[list[float]], threshold: float) -> list[list[bool]]:
+    """Which pairs are not each other's negatives: those with one caption, and those with nearly the same."""
+    return [[i != j and ((ids is not None and ids[i] == ids[j]) or dot(g, h) >= threshold)
+             for j, h in enumerate(guide)] for i, g in enumerate(guide)]
+
+
+@pytest.mark.parametrize("ids", [None, [7, 7, 1, 2, 3, 1]])
+@pytest.mark.parametrize("threshold", [-1.0, 0.3, 1.1])
+def test_captions_that_are_nearly_the_same_are_no_negatives(ids: list[int] | None, threshold: float) -> None:
+    """Of both losses, term by term; the features that are compared have another width, and get no gradient."""
+    image, text = F.normalize(randn(6, 5), dim=1), F.normalize(randn(6, 5, seed=1), dim=1)
+    guide = F.normalize(randn(6, 3, seed=2), dim=1).requires_grad_()
+    caption_ids = None if ids is None else torch.tensor(ids)
+    out = alike(ids, guide.tolist(), threshold)
+    expected = {"clip": 0.0, "sigmoid": 0.0}
+    for rows, columns in ((image.tolist(), text.tolist()), (text.tolist(), image.tolist())):
+        for i, row in enumerate(rows):
+            kept = [math.exp(9.0 * dot(row, column)) for j, column in enumerate(columns) if not out[i][j]]
+            expected["clip"] -= math.log(math.exp(9.0 * dot(row, columns[i])) / sum(kept)) / 12
+    for i, v in enumerate(image.tolist()):
+        for j, t in enumerate(text.tolist()):
+            if not out[i][j]:
+                logit = (1 if i == j else -1) * (9.0 * dot(v, t) - 2.0)
+                expected["sigmoid"] += math.log1p(math.exp(-logit)) / 6
+    text.requires_grad_()
+    found = {"clip": clip_loss(image, text, 9.0, caption_ids, guide=guide, false_negatives=threshold),
+             "sigmoid": sigmoid_loss(image, text, 9.0, -2.0, caption_ids, guide=guide, false_negatives=threshold)}
+    assert {name: loss.item() for name, loss in found.items()} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    sum(found.values(), torch.zeros(())).backward()
+    assert guide.grad is None
+    count = sum(map(sum, out))
+    assert {-1.0: count == 30, 0.3: 0 < count < 20, 1.1: count == (0 if ids is None else 4)}[threshold]
+
+
 def test_loss_of_equal_features_is_the_logarithm_of_the_batch() -> None:
     same = F.normalize(torch.ones(8, 4), dim=1)
     assert clip_loss(same, same, 100.0).item() == pytest.approx(math.log(8), rel=1e-6)
@@ -222,14 +256,16 @@ def test_shapes_are_checked_in_tests(image: tuple[int, ...], text: tuple[int, ..
         clip_loss(torch.ones(image), torch.ones(text), 1.0)
 
 
-@pytest.mark.parametrize("name", ["clip", "sigmoid", "ntxent"])
+@pytest.mark.parametrize("name", ["clip", "clip with guide", "sigmoid", "ntxent"])
 def test_logits_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     a, b = randn(7, 5).requires_grad_(), randn(7, 5, seed=1).requires_grad_()
     scale, ids = torch.tensor(3.0, requires_grad=True), torch.tensor([0, 0, 1, 2, 1, 3, 4])
+    guide = F.normalize(randn(7, 3, seed=2), dim=1)
 
     def found() -> list[Tensor]:
         one, other = F.normalize(a, dim=1), F.normalize(b, dim=1)
         losses = {"clip": lambda: clip_loss(one, other, scale, ids), "ntxent": lambda: scale * ntxent_loss(a, b, 0.3),
+                  "clip with guide": lambda: clip_loss(one, other, scale, ids, guide=guide, false_negatives=0.3),
                   "sigmoid": lambda: sigmoid_loss(one, other, scale, -1.0, ids)}
         loss = losses[name]()
         return [loss.detach(), *torch.autograd.grad(loss, (a, b, scale))]

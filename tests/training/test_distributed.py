@@ -25,9 +25,12 @@ PRECISIONS = ("fp64", "fp32")
 SOME = ("a-clip", "slip", "mae", "siglip", "finetune-attentive")
 # heads with batch statistics, an EMA, a decoder, another loss, a frozen model
 SCORED_ONLINE = "attentive-2x50 passes.context.encoder=online"  # the same encoder without gradient, and then with it
-NAMES = (*RECIPES, SCORED_ONLINE)
+GUIDED = ('finetune objectives.contrastive.reads=["full","captions","frozen-captions"] '
+          "objectives.contrastive.options.false_negatives=0.3")
+NAMES = (*RECIPES, SCORED_ONLINE, GUIDED)
 TWO_RANKS = [*((name, way) for name in NAMES for way in ("ddp", "fsdp")),
-             *((name, way) for name in (*SOME, SCORED_ONLINE) for way in ("ddp in 2", "fsdp in 2", "fsdp recomputed"))]
+             *((name, way) for name in (*SOME, SCORED_ONLINE, GUIDED)
+               for way in ("ddp in 2", "fsdp in 2", "fsdp recomputed"))]
 FOUR_RANKS = [(name, way) for name in ("a-clip", "simclr") for way in ("ddp", "fsdp", "fsdp in 2")]
 
 

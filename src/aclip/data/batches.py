@@ -5,7 +5,7 @@ reason travel with the batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,9 @@ from torch import Tensor
 from aclip import rng
 from aclip.data.captions import CaptionTokenizer, caption_id, clean_captions, draw_caption
 from aclip.data.decode import decode_pixels
-from aclip.data.order import BatchSampler, Request
+from aclip.data.order import BatchSampler, Groups, Request
 from aclip.data.sources.base import RawSample, Source
+from aclip.data.stored import StoredFeatures
 from aclip.data.views import Crop, ViewPipeline
 from aclip.data.workers import check_workers, empty_shared, read_ahead
 from aclip.errors import BadSampleError, DataError
@@ -44,6 +45,7 @@ class Item:
         seed: of everything drawn on the device for this sample in this epoch.
         key: the sample's name.
         skipped: (name, reason) of the bad samples that this one replaces.
+        stored: a teacher's features, see `StoredFeatures.rows`.
     """
 
     views: Mapping[str, Crop]
@@ -52,6 +54,7 @@ class Item:
     seed: int
     key: str
     skipped: tuple[tuple[str, str], ...] = ()
+    stored: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class _Start(NamedTuple):
@@ -73,11 +76,13 @@ class PairDataset:
         tokenizer: turns captions into tokens.
         sizes: view name -> (height, width) in pixels.
         seed: of everything that is drawn for a sample, and of the order.
+        stored: features that samples come with; crops, captions and seeds are then those of the first K epochs, again
+            and again.
     """
 
     def __init__(self, source: Source, views: ViewPipeline, tokenizer: CaptionTokenizer, *,
-                 sizes: Mapping[str, tuple[int, int]], seed: int) -> None:
-        self.source, self.tokenizer, self.seed = source, tokenizer, seed
+                 sizes: Mapping[str, tuple[int, int]], seed: int, stored: StoredFeatures | None = None) -> None:
+        self.source, self.tokenizer, self.seed, self.stored = source, tokenizer, seed, stored
         self._views, self._sizes = views, dict(sizes)
         self._min_side = views.least_side(self._sizes)  # JPEGs are decoded no larger than that takes
 
@@ -100,6 +105,8 @@ class PairDataset:
         """
         for first in range(0, len(requests), _TOGETHER):
             some = requests[first : first + _TOGETHER]
+            if self.stored is not None:
+                some = [request._replace(epoch=request.epoch % self.stored.crops) for request in some]
             starts: list[_Start | BadSampleError] = []
             for request in some:
                 try:
@@ -111,9 +118,10 @@ class PairDataset:
                 try:
                     if isinstance(start, BadSampleError):
                         raise start
-                    yield self._finish(start, next(tokens))
+                    item = self._finish(start, next(tokens))
                 except BadSampleError as error:
-                    yield self._replacement(request, error.reason)
+                    item = self._replacement(request, error.reason)
+                yield item if self.stored is None else replace(item, stored=self.stored.rows(*request))
 
     def _replacement(self, request: Request, reason: str) -> Item:
         """Return a good sample for a request whose own is bad.
@@ -187,7 +195,7 @@ class BatchLoader:
 
 def build_loader(dataset: PairDataset, *, batch_size: int, total_steps: int, start_step: int = 0, workers: int = 0,
                  device: torch.device | None = None, cut_text: CutText | None = None, rank: int = 0,
-                 world_size: int = 1) -> BatchLoader:
+                 world_size: int = 1, groups: Groups | None = None) -> BatchLoader:
     """Return the loader of the optimizer steps [`start_step`, `total_steps`).
 
     The batches are the same for any number of workers, and for any `start_step` the rest of the same stream. Neither
@@ -201,13 +209,14 @@ def build_loader(dataset: PairDataset, *, batch_size: int, total_steps: int, sta
         device: where batches will go; for CUDA they come in page-locked memory.
         cut_text: shortens the tokens of a batch, see `CutText`; None leaves them at full length.
         rank, world_size: the contiguous slice of every batch that is delivered.
+        groups: samples that come into batches together.
 
     Raises:
         ConfigError: a batch size that does not divide among the ranks, or a negative number of workers.
         DataError: fewer samples than one batch.
     """
     sampler = BatchSampler(dataset.source, batch_size=batch_size, seed=dataset.seed, start_step=start_step,
-                           total_steps=total_steps, rank=rank, world_size=world_size)
+                           total_steps=total_steps, rank=rank, world_size=world_size, groups=groups)
     return BatchLoader(ReadBatch(dataset, cut_text), sampler, check_workers(workers),
                        pin_memory=device is not None and device.type == "cuda")
 
@@ -218,6 +227,7 @@ def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_
     An item's pixels are copied before the next item is asked for, while they are in the processor's cache.
     """
     views: dict[str, _Rows] = {}
+    stored: dict[str, list[np.ndarray]] = {}
     rows: list[tuple[Tensor, int, int, str]] = []
     skipped: dict[tuple[str, str], None] = {}
     for row, item in enumerate(items):
@@ -227,6 +237,8 @@ def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_
             views[name].put(row, crop)
         rows.append((item.tokens, item.caption_id, item.seed, item.key))
         skipped.update(dict.fromkeys(item.skipped))
+        for name, features in item.stored.items():
+            stored.setdefault(name, []).append(features)
     all_tokens, caption_ids, seeds, keys = zip(*rows, strict=True)
     tokens = torch.stack(all_tokens)
     return Batch(
@@ -237,6 +249,7 @@ def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_
         keys=keys,
         skipped=tuple(skipped),
         truncated=tokenizer.count_truncated(tokens),
+        stored={name: torch.from_numpy(np.stack(features)) for name, features in stored.items()},
     )
 
 

@@ -132,7 +132,7 @@ def build(
     config = _at_size(source.config, image_size)
     # fixed positions that become learned ones start from those of the model's own grid
     unfixed = "pos_embed_type" in source.config["vision_cfg"] and "pos_embed_type" not in config["vision_cfg"]
-    model = build_modules(source.config if source.read or unfixed else config, pretrained_text=source.read is None)
+    model = build_modules(source.config if source.read or unfixed else config, own_weights=source.read is None)
     visual = visual_of(model)
     if logit_scale is not None and "init_logit_scale" not in source.config:
         nn.init.constant_(cast(Any, model).logit_scale, math.log(logit_scale))
@@ -214,12 +214,13 @@ def _outline(config: str) -> nn.Module:
         return build_modules(json.loads(config))
 
 
-def build_modules(config: Mapping[str, Any], *, pretrained_text: bool = False) -> nn.Module:
+def build_modules(config: Mapping[str, Any], *, own_weights: bool = False) -> nn.Module:
     """Build the modules of a config with fresh weights; raises as `shape_of`.
 
     Args:
         config: open_clip's `model_cfg`; `vision_cfg.act_kwargs` is that of a timm tower's GELU, too.
-        pretrained_text: whether a Hugging Face text tower starts from its own weights.
+        own_weights: whether a Hugging Face text tower, and a timm image tower with `timm_model_pretrained`, start from
+            their own weights.
     """
     try:
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
@@ -227,9 +228,9 @@ def build_modules(config: Mapping[str, Any], *, pretrained_text: bool = False) -
             raise UnsupportedModelError("it has a captioning decoder (CoCa), which cannot be trained here: "
                                         f"{SUPPORTED}")
         if vision.get("timm_model_name"):
-            vision["timm_model_pretrained"] = False  # on ImageNet, fetched
+            vision["timm_model_pretrained"] = own_weights and vision.get("timm_model_pretrained", False)
         if text.get("hf_model_name"):
-            text["hf_model_pretrained"] = pretrained_text and text.get("hf_model_pretrained", True)
+            text["hf_model_pretrained"] = own_weights and text.get("hf_model_pretrained", True)
             text["hf_model_name"] = _text_tower(text["hf_model_name"], weights=text["hf_model_pretrained"])
         cls = CustomTextCLIP if config.get("custom_text") or text.get("hf_model_name") else CLIP
         rest = {key: value for key, value in config.items() if key != "custom_text"}
@@ -237,7 +238,10 @@ def build_modules(config: Mapping[str, Any], *, pretrained_text: bool = False) -
     except UnsupportedModelError:
         raise
     except OSError as error:
-        name, reason = config["text_cfg"].get("hf_model_name"), (str(error) or repr(error)).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
+        if not (name := config["text_cfg"].get("hf_model_name")):
+            raise CheckpointError(f"the weights of timm's {vision['timm_model_name']} cannot be fetched ({reason}): "
+                                  "start once with a network, they are kept") from error
         raise CheckpointError(f"its Hugging Face text tower '{name}' is not here ({reason}): fetch it once with "
                               f"`hf download {name}`, or name a folder of it as hf_model_name and hf_tokenizer_name in "
                               "an open_clip_config.json") from error
@@ -302,7 +306,8 @@ def resolve_source(name: str | Path, weights: WeightsOf = "online") -> Source:
         ViT-B-32:laion2b_s34b_b79k          the same with pretrained weights (fetched, then cached)
         ViT-B-32:FILE                       the same with the weights of a local file
         hf-hub:OWNER/MODEL                  an open_clip model on the Hugging Face hub (fetched, then cached)
-        FOLDER, local-dir:FOLDER            open_clip_config.json and weights; or transformers' CLIPModel
+        FOLDER, local-dir:FOLDER            open_clip_config.json and weights; transformers' CLIPModel; or that config
+                                            alone, with "timm_model_pretrained": true: each tower's own weights
         RUN, RUN/checkpoints/step-...       a run folder: its final/, or its newest undamaged checkpoint before that
         FILE                                a checkpoint of the A-CLIP release
 
@@ -388,6 +393,8 @@ def _open_clip_source(place: Path) -> Source:
     config, preprocess = _read_config(place / CONFIG_NAME)
     files = [place / name for name in _WEIGHT_NAMES if (place / name).is_file()]
     files = files[:1] or sorted(file for file in place.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    if not files and config["vision_cfg"].get("timm_model_pretrained"):
+        return Source(config, preprocess or None, place)
     if len(files) != 1:
         raise CheckpointError(f"'{place}' holds {CONFIG_NAME} but {'several' if files else 'no'} weights beside it: "
                               f"the right file is named {WEIGHTS_NAME}")

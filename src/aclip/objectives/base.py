@@ -22,6 +22,7 @@ class Objective(nn.Module, ABC):
     Attributes:
         reads: the names of the passes.
         takes: the kinds of passes it reads, in order: `Pass` for images, `TextPass` for captions.
+        may_take: those that may follow.
         needs_text: whether captions must be encoded (a recipe without such an objective has no text tower).
         needs_patches: whether it reads the patch tokens of its image passes.
         needs_pixels: whether it reads their pixels.
@@ -35,6 +36,7 @@ class Objective(nn.Module, ABC):
     """
 
     takes: ClassVar[tuple[type[Pass | TextPass], ...]] = (Pass,)
+    may_take: ClassVar[tuple[type[Pass | TextPass], ...]] = ()
     needs_text: ClassVar[bool] = False
     needs_patches: ClassVar[bool] = False
     needs_pixels: ClassVar[bool] = False
@@ -45,7 +47,7 @@ class Objective(nn.Module, ABC):
 
     def __init__(self, reads: Mapping[str, Pass | TextPass], shape: TowerShape) -> None:
         super().__init__()
-        if tuple(map(type, reads.values())) != self.takes:
+        if tuple(map(type, reads.values())) != (self.takes + self.may_take)[:max(len(reads), len(self.takes))]:
             kinds = {Pass: "an image pass", TextPass: "a text pass"}
             expected = ", then ".join(kinds[kind] for kind in self.takes)
             raise ConfigError(f"objective {type(self).__name__} reads {expected}, not {', '.join(reads) or 'none'}: "

@@ -8,7 +8,8 @@ and gradients averaged over ranks are its gradients. Of the (WB, WB) logits of W
 (B, WB), in chunks of rows where these are many (`sum_over_rows`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ LOGITS_AT_ONCE = 2**24
 
 def clip_loss(
     image_features: Float[Tensor, "B D"], text_features: Float[Tensor, "B D"], logit_scale: Float[Tensor, ""] | float,
-    caption_ids: Int[Tensor, " B"] | None = None,
+    caption_ids: Int[Tensor, " B"] | None = None, *,
+    guide: Float[Tensor, "B E"] | None = None, false_negatives: float = 1.0,
 ) -> Float[Tensor, ""]:
     """Return the symmetric InfoNCE of CLIP (Radford et al., arXiv 2103.00020, figure 3).
 
@@ -40,6 +42,10 @@ def clip_loss(
         logit_scale: s > 0, the multiplier itself and not its log (CLIP's parameter holds the log).
         caption_ids: (B,) int64. Different pairs with equal ids are not each other's negatives: they are left out of
             the denominators. None: all pairs differ.
+        guide: (B, E) float, another model's L2-normalised features g of the captions, without gradient. Different pairs
+            with g_i . g_j >= `false_negatives` are left out in the same way, after GIST (Solatorio, arXiv 2402.16829,
+            section 3.2), which compares with the similarity of the pair itself instead of a constant.
+        false_negatives: a cosine.
 
     Returns:
         () float32, at least 0; log(batch) where all features are equal (`chance_loss`).
@@ -51,13 +57,12 @@ def clip_loss(
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = image_features.float(), text_features.float()
         labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
-        all_ids = None if caption_ids is None else dist.gather(caption_ids)
+        alike = _Alike.over_ranks(caption_ids, guide, false_negatives)
 
         def contrast(rows: Tensor, columns: Tensor) -> Tensor:
             def loss(rows: Tensor, labels: Tensor) -> Tensor:
                 logits = logit_scale * rows @ columns.T
-                if all_ids is not None:
-                    logits = logits.masked_fill(_others_with_caption(all_ids, labels), float("-inf"))
+                logits = alike.fill(logits, labels, float("-inf"))
                 return F.cross_entropy(logits, labels, reduction="sum")
 
             return sum_over_rows(loss, rows, labels, columns=len(columns))
@@ -65,9 +70,31 @@ def clip_loss(
         return (contrast(image, dist.gather(text)) + contrast(text, dist.gather(image))) / (2 * len(image))
 
 
-def _others_with_caption(all_ids: Int[Tensor, " WB"], labels: Int[Tensor, " R"]) -> Bool[Tensor, "R WB"]:
-    """Return, for the pairs at positions `labels` of all, which other pairs have the same caption."""
-    return (all_ids[labels, None] == all_ids).scatter(1, labels[:, None], False)
+class _Alike(NamedTuple):
+    """Which pairs of all ranks are not each other's negatives; either criterion may be None."""
+
+    ids: Int[Tensor, " WB"] | None
+    guide: Float[Tensor, "WB E"] | None
+    threshold: float
+
+    @classmethod
+    def over_ranks(
+        cls, caption_ids: Int[Tensor, " B"] | None, guide: Float[Tensor, "B E"] | None = None, threshold: float = 1.0
+    ) -> "_Alike":
+        return cls(None if caption_ids is None else dist.gather(caption_ids),
+                   None if guide is None else dist.gather(guide.detach().float()), threshold)
+
+    def fill(self, logits: Float[Tensor, "R WB"], labels: Int[Tensor, " R"], value: float) -> Float[Tensor, "R WB"]:
+        """Return the logits of the pairs at positions `labels`; those with other pairs that are alike are `value`."""
+        for same in self._criteria(labels):
+            logits = logits.masked_fill(same.scatter(1, labels[:, None], False), value)
+        return logits
+
+    def _criteria(self, labels: Int[Tensor, " R"]) -> Iterator[Bool[Tensor, "R WB"]]:
+        if self.ids is not None:
+            yield self.ids[labels, None] == self.ids
+        if self.guide is not None:
+            yield self.guide[labels] @ self.guide.T >= self.threshold
 
 
 def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
@@ -88,7 +115,8 @@ def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
 
 def sigmoid_loss(
     image_features: Float[Tensor, "B D"], text_features: Float[Tensor, "B D"], logit_scale: Float[Tensor, ""] | float,
-    logit_bias: Float[Tensor, ""] | float, caption_ids: Int[Tensor, " B"] | None = None,
+    logit_bias: Float[Tensor, ""] | float, caption_ids: Int[Tensor, " B"] | None = None, *,
+    guide: Float[Tensor, "B E"] | None = None, false_negatives: float = 1.0,
 ) -> Float[Tensor, ""]:
     """Return the sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343, equation 1).
 
@@ -102,6 +130,7 @@ def sigmoid_loss(
         logit_bias: b.
         caption_ids: (B,) int64. Cross terms of different pairs with equal ids are left out of the sum. None: all pairs
             differ.
+        guide, false_negatives: further cross terms to leave out, as for `clip_loss`.
 
     Returns:
         () float32, at least 0.
@@ -113,15 +142,13 @@ def sigmoid_loss(
     with torch.autocast(image_features.device.type, enabled=False):
         image, all_text = image_features.float(), dist.gather(text_features.float())
         labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
-        all_ids = None if caption_ids is None else dist.gather(caption_ids)
+        alike = _Alike.over_ranks(caption_ids, guide, false_negatives)
 
         def loss(rows: Tensor, labels: Tensor) -> Tensor:
             logits = logit_scale * rows @ all_text.T + logit_bias
             pairs = labels[:, None] == torch.arange(len(all_text), device=rows.device)
             losses = -F.logsigmoid(torch.where(pairs, logits, -logits))
-            if all_ids is not None:
-                losses = losses.masked_fill((all_ids[labels, None] == all_ids) & ~pairs, 0.0)
-            return losses.sum(dim=1).sum()
+            return alike.fill(losses, labels, 0.0).sum(dim=1).sum()
 
         return sum_over_rows(loss, image, labels, columns=len(all_text)) / len(image)
 
@@ -164,15 +191,13 @@ def affinity_loss(
                                               teacher_text_features.detach()))
         width = image.shape[1]
         labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
-        all_ids = None if caption_ids is None else dist.gather(caption_ids)
+        alike = _Alike.over_ranks(caption_ids)
 
         def diverge(rows: Tensor, columns: Tensor, teacher_rows: Tensor, teacher_columns: Tensor) -> Tensor:
             def loss(rows: Tensor, labels: Tensor) -> Tensor:
                 own, theirs = rows.split([width, rows.shape[1] - width], dim=1)
                 logits, targets = logit_scale * own @ columns.T, teacher_logit_scale * theirs @ teacher_columns.T
-                if all_ids is not None:
-                    same = _others_with_caption(all_ids, labels)
-                    logits, targets = (x.masked_fill(same, torch.finfo(x.dtype).min) for x in (logits, targets))
+                logits, targets = (alike.fill(x, labels, torch.finfo(x.dtype).min) for x in (logits, targets))
                 with torch.no_grad():
                     q = (1 - label_share) * targets.softmax(dim=1)
                     q.scatter_(1, labels[:, None], label_share, reduce="add")

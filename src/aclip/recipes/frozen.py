@@ -1,4 +1,4 @@
-"""Recipes with a frozen encoder: finetune and finetune-attentive, which forget less, and distill.
+"""Recipes with a frozen encoder: finetune and finetune-attentive, which forget less, distill, and align.
 
     aclip train --model ViT-B-32:laion2b_s34b_b79k --data pairs.csv
     aclip train --recipe distill --teacher ViT-L-14:openai --model ViT-B-32 --data pairs.csv
@@ -56,4 +56,16 @@ DISTILL = replace(
 """Cost 1.33 and more, by the teacher's size. The teacher is `--teacher MODEL`, which reads the same tokens; its input
 size and widths may differ."""
 
-FROZEN_RECIPES = (FINETUNE, FINETUNE_ATTENTIVE, DISTILL)
+ALIGN = replace(
+    CLIP,
+    name="align",
+    title="only the projections into the joint space, between towers that stay as they are",
+    paper="SAIL, arXiv 2412.04616, and ShareLock, arXiv 2410.07173",
+    freeze=("towers",),
+    optimization=Optimization(lr=1e-3, warmup_epochs=0.1, warmup_start_lr=0.0, weight_decay=0.1),
+)
+"""Cost 0.33, and the memory of a forward pass. For an image and a text tower that are good apart; a model without
+projections, such as a SigLIP, has nothing to train. The papers' projectors have hidden layers: `"timm_proj": "mlp"` and
+`"hf_proj_type": "mlp"` in the model's config."""
+
+FROZEN_RECIPES = (FINETUNE, FINETUNE_ATTENTIVE, DISTILL, ALIGN)

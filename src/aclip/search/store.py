@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from aclip.data import Source, decode_image, open_source
 from aclip.data.decode import IMAGE_EXTENSIONS
 from aclip.data.progress import progress
+from aclip.data.sources import Mixture
 from aclip.data.sources.image_files import read_image
 from aclip.devices import choose_device
 from aclip.errors import BadSampleError, CheckpointError, ConfigError, DataError
@@ -217,6 +218,19 @@ class Index:
         return [Hit(row, record["name"], value, tuple(record["captions"]), record["path"])
                 for row, value, record in zip(rows, similarity, records, strict=True)]
 
+    def rows_of(self, source: Source) -> np.ndarray:
+        """Return the row of every sample of a source, (n,) int64, -1 where there is none.
+
+        Samples are known by their files, in shards and tables by their names. What several rows are called names none
+        of them.
+        """
+        known: dict[str, int] = {}
+        for row, keys in enumerate(zip(*(self._items[key].to_pylist() for key in ("path", "name")), strict=True)):
+            key = keys[0] or keys[1]
+            known[key] = -1 if key in known else row
+        parts = source.parts if isinstance(source, Mixture) else (source,)
+        return np.fromiter((known.get(_key(part, index), -1) for part in parts for index in range(len(part))), np.int64)
+
     def read(self, row: int) -> bytes:
         """Return the file of an image.
 
@@ -265,6 +279,11 @@ class Index:
                     second.append((two + other).numpy())
                 advance(len(own))
         return np.concatenate(first), np.concatenate(second)
+
+
+def _key(source: Source, index: int) -> str:
+    path = source.path(index)
+    return source.name(index) if path is None else str(path.absolute())
 
 
 def weights_digest(model: LoadedModel) -> str:

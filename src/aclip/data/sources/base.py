@@ -103,6 +103,15 @@ class Source:
                    else rng.generator(seed, "order", epoch).permutation(len(self)))
         return samples, np.full(len(samples), epoch, dtype=np.int64)
 
+    def spans(self, seed: int, epoch: int) -> list[int]:
+        """Return the lengths of the spans of `order`, one after the other, in which samples may change places without
+        being read at another time: all samples, or those of each window of groups.
+        """
+        if not self.groups:
+            return [len(self)]
+        chosen = windows(self.groups, rng.generator(seed, "order", epoch))
+        return [sum(self.groups[group] for group in window) for window in chosen]
+
     def window(self, seed: int, epoch: int, sample: int) -> list[range]:
         """Return the samples that are read at about the time of `sample`: those of its window of groups.
 
@@ -216,9 +225,14 @@ def window_order(groups: Sequence[int], seed: int, epoch: int, *, window: int = 
     generator = rng.generator(seed, "order", epoch)
     ends = np.cumsum(groups, dtype=np.int64)
     ranges = [np.arange(end - size, end) for size, end in zip(groups, ends.tolist(), strict=True)]
+    return np.concatenate([generator.permutation(np.concatenate([ranges[i] for i in chosen]))
+                           for chosen in windows(groups, generator, window=window)])
+
+
+def windows(groups: Sequence[int], generator: np.random.Generator, *, window: int = WINDOW) -> list[list[int]]:
+    """Return the numbers of the groups, permuted, `window` at a time."""
     order = generator.permutation(len(groups)).tolist()
-    windows = [order[first : first + window] for first in range(0, len(order), window)]
-    return np.concatenate([generator.permutation(np.concatenate([ranges[i] for i in chosen])) for chosen in windows])
+    return [order[first : first + window] for first in range(0, len(order), window)]
 
 
 def evenly(count: int, most: int) -> range:

@@ -87,6 +87,12 @@ class Mixture(Joined):
         mixed[:, place] = samples, passes
         return mixed[0], mixed[1]
 
+    def spans(self, seed: int, epoch: int) -> list[int]:
+        if any(source.groups for source in self.parts):
+            raise ConfigError(f"hard negatives cannot be drawn from a mixture with remote shards or row groups, as "
+                              f"{self.spec}: train on one source, or pack each with `aclip data pack`")
+        return [len(self)]
+
     def window(self, seed: int, epoch: int, sample: int) -> list[range]:
         number, inner = self._runs.place(sample)
         start = self._runs.start(number)
