@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN ?= runs/demo
 SEED ?= 0
-EPOCHS ?= 20
+EPOCHS ?= 36
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile; echo '  make check  lint, types and tests'
@@ -32,8 +32,8 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/aclip data fetch emoji
 	$(BIN)/aclip train --resume --output $(RUN) --seed $(SEED) --recipe a-clip --optimizer muon --model vit-tiny \
-	  --data emoji:train --validation emoji:val_vendor emoji:val_concept emoji:val_both --batch-size 64 \
-	  --epochs $(EPOCHS) --unmasked-tuning 0.15 --evaluate-every 10
+	  --data emoji:train --validation emoji:val_vendor emoji:val_concept emoji:val_both --batch-size 128 \
+	  --epochs $(EPOCHS) --resolution-schedule 0.6:0.5 --unmasked-tuning 0.15 --evaluate-every 18
 	@echo "look:   $(BIN)/aclip explain $(RUN) IMAGE.png --text sunflower --output explained.png"
 	@echo "search: $(BIN)/aclip index $(RUN) emoji:val_vendor --output $(RUN)/index && $(BIN)/aclip search $(RUN)/index sunflower --sheet found.png"
 
