@@ -34,7 +34,7 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trane"]) == 2
     assert "unknown verb 'trane': did you mean 'train'" in capsys.readouterr().err
     assert main(["data"]) == 2
-    assert "aclip data needs an action: look, list, fetch, pack, doctor" in capsys.readouterr().err
+    assert "aclip data needs an action: look, list, fetch, pack, encode, doctor" in capsys.readouterr().err
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,7 +236,7 @@ def test_options_that_a_resumed_run_cannot_take_are_refused(
     assert main(["train", "--resume", str(finished), "--epochs", "7", "--lr", "0.1"]) == 2
     error = capsys.readouterr().err
     assert "other settings (recipe.optimization.lr is 0.0005 there and 0.1 here; epochs is 6.0 there and 7.0" in error
-    assert "only these may change: --data, --validation, --workers, --device, --parallel," in error
+    assert "only these may change: --data, --validation, --teacher-features, --workers, --device," in error
     assert f"to start a new run from its weights, use --model {finished}" in error
 
 
@@ -264,7 +264,7 @@ def test_a_run_goes_on_with_the_same_numbers_where_its_data_were_moved_and_its_m
     changes = config.pop("changes")
     assert changes == [{"step": 15, "before": {name: before[name] for name in CHANGEABLE
                                                if before[name] != config[name]}}]
-    assert changes[0]["before"].keys() == set(CHANGEABLE) - {"micro_batch", "recompute", "compile"}
+    assert changes[0]["before"].keys() == set(CHANGEABLE) - {"teacher_features", "micro_batch", "recompute", "compile"}
     assert config.keys() == before.keys()
 
 
