@@ -239,9 +239,11 @@ def build_modules(config: Mapping[str, Any], *, own_weights: bool = False) -> nn
         raise
     except OSError as error:
         reason = (str(error) or repr(error)).splitlines()[0]
-        if not (name := config["text_cfg"].get("hf_model_name")):
-            raise CheckpointError(f"the weights of timm's {vision['timm_model_name']} cannot be fetched ({reason}): "
-                                  "start once with a network, they are kept") from error
+        name = config["text_cfg"].get("hf_model_name")
+        if vision.get("timm_model_pretrained"):
+            towers = " or ".join([f"timm's {vision['timm_model_name']}", *([f"'{name}'"] if name else [])])
+            raise CheckpointError(f"the weights of {towers} cannot be fetched ({reason}): start once with a network, "
+                                  "they are kept") from error
         raise CheckpointError(f"its Hugging Face text tower '{name}' is not here ({reason}): fetch it once with "
                               f"`hf download {name}`, or name a folder of it as hf_model_name and hf_tokenizer_name in "
                               "an open_clip_config.json") from error
