@@ -18,7 +18,6 @@ its attention ranks their patches, the better half of which the online encoder s
     L = 1/2 NCE(v1, t) + 1/2 NCE(v2, t) + SimCLR(v1, v2) + 2 mean BYOL(v -> ema).
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Self, cast
@@ -170,15 +169,13 @@ class Method(nn.Module):
         plan = self.plan_at(resolution)
         passes: dict[str, Encoded] = {}
         run = [p for p in plan.passes.values() if plan.runs(p, masked)]
-        if self.frozen is None:  # a snapshot's images come without features
+        if self.frozen is None:  # features come with the batch, but not with a snapshot's
             run = [p for p in run if p.spec.encoder != "frozen" or p.name in batch.stored]
+            passes |= {p.name: stored_pass(p, batch) for p in run if p.spec.encoder == "frozen"}
         if earlier is not None:  # no gradient reaches them
             passes |= {p.name: earlier.passes[p.name] for p in run if not p.trains}
         todo = [p for p in run if p.name not in passes]
         # parameters were drawn per sample in the loader; they are applied here, in batch, on the device
-        if self.frozen is None:
-            passes |= {p.name: stored_pass(p, batch) for p in todo if p.spec.encoder == "frozen"}
-            todo = [p for p in todo if p.name not in passes]
         needed = {view for p in todo for view in p.spec.views}
         images = {name: augment.apply(batch.views[name], self.mean, self.std) for name in batch.views if name in needed}
         for p in todo:
@@ -301,10 +298,6 @@ def resized(pixels: Float[Tensor, "B 3 h w"], size: tuple[int, int]) -> Float[Te
     return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-# what open_clip's own towers, timm's and Hugging Face's have between the pooled token and the joint space
-_JOINT = re.compile(r"visual\.(proj|head\..+)|(text\.)?text_projection(\..+)?|text\.proj\..+|logit_(scale|bias)")
-
-
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Stop training the parameters whose names match a pattern ("visual.*"), or start with one ending in ".".
 
@@ -318,7 +311,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         if pattern == "patch_embedding":
             matched = list(models.patch_embedding_of(models.visual_of(model)).parameters())
         elif pattern == "towers":
-            matched = [parameter for name, parameter in model.named_parameters() if not _JOINT.fullmatch(name)]
+            matched = [parameter for name, parameter in model.named_parameters()
+                       if not any(part in name for part in models.INTO_JOINT_SPACE)]
         else:
             matched = [
                 parameter for name, parameter in model.named_parameters()

@@ -7,7 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from aclip.models.maps import text_maps
-from aclip.models.text import can_cut, cut_after_eot, encode_hidden_text, encode_text, logit_scale_of, text_tower_of
+from aclip.models.text import (
+    INTO_JOINT_SPACE,
+    can_cut,
+    cut_after_eot,
+    encode_hidden_text,
+    encode_text,
+    logit_scale_of,
+    text_tower_of,
+)
 from aclip.models.vision import (
     NO_ATTENTION_SCORES,
     attention_pool_of,
@@ -31,8 +39,8 @@ if TYPE_CHECKING:
         shape_of,
     )
 
-__all__ = ["NO_ATTENTION_SCORES", "ImageTower", "LoadedModel", "Tokenizer", "attention_pool_of", "can_cut",
-           "create_model", "cut_after_eot", "encode_hidden_text",
+__all__ = ["INTO_JOINT_SPACE", "NO_ATTENTION_SCORES", "ImageTower", "LoadedModel", "Tokenizer", "attention_pool_of",
+           "can_cut", "create_model", "cut_after_eot", "encode_hidden_text",
            "encode_image", "encode_text", "list_models", "load", "logit_scale_of", "model_config",
            "patch_embedding_of", "preprocess_config", "resize_images", "resolve_source", "shape_of", "text_maps",
            "text_tower_of", "tokenizer_of", "visual_of", "vit_of"]

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from aclip.errors import UnsupportedModelError
 from aclip.models.blocks import Packing, run_blocks
 
+INTO_JOINT_SPACE = ("visual.proj", "visual.head.", "text_projection", "text.proj.", "logit_scale", "logit_bias")
+"""In the names of what open_clip's own towers, timm's and Hugging Face's have between the pooled token and the loss."""
+
 
 def encode_text(model: nn.Module, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B D"]:
     """Encode captions with the text tower of an open_clip model and its own weights.

@@ -15,6 +15,7 @@ from aclip.checkpoint import Checkpoint
 from aclip.config import MuonConfig, Optimization
 from aclip.ema import local_shard
 from aclip.errors import CheckpointError
+from aclip.models import INTO_JOINT_SPACE
 from aclip.training.muon import Muon
 
 # By name, for parameters with two dimensions that are not matrices of a linear map.
@@ -27,8 +28,8 @@ _BLOCK = re.compile(
     r".*?\.(?:resblocks|trunk\.blocks|text\.transformer\.(?:encoder\.layer|block|layers))\.(\d+)\.")
 # open_clip's and timm's queries, keys and values, and what is added to them
 _PACKED = ("attn.in_proj_weight", "attn.qkv.weight", "attn.low_rank.up", "attn.qkv.low_rank.up")
-_AFTER_BLOCKS = ("ln_post", "ln_final", "text_projection", "text.proj.", "visual.proj", "logit_scale", "logit_bias",
-                 "trunk.norm.", "trunk.fc_norm.", "trunk.attn_pool.", "trunk.head.", "visual.head.")
+_AFTER_BLOCKS = (*INTO_JOINT_SPACE, "ln_post", "ln_final", "trunk.norm.", "trunk.fc_norm.", "trunk.attn_pool.",
+                 "trunk.head.")
 
 
 @dataclass(frozen=True)
