@@ -1,8 +1,6 @@
 """A teacher's stored features: what a step would compute, for runs that repeat the same crops."""
 
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from aclip.errors import ConfigError, DataError
 from aclip.exporters import open_clip as exported
 from aclip.training.guard import Interrupted
 from made_pictures import WordTokenizer, captioned_noise
+from tests_support import stop_after
 
 WIDTH = 128
 
@@ -113,17 +112,10 @@ def test_crops_captions_and_features_repeat(images: str, stored: StoredFeatures)
 def test_a_resumed_run_is_the_same_run(
     images: str, stored: StoredFeatures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over three epochs, the features elsewhere from the third step on."""
+    """Over three epochs, the features elsewhere from the fourth step on."""
     whole = aclip.train(**settings(images, tmp_path / "whole", teacher_features=str(stored.folder)))
-    step = aclip.trainer.Trainer.train_step
-
-    def stopping(self: Any, batch: Any, **options: Any) -> Any:
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(aclip.trainer.Trainer, "train_step", stopping)
+        stop_after(3, patch)
         with pytest.raises(Interrupted):
             aclip.train(**settings(images, tmp_path / "run", teacher_features=str(stored.folder)))
     moved = shutil.copytree(stored.folder, tmp_path / "moved")

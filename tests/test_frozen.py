@@ -1,8 +1,6 @@
 """The frozen encoder: what training started from, or a teacher, and never anything else."""
 
 import logging
-import os
-import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +25,7 @@ from aclip.recipes import RECIPES, configure
 from aclip.structs import ViewBatch
 from aclip.training.guard import Interrupted
 from made_pictures import captioned_noise
-from tests_support import VIT_B_16, build, random_batch
+from tests_support import VIT_B_16, build, random_batch, stop_after
 
 SIZES = ((0.5,) * 3, (0.25,) * 3)
 
@@ -200,18 +198,6 @@ def finished(images: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFa
     run = tmp_path_factory.mktemp("runs") / "whole"
     aclip.train(**command(images, run, recipe="finetune", model=str(pretrained)))
     return run
-
-
-def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = aclip.trainer.Trainer.train_step
-
-    def stopping(self: Any, *given: Any, **options: Any) -> Any:
-        output = step(self, *given, **options)
-        if self.step == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return output
-
-    monkeypatch.setattr(aclip.trainer.Trainer, "train_step", stopping)
 
 
 def test_a_resumed_run_goes_on_with_what_it_started_from(

@@ -1,9 +1,7 @@
 """Batches of groups of samples that are alike: from an index to the end of a run."""
 
 import logging
-import os
 import shutil
-import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from aclip.search import Index
 from aclip.search.clusters import cluster_samples
 from aclip.training.guard import Interrupted
 from over_ranks import run_ranks
+from tests_support import stop_after
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
 
@@ -125,14 +124,13 @@ def test_a_resumed_run_sees_the_same_batches_without_the_index(
     step = aclip.trainer.Trainer.train_step
     seen: list[tuple[str, ...]] = []
 
-    def stopping(self: Any, batch: Any, **options: Any) -> Any:
+    def recording(self: Any, batch: Any, **options: Any) -> Any:
         seen.append(batch.keys)
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(aclip.trainer.Trainer, "train_step", stopping)
+        patch.setattr(aclip.trainer.Trainer, "train_step", recording)
+        stop_after(3, patch)
         with pytest.raises(Interrupted):
             aclip.train(**settings(images, moved, run))
     shutil.rmtree(moved)

@@ -1,7 +1,11 @@
 """Sources, models, recipes and batches that several test files use."""
 
+import os
+import signal
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
 from aclip import models
@@ -13,6 +17,7 @@ from aclip.models.lora import adapt
 from aclip.plan import Plan, resolve
 from aclip.rng import generator
 from aclip.structs import Batch, TowerShape, ViewBatch
+from aclip.trainer import Trainer
 
 SOT, EOT = 49406, 49407
 VIT_B_16 = TowerShape(
@@ -97,3 +102,16 @@ def random_batch(plan: Plan, batch_size: int, seed: int = 0, text_length: int = 
         views=views, tokens=tokens, caption_ids=torch.arange(batch_size),
         seeds=torch.randint(0, 2**62, (batch_size,), generator=noise),
     )
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run get SIGTERM when it has done so many steps."""
+    step = Trainer.train_step
+
+    def stopping(self: Any, *given: Any, **options: Any) -> Any:
+        output = step(self, *given, **options)
+        if self.step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return output
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
