@@ -128,10 +128,10 @@ def ordered(points: list[Point], method: str) -> list[Point]:
     return sorted((p for p in points if p.method == method), key=lambda p: p.x)
 
 
-def panel(left: float, top: float, title: str, unit: str, lines: Sequence[tuple[str, str, list[tuple[float, float]]]]
-          ) -> str:
+def panel(left: float, top: float, title: str, unit: str,
+          lines: Sequence[tuple[str, str, list[tuple[float, float]]]], size: tuple[int, int] = PANEL) -> str:
     """Return one chart; axes begin at 0."""
-    width, height = PANEL
+    width, height = size
     xs, ys = zip(*[point for _, _, points in lines for point in points], strict=True)
     across, up = nice_axis(0.0, max(xs)), nice_axis(0.0, max(ys))
 

@@ -25,6 +25,8 @@ IN_THIS_PROCESS = {
     "convolutional": "--data SHARD --validation test --steps 2 --batch-size 4 --styles 99",
     "checkpoint": "--model vit-micro --batch-size 2 --checkpoints 2",
     "evaluation_parity": "RUN --data SHARD --labelled SHARD --held-out SHARD",
+    "forgetting": "RUN --data SHARD --new SHARD --old SHARD --methods clip --seeds 0 1 --epochs 0.25 --batch-size 8 "
+                  "--output FOLDER/forgetting",
     "growth": "--size vit-micro --batch-size 2 --rounds 1 --device cpu --precision fp32 --output FOLDER/growth.svg "
               "--panels batch_size",
     "kept_on_object": "RUN --data SHARD",
