@@ -47,7 +47,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# strictly, which tests/docs/test_site.py does too; the variable silences an advertisement
+# strictly, which tests/docs/test_pages.py does too; the variable silences an advertisement
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 

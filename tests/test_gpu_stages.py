@@ -102,11 +102,9 @@ def test_steps_are_timed_beside_those_of_open_clip(gpu: ModuleType, tmp_path: Pa
     assert {row["method"] for row in tables["parts of a step"]} == {"clip", "a-clip"}
 
 
-def test_compiled_steps_stand_beside_eager_ones(
-    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # compiling is tested in test_distributed.py
-    rows = run(gpu, "steps", tmp_path, step_methods=("clip",), compiles=True)["steps"]
+def test_compiled_steps_stand_beside_eager_ones(gpu: ModuleType, tmp_path: Path) -> None:
+    with torch._dynamo.config.patch(disable=True):  # compiling is tested in test_distributed.py
+        rows = run(gpu, "steps", tmp_path, step_methods=("clip",), compiles=True)["steps"]
     assert [row["method"] for row in rows] == ["open_clip", "clip", "open_clip, compiled", "clip, compiled"]
 
 
