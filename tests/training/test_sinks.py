@@ -86,8 +86,10 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    write("mlflow", tmp_path)
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    folder = tmp_path / "today's"
+    folder.mkdir()
+    write("mlflow", folder)
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name(sinks.PROJECT).experiment_id])
     assert run.data.params["recipe.name"] == "a-clip"
     assert {(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss/contrastive")} == WRITTEN

@@ -78,7 +78,8 @@ class MLflow:
         found = self._client.get_experiment_by_name(PROJECT)
         experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
         tags = {"folder": str(folder.resolve())}
-        earlier = self._client.search_runs([experiment], f"tags.folder = '{tags['folder']}'")
+        quote = '"' if "'" in tags["folder"] else "'"
+        earlier = self._client.search_runs([experiment], f"tags.folder = {quote}{tags['folder']}{quote}")
         self._run = (earlier or [self._client.create_run(experiment, run_name=folder.name, tags=tags)])[0].info.run_id
         if not earlier:
             for name, value in settings.items():
