@@ -20,6 +20,10 @@ APPROXIMATE_FROM = 2_000_000
 EXPANSION = 256
 """Candidates that a search keeps; more find more of the true neighbours and take longer."""
 
+CANDIDATES = 4
+"""Candidates compared by their features, for each image wanted: distances in the graph are rounded to 8 bits, which halves
+its size and more than halves the time to build it."""
+
 _CHUNK = 10_000  # features added at a time
 _SAMPLE, _TOP = 100, 10  # queries whose recall is measured, and neighbours of each
 
@@ -34,7 +38,7 @@ def build_graph(features: np.ndarray, path: Path) -> bool:
         _log.info("%s images: pip install 'attentive-clip[search]' and the same command build a graph of neighbours, "
                   "which answers in milliseconds", f"{len(features):,}")
         return False
-    graph = Graph(ndim=features.shape[1], metric="ip", dtype="f16")
+    graph = Graph(ndim=features.shape[1], metric="ip", dtype="i8")
     with progress("linking neighbours", len(features), "images") as advance:
         for first in range(0, len(features), _CHUNK):
             some = np.ascontiguousarray(features[first : first + _CHUNK])
@@ -59,11 +63,11 @@ def search_graph(
     graph: Any, features: np.ndarray, queries: Float[Tensor, "Q D"], top: int
 ) -> tuple[Float[Tensor, "Q K"], Int[Tensor, "Q K"]]:
     """Return the `top` largest products that the graph leads to, and their rows, (Q, K) each; see `Index.nearest`."""
-    matches = graph.search(queries.float().numpy(), top)
+    matches = graph.search(queries.float().numpy(), min(CANDIDATES * top, len(features)))
     rows = torch.from_numpy(np.asarray(matches.keys).reshape(len(queries), -1).astype(np.int64))
     found = torch.from_numpy(features[rows.numpy()]).float()
     products = torch.einsum("qd,qkd->qk", queries.float(), found)
-    order = products.argsort(dim=1, descending=True, stable=True)
+    order = products.argsort(dim=1, descending=True, stable=True)[:, :top]
     return products.gather(1, order), rows.gather(1, order)
 
 
