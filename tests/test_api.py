@@ -48,6 +48,8 @@ def test_a_finished_run_is_continued_and_only_machinery_may_change(run: aclip.Ru
     assert aclip.train(resume=str(run.folder), log_every=2).metrics == before
     with pytest.raises(ConfigError, match=r"other settings \(epochs is 2.0 there and 3.0 here\): on resume only these"):
         aclip.train(resume=str(run.folder), epochs=3)
+    with pytest.raises(ConfigError, match="which run is to be resumed"):
+        aclip.train(resume=True)
     with pytest.raises(ConfigError, match="holds no run to resume"):
         aclip.train(resume=str(images))
     with pytest.raises(ConfigError, match="already holds a run"):

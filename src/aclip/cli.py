@@ -324,6 +324,37 @@ def take_optional(given: Sequence[str], option: str, bare: str) -> tuple[list[st
     return rest, value
 
 
+def join_repeated(given: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """Put all values of an option that takes several behind its first mention; tyro would read the last one's alone.
+
+    >>> join_repeated(["--data", "a", "--seed", "1", "--data=b"], ["data"])
+    ['--data', 'a', 'b', '--seed', '1']
+    """
+    groups: list[list[str]] = [[]]
+    firsts: dict[str, list[str]] = {}
+    for word in given:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not word.startswith("--") or word == "--":
+            groups[-1].append(word)
+        elif name not in [one.rstrip("_") for one in lists]:
+            groups.append([word])
+        else:
+            if name not in firsts:
+                firsts[name] = [word]
+            else:
+                first = firsts[name]
+                first[:1] = first[0].split("=", 1)
+                first += [value] if equals else []
+            groups.append(firsts[name])
+    distinct = {id(group): group for group in groups}
+    return [word for group in distinct.values() for word in group]
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) in (tuple, list, Sequence) or any(map(_is_list, typing.get_args(hint)))
+
+
 def _parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """Return the arguments of a function with their types; str for one that only type checkers can resolve."""
     parameters = []
@@ -355,10 +386,11 @@ def _call(
         if parameter.name in positional:
             hint = typing.Annotated[hint, tyro.conf.Positional]
         options.append(parameter.replace(annotation=hint))
+    lists = [option.name for option in options if option.name not in positional and _is_list(option.annotation)]
     call.__doc__ = re.sub(r"\n {12,}", " ", doc)  # or the help of an option would be wrapped twice
     call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     call.__annotations__ = {option.name: option.annotation for option in options}
-    return tyro.cli(call, args=list(given), prog=program, description=description)
+    return tyro.cli(call, args=join_repeated(given, lists), prog=program, description=description)
 
 
 def _option(hint: Any, default: Any) -> Any:

@@ -215,7 +215,7 @@ def describe_run(console: Console, trainer: "Trainer", flow: Table, num_pairs: i
 
 def plain_text(table: Table) -> str:
     """Return a rich table as text."""
-    console = Console(width=140, file=io.StringIO(), no_color=True)
+    console = Console(width=140, file=io.StringIO(), no_color=True, force_jupyter=False)
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())

@@ -109,6 +109,8 @@ def explain(
             image = limit_aspect(open_image(given))
         except BadSampleError as error:
             name = given if isinstance(given, str | Path) else f"image {number}"
+            if isinstance(given, str | Path) and Path(given).is_dir():
+                raise DataError(f"{name} is a folder: name images, as in {Path(name) / '*.jpg'}") from error
             raise DataError(f"{name} cannot be used: {error.reason}") from error
         pixels = loaded.preprocess(image)[None].to(loaded.device)
         grid = models.vit_of(visual).grid_size

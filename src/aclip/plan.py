@@ -4,6 +4,7 @@
 """
 
 import inspect
+import json
 import math
 import typing
 from collections.abc import Mapping
@@ -281,8 +282,14 @@ def _resolve_pass(
             raise ConfigError(f"{where}: {unknown_name('view', view, pipeline.names)}")
     if spec.masking not in MASKING:
         raise ConfigError(f"{where}: {unknown_name('masking', spec.masking, MASKING)}")
-    strategy: MaskingStrategy = build(MASKING[spec.masking], {"mask_ratio": spec.mask_ratio}, spec.masking_options,
-                                      f"{where}, masking '{spec.masking}'")
+    try:
+        strategy: MaskingStrategy = build(MASKING[spec.masking], {"mask_ratio": spec.mask_ratio}, spec.masking_options,
+                                          f"{where}, masking '{spec.masking}'")
+    except ConfigError as error:
+        if not spec.masking_options:
+            raise
+        raise ConfigError(f"{error}; the options of the pass are {json.dumps(spec.masking_options)}: replace all of "
+                          f"them with --recipe.passes.{name}.masking-options '{{}}'") from None
     if strategy.needs_scores and spec.scores_from is None:
         raise ConfigError(f"{where}: masking '{spec.masking}' ranks patches by scores: set scores_from to the name of "
                           "an earlier pass")

@@ -124,11 +124,15 @@ def _prepare(config: RunConfig | None, resume: bool | str, settings: dict[str, A
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun, after a process died
     output = resume if isinstance(resume, str) else settings.get("output")
     if config is None and output is None:
+        if resume and not settings.get("data"):
+            raise ConfigError("which run is to be resumed? Name its folder, as in --resume runs/first")
         config = configure(**settings)
     folder = RunFolder(Path(config.output if config else str(output)))
     if not (resume or restarted) or not folder.exists():
         if isinstance(resume, str):
-            raise ConfigError(f"{folder.path} holds no run to resume: it has no config.json")
+            parent = RunFolder(folder.path.parent)
+            raise ConfigError(f"{folder.path} holds no run to resume: it has no config.json"
+                              + (f"; {parent.path} has one" if parent.exists() else ""))
         folder.check_free()  # before the ranks meet
         return config or configure(**settings), False
     saved = replace(folder.config(), output=str(folder.path))  # it may have moved

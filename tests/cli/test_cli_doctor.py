@@ -57,4 +57,4 @@ def test_a_step_that_fails_is_told_and_fails(
 
 def test_an_unknown_device_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "abacus"]) == 2
-    assert "device 'abacus' is not available" in capsys.readouterr().err
+    assert "unknown device 'abacus'" in capsys.readouterr().err

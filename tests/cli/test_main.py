@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aclip.cli import VERBS, main
+from aclip.cli import VERBS, join_repeated, main
 from aclip.recipes import RECIPES
 from made_pictures import picture
 
@@ -74,6 +74,9 @@ def test_a_recipe_can_be_changed_before_it_is_shown(
     (["report", "/nowhere"], "/nowhere"),
     (["evaluate", "/nowhere", "--data", "x.csv"], "/nowhere"),
     (["evaluate", "vit-tiny", "--data", "x.csv", "--evaluators", "retrival"], "did you mean 'retrieval'"),
+    (["evaluate", "--data", "x.csv"], "or the model is missing: aclip evaluate MODEL --data SOURCE"),
+    (["recipes", "show", "a-clip", "--recipe.passes.masked.masking", "uniform"],
+     "unknown option 'keep'; there are: block_size; the options of the pass are "),
 ])
 def test_errors_are_one_sentence_that_says_what_exists(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
@@ -83,6 +86,14 @@ def test_errors_are_one_sentence_that_says_what_exists(
     assert sentence in error
     assert "Traceback" not in error
     assert error.strip().count("\n") == 0
+
+
+def test_an_option_of_several_values_may_be_repeated() -> None:
+    lists = ["data", "not_"]
+    twice = ["--data", "a", "--seed", "1", "--data=b", "c"]
+    assert join_repeated(twice, lists) == ["--data", "a", "b", "c", "--seed", "1"]
+    assert join_repeated(["x", "--data=a", "--not=-b", "--seed=1"], lists) == ["x", "--data=a", "--not=-b", "--seed=1"]
+    assert join_repeated(["--not=a", "--not", "b"], lists) == ["--not", "a", "b"]
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -74,6 +74,7 @@ def test_folders_of_options_win_over_weights(tmp_path: Path) -> None:
     assert parse_spec(f"a.csv?images={tmp_path}/a b=4").weight == 4.0
     with pytest.raises(ConfigError, match=r"the folder '.*gone' of 'images=' does not exist"):
         parse_spec(f"a.csv?images={tmp_path}/gone").folder("images")
+    assert parse_spec(f"{tmp_path}/a.csv?images=a b").folder("images") == tmp_path / "a b"  # beside the list
 
 
 def test_names_of_sets_and_folders_with_equal_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

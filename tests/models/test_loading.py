@@ -121,6 +121,12 @@ def test_unknown_names_say_what_exists(name, error, match):
         models.create_model(name)
 
 
+def test_a_run_that_is_misspelt_is_sought_beside_it(tmp_path):
+    (tmp_path / "first").mkdir()
+    with pytest.raises(ConfigError, match=f"did you mean '{tmp_path}/first'"):
+        models.create_model(f"{tmp_path}/frist")
+
+
 def test_slashes_are_read_as_in_open_clip():
     assert models.model_config("ViT-B/32") == models.model_config("ViT-B-32")
 

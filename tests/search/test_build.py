@@ -201,6 +201,13 @@ def test_what_is_no_index_is_left_alone(model: LoadedModel, pair_folder: Path, t
         aclip.index(model, pair_folder, output=pair_folder)
     with pytest.raises(ConfigError, match=r"is no index: build one with `aclip index MODEL SOURCE --output "):
         Index(pair_folder)
+    (tmp_path / "run" / "index").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"--output .*run/index`"):
+        Index(tmp_path / "run")
+    (tmp_path / "run" / "index" / "index.json").touch()
+    with pytest.raises(ConfigError, match=r"did you mean .*run/index\?"):
+        Index(tmp_path / "run")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.png").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"no usable image in .*bad: skipped 1 bad sample: 1.png \(not an image"):

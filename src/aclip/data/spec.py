@@ -71,9 +71,11 @@ class Spec:
         if name not in self.options:
             return None
         folder = Path(as_named(self.options[name], os.path.isdir)).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(f"'{self.text}': the folder '{folder}' of '{name}=' does not exist")
-        return folder
+        for one in (folder, Path(self.path).parent / folder):
+            if one.is_dir():
+                return one
+        raise ConfigError(f"'{self.text}': the folder '{folder}' of '{name}=' does not exist, neither as it is written "
+                          f"nor beside {Path(self.path).name}")
 
     def with_path(self, path: str | Path) -> "Spec":
         """Return the same options for another path, without part and weight."""
@@ -180,7 +182,10 @@ def expand_paths(pattern: str, missing_ok: bool = False) -> list[Path]:
         if not found:
             missing.append(one)
     if missing and not missing_ok:
-        raise DataError(f"no such file: {missing[0]} ({len(missing)} missing, {len(paths)} found for {pattern})")
+        if os.path.exists(front := re.sub(r"\[[\d:]*$", "", pattern)):
+            raise DataError(f"no such file: {pattern}; a part of a source ends with ], as in '{front}[:1000]'")
+        several = f" ({len(missing)} missing, {len(paths)} found for {pattern})" if missing != [pattern] else ""
+        raise DataError(f"no such file: {missing[0]}{several}")
     return paths
 
 

@@ -111,7 +111,8 @@ def evaluate(
 
     with joined(device) as device_name, sharding.sharded():
         if not data:
-            raise ConfigError("--data names no set to measure on")
+            raise ConfigError("--data names no set to measure on, or the model is missing: aclip evaluate MODEL --data "
+                              "SOURCE")
         check_masking(keep, keep_by, block_size)
         names = (evaluators,) if isinstance(evaluators, str) else evaluators
         instances = build_evaluators(names, with_training=train is not None, protocol=protocol, templates=templates,

@@ -70,9 +70,9 @@ def look(source: str, *, output: str | None = None, samples: int = 5) -> Look:
     if output is not None:
         from aclip.report.data_page import write_look_page
 
-        facts = [("samples", f"{len(opened):,}"), ("images found", f"{summary.found:,}"),
+        facts = [("samples", f"{len(opened):,}"),
                  *((f"left out: {reason}", f"{count:,}") for reason, count in summary.left_out.items() if count),
-                 *(("read as", note) for note in summary.notes)]
+                 *(("how it is read", note) for note in summary.notes)]
         page = write_look_page(Path(output), opened.spec, facts,
                                [(image, sample.name, sample.captions) for image, sample in shown], advice)
         console.print(f"page: {page}")

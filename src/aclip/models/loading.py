@@ -350,7 +350,9 @@ def _find_source(name: str, weights: WeightsOf) -> Source:
         return _folder_source(Path(name))
     if Path(name).is_file():
         return _file_source(Path(name))
-    raise ConfigError(unknown_name("model, folder or file", name, list_models()))
+    folder = Path(name).parent
+    beside = [str(one) for one in sorted(folder.iterdir())] if "/" in name and folder.is_dir() else None
+    raise ConfigError(unknown_name("model, folder or file", name, beside or list_models()))
 
 
 def _named_source(base: str, rest: str) -> Source:

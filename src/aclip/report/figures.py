@@ -127,7 +127,7 @@ def line_chart(
         x_ticks=_ticks(x_axis, "count"), y_ticks=_ticks(y_axis, unit),
         grid="".join(f"M0 {SIZE * (1 - y_axis.place(tick)):.1f}H{SIZE}" for tick in y_axis.ticks),
         # faint lines first: they lie behind the others
-        paths=[(_path(points, x_axis, y_axis), s.mark)
+        paths=[(_path(points, x_axis, y_axis), s.mark + " dot" * (len(finite[id(s)]) == 1))
                for s, points in sorted(drawn, key=lambda item: item[0].style != "faint")],
         readout=json.dumps(
             [{"name": s.name, "colour": s.colour, "points": [[round(x_axis.place(x), 4), count(x), write(y)]

@@ -21,8 +21,8 @@ EXPANSION = 256
 """Candidates that a search keeps; more find more of the true neighbours and take longer."""
 
 CANDIDATES = 4
-"""Candidates compared by their features, for each image wanted: distances in the graph are rounded to 8 bits, which halves
-its size and more than halves the time to build it."""
+"""Candidates compared by their features, for each image wanted: the graph's own are rounded to 8 bits, which halves its
+size and more than halves the time to build it."""
 
 _CHUNK = 10_000  # features added at a time
 _SAMPLE, _TOP = 100, 10  # queries whose recall is measured, and neighbours of each

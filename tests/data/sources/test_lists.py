@@ -140,9 +140,11 @@ def test_a_list_whose_images_are_elsewhere(folder: Path, kind: str) -> None:
     assert source.read(0).image == b"picture 1"
     assert f"found in {folder}/images" in str(open_source(spec).summary)
     write_list(Path(spec), [f"gone/{number}.jpg" for number in range(7, 26)])
-    where = f"looked for {folder}/lists/gone/7.jpg first: say where they lie"
-    with pytest.raises(DataError, match=f"none of 19 of its images is there, {where}"):
+    where = f"19 were looked for, first {folder}/lists/gone/7.jpg"
+    with pytest.raises(DataError, match=f"none of its images is there, {where}: say where they lie with"):
         open_source(spec)
+    with pytest.raises(DataError, match=r"first .*/7\.jpg$"):  # the advice was followed already
+        open_source(f"{spec}?images={folder}/lists")
     write_list(Path(spec), [*(f"{number}.jpg" for number in range(39)), "../images/0.jpg"])
     source = open_source(spec)
     assert len(source) == 40
@@ -154,7 +156,7 @@ def test_what_to_do_about_pictures_that_are_not_there(folder: Path, monkeypatch:
     monkeypatch.chdir(folder / "images")
     for images in (["7.jpg"], ["/nowhere/7.jpg"], ["https://x.org/1.jpg", "", "7.jpg"]):
         write_list(Path("pairs.csv"), images)
-        with pytest.raises(DataError, match=r"first: say where they lie with 'pairs.csv\?images=FOLDER'"):
+        with pytest.raises(DataError, match=r"7\.jpg: say where they lie with 'pairs.csv\?images=FOLDER'"):
             open_source("pairs.csv")
     write_list(Path("pairs.csv"), ["https://x.org/1.jpg", "", "https://x.org/2.jpg"])
     with pytest.raises(DataError, match=r"images are URLs, such as https://x\.org/1\.jpg: download .*img2dataset"):

@@ -40,13 +40,14 @@ class ImageFiles:
     Attributes:
         folder: that paths are relative to, absolute: that of the option `images`, else the list's own.
         notes: sentences about how cells are read, where that is not exactly as written.
+        around: whether folders beside `folder` are looked at, too.
     """
 
     def __init__(self, folder: Path, chosen: Path | None = None, hints: Sequence[str] = ()) -> None:
         """Look below `chosen` if it is given, else in `folder` and the folders around it, those named `hints` first."""
         self.folder = (folder if chosen is None else chosen).absolute()
         self.notes: list[str] = []
-        self._around = chosen is None
+        self.around = chosen is None
         self._hints = (*hints, "images", "image", "img", "imgs")
         self._place: _Place = (str(self.folder), -1)
 
@@ -91,7 +92,7 @@ class ImageFiles:
 
     def _best_place(self, cells: Sequence[str]) -> _Place:
         roots = [str(self.folder), *self._folders_in(self.folder)]
-        if self._around:
+        if self.around:
             above = Path(os.path.normpath(self.folder.parent))
             roots += [str(above), *self._folders_in(above)]
         places = ((cell, (root, drop)) for cell in cells[:5] for drop in range(len(_parts(cell))) for root in roots)
@@ -113,19 +114,20 @@ class ImageFiles:
         return self._hints.index(name.lower()) if known else len(self._hints), name
 
     def _index(self, around: bool) -> dict[str, list[str]]:
-        """Return name without ending, and number at its end, -> images below or `around` the folder, relative to it."""
+        """Return name without ending, as it is and without regard to case, and number at its end, -> images below or
+        `around` the folder, relative to it."""
         index: dict[str, list[str]] = {}
         for path in islice(self._all_files(around), _MOST_FILES):
             stem, ending = os.path.splitext(unicodedata.normalize("NFC", os.path.basename(path)))
             if ending[1:].lower() in ENDINGS:
                 digits = re.search(r"\d+$", stem)
-                for key in {stem, f"#{digits[0].lstrip('0')}" if digits else stem}:
+                for key in {stem, f"~{stem.casefold()}", f"#{digits[0].lstrip('0')}" if digits else stem}:
                     index.setdefault(key, []).append(path)
         return index
 
     def _all_files(self, around: bool) -> Iterator[str]:
         walks: list[Iterator[tuple[str, list[str], list[str]]]] = [os.walk(self.folder)]
-        if around and self._around:
+        if around and self.around:
             beside = [one for one in self._folders_in(self.folder.parent) if one != str(self.folder)]
             deep = self.folder.name.lower() in _OF_LISTS
             walks += [os.walk(one) if deep else islice(os.walk(one), 1) for one in beside]
@@ -155,7 +157,8 @@ def _alike(index: dict[str, list[str]], cell: str, same_folder: bool) -> str | N
     folders = [folder for folder in folders if folder not in ("", ".")]
     names = [unicodedata.normalize("NFC", one) for one in (name, unquote(name), _UPLOADED.sub("", name))]
     stems = [os.path.splitext(one)[0] if one.rpartition(".")[2].lower() in ENDINGS else one for one in names]
-    keys = [*stems, *names, os.path.splitext(names[0])[0], f"#{name.lstrip('0')}" if name.isdecimal() else name]
+    keys = [*stems, *names, os.path.splitext(names[0])[0], *(f"~{stem.casefold()}" for stem in stems),
+            f"#{name.lstrip('0')}" if name.isdecimal() else name]
     found = next((index[key] for key in keys if key in index), [])
     if same_folder:
         found = [path for path in found if path.split("/")[:-1] == folders]

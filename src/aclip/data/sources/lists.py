@@ -176,8 +176,9 @@ class ListSource(Source):
         missing = [cell for cell in local if self._files.find(cell) is None]
         if local and len(missing) == len(local) and not any(looks_embedded(cell) for _, cell in cells):
             where = printable(self._files.path(missing[0][:1000]))[:1200]
-            raise DataError(f"{self.spec}: none of {len(local):,} of its images is there, looked for {where} first: "
-                            f"say where they lie with '{self.spec}?images=FOLDER'")
+            advice = f": say where they lie with '{self.spec}?images=FOLDER'" * self._files.around
+            raise DataError(f"{self.spec}: none of its images is there, {len(local):,} were looked for, first {where}"
+                            f"{advice}")
         if cells and not local and is_address(cells[0][1]):
             raise DataError(f"{self.spec}: its images are URLs, such as {cells[0][1][:200]}: {DOWNLOAD}")
         return len(missing), printable(missing[0][:200]) if missing else "", len(cells)

@@ -67,6 +67,7 @@ async function search() {
   found = answer.hits;
   id("grid").replaceChildren(...found.map((hit, place) => cell(hit, () => open(place))));
   const ranked = asked || id("text").value.trim();
+  if (!ranked && id("without").value.trim()) { say("a text to leave out needs one to search for, too"); return; }
   say(ranked ? `the ${found.length} most similar, in ${((performance.now() - start) / 1000).toFixed(2)} s`
     : `${found.length} of the images: type a text, or drop an image`);
 }
