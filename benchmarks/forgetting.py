@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "finetune": {"recipe": "finetune", "lr": 5e-4},
     "finetune-attentive": {"recipe": "finetune-attentive", "lr": 5e-4, "unmasked_tuning": 0.15},
 }
-SHARES = 0.25, 0.5, 0.75, 1.0
+SHARES = 0.25, 0.5, 1.0
 """Of the fine-tuned model in the merged one."""
 
 MEASURED = tuple(f"{way}_{k}" for way in ("image_to_text", "text_to_image") for k in ("r1", "r5"))

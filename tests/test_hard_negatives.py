@@ -112,8 +112,6 @@ def test_an_index_of_other_data_is_refused(index: Path, tmp_path: Path, capsys: 
 def test_groups_must_fill_the_batch(images: Path, index: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a batch of 8 is not made of groups of 3"):
         aclip.train(**settings(images, index, tmp_path / "run", group_size=3))
-    with pytest.raises(ConfigError, match="group_size has no effect without hard_negatives"):
-        aclip.train(**settings(images, index, tmp_path / "run", hard_negatives=None, group_size=4))
 
 
 def test_a_resumed_run_sees_the_same_batches_without_the_index(

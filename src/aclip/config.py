@@ -331,7 +331,7 @@ class RunConfig:
             captions and masks are those of as many epochs as there are crops, again and again.
         hard_negatives: an index of the training data (`aclip index MODEL DATA --output INDEX`): batches are filled with
             groups of samples whose images are alike to its model (B3, arXiv 2505.11293).
-        group_size: samples in such a group; divides the batch size (default: 4).
+        group_size: samples in such a group; divides the batch size.
         image_size: input side in pixels, or HEIGHTxWIDTH; positions are interpolated (default: the model's own).
         epochs: passes over the data; ignored if samples is set.
         samples: pairs to train on.
@@ -378,7 +378,7 @@ class RunConfig:
     teacher: str | None = None
     teacher_features: str | None = None
     hard_negatives: str | None = None
-    group_size: Annotated[int, Field(ge=2)] | None = None
+    group_size: Annotated[int, Field(ge=2)] = 4
     image_size: ImageSize = None
     epochs: Positive = 25.0
     samples: Count | None = None
@@ -417,8 +417,6 @@ class RunConfig:
         if self.teacher_features is not None and not self.recipe.uses_frozen:
             raise ConfigError(f"teacher_features has no effect: recipe '{self.recipe.name}' has no frozen encoder; "
                               "choose one that has, such as distill")
-        if self.group_size is not None and self.hard_negatives is None:
-            raise ConfigError("group_size has no effect without hard_negatives, an index of the training data")
         if self.early_stop and self.keep_best is None:
             raise ConfigError("early_stop watches the metric of keep_best: add --keep-best SET, the name of a "
                               "validation set")

@@ -40,7 +40,6 @@ from aclip.training.sinks import Sinks
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_BATCH_SIZE = 256
-GROUP_SIZE = 4  # the only size that was trained with
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +79,8 @@ def build_trainer(
     if config.compile and device.type == "cpu" and cpp_compiler() is None:
         raise ConfigError("--compile on a CPU needs a C++ compiler: install one (apt install g++), or leave it out")
     assert config.batch_size is not None
-    if config.hard_negatives is not None and config.batch_size % (group_size := config.group_size or GROUP_SIZE):
-        raise ConfigError(f"a batch of {config.batch_size} is not made of groups of {group_size}: choose "
+    if config.hard_negatives is not None and config.batch_size % config.group_size:
+        raise ConfigError(f"a batch of {config.batch_size} is not made of groups of {config.group_size}: choose "
                           "another --batch-size or --group-size")
     torch.manual_seed(config.seed)
     resolved = plan.resolve_run(config if stored is None else replace(config, teacher=stored.teacher))
@@ -131,7 +130,7 @@ def open_batches(
         dataset, batch_size=config.batch_size, start_step=trainer.step, total_steps=trainer.timetable.total_steps,
         workers=workers, device=trainer.device, cut_text=models.cut_after_eot if resolved.shape.text_cut else None,
         rank=dist.rank(), world_size=dist.world_size(),
-        groups=None if clusters is None else data.Groups(clusters, config.group_size or GROUP_SIZE))
+        groups=None if clusters is None else data.Groups(clusters, config.group_size))
 
 
 @dataclass(frozen=True)
