@@ -3,6 +3,7 @@
 import csv
 import logging
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,13 @@ def test_other_files_are_no_lists(folder: Path, content: bytes) -> None:
     (folder / "a.txt").write_bytes(content)
     with pytest.raises(AclipError, match=r"a\.txt(: no column| holds no rows| lists no images| is not UTF-8)"):
         open_source(f"{folder}/a.txt")
+
+
+def test_a_workbook_is_to_be_saved_as_a_table(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "pairs.xlsx", "w") as file:
+        file.writestr("[Content_Types].xml", "<Types/>")
+    with pytest.raises(DataError, match=r"pairs\.xlsx is a workbook .*: save it as CSV"):
+        open_source(f"{folder}/pairs.xlsx")
 
 
 def test_columns_can_be_said(folder: Path) -> None:

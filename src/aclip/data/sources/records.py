@@ -75,8 +75,8 @@ def open_list(path: Path, encoding: str | None = None, split: str | None = None)
         except (OSError, EOFError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
     if head.startswith(b"PK\3\4"):
-        if b"xl/" in head or b"[Content_Types].xml" in head:
-            raise DataError(f"{path} is an Excel workbook: save it as CSV (UTF-8), and name that file")
+        if b"[Content_Types].xml" in head:
+            raise DataError(f"{path} is a workbook or another Office file: save it as CSV (UTF-8), and name that file")
         raise DataError(f"{path} lists no images: unpack it first")
     if not head.startswith((b"\xff\xfe", b"\xfe\xff")) and len(head) // 50 < head.count(0) < len(head) // 4:
         raise DataError(f"{path} lists no images: it is neither text nor Parquet nor Arrow")
