@@ -22,7 +22,7 @@ from rich.console import Console
 import aclip
 from aclip import data, merging, models
 from aclip.evaluation import Retrieval, TextEncoder, encode_image_set
-from growth import GAP, LEFT, PANEL, TOP, panel
+from growth import GAP, LEFT, PANEL, TOP, panel, svg
 from step import markdown
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -39,21 +39,6 @@ SHARES = 0.25, 0.5, 1.0
 
 MEASURED = tuple(f"{way}_{k}" for way in ("image_to_text", "text_to_image") for k in ("r1", "r5"))
 COLOURS = ["#0b6cb0", "#7fb8dd", "#00845e", "#8a8a8a", "#d55e00", "#8c2d04", "#e8a33d"]
-
-
-class Sets:
-    """The old and the new held-out set, decoded once."""
-
-    def __init__(self, specs: list[str], model: models.LoadedModel) -> None:
-        self.sets = [data.EvaluationSet(data.open_source(spec), model.preprocess, batch_size=256) for spec in specs]
-
-    def measure(self, model: models.LoadedModel) -> list[dict[str, float]]:
-        """Return R@1 and R@5 both ways on either set."""
-        texts, found = TextEncoder(model, model.device), []
-        for one in self.sets:
-            metrics = Retrieval().measure(encode_image_set(model, one, model.device), texts).metrics
-            found.append({name: float(metrics[name]) for name in MEASURED})
-        return found
 
 
 def main() -> None:
@@ -74,11 +59,16 @@ def main() -> None:
     journal, console = args.output / "results.jsonl", Console(width=200)
     records = list(map(json.loads, journal.read_text().splitlines())) if journal.exists() else []
     start = models.load(args.start)
-    sets = Sets([args.old, args.new], start)
+    sets = {which: data.EvaluationSet(data.open_source(spec), start.preprocess, batch_size=256)
+            for which, spec in (("old", args.old), ("new", args.new))}
 
     def keep(method: str, seed: int, share: float, model: models.LoadedModel) -> None:
-        old, new = sets.measure(model)
-        records.append({"method": method, "seed": seed, "share": share, "old": old, "new": new})
+        found: dict[str, Any] = {"method": method, "seed": seed, "share": share}
+        texts = TextEncoder(model, model.device)
+        for which, images in sets.items():
+            metrics = Retrieval().measure(encode_image_set(model, images, model.device), texts).metrics
+            found[which] = {name: float(metrics[name]) for name in MEASURED}
+        records.append(found)
         with journal.open("a") as file:
             file.write(json.dumps(records[-1]) + "\n")
 
@@ -104,45 +94,43 @@ def main() -> None:
     (args.output / "frontier.svg").write_text(drawing(records, args.methods))
 
 
-def mean(record: dict[str, Any], which: str) -> float:
-    """Return the mean of what was measured on a set, in per cent."""
-    return 100 * statistics.fmean(record[which].values())
+def select(records: list[dict[str, Any]], method: str, share: float) -> list[dict[str, Any]]:
+    """Return the records of all seeds."""
+    return [one for one in records if (one["method"], one["share"]) == (method, share)]
+
+
+def changes(records: list[dict[str, Any]], method: str, share: float, which: str) -> list[float]:
+    """Return by how many points the mean of what was measured on a set has changed since the start, seed by seed."""
+    (start,), some = select(records, "start", 0.0), select(records, method, share)
+    return [100 * (statistics.fmean(one[which].values()) - statistics.fmean(start[which].values())) for one in some]
 
 
 def rows(records: list[dict[str, Any]], methods: list[str]) -> list[list[str]]:
     """Return a line for the start, and one for each method and share: means over seeds, the spread behind the last."""
-    (start,) = (one for one in records if one["method"] == "start")
     table = []
     for method, share in [("start", 0.0), *((method, share) for method in methods for share in SHARES)]:
-        some = [one for one in records if (one["method"], one["share"]) == (method, share)]
-        cells = [f"{100 * statistics.fmean(one[which][name] for one in some):.1f}"
+        cells = [f"{100 * statistics.fmean(one[which][name] for one in select(records, method, share)):.1f}"
                  for which in ("new", "old") for name in MEASURED]
         for which in ("new", "old"):
-            changes = [mean(one, which) - mean(start, which) for one in some]
-            spread = f" ± {statistics.stdev(changes):.1f}" if len(changes) > 1 else ""
-            cells.append(f"{statistics.fmean(changes):+.1f}{spread}")
+            found = changes(records, method, share, which)
+            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+            cells.append(f"{statistics.fmean(found):+.1f}{spread}")
         table.append([method, f"{share:g}", *cells])
     return table
 
 
 def drawing(records: list[dict[str, Any]], methods: list[str]) -> str:
     """Return the SVG: what is gained against what is lost, from the start over merged models to each method's own."""
-    (start,) = (one for one in records if one["method"] == "start")
     lines, legend = [], []
     for number, (method, colour) in enumerate(zip(methods, COLOURS, strict=False)):
-        points = [(0.0, 0.0)]
-        for share in SHARES:
-            some = [one for one in records if (one["method"], one["share"]) == (method, share)]
-            old, new = (statistics.fmean(mean(one, which) for one in some) for which in ("old", "new"))
-            points.append((mean(start, "old") - old, new - mean(start, "new")))
-        lines.append((colour, "", points))
+        points = [(-statistics.fmean(changes(records, method, share, "old")),
+                   statistics.fmean(changes(records, method, share, "new"))) for share in SHARES]
+        lines.append((colour, "", [(0.0, 0.0), *points]))
         legend.append(f'<text x="{LEFT + 2 * PANEL[0] + 20}" y="{TOP + 20 * number + 14}" fill="{colour}">{method}'
                       '</text>')
-    side = f'viewBox="0 0 {LEFT + 2 * PANEL[0] + 220} {TOP + 2 * PANEL[1] + GAP}"'
     chart = panel(LEFT, TOP, "lost on the old set, points of mean recall", "gained on the new set", lines,
                   size=(2 * PANEL[0], 2 * PANEL[1]))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" {side} font-family="sans-serif" font-size="12">'
-            f'<rect width="100%" height="100%" fill="white"/>{"".join(legend)}{chart}</svg>\n')
+    return svg(LEFT + 2 * PANEL[0] + 220, TOP + 2 * PANEL[1] + GAP, [*legend, chart])
 
 
 if __name__ == "__main__":

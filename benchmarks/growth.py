@@ -118,9 +118,13 @@ def drawing(found: dict[str, list[Point]]) -> str:
     legend = "".join(
         f'<text x="{LEFT + 130 * i}" y="16" fill="{colour}">{"clip (flip)" if name == "clip" else name}</text>'
         for i, (name, colour) in enumerate(METHODS.items()))
+    return svg(width, height, [legend, f'<text x="{LEFT + 260}" y="16" fill="#555">dashed: arithmetic</text>', *parts])
+
+
+def svg(width: int, height: int, parts: Sequence[str]) -> str:
+    """Return a drawing on white."""
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-            f'font-size="12"><rect width="100%" height="100%" fill="white"/>{legend}'
-            f'<text x="{LEFT + 260}" y="16" fill="#555">dashed: arithmetic</text>{"".join(parts)}</svg>\n')
+            f'font-size="12"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
 
 
 def ordered(points: list[Point], method: str) -> list[Point]:

@@ -330,25 +330,23 @@ def join_repeated(given: Sequence[str], lists: Sequence[str]) -> list[str]:
     >>> join_repeated(["--data", "a", "--seed", "1", "--data=b"], ["data"])
     ['--data', 'a', 'b', '--seed', '1']
     """
-    groups: list[list[str]] = [[]]
-    firsts: dict[str, list[str]] = {}
+    current: list[str] = []
+    groups, firsts = [current], dict[str, list[str]]()
     for word in given:
         option, equals, value = word.partition("=")
         name = option.removeprefix("--").replace("-", "_")
         if not word.startswith("--") or word == "--":
-            groups[-1].append(word)
-        elif name not in [one.rstrip("_") for one in lists]:
-            groups.append([word])
+            current.append(word)
+        elif name in firsts:
+            current = firsts[name]
+            current[:1] = current[0].split("=", 1)
+            current += [value] if equals else []
         else:
-            if name not in firsts:
-                firsts[name] = [word]
-            else:
-                first = firsts[name]
-                first[:1] = first[0].split("=", 1)
-                first += [value] if equals else []
-            groups.append(firsts[name])
-    distinct = {id(group): group for group in groups}
-    return [word for group in distinct.values() for word in group]
+            current = [word]
+            groups.append(current)
+            if name in lists:
+                firsts[name] = current
+    return [word for group in groups for word in group]
 
 
 def _is_list(hint: Any) -> bool:
@@ -386,7 +384,7 @@ def _call(
         if parameter.name in positional:
             hint = typing.Annotated[hint, tyro.conf.Positional]
         options.append(parameter.replace(annotation=hint))
-    lists = [option.name for option in options if option.name not in positional and _is_list(option.annotation)]
+    lists = [one.name.rstrip("_") for one in options if one.name not in positional and _is_list(one.annotation)]
     call.__doc__ = re.sub(r"\n {12,}", " ", doc)  # or the help of an option would be wrapped twice
     call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     call.__annotations__ = {option.name: option.annotation for option in options}

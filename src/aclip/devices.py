@@ -32,14 +32,15 @@ def choose_device(name: str) -> "torch.device":
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu", "meta"):
-        raise ConfigError(f"unknown device '{name}': use auto, cpu, cuda, cuda:N or mps")
+    advice = "use auto, cpu, cuda, cuda:N or mps"
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device '{name}': {advice}") from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device '{name}' is not available: {str(error).splitlines()[0]}; use auto, cpu, cuda, "
-                          "cuda:N or mps") from error
+        raise ConfigError(f"device '{name}' is not available: {str(error).splitlines()[0]}; {advice}") from error
     return device
 
 

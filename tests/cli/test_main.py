@@ -89,7 +89,7 @@ def test_errors_are_one_sentence_that_says_what_exists(
 
 
 def test_an_option_of_several_values_may_be_repeated() -> None:
-    lists = ["data", "not_"]
+    lists = ["data", "not"]
     twice = ["--data", "a", "--seed", "1", "--data=b", "c"]
     assert join_repeated(twice, lists) == ["--data", "a", "b", "c", "--seed", "1"]
     assert join_repeated(["x", "--data=a", "--not=-b", "--seed=1"], lists) == ["x", "--data=a", "--not=-b", "--seed=1"]

@@ -103,10 +103,10 @@ class Index:
             description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_bytes())
             return description
         except FileNotFoundError as error:
-            found = sorted(one.parent for one in folder.glob(f"*/{DESCRIPTION}"))
-            empty = not (folder / "config.json").exists()  # else it is a run
-            advice = f"did you mean {found[0]}?" if found else (
-                f"build one with `aclip index MODEL SOURCE --output {folder if empty else folder / 'index'}`")
+            below = sorted(one.parent for one in folder.glob(f"*/{DESCRIPTION}"))
+            output = folder / "index" if (folder / "config.json").exists() else folder  # a run holds other files
+            advice = f"did you mean {below[0]}?" if below else (
+                f"build one with `aclip index MODEL SOURCE --output {output}`")
             raise ConfigError(f"{folder} is no index: {advice}") from error
         except ValueError as error:
             raise DataError(f"{folder / DESCRIPTION} is damaged: remove the folder and build it again") from error
