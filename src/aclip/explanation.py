@@ -135,7 +135,7 @@ def draw_explanations(
     Args:
         model: a run's folder, or any model that training starts from (NAME:TAG, NAME:FILE, a folder).
         images: files.
-        output: FILE.png, or a folder with one PNG an image.
+        output: FILE.png (or .jpg), or a folder with one PNG an image.
         text: what to look for, e.g. --text "a red bus" "a tree".
         keep: fraction of the patches that is kept.
         weights: of a run: the trained model, or its image tower's moving average (ema), which scores in training.
@@ -153,7 +153,7 @@ def draw_explanations(
     from aclip.models import load
 
     stems = [Path(image).stem for image in images]
-    if output.lower().endswith(".png"):
+    if output.lower().endswith((".png", ".jpg", ".jpeg")):
         if len(images) != 1:
             raise ConfigError(f"{output} holds one image and {len(images)} are given: name a folder, "
                               f"--output {Path(output).with_suffix('')}")

@@ -47,7 +47,7 @@ def test_from_data_to_search(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     measured = found(capsys, "evaluate", run, "--data", f"held={images}", "--workers", "0")
     assert {one["metric"]: one["value"] for one in measured} == pytest.approx(trained["evaluations"]["held"])
     assert Path(found(capsys, "export", run)) == run / "export" / "open_clip"
-    (drawn,) = found(capsys, "explain", run, images / "00.png", "--text", "noise", "--output", tmp_path / "seen.png")
+    (drawn,) = found(capsys, "explain", run, images / "00.png", "--text", "noise", "--output", tmp_path / "seen.jpg")
     assert Path(drawn["output"]).is_file()
     assert -1 <= drawn["similarity"]["noise"] <= 1
     assert found(capsys, "index", run, images, "--output", index, "--workers", "0")["images"] == 8

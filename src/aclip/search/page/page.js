@@ -102,6 +102,7 @@ function open(place) {
 function look() {
   const row = found[shown].row, text = id("where").value.trim();
   const parameters = new URLSearchParams(view() === "map" ? {text} : {keep: share(id("large-keep"))});
+  id("scale").hidden = view() !== "map" || !text;
   id("picture").src = view() === "kept" || (view() === "map" && text) ? `look/${row}?${parameters}`
     : `image/${row}?large`;
 }
