@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from aclip.cli import main
 from aclip.errors import ConfigError
 from aclip.exporters import open_clip as exported
 from aclip.models.lora import adapt, merged
+from aclip.training.distributed import wrap
 from made_pictures import captioned_noise
 from over_ranks import a_batch, build, in_double, register_nano
 
@@ -101,6 +103,26 @@ def test_gradients_are_those_of_full_fine_tuning_along_the_updates() -> None:
         torch.testing.assert_close(down.grad, up.T @ whole, rtol=1e-7, atol=1e-10)
         checked += 1
     assert checked == 16
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks
+@pytest.mark.parametrize("way", ["recompute", "compile_blocks"])
+def test_recomputing_and_compiling_change_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    plain, other = (build(f"finetune-attentive lora={RANK}") for _ in range(2))
+    wrap(other, torch.device("cpu"), **{way: True})
+    for one in (plain, other):
+        one(a_batch(plain, 4)).loss.backward()
+    torch.compiler.reset()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.grad is not None}
+    assert any(gradient.any() for name, gradient in gradients.items() if ".low_rank." in name)
+    assert all(".low_rank." in name or name == "model.logit_scale" for name in gradients)
+    for name, parameter in other.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-7)
+        else:
+            assert parameter.grad is None
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
