@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from tower_oracles import shake
-from transformers import M2M100Config, M2M100Model, MT5Config, MT5Model, RobertaConfig, RobertaModel
+from transformers import BertConfig, BertModel, M2M100Config, M2M100Model, MT5Config, MT5Model, RobertaConfig, RobertaModel
 
 from aclip import models
 from aclip.errors import CheckpointError
@@ -22,6 +22,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
          "vocab_size": 90, "max_position_embeddings": 40}
 TOWERS: dict[str, Any] = {
     "roberta": lambda: RobertaModel(RobertaConfig(**SIZES), add_pooling_layer=False),
+    "bert": lambda: BertModel(BertConfig(**SIZES | {"num_hidden_layers": 0}), add_pooling_layer=False),  # words alone
     "mt5": lambda: MT5Model(MT5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=90)),
     "m2m_100": lambda: M2M100Model(M2M100Config(
         d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
@@ -42,7 +43,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Any]:
         "text_cfg": {"hf_model_name": str(tmp_path / kind), "hf_proj_type": "mlp", "context_length": 12}}
     (tmp_path / f"hf-{kind}.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / f"hf-{kind}.json")
-    return f"hf-{kind}", tower if kind == "roberta" else tower.encoder
+    return f"hf-{kind}", tower.encoder if kind in ("mt5", "m2m_100") else tower
 
 
 def tokens() -> torch.Tensor:
@@ -61,7 +62,8 @@ def test_fresh_models_start_from_the_towers_weights_and_drop_nothing(model: tupl
     encoded = models.encode_text(ours, tokens())
     torch.testing.assert_close(encoded, ours.eval().encode_text(tokens()), rtol=0, atol=1e-6)
     shape = models.shape_of(models.model_config(name))
-    assert (shape.text_width, shape.text_layers, shape.vocab_size, shape.context_length) == (32, 2, 90, 12)
+    layers = tower.config.num_hidden_layers
+    assert (shape.text_width, shape.text_layers, shape.vocab_size, shape.context_length) == (32, layers, 90, 12)
     assert not shape.text_cut
 
 
@@ -85,9 +87,9 @@ def test_layer_decay_counts_its_blocks(model: tuple[str, Any]) -> None:
     factors = {p: group.lr_factor for group in parameter_groups(method, 0.1, layer_decay=0.5)
                for p in group.parameters.values()}
     text = method.model.text
-    first, second = text_blocks_of(text)
-    for part, expected in ((text.transformer.get_input_embeddings(), 0.25), (first, 0.5), (second, 1.0),
-                           (text.proj, 1.0)):
+    blocks = text_blocks_of(text)
+    below = [0.5 ** (len(blocks) - 1 - number) for number in range(-1, len(blocks))]
+    for part, expected in zip([text.transformer.get_input_embeddings(), *blocks, text.proj], [*below, 1.0], strict=True):
         assert {factors[p] for p in part.parameters()} == {expected}
 
 

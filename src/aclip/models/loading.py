@@ -193,7 +193,7 @@ def shape_of(config: Mapping[str, Any]) -> TowerShape:
         num_prefix_tokens=vit.num_prefix_tokens,
         text_width=words.embedding_dim,
         text_layers=len(text_blocks),
-        text_mlp_width=_mlp_width(text_blocks[-1], words.embedding_dim, attention=4),
+        text_mlp_width=_mlp_width(text_blocks[-1], words.embedding_dim, attention=4) if text_blocks else 0,
         context_length=int(text.context_length),
         vocab_size=words.num_embeddings,
         text_cut=can_cut(model),
