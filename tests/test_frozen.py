@@ -232,8 +232,8 @@ def test_a_fresh_student_learns_from_a_smaller_teacher(images: Path, pretrained:
 
 
 @pytest.mark.parametrize(("model", "expected"), [
-    ("ViT-B-32:laion2b_s34b_b79k", "finetune"), ("hf-hub:someone/model", "finetune"), ("ViT-B/32", "a-clip"),
-    ("vit-tiny", "a-clip"), (None, "a-clip")])
+    ("ViT-B-32:laion2b_s34b_b79k", "finetune"), ("hf-hub:someone/model", "finetune"), ("ViT-B/32", "a-clip-muon"),
+    ("vit-tiny", "a-clip-muon"), (None, "a-clip-muon")])
 def test_the_default_recipe_follows_from_the_model(model: str | None, expected: str) -> None:
     assert configure(model=model, data="pairs.csv").recipe.name == expected
 

@@ -27,8 +27,8 @@ Example:
 
 
 def default_recipe(model: str) -> str:
-    """Return the name of the recipe for a model, by its name alone: finetune if it comes with weights, else a-clip."""
-    return "finetune" if ":" in model or Path(model).exists() else "a-clip"
+    """Return the name of the recipe for a model, by its name alone: finetune if it comes with weights, else a-clip-muon."""
+    return "finetune" if ":" in model or Path(model).exists() else "a-clip-muon"
 
 
 def find_recipe(recipe: str | Recipe, changes: Mapping[str, Any] | None = None) -> Recipe:
@@ -63,7 +63,7 @@ def configure(
 
     Args:
         base: what is not given keeps its value from here; None: the defaults of `RunConfig`.
-        recipe: the method, by name or as a `Recipe` (default: a-clip, or finetune if the model has weights).
+        recipe: the method, by name or as a `Recipe` (default: a-clip-muon, or finetune if the model has weights).
         model: see `RunConfig` (default: vit-tiny).
         output: the run's folder (default: runs/RECIPE-MODEL).
         optimizer, lr, weight_decay, grad_clip, layer_decay: replace those of the recipe's optimization.

@@ -41,6 +41,16 @@ Departs from the paper in the first 2,240 of its 90,000 steps: the EMA momentum 
 `recipe.ema_momentum.warmup=0` turns this off.
 """
 
+A_CLIP_MUON = replace(
+    A_CLIP, name="a-clip-muon", title="A-CLIP trained by Muon, the default for fresh models",
+    optimization=replace(A_CLIP.optimization, optimizer="muon"),
+)
+"""Cost 1.29 and Muon's own, 0.07 of CLIP at batch 256 and 0.004 at 4,096.
+
+What the parts are worth, on drawings in unseen styles (R@1 to caption, vit-tiny, docs/results.md): Muon 12.6 points over
+AdamW after 20 epochs; attention 3.5 over random masks, and all of A-CLIP 5.3 over CLIP, at equal time after 36.
+"""
+
 
 def with_ema_at(resolution: float) -> dict[str, Pass]:
     """Return A-CLIP's passes with the EMA encoder at another resolution, relative to the model's own."""
@@ -120,4 +130,4 @@ ABLATIONS = (
             ema_momentum=EmaMomentum(0.996, 0.996, warmup=10.0)),
 )
 
-A_CLIP_RECIPES = (A_CLIP, A_CLIP_EFF, A_CLIP_RELEASED, *ABLATIONS)
+A_CLIP_RECIPES = (A_CLIP, A_CLIP_MUON, A_CLIP_EFF, A_CLIP_RELEASED, *ABLATIONS)
