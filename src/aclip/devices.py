@@ -76,7 +76,9 @@ def cpp_compiler() -> str | None:
 def usable_cores() -> int:
     """Return the number of cores this process may use: its CPU affinity, capped by the CPU quota of its cgroup."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [*_quotas_v2(), *_quotas_v1()]
+    of_v1 = zip(_settings("cpu", "cpu.cfs_quota_us"), _settings("cpu", "cpu.cfs_period_us"), strict=False)
+    of_v2 = (setting.split() for setting in _settings("", "cpu.max"))
+    quotas = [int(quota) / int(period) for quota, period in (*of_v1, *of_v2) if quota.isdecimal()]  # else no limit
     return max(1, min([cores, *map(math.ceil, quotas)]))
 
 
@@ -121,20 +123,6 @@ def versions(device: "torch.device") -> dict[str, str]:
     }
 
 
-def _quotas_v2() -> Iterator[float]:
-    for setting in _settings("", "cpu.max"):  # "QUOTA PERIOD" in microseconds, or "max PERIOD"
-        quota, _, period = setting.partition(" ")
-        if quota.isdecimal() and period.isdecimal():
-            yield int(quota) / int(period)
-
-
-def _quotas_v1() -> Iterator[float]:
-    pairs = zip(_settings("cpu", "cpu.cfs_quota_us"), _settings("cpu", "cpu.cfs_period_us"), strict=False)
-    for quota, period in pairs:  # a quota of -1 is no limit
-        if quota.isdecimal() and period.isdecimal() and int(period):
-            yield int(quota) / int(period)
-
-
 def _settings(controller: str, name: str) -> Iterator[str]:
     """Yield a setting of this process's cgroup and of each of its ancestors.
 
@@ -142,11 +130,8 @@ def _settings(controller: str, name: str) -> Iterator[str]:
         controller: of cgroup v1, or "" for the unified hierarchy of v2.
         name: of the file that holds the setting.
     """
-    try:
-        lines = [line.split(":", 2) for line in _MEMBERSHIP.read_text().splitlines()]
-    except OSError:  # not Linux
-        return
-    for _, controllers, group in (line for line in lines if len(line) == 3):
+    for line in _MEMBERSHIP.read_text().splitlines() if _MEMBERSHIP.exists() else ():  # Linux alone has it
+        _, controllers, group = line.split(":", 2)
         if controller not in controllers.split(","):
             continue
         # In a container the path may be the host's, which does not exist here: then only the root's limit counts.

@@ -7,9 +7,9 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from aclip.config import RunConfig, from_dict
 from aclip.errors import ConfigError
@@ -33,6 +33,9 @@ class RunFolder:
 
     Attributes:
         path: the folder.
+        checkpoints: folder of the checkpoints. snapshots: folder of what the model attended to over training.
+        final: folder of the finished model, which open_clip loads. best: that of the best evaluation, in the same form.
+        clusters: the cluster of every training sample, where batches are made of groups of them (`hard_negatives`).
     """
 
     JOURNALS = ("metrics", "evaluations", "skipped")
@@ -40,64 +43,29 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.checkpoints, self.snapshots = path / "checkpoints", path / "snapshots"
+        self.final, self.best, self.clusters = path / "final", path / "best", path / "clusters.npy"
         self._patient = self._warned = False
         self._unwritten: dict[str, list[bytes]] = {}
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def final(self) -> Path:
-        """Folder of the finished model, which open_clip loads."""
-        return self.path / "final"
-
-    @property
-    def best(self) -> Path:
-        """Folder of the model of the best evaluation, in the form of `final`."""
-        return self.path / "best"
-
-    @property
-    def snapshots(self) -> Path:
-        """Folder of what the model attended to over training."""
-        return self.path / "snapshots"
-
-    @property
-    def clusters(self) -> Path:
-        """The cluster of every training sample, where batches are made of groups of them (`hard_negatives`)."""
-        return self.path / "clusters.npy"
 
     def exists(self) -> bool:
         """Return whether the folder holds a run."""
         return (self.path / "config.json").exists()
 
     def config(self) -> RunConfig:
-        """Return the run's configuration.
-
-        Raises:
-            ConfigError: the folder is no run, or one of an incompatible version.
-        """
+        """Return the run's configuration; ConfigError if the folder is no run, or one of an incompatible version."""
         values = self.read_json("config.json")
         known = RunConfig.__dataclass_fields__
         return from_dict(RunConfig, {name: value for name, value in values.items() if name in known},
                          where=f"{self.path}/config.json")
 
     def check_free(self) -> None:
-        """Refuse a folder that already holds a run.
-
-        Raises:
-            ConfigError: it holds a run already.
-        """
+        """Refuse, by a ConfigError, a folder that already holds a run."""
         if self.exists():
             raise ConfigError(f"{self.path} already holds a run: continue it with --resume, or choose another --output")
 
     def create(self) -> None:
-        """Make the folder.
-
-        Raises:
-            ConfigError: it holds a run already, or cannot be written.
-        """
+        """Make the folder; ConfigError if it holds a run already, or cannot be written."""
         self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -109,11 +77,7 @@ class RunFolder:
         write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Read a file of the folder.
-
-        Raises:
-            ConfigError: the folder is no run, or the file is damaged.
-        """
+        """Read a file of the folder; ConfigError if the folder is no run, or the file is damaged."""
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -130,8 +94,7 @@ class RunFolder:
         waiting = self._unwritten.setdefault(journal, [])
         waiting.append((json.dumps(record, ensure_ascii=False) + "\n").encode())
         try:
-            with (self.path / f"{journal}.jsonl").open("ab", buffering=0) as file:
-                _add_lines(file, waiting)
+            self._write(journal, waiting)
         except OSError as error:
             if not self._patient:
                 waiting.clear()
@@ -153,10 +116,9 @@ class RunFolder:
             yield
         finally:
             self._patient = False
-            for journal in list(self._unwritten):
-                if self._unwritten[journal]:
-                    with (self.path / f"{journal}.jsonl").open("ab", buffering=0) as file:
-                        _add_lines(file, self._unwritten[journal])
+            for journal, waiting in self._unwritten.items():
+                if waiting:
+                    self._write(journal, waiting)
 
     def records(self, journal: str) -> list[dict[str, Any]]:
         """Return a journal's records without a torn last line."""
@@ -171,12 +133,9 @@ class RunFolder:
         except OSError:
             return {}
         for line in reversed(lines):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                return record
+            with suppress(ValueError):
+                if isinstance(record := json.loads(line), dict):
+                    return record
         return {}
 
     def rewind(self, step: int, *, evaluated: bool = True) -> None:
@@ -195,12 +154,12 @@ class RunFolder:
             lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
             write_atomically(self.path / f"{journal}.jsonl", lines)
 
-
-def _add_lines(file: BinaryIO, lines: list[bytes]) -> None:
-    """Write lines and remove them from the list one by one; a line that does not fit is truncated away again."""
-    while lines:
-        end = file.seek(0, os.SEEK_END)
-        if file.write(lines[0]) < len(lines[0]):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        del lines[0]
+    def _write(self, journal: str, lines: list[bytes]) -> None:
+        """Append lines and remove them from the list one by one; a line that does not fit is truncated away again."""
+        with (self.path / f"{journal}.jsonl").open("ab", buffering=0) as file:
+            while lines:
+                end = file.seek(0, os.SEEK_END)
+                if file.write(lines[0]) < len(lines[0]):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                del lines[0]
