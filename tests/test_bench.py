@@ -22,7 +22,7 @@ def test_steps_are_taken_in_turns_and_warm_up_does_not_count(monkeypatch: pytest
 
     advanced: list[int] = []
     found = time_in_turns({"a": lambda: step("a", 0.1), "b": lambda: step("b", 0.2)}, warmup=1, rounds=2,
-                          device=torch.device("cpu"), advance=lambda: advanced.append(1))
+                          device=torch.device("cpu"), advance=advanced.append)
     assert "".join(order) == "ababab"
     assert found["a"] == pytest.approx([3.1, 5.1])
     assert found["b"] == pytest.approx([4.2, 6.2])

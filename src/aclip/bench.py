@@ -1,23 +1,22 @@
 """How fast training and encoding are on this machine, on synthetic data; steps are timed in turns."""
 
-
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
 
 from aclip import models
+from aclip.data.progress import progress
 from aclip.data.views import Crop
 from aclip.devices import choose_device, in_units, peak_memory, synchronize, versions
 from aclip.errors import ConfigError, OutOfMemoryError
@@ -27,6 +26,7 @@ from aclip.recipes import configure, find_recipe
 from aclip.structs import Batch, ViewBatch
 from aclip.trainer import Trainer, build_trainer
 
+T = TypeVar("T")
 LENGTH_SPREAD = 0.5
 """Standard deviation of the logarithm of a caption's length, see `caption_lengths`."""
 DIFFERENT_CROPS = 64  # in a synthetic batch: cropping thousands would take longer than timing them
@@ -113,24 +113,23 @@ def _show(
 def _time_batch_sizes(trainer: Trainer, sizes: Sequence[int], text_tokens: float, rounds: int) -> list[dict[str, Any]]:
     """Time steps at every batch size that fits, in turns; sizes ascend, and the first that does not fit ends them."""
     device = trainer.device
-    steps: dict[str, Callable[[], object]] = {}
+    steps: dict[int, Callable[[], object]] = {}
     memory: dict[int, int] = {}
-    with counting_bar("steps") as bar:
-        task = bar.add_task("timing", total=len(sizes) * (2 * WARMUP + rounds))
-        timed = partial(time_in_turns, device=device, advance=lambda: bar.advance(task))
+    with progress("timing", len(sizes) * (2 * WARMUP + rounds), "steps") as advance:
+        timed = partial(time_in_turns, device=device, advance=advance)
         for size in sizes:
             batch = synthetic_batch(trainer.method.plan, size, text_tokens=text_tokens).to(device)
             step = partial(trainer.train_step, batch)
             try:
-                timed({"first": step}, warmup=WARMUP - 1, rounds=1)
+                timed({size: step}, warmup=WARMUP - 1, rounds=1)
             except OutOfMemoryError:
-                bar.console.print(f"batch {size} and larger do not fit into memory", soft_wrap=True)
+                Console(stderr=True, highlight=False).print(f"batch {size} and larger do not fit into memory")
                 break
-            steps[str(size)], memory[size] = step, peak_memory(device)
+            steps[size], memory[size] = step, peak_memory(device)
         times = timed(steps, warmup=WARMUP, rounds=rounds)
     speeds = []
-    for size in memory:
-        found = summary(times[str(size)])
+    for size, seconds in times.items():
+        found = summary(seconds)
         speeds.append({"batch_size": size, "seconds": found["median"],
                        "quartiles": (found["first_quartile"], found["third_quartile"]),
                        "pairs_per_second": size / found["median"], "peak_memory": memory[size]})
@@ -185,14 +184,13 @@ def bench_model(
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
             call()
 
-    steps = {str(index): partial(under_precision, call) for index, call in enumerate(calls.values())}
-    with counting_bar("calls") as bar:
-        task = bar.add_task("timing", total=len(steps) * (WARMUP + rounds))
-        times = time_in_turns(steps, warmup=WARMUP, rounds=rounds, device=where, advance=lambda: bar.advance(task))
+    steps = {encoding: partial(under_precision, call) for encoding, call in calls.items()}
+    with progress("timing", len(steps) * (WARMUP + rounds), "calls") as advance:
+        times = time_in_turns(steps, warmup=WARMUP, rounds=rounds, device=where, advance=advance)
     rows: list[dict[str, Any]] = []
     whole: dict[tuple[str, int], float] = {}
-    for index, encoding in enumerate(calls):
-        seconds = summary(times[str(index)])
+    for encoding, measured in times.items():
+        seconds = summary(measured)
         first = whole.setdefault((encoding.what, encoding.batch_size), seconds["median"])
         rows.append(asdict(encoding) | {
             "per_second": encoding.batch_size / seconds["median"],
@@ -236,18 +234,18 @@ def _encodings(
 
 
 def time_in_turns(
-    steps: Mapping[str, Callable[[], object]], *, warmup: int, rounds: int, device: torch.device,
-    advance: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
+    steps: Mapping[T, Callable[[], object]], *, warmup: int, rounds: int, device: torch.device,
+    advance: Callable[[int], object] = lambda _: None,
+) -> dict[T, list[float]]:
     """Return seconds of every step, taken in turns A B C, A B C, ..., so that whatever else the machine does meets all.
 
     Args:
         steps: name -> does one step.
         warmup: rounds that are not counted. rounds: those that are.
         device: waited for before and after each step.
-        advance: called after every step.
+        advance: called with 1 after every step.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[T, list[float]] = {name: [] for name in steps}
     for number in range(warmup + rounds):
         for name, step in steps.items():
             synchronize(device)
@@ -256,7 +254,7 @@ def time_in_turns(
             synchronize(device)
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - begun)
-            advance()
+            advance(1)
     return seconds
 
 
@@ -264,13 +262,6 @@ def summary(seconds: list[float]) -> dict[str, float]:
     """Return median and quartiles (inclusive method) of step times, and how many there are."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return {"median": median, "first_quartile": low, "third_quartile": high, "rounds": len(seconds)}
-
-
-def counting_bar(unit: str) -> Progress:
-    """Return a progress bar on standard error that counts; without a terminal it draws nothing."""
-    console = Console(stderr=True, highlight=False)
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-                    console=console, transient=True, disable=not console.is_terminal)
 
 
 def caption_lengths(count: int, mean: float, longest: int, generator: torch.Generator) -> Int[Tensor, " count"]:
