@@ -133,7 +133,7 @@ class Method(nn.Module):
         logit_scale, frozen_scale = (
             models.logit_scale_of(model).exp() if self.plan.uses_text and model is not None else None
             for model in (self.model, self.frozen))
-        context = StepContext(encoded.passes, encoded.texts, caption_ids, logit_scale,
+        context = StepContext(encoded.texts, encoded.passes, caption_ids, logit_scale,
                               getattr(self.model, "logit_bias", None),
                               frozen_scale if self.frozen is not None else self.stored_logit_scale)
         losses = {name: objective(context) for name, objective in self.objectives.items()}

@@ -176,20 +176,16 @@ class EncodedBatch:
 
 
 @dataclass(frozen=True)
-class StepContext:
-    """What objectives read: everything computed before them in this step.
+class StepContext(EncodedBatch):
+    """What objectives read: a batch, encoded, and what else was computed before them in this step.
 
     Attributes:
-        passes: pass name -> `Encoded`, in declared order.
-        texts: text pass name -> `EncodedText`.
         caption_ids: (B,) int64.
         logit_scale: scalar multiplier, already exponentiated, or None without text.
         logit_bias: the bias that the model adds to logits, or None.
         frozen_logit_scale: the frozen model's multiplier, or None without it or without text.
     """
 
-    passes: Mapping[str, Encoded]
-    texts: Mapping[str, EncodedText]
     caption_ids: Int[Tensor, " B"]
     logit_scale: Float[Tensor, ""] | None
     logit_bias: Float[Tensor, ""] | None = None

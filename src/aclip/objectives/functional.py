@@ -8,8 +8,7 @@ and gradients averaged over ranks are its gradients. Of the (WB, WB) logits of W
 (B, WB), in chunks of rows where these are many (`sum_over_rows`).
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -57,12 +56,11 @@ def clip_loss(
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = image_features.float(), text_features.float()
         labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
-        alike = _Alike.over_ranks(caption_ids, guide, false_negatives)
+        fill_alike = _filling(caption_ids, guide, false_negatives)
 
         def contrast(rows: Tensor, columns: Tensor) -> Tensor:
             def loss(rows: Tensor, labels: Tensor) -> Tensor:
-                logits = logit_scale * rows @ columns.T
-                logits = alike.fill(logits, labels, float("-inf"))
+                logits = fill_alike(logit_scale * rows @ columns.T, labels, float("-inf"))
                 return F.cross_entropy(logits, labels, reduction="sum")
 
             return sum_over_rows(loss, rows, labels, columns=len(columns))
@@ -70,31 +68,22 @@ def clip_loss(
         return (contrast(image, dist.gather(text)) + contrast(text, dist.gather(image))) / (2 * len(image))
 
 
-class _Alike(NamedTuple):
-    """Which pairs of all ranks are not each other's negatives; either criterion may be None."""
+def _filling(
+    caption_ids: Int[Tensor, " B"] | None, guide: Float[Tensor, "B E"] | None = None, false_negatives: float = 1.0
+) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """Return what sets logits (R, WB) of the pairs at positions (R,) to a value where other pairs are no negatives."""
+    ids = None if caption_ids is None else dist.gather(caption_ids)
+    guides = None if guide is None else dist.gather(guide.detach().float())
 
-    ids: Int[Tensor, " WB"] | None
-    guide: Float[Tensor, "WB E"] | None
-    threshold: float
-
-    @classmethod
-    def over_ranks(
-        cls, caption_ids: Int[Tensor, " B"] | None, guide: Float[Tensor, "B E"] | None = None, threshold: float = 1.0
-    ) -> "_Alike":
-        return cls(None if caption_ids is None else dist.gather(caption_ids),
-                   None if guide is None else dist.gather(guide.detach().float()), threshold)
-
-    def fill(self, logits: Float[Tensor, "R WB"], labels: Int[Tensor, " R"], value: float) -> Float[Tensor, "R WB"]:
-        """Return the logits of the pairs at positions `labels`; those with other pairs that are alike are `value`."""
-        for same in self._criteria(labels):
-            logits = logits.masked_fill(same.scatter(1, labels[:, None], False), value)
+    def fill(logits: Tensor, labels: Tensor, value: float) -> Tensor:
+        if ids is not None:
+            logits = logits.masked_fill((ids[labels, None] == ids).scatter(1, labels[:, None], False), value)
+        if guides is not None:
+            alike = guides[labels] @ guides.T >= false_negatives
+            logits = logits.masked_fill(alike.scatter(1, labels[:, None], False), value)
         return logits
 
-    def _criteria(self, labels: Int[Tensor, " R"]) -> Iterator[Bool[Tensor, "R WB"]]:
-        if self.ids is not None:
-            yield self.ids[labels, None] == self.ids
-        if self.guide is not None:
-            yield self.guide[labels] @ self.guide.T >= self.threshold
+    return fill
 
 
 def chance_loss(caption_ids: Int[Tensor, " B"]) -> Float[Tensor, ""]:
@@ -142,13 +131,13 @@ def sigmoid_loss(
     with torch.autocast(image_features.device.type, enabled=False):
         image, all_text = image_features.float(), dist.gather(text_features.float())
         labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
-        alike = _Alike.over_ranks(caption_ids, guide, false_negatives)
+        fill_alike = _filling(caption_ids, guide, false_negatives)
 
         def loss(rows: Tensor, labels: Tensor) -> Tensor:
             logits = logit_scale * rows @ all_text.T + logit_bias
             pairs = labels[:, None] == torch.arange(len(all_text), device=rows.device)
             losses = -F.logsigmoid(torch.where(pairs, logits, -logits))
-            return alike.fill(losses, labels, 0.0).sum(dim=1).sum()
+            return fill_alike(losses, labels, 0.0).sum(dim=1).sum()
 
         return sum_over_rows(loss, image, labels, columns=len(all_text)) / len(image)
 
@@ -191,13 +180,13 @@ def affinity_loss(
                                               teacher_text_features.detach()))
         width = image.shape[1]
         labels = torch.arange(len(image), device=image.device) + dist.rank() * len(image)
-        alike = _Alike.over_ranks(caption_ids)
+        fill_alike = _filling(caption_ids)
 
         def diverge(rows: Tensor, columns: Tensor, teacher_rows: Tensor, teacher_columns: Tensor) -> Tensor:
             def loss(rows: Tensor, labels: Tensor) -> Tensor:
                 own, theirs = rows.split([width, rows.shape[1] - width], dim=1)
                 logits, targets = logit_scale * own @ columns.T, teacher_logit_scale * theirs @ teacher_columns.T
-                logits, targets = (alike.fill(x, labels, torch.finfo(x.dtype).min) for x in (logits, targets))
+                logits, targets = (fill_alike(x, labels, torch.finfo(x.dtype).min) for x in (logits, targets))
                 with torch.no_grad():
                     q = (1 - label_share) * targets.softmax(dim=1)
                     q.scatter_(1, labels[:, None], label_share, reduce="add")
