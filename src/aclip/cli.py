@@ -21,7 +21,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from aclip.errors import AclipError, ConfigError, unknown_name
+from aclip.errors import RANK_0_REPORTS_FIRST, AclipError, ConfigError, unknown_name
 
 HELP = """\
 usage: aclip VERB ...
@@ -89,9 +89,6 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "bench model": ("aclip.bench", "bench_model", ("model",)),
     "doctor": ("aclip.machine", "doctor", ()),
 }
-
-
-RANK_0_REPORTS_FIRST = 10.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -186,12 +186,11 @@ def _describe_text(text: "TextPlan") -> str:
 def parameter_table(groups: Sequence["ParameterGroup"], model: "nn.Module") -> Table:
     """Return how each parameter group is trained, and how much is frozen."""
     table = Table("parameters", "tensors", "millions", "weight decay", "learning rate", box=None, pad_edge=False)
-    for group in groups:
-        table.add_row(group.title, str(len(group.parameters)), f"{group.count / 1e6:.2f}", f"{group.weight_decay:g}",
-                      f"x {group.lr_factor:.3g}")
+    rows = [(group.title, list(group.parameters.values()), f"{group.weight_decay:g}", f"x {group.lr_factor:.3g}")
+            for group in groups]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    if frozen:
-        table.add_row("frozen", str(len(frozen)), f"{sum(p.numel() for p in frozen) / 1e6:.2f}", "", "")
+    for title, members, *settings in [*rows, *([("frozen", frozen, "", "")] if frozen else [])]:
+        table.add_row(title, str(len(members)), f"{sum(p.numel() for p in members) / 1e6:.2f}", *settings)
     return table
 
 

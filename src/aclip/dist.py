@@ -12,13 +12,11 @@ import torch.distributed as torch_dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from aclip.errors import AclipError, ConfigError
+from aclip.errors import RANK_0_REPORTS_FIRST, AclipError, ConfigError
 
 TIMEOUT = timedelta(hours=12)
 """How long a rank waits for the others; while rank 0 evaluates, they wait."""
 JOIN_TIMEOUT = timedelta(minutes=30)
-RANK_0_REPORTS_FIRST = 10.0
-"""Seconds in which rank 0 may report an error raised on every rank, and the launcher end the others."""
 
 
 @contextmanager
@@ -100,11 +98,6 @@ def _fresh_store(ranks: int) -> Any:
 def processes_here() -> int:
     """Return how many processes of the run share this machine's cores and memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def launched() -> bool:
-    """Return whether torchrun started this process, and passes signals on to it."""
-    return world_size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def world_size() -> int:

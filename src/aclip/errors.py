@@ -7,6 +7,9 @@ what to type instead; the command line prints it without a traceback.
 import difflib
 from collections.abc import Iterable
 
+RANK_0_REPORTS_FIRST = 10.0
+"""Seconds in which rank 0 may report an error raised on every rank, and the launcher end the others."""
+
 
 class AclipError(Exception):
     """Base of all errors that a user can cause; line breaks in the message become spaces."""

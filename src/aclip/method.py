@@ -199,10 +199,7 @@ class Method(nn.Module):
         return pixels * (std / deviation) + (mean - theirs) / deviation
 
     def ema(self) -> Ema:
-        """Step 4: return the EMA of the image encoder and of the heads that have an averaged copy.
-
-        The caller calls its `update(momentum)` once after each optimizer step.
-        """
+        """Step 4: return the EMA of the image encoder and of the heads that have an averaged copy, for `Ema.update`."""
         objectives = cast(Iterable[Objective], self.objectives.values())
         pairs = [pair for objective in objectives for pair in objective.ema_pairs()]
         if self.ema_visual is not None:
@@ -213,22 +210,14 @@ class Method(nn.Module):
         self, plan: Plan, p: PassPlan, batch: Batch, passes: Mapping[str, Encoded], views: list[Tensor]
     ) -> Int[Tensor, "VB K"]:
         """Steps 2a and 2b: return the kept patches of every view, stacked view by view."""
-        chosen = []
-        for name, pixels in zip(p.spec.views, views, strict=True):
-            chosen.append(p.strategy(MaskingContext(
-                batch_size=batch.size,
-                grid_size=p.grid_size,
-                device=pixels.device,
-                scores=self.scores_for(plan, p, name, batch.views, passes),
-                images=pixels,
-                seeds=batch.seeds,
-                purpose=f"mask/{p.name}/{name}",
-            )))
-        return torch.cat(chosen)
+        return torch.cat([p.strategy(MaskingContext(
+            batch_size=batch.size, grid_size=p.grid_size, device=pixels.device,
+            scores=self.scores_for(plan, p, name, batch.views, passes),
+            images=pixels, seeds=batch.seeds, purpose=f"mask/{p.name}/{name}",
+        )) for name, pixels in zip(p.spec.views, views, strict=True)])
 
     def scores_for(
-        self, plan: Plan, p: PassPlan, view: str, batch_views: Mapping[str, ViewBatch],
-        passes: Mapping[str, Encoded],
+        self, plan: Plan, p: PassPlan, view: str, batch_views: Mapping[str, ViewBatch], passes: Mapping[str, Encoded]
     ) -> Float[Tensor, "B N"] | None:
         """Step 2a: return the scores of one view's patches, seen by the pass that it reads them from."""
         if p.spec.scores_from is None:
@@ -240,27 +229,20 @@ class Method(nn.Module):
         seen, wanted = batch_views[source_view], batch_views[view]
         maps = scores[source.spec.views.index(source_view)].unflatten(1, source.grid_size)
         upright = torch.where(seen.flipped[:, None, None], maps.flip(2), maps).flatten(1)
-        return crop_scores(
-            upright, source.grid_size, seen.boxes, wanted.boxes, p.grid_size,
-            flipped=wanted.flipped, padding=p.spec.score_padding,
-        )
+        return crop_scores(upright, source.grid_size, seen.boxes, wanted.boxes, p.grid_size,
+                           flipped=wanted.flipped, padding=p.spec.score_padding)
 
-    def encode(
-        self, p: PassPlan, views: list[Tensor], keep: Int[Tensor, "VB K"] | None
-    ) -> Encoded:
+    def encode(self, p: PassPlan, views: list[Tensor], keep: Int[Tensor, "VB K"] | None) -> Encoded:
         """Step 2c: run all views of a pass through its encoder in one batch."""
-        online = p.spec.encoder == "online"
         model = {"online": self.model, "ema": self.ema_visual, "frozen": self.frozen}[p.spec.encoder]
         assert model is not None
-        visual = models.visual_of(model)
         with torch.set_grad_enabled(p.trains and torch.is_grad_enabled()):
             pixels = torch.cat(views)
             out = models.encode_image(
-                visual, pixels, keep, mask_token=self.mask_token if p.spec.fill else None,
-                return_scores=p.gives_scores, return_patches=p.gives_patches,
-            )
-        if online and not p.trains:  # some versions of torch would reuse weights that were cast without gradient
-            torch.clear_autocast_cache()
+                models.visual_of(model), pixels, keep, mask_token=self.mask_token if p.spec.fill else None,
+                return_scores=p.gives_scores, return_patches=p.gives_patches)
+        if p.spec.encoder == "online" and not p.trains:
+            torch.clear_autocast_cache()  # some versions of torch would reuse weights that were cast without gradient
         width = 0 if p.scores_only else None  # features that nobody reads
         by_view = (len(views), -1)
         return Encoded(
@@ -314,10 +296,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             matched = [parameter for name, parameter in model.named_parameters()
                        if not any(part in name for part in models.INTO_JOINT_SPACE)]
         else:
-            matched = [
-                parameter for name, parameter in model.named_parameters()
-                if fnmatchcase(name, pattern) or (pattern.endswith(".") and name.startswith(pattern))
-            ]
+            matched = [parameter for name, parameter in model.named_parameters()
+                       if fnmatchcase(name, pattern) or (pattern.endswith(".") and name.startswith(pattern))]
         if not matched:
             raise ConfigError(f"nothing to freeze: no parameter of the model is called '{pattern}'")
         for parameter in matched:

@@ -15,7 +15,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from aclip import models
-from aclip.config import ObjectiveConfig, Pass, Recipe, RunConfig, TextPass, sentence, to_dict
+from aclip.config import Pass, Recipe, RunConfig, TextPass, sentence, to_dict
 from aclip.data.views import VIEWS, ViewPipeline
 from aclip.errors import ConfigError, UnsupportedModelError, unknown_name
 from aclip.masking import MASKING, TEXT_REDUCTIONS, MaskingStrategy, TextReduction, fitting_block_size
@@ -56,7 +56,7 @@ class PassPlan:
     @property
     def num_patches(self) -> int:
         """N, before anything is removed."""
-        return self.grid_size[0] * self.grid_size[1]
+        return math.prod(self.grid_size)
 
     @property
     def removes(self) -> bool:
@@ -130,11 +130,7 @@ class Plan:
             for name, p in self.passes.items()}, "notes": self.notes}
 
     def runs(self, p: PassPlan, masked: bool = True) -> bool:
-        """Return whether a step runs the pass: a scoring pass is skipped where no patch is chosen by its scores.
-
-        Args:
-            p: one of `passes`.
-            masked: whether anything is masked in the step.
+        """Return whether a step runs the pass; one that only scores is skipped where no patch is chosen by its scores.
         """
         chooses = any(other.spec.scores_from == p.name and other.removes for other in self.passes.values())
         return (masked and chooses) or not p.scores_only
@@ -145,19 +141,18 @@ class Plan:
         Raises:
             ConfigError: more is read of a frozen pass than features of whole images and captions.
         """
-        passes = {name: p for name, p in self.passes.items() if p.spec.encoder == "frozen"}
-        texts = {name: text for name, text in self.texts.items() if text.spec.encoder == "frozen"}
-        for name, p in passes.items():
+        alone = self.frozen_alone()
+        for name, p in alone.passes.items():
             readers = [objective_class(key) for key, o in self.recipe.objectives.items() if name in o.reads]
             if p.removes or p.gives_scores or not all(reader.needs_text for reader in readers):
                 raise ConfigError(f"recipe '{self.recipe.name}' needs more of its frozen pass '{name}' than features "
                                   "of whole images, which alone can be stored: leave out --teacher-features")
-        for name, text in texts.items():
+        for name, text in alone.texts.items():
             if text.reduction is not None:
                 raise ConfigError(f"recipe '{self.recipe.name}' reduces the captions of its frozen pass '{name}', and "
                                   "features of whole ones alone can be stored: leave out --teacher-features")
-        specs = {name: to_dict(p.spec) for name, p in passes.items()}
-        specs |= {name: to_dict(text.spec) for name, text in texts.items()}
+        both: dict[str, PassPlan | TextPlan] = {**alone.passes, **alone.texts}
+        specs = {name: to_dict(one.spec) for name, one in both.items()}
         return {"views": self.recipe.views, "view_options": self.recipe.view_options, "sizes": self.view_sizes,
                 "context_length": self.shape.context_length, "passes": specs}
 
@@ -192,14 +187,11 @@ class Plan:
         for name, config in self.recipe.objectives.items():
             with torch.device("meta"):
                 objective = build_objective(name, self)
+            images = [(len(p.spec.views), p.num_patches, p.num_keep) for p in self.passes.values()
+                      if p.name in config.reads]
             length = next((text.length(text_tokens) for text in self.texts.values() if text.name in config.reads), None)
-            total += 3.0 * objective.decoder_macs(self.images_of(config), length or self.shape.context_length)
+            total += 3.0 * objective.decoder_macs(images, length or self.shape.context_length)
         return total
-
-    def images_of(self, objective: ObjectiveConfig) -> list[tuple[int, int, int]]:
-        """Return views, patches and kept patches of each image pass that an objective reads (`decoder_macs`)."""
-        return [(len(p.spec.views), p.num_patches, p.num_keep) for p in self.passes.values()
-                if p.name in objective.reads]
 
     def relative_cost(self, text_tokens: float | None = None) -> float:
         """Return `macs` over those of CLIP with one full view and the same text handling."""
@@ -215,8 +207,7 @@ def resolve(
     """Resolve `recipe` for a model of this shape.
 
     Args:
-        recipe: what to resolve.
-        shape: of the model.
+        recipe, shape: what to resolve, and of the model.
         resolution: image side of all passes relative to the recipe's own, rounded to whole patches.
         frozen_shape: of the frozen encoder's model; None: as the model.
 
@@ -337,8 +328,7 @@ def build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: 
 
     Args:
         cls: a masking strategy, text reduction, view pipeline or objective.
-        given: arguments that are not the user's.
-        options: the user's.
+        given, options: arguments that are not the user's, and those that are.
         what: for the error message, e.g. "masking 'attentive'".
 
     Raises:
@@ -373,18 +363,12 @@ def build(cls: Any, given: Mapping[str, Any], options: Mapping[str, Any], what: 
 
 
 def image_macs(shape: TowerShape, patches: int, tokens: int) -> float:
-    """Return multiply-accumulates of one image's forward pass.
+    """Return multiply-accumulates of one image's forward pass: `patches` are embedded, `tokens` go through the blocks.
 
-    A block on L tokens of width d with an MLP of width m: L (4 d^2 + 2 d m) + 2 L^2 d. A pool that attends to N
-    patches: N (2 d^2 + 2 d) for keys, values and attention, 2 d^2 + 2 d m for its one query and the MLP behind it.
-
-    Args:
-        shape: of the tower.
-        patches: how many are embedded.
-        tokens: how many go through the blocks (L).
+    A pool that attends to N patches of width d, with an MLP of width m: N (2 d^2 + 2 d) for keys, values and attention,
+    2 d^2 + 2 d m for its one query and the MLP behind it. A block is `block_macs`.
     """
-    pixels = 3 * shape.patch_size[0] * shape.patch_size[1]
-    embedding = patches * pixels * shape.width
+    embedding = patches * 3 * math.prod(shape.patch_size) * shape.width
     pool = 0.0
     if shape.pool_mlp_width:
         seen = tokens - shape.num_prefix_tokens

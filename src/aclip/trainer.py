@@ -116,11 +116,7 @@ def open_batches(
 ) -> Iterable[Batch]:
     """Return this rank's share of the batches from the trainer's next step to the last.
 
-    Args:
-        trainer: where it stands.
-        source: the training pairs.
-        workers: see `data.build_loader`.
-        clusters: (N,) int32, of the samples; with `hard_negatives`.
+    With `hard_negatives`, `clusters` are those of the samples, (N,) int32.
     """
     config, resolved = trainer.config, trainer.method.plan
     assert config.batch_size is not None
@@ -147,9 +143,8 @@ class Trainer:
 
     Args:
         config: the run, defaults resolved.
-        method: on its device.
+        method: on `device`, where batches go, too.
         timetable: the run's length in steps.
-        device: where batches go.
         stored: features of the teacher that batches come with.
 
     Attributes:
@@ -381,10 +376,9 @@ def fit(
         trainer: fresh, or resumed.
         batches: from the trainer's next step on, this rank's share of each.
         folder: where metrics and checkpoints go; rank 0 writes journals.
-        progress: what the terminal shows.
+        progress, sinks: also get every record of metrics.jsonl.
         evaluate: called with the number of steps done, every so often and at the end; rank 0's returns the metric of
             `keep_best`.
-        sinks: also get every record of metrics.jsonl.
 
     Raises:
         Interrupted: on SIGINT, SIGTERM or SIGUSR1 to any rank, after saving a checkpoint; on all ranks together.
@@ -461,7 +455,7 @@ def _evaluate(
         _leave(trainer, folder, saver, together=dist.world_size() == 1)
     except (AclipError, OSError) as error:
         report_incident(folder, {"step": trainer.step, "kind": "evaluation_failed", "reason": str(error)},
-                "the evaluation after step %d failed: %s", trainer.step, error)
+                        "the evaluation after step %d failed: %s", trainer.step, error)
     trainer.mark_evaluated(dist.collect(value)[0])
     if trainer.stops_early:
         saver.save(trainer.step, *trainer.state_dict())
@@ -472,8 +466,7 @@ def _leave(trainer: Trainer, folder: RunFolder, saver: checkpoint.Saver, *, toge
     if together:
         saver.wait()
     _report_failures(saver, folder)
-    steps = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder.checkpoints)]
-    newest = max(steps, default=0)
+    newest = max(map(checkpoint.step_of, checkpoint.list_checkpoints(folder.checkpoints)), default=0)
     where = "" if newest == trainer.step else f", the newest checkpoint is of step {newest}"
     again = f"aclip train --resume {shlex.quote(str(folder.path))}"
     if not command_line().startswith("aclip "):
@@ -495,5 +488,5 @@ def _fail(trainer: Trainer, output: StepOutput, folder: RunFolder, saver: checkp
 def _report_failures(saver: checkpoint.Saver, folder: RunFolder) -> None:
     for step, reason in saver.failures():
         report_incident(folder, {"step": step, "kind": "save_failed", "reason": reason},
-                "the checkpoint of step %d could not be written (%s): training goes on and tries again at the next",
-                step, reason)
+                        "the checkpoint of step %d could not be written (%s): training goes on and tries again at the "
+                        "next", step, reason)

@@ -51,8 +51,8 @@ def test_matrices_decay_and_nothing_else() -> None:
         "class_embedding",
         "logit_scale",
     }
-    assert matrices.count == 48 + 16 + 20
-    assert others.count == 4 * 3 + 4 + 20 + 4 + 1
+    assert sum(p.numel() for p in matrices.parameters.values()) == 48 + 16 + 20
+    assert sum(p.numel() for p in others.parameters.values()) == 4 * 3 + 4 + 20 + 4 + 1
 
 
 def test_lower_blocks_learn_more_slowly() -> None:

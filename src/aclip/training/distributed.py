@@ -59,8 +59,7 @@ def wrap(
     whole batch in its denominators, so that N processes equal one with the whole batch.
 
     Args:
-        method: on its device, the same weights on every rank.
-        device: its device.
+        method: on `device`, the same weights on every rank.
         parallel: "ddp" holds everything on every rank; "fsdp" shards parameters, gradients, EMA and optimizer state
             over the ranks, block by block. On one process both are the bare method.
         recompute: activation checkpointing: keep only the blocks' inputs, and run the blocks again for the backward.
@@ -152,7 +151,7 @@ def _fill(target: Method, state: dict[str, Tensor]) -> None:
 
 
 def _nothing() -> None:
-    """Do nothing."""
+    pass
 
 
 def _average(parameter: Tensor) -> None:

@@ -68,11 +68,7 @@ class Guard:
     ) -> Float[Tensor, ""]:
         """After the backward pass: return 1, on the device, if the step must be skipped, else 0.
 
-        Args:
-            loss: this rank's.
-            grad_norm: of the gradient averaged over ranks.
-            step: the number of the step.
-            keys: of this rank's samples.
+        `loss` and `keys` are this rank's, `grad_norm` that of the gradient averaged over ranks.
         """
         own = torch.isfinite(loss)
         summed = dist.sum_over_ranks(torch.stack([(~(own & torch.isfinite(grad_norm))).float(), loss.detach().float()]))
@@ -99,8 +95,7 @@ class Guard:
     def incidents(self, *, wait: bool) -> list[dict[str, Any]]:
         """Return a record of every skipped step since the last call; on all ranks together.
 
-        Args:
-            wait: for the latest step too; without it, CUDA's is left for the next call.
+        Without `wait`, the latest step on CUDA is left for the next call.
         """
         found = []
         while self._measured:
@@ -194,7 +189,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self._launched = dist.launched()
+        self._launched = dist.world_size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ  # torchrun passes signals on
         self._immediately = False
         self._first: dict[int, float] = {}
         self._before: dict[int, Any] = {}

@@ -42,11 +42,6 @@ class ParameterGroup:
     parameters: Mapping[str, nn.Parameter]
     muon: MuonConfig | None = None
 
-    @property
-    def count(self) -> int:
-        """Number of scalars, over all ranks."""
-        return sum(p.numel() for p in self.parameters.values())
-
 
 def parameter_groups(
     module: nn.Module, weight_decay: float, layer_decay: float = 1.0, muon: MuonConfig | None = None
@@ -82,12 +77,9 @@ def parameter_groups(
 def build_optimizer(
     groups: Sequence[ParameterGroup], settings: Optimization, dtype: torch.dtype = torch.bfloat16
 ) -> torch.optim.Optimizer:
-    """Return fused AdamW over the groups, or Muon; the schedule sets the learning rate before every step.
+    """Return fused AdamW over the groups, or Muon, which orthogonalises in `dtype`.
 
-    Args:
-        groups: of parameters.
-        settings: of the optimizer.
-        dtype: in which Muon orthogonalises.
+    The schedule sets the learning rate before every step.
     """
     split: list[dict[str, Any]] = []  # one call of the fused kernel takes sharded tensors or whole ones
     for group in groups:
