@@ -89,11 +89,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint after verifying its checksums; no file of it can run code.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
+    """Open a checkpoint after verifying its checksums; CheckpointError if it is missing or damaged."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     try:
@@ -109,11 +105,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_newest(folder: Path) -> Checkpoint:
-    """Open the newest undamaged checkpoint in `folder`.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Open the newest undamaged checkpoint in `folder`; CheckpointError if there is none."""
     found, damaged = find_newest(folder)
     if found is None:
         raise no_undamaged(folder, damaged)
@@ -170,11 +162,7 @@ def own_part(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, list[int]
 
 
 def write_rank_file(folder: Path, part: Mapping[str, tuple[Tensor, list[int]]]) -> Path:
-    """Write this rank's tensors, already on the CPU, into a checkpoint's temporary folder; return the file.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
-    """
+    """Write this rank's tensors, already on the CPU, into a checkpoint's temporary folder; return the file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -190,11 +178,7 @@ def write_rank_file(folder: Path, part: Mapping[str, tuple[Tensor, list[int]]]) 
 
 
 def commit(folder: Path, temporary: Path, step: int, values: Mapping[str, Any]) -> Path:
-    """Turn a temporary folder that holds the files of all ranks into the checkpoint of `step`; one rank calls it.
-
-    Raises:
-        OSError: it cannot be written; older checkpoints stay.
-    """
+    """Turn a temporary folder that holds the files of all ranks into the checkpoint of `step`; one rank calls it."""
     files = {path.name: {"size": path.stat().st_size, "crc32": crc32(path)}
              for path in sorted(temporary.iterdir()) if _FILE.fullmatch(path.name)}
     content = {"step": step, "values": dict(values), "files": files}
@@ -223,11 +207,8 @@ class Saver:
     2. A thread of each rank writes it into a temporary folder that all ranks share, and marks its end.
     3. Rank 0's thread waits for all marks, adds `state.json` and renames the folder.
 
-    A failure on any rank leaves older checkpoints alone, and is returned by `failures`.
-
-    Args:
-        folder: of the checkpoints.
-        keep, keep_every: see `prune`.
+    A failure on any rank leaves older checkpoints alone, and is returned by `failures`. `keep` and `keep_every` as for
+    `prune`.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
@@ -241,8 +222,7 @@ class Saver:
     def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Begin to save a state; waits for the save before it."""
         self.wait()
-        part = {name: (self._copied(name, tensor), offset) for name, (tensor, offset) in
-                own_part(tensors).items()}
+        part = {name: (self._copied(name, tensor), offset) for name, (tensor, offset) in own_part(tensors).items()}
         self._writing = step, self._thread.submit(self._write, step, part, values)
 
     def wait(self) -> None:
@@ -303,11 +283,7 @@ class Saver:
 
 
 def _verify(path: Path) -> dict[str, Any]:
-    """Return the content of `state.json` after comparing all sizes and checksums.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError: something is missing or has changed.
-    """
+    """Return the content of `state.json` after comparing all sizes and checksums; any error says what is wrong."""
     content: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
     if content.pop("crc32") != _checksum(content):
         raise ValueError(f"{_STATE} has changed since it was written")

@@ -42,14 +42,11 @@ class Ema:
 
     @torch.no_grad()
     def update(self, momentum: float, skipped: Float[Tensor, ""] | None = None) -> None:
-        """Update the averages; call once after each optimizer step.
+        """Update the averages with momentum m; call once after each optimizer step.
 
-        Args:
-            momentum: m.
-            skipped: () float on the device, 1 if the optimizer step was skipped, which leaves the averages as they are,
-                else 0. None: the step was taken.
+        `skipped`, on the device, is 1 if the step was skipped, which leaves the averages as they are; else 0, or None.
         """
-        averages, online = [*map(local_shard, self._average)], [*map(local_shard, self._online)]
+        averages, online = list(map(local_shard, self._average)), list(map(local_shard, self._online))
         if skipped is None:
             weights: Any = 1.0 - momentum
         else:

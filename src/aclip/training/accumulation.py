@@ -41,7 +41,6 @@ def accumulate(
     held for the whole batch: little for features, more where a decoder reads patches.
 
     Args:
-        method: what is trained.
         batch: this rank's share of the step.
         micro_batch: samples in a part; the last may be smaller.
         masked, resolution: as for `Method.forward`.
@@ -96,8 +95,7 @@ def gradients_of(again: EncodedBatch, leaves: EncodedBatch, rows: slice) -> tupl
     outputs, gradients = [], []
     pairs: list[tuple[Any, Any, tuple[slice, ...]]] = [
         *((text, leaves.texts[name], (rows,)) for name, text in again.texts.items()),
-        *((views, leaves.passes[name], (slice(None), rows)) for name, views in again.passes.items()),
-    ]
+        *((views, leaves.passes[name], (slice(None), rows)) for name, views in again.passes.items())]
     for part, whole, index in pairs:
         for key in DIFFERENTIABLE[type(part)]:
             value, leaf = getattr(part, key), getattr(whole, key)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class BadSamples:
 
     def journal(self) -> dict[str, int]:
         """Journal what was met since the last call; return how many were met so far. All ranks call it."""
-        for record in (record for of_rank in dist.collect(self._met) for record in of_rank):
+        for record in chain.from_iterable(dist.collect(self._met)):
             if record["key"] not in self._known:
                 self._known.add(record["key"])
                 if dist.rank() == 0:

@@ -100,8 +100,8 @@ def _orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tens
         rows, columns = matrix.shape
         members.setdefault((min(rows, columns), max(rows, columns)), []).append(index)
     found: dict[int, Tensor] = {}
-    for indices in members.values():
-        wide = [matrices[i] if matrices[i].shape[0] <= matrices[i].shape[1] else matrices[i].mT for i in indices]
+    for (fewer, _), indices in members.items():
+        wide = [matrices[i] if matrices[i].shape[0] == fewer else matrices[i].mT for i in indices]
         for index, result in zip(indices, newton_schulz(torch.stack(wide), dtype).float(), strict=True):
             rows, columns = matrices[index].shape
             found[index] = result if rows <= columns else result.mT * (rows / columns) ** 0.5

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,15 +99,9 @@ SINKS: dict[str, Callable[[Path, int, Mapping[str, Any]], Sink]] = {
 
 
 class Sinks:
-    """All sinks of a run; none on other ranks than 0. One that fails is left out with a warning: training goes on.
+    """All sinks of a run (`loggers`); none on other ranks than 0. MissingDependencyError without the package of one.
 
-    Args:
-        config: its `loggers` names them.
-        folder: of the run.
-        step: optimizer steps done.
-
-    Raises:
-        MissingDependencyError: the package of one is not installed.
+    One that fails is left out with a warning: training goes on.
     """
 
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
@@ -124,20 +117,19 @@ class Sinks:
         """Take a record of metrics.jsonl; the parts of the loss are named loss/PART."""
         values = {name: value for name, value in record.items() if name not in ("step", "parts")}
         values |= {f"loss/{part}": value for part, value in record["parts"].items()}
-        for name, sink in list(self._open.items()):
-            self._attempt(name, partial(sink.log, record["step"], values))
+        self._each(lambda sink: sink.log(record["step"], values))
 
     def close(self) -> None:
         """Write what is still buffered."""
-        for name, sink in list(self._open.items()):
-            self._attempt(name, sink.close)
+        self._each(lambda sink: sink.close())
 
-    def _attempt(self, name: str, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # of any library, or a full disk
-            _log.warning("--loggers %s failed and is left out from here on: %s", name, error)
-            del self._open[name]
+    def _each(self, action: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._open.items()):
+            try:
+                action(sink)
+            except Exception as error:  # of any library, or a full disk
+                _log.warning("--loggers %s failed and is left out from here on: %s", name, error)
+                del self._open[name]
 
 
 def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
