@@ -136,10 +136,8 @@ def _sides(size: Any) -> dict[str, int]:
 
 
 def _mlp_and_norm(tower: Mapping[str, Any]) -> dict[str, Any]:
-    eps, hidden, width = tower["layer_norm_eps"], tower["intermediate_size"], tower["hidden_size"]
-    # open_clip rounds width x ratio down
-    ratio = hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
-    return {"mlp_ratio": ratio} | ({} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}})
+    eps = tower["layer_norm_eps"]
+    return {"mlp_ratio": siglip_model.mlp_ratio(tower)} | ({} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}})
 
 
 def _is_clips(folder: Path, vocabulary: int) -> bool:

@@ -139,9 +139,8 @@ def build(
     fresh = source.read is None and source.preprocess is None
     preprocess = merge_preprocess_dict(PreprocessCfg(), FRESH_PREPROCESS if fresh else source.preprocess)
     set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual.image_size)})
-    weights, image_only = None, False
-    if source.read is not None:
-        weights = source.read()
+    weights, image_only = source.read() if source.read is not None else None, False
+    if weights is not None:
         image_only = load_weights(model, weights.state, weights.origin)
         if image_only and with_text:
             logger.info("%s holds an image tower only: projection and text tower start fresh", weights.origin)
@@ -217,10 +216,8 @@ def _outline(config: str) -> nn.Module:
 def build_modules(config: Mapping[str, Any], *, own_weights: bool = False) -> nn.Module:
     """Build the modules of a config with fresh weights; raises as `shape_of`.
 
-    Args:
-        config: open_clip's `model_cfg`; `vision_cfg.act_kwargs` is that of a timm tower's GELU, too.
-        own_weights: whether a Hugging Face text tower, and a timm image tower with `timm_model_pretrained`, start from
-            their own weights.
+    With `own_weights`, a Hugging Face text tower and a timm image tower with `timm_model_pretrained` start from theirs.
+    `vision_cfg.act_kwargs` is that of a timm tower's GELU, too.
     """
     try:
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
@@ -264,10 +261,7 @@ def build_modules(config: Mapping[str, Any], *, own_weights: bool = False) -> nn
 def _mlp_width(mlp: nn.Module, width: int, attention: int = 0) -> int:
     """Return the hidden width of an MLP; of a gated one, that of the plain MLP with as many weights.
 
-    Args:
-        mlp: the MLP, or a block with `attention` square matrices besides.
-        width: of what it reads and returns.
-        attention: how many.
+    It reads and returns `width`, and may be a block with as many square matrices of `attention` besides.
     """
     return round(sum(p.numel() for p in mlp.parameters() if p.ndim == 2) / (2 * width)) - attention * width // 2
 
@@ -275,12 +269,7 @@ def _mlp_width(mlp: nn.Module, width: int, attention: int = 0) -> int:
 def _text_tower(name: str, *, weights: bool) -> str:
     """Return where a Hugging Face text tower is read: its folder, in the cache if it is there, or its name on the hub.
 
-    Args:
-        name: a folder, or a name on the hub, whose config is fetched if it is not cached.
-        weights: whether its weights are wanted, too.
-
-    Raises:
-        OSError: no network, no such name.
+    The config is fetched if it is not cached; OSError without a network. `weights`: whether they are wanted, too.
     """
     if Path(name).is_dir():
         return name

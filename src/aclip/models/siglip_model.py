@@ -63,7 +63,6 @@ def open_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     of_siglip_2 = text["vocab_size"] == 256_000
     own = any(folder.glob("tokenizer*")) or any(folder.glob("spiece.model"))
     hub = "timm/ViT-B-16-SigLIP2" if of_siglip_2 else "timm/ViT-B-16-SigLIP"
-    hidden, width = text["intermediate_size"], text["hidden_size"]
     return {
         "embed_dim": vision["hidden_size"],
         "custom_text": True,
@@ -71,14 +70,18 @@ def open_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "vision_cfg": {"timm_model_name": (exact or names)[0], "timm_model_pretrained": False, "timm_pool": "map",
                        "timm_proj": "none", "image_size": image_size, "act_kwargs": {"approximate": "tanh"}},
         "text_cfg": {
-            "context_length": text["max_position_embeddings"], "vocab_size": text["vocab_size"], "width": width,
-            "heads": text["num_attention_heads"], "layers": text["num_hidden_layers"],
-            # open_clip rounds width x ratio down
-            "mlp_ratio": hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width,
-            "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+            "context_length": text["max_position_embeddings"], "vocab_size": text["vocab_size"],
+            "width": text["hidden_size"], "heads": text["num_attention_heads"], "layers": text["num_hidden_layers"],
+            "mlp_ratio": mlp_ratio(text), "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
             "norm_kwargs": {"eps": text["layer_norm_eps"]}, "act_kwargs": {"approximate": "tanh"},
             "hf_tokenizer_name": str(folder) if own else hub, "tokenizer_kwargs": {"clean": "canonicalize"}},
     }
+
+
+def mlp_ratio(tower: Mapping[str, Any]) -> float:
+    """Return open_clip's `mlp_ratio` of a tower in transformers' names; open_clip rounds width x ratio down."""
+    hidden, width = tower["intermediate_size"], tower["hidden_size"]
+    return float(hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width)
 
 
 _NAMES = (
@@ -111,22 +114,21 @@ def to_open_clip(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Tens
 
     Names that they do not have are passed on unchanged, for `load_state_dict` to report.
     """
-    renamed: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if ".self_attn.q_proj." in name:
-            tensor = torch.cat([state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
-            renamed[_renamed(name.replace("q_proj", "qkv"))] = tensor
+            thirds = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            found[name.replace("q_proj", "qkv")] = torch.cat(thirds)
         elif match := re.fullmatch(r"(vision_model\.head\.attention\.)in_proj_(weight|bias)", name):
             third = tensor.shape[0] // 3
-            renamed[_renamed(f"{match[1]}q.{match[2]}")], renamed[_renamed(f"{match[1]}kv.{match[2]}")] = (
-                tensor[:third], tensor[third:])
+            found[f"{match[1]}q.{match[2]}"], found[f"{match[1]}kv.{match[2]}"] = tensor[:third], tensor[third:]
         elif name == "vision_model.embeddings.patch_embedding.weight" and tensor.ndim == 2:
-            renamed[_renamed(name)] = tensor.unflatten(1, (patch_size, patch_size, -1)).permute(0, 3, 1, 2)
+            found[name] = tensor.unflatten(1, (patch_size, patch_size, -1)).permute(0, 3, 1, 2)
         elif name == "vision_model.embeddings.position_embedding.weight":
-            renamed[_renamed(name)] = tensor[None]
+            found[name] = tensor[None]
         elif ".self_attn.k_proj." not in name and ".self_attn.v_proj." not in name and "position_ids" not in name:
-            renamed[_renamed(name)] = tensor
-    return renamed
+            found[name] = tensor
+    return {_renamed(name): tensor for name, tensor in found.items()}
 
 
 def _renamed(name: str) -> str:

@@ -124,8 +124,8 @@ def text_tower_of(model: nn.Module) -> Any:
 
 def stack_of_open_clip(model: nn.Module) -> nn.Module | None:
     """Return the stack of blocks that open_clip itself runs, that of a text tower that cannot be cut, or None."""
-    has_text = hasattr(getattr(model, "text", model), "context_length")
-    return None if not has_text or can_cut(model) else getattr(text_tower_of(model), "transformer", None)
+    tower = getattr(model, "text", model)
+    return getattr(tower, "transformer", None) if hasattr(tower, "context_length") and not can_cut(model) else None
 
 
 def logit_scale_of(model: nn.Module) -> nn.Parameter:

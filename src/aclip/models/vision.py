@@ -69,7 +69,6 @@ def encode_image(
         raise UnsupportedModelError(NO_ATTENTION_SCORES)
     x, rotary = embed_tokens(vit, pixels, keep_indices, mask_token)
     num_tokens, first_patch = x.shape[1], vit.num_prefix_tokens
-
     reads_all = return_patches or not vit.reads_first
     first = None if reads_all else torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     x, rows = run_blocks(vit.stack, x, first, score=vit.block_score if return_scores else None, rotary=rotary)
@@ -80,25 +79,21 @@ def encode_image(
 
 
 def embed_tokens(
-    vit: "Vit",
-    pixels: Float[Tensor, "B 3 h w"],
-    keep_indices: Int[Tensor, "B K"] | None = None,
+    vit: "Vit", pixels: Float[Tensor, "B 3 h w"], keep_indices: Int[Tensor, "B K"] | None = None,
     mask_token: Float[Tensor, " C"] | None = None,
 ) -> tuple[Float[Tensor, "B L C"], Sequence[Tensor] | None]:
     """Return what the blocks read: class token and registers, then the patches; and their rotations, for `run_blocks`.
 
     Arguments are those of `encode_image`.
     """
-    x = _embed_patches(vit, pixels, keep_indices, mask_token)
-    tokens = torch.cat([vit.prefix().to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
     grid = grid_of((pixels.shape[-2], pixels.shape[-1]), vit.patch_size)
+    x = _embed_patches(vit, pixels, grid, keep_indices, mask_token)
+    tokens = torch.cat([vit.prefix().to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
     return vit.norm_before(tokens), vit.rotary_at(grid, keep_indices if mask_token is None else None)
 
 
 def _embed_patches(
-    vit: "Vit",
-    pixels: Float[Tensor, "B 3 h w"],
-    keep_indices: Int[Tensor, "B K"] | None,
+    vit: "Vit", pixels: Float[Tensor, "B 3 h w"], grid: tuple[int, int], keep_indices: Int[Tensor, "B K"] | None,
     mask_token: Float[Tensor, " C"] | None,
 ) -> Float[Tensor, "B M C"]:
     """Cut images into patches, drop those not kept, embed the rest and add their positions.
@@ -107,7 +102,6 @@ def _embed_patches(
     patch. M is K, or N if a mask token fills the gaps.
     """
     conv, patch = vit.patch_embedding, vit.patch_size
-    grid = grid_of((pixels.shape[-2], pixels.shape[-1]), patch)
     cells = pixels.reshape(pixels.shape[0], -1, grid[0], patch[0], grid[1], patch[1]).permute(0, 2, 4, 1, 3, 5)
     positions = vit.positions_at(grid)
     if keep_indices is None and mask_token is not None:  # explicit, so that the mask token's gradient is 0, not None
