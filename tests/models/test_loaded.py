@@ -173,7 +173,7 @@ def test_wrong_arguments_are_refused(model, paths, run):
         (lambda: aclip.load(run, weights="averaged"), "'online' or 'ema'"),
         (lambda: aclip.load(run / "final", weights="ema"), "is not a run that has any"),
         (lambda: aclip.load("vit-micro", weights="ema"), "is not a run that has any"),
-        (lambda: aclip.load(run, device="cuda:77"), "there is no device 'cuda:77'"),
+        (lambda: aclip.load(run, device="cuda:77"), "device 'cuda:77' is not available"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             call()

@@ -23,6 +23,7 @@ from aclip.data import CaptionTokenizer, decode_image
 from aclip.data.decode import as_rgb
 from aclip.data.evaluation_set import limit_aspect
 from aclip.data.workers import read_ahead
+from aclip.devices import choose_device
 from aclip.errors import BadSampleError, CheckpointError, ConfigError, DataError
 from aclip.masking import AttentiveMasking, Keep, MaskingContext
 from aclip.models import loading
@@ -224,7 +225,7 @@ def load(
         name: a run folder (its `final/`, or its newest undamaged checkpoint before it is finished), a folder with
             `open_clip_config.json`, an open_clip name, NAME:FILE, and more: see `aclip.models.resolve_source`.
         weights: "ema" takes the newest undamaged checkpoint of a run, with the EMA of its image tower.
-        device: "cpu", "cuda", "cuda:1", "mps".
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
 
     Raises:
         ConfigError: an unknown name or device, or "ema" of something that is not a run.
@@ -237,17 +238,14 @@ def load(
     """
     if weights not in ("online", "ema"):
         raise ConfigError(f"weights are 'online' or 'ema', not {weights!r}")
+    where = choose_device(str(device))
     source = loading.resolve_source(name, weights)
     if source.read is None:
         logger.warning("'%s' is an architecture without weights: its features mean nothing yet", name)
     model, origin = loading.build(source, with_text=None)
-    loaded = LoadedModel(
+    return LoadedModel(
         model, tokenizer_of(source), name=f"'{name}'", step=origin.step if origin else None,
-        samples_seen=origin.samples_seen if origin else None).eval()
-    try:
-        return loaded.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"there is no device '{device}' here: {str(error).splitlines()[0]}") from error
+        samples_seen=origin.samples_seen if origin else None).eval().to(where)
 
 
 def tokenizer_of(model: str | Path | Source | Mapping[str, Any]) -> Tokenizer:
@@ -289,17 +287,14 @@ class CachingTokenizer(SimpleTokenizer):  # type: ignore[misc]  # open_clip has 
     cache: dict[str, str]
 
     def __init__(self, *, clean: str = "lower", **options: Any) -> None:
-        """Take the options of `SimpleTokenizer`."""
         super().__init__(clean=clean, **options)
         self._lower = clean == "lower"
         self._special = dict(self.cache)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without start and end tokens."""
-        if self._lower and text.isascii() and text.isprintable() and "&" not in text:
-            text = text.lower()
-        else:
-            text = self.clean_fn(text)
+        plain = self._lower and text.isascii() and text.isprintable() and "&" not in text
+        text = text.lower() if plain else self.clean_fn(text)
         return [token for word in text.split() for token in self._encode_word(word)]
 
     @functools.lru_cache(maxsize=10_000)  # noqa: B019  # some 3 MB, shared by the few tokenizers of a process
