@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (with the checkpoint saved).
 """
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -192,8 +193,11 @@ def _train(given: list[str]) -> Any:
     from aclip.recipes import configure
 
     given, changes = take_paths(given, prefix="recipe.")
-    given, resume = take_optional(given, "--resume", "")
-    given, steps = take_optional(given, "--overfit-one-batch", "100")
+    optional = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # options whose value may be left out
+    optional.add_argument("--resume", nargs="?", const="")
+    optional.add_argument("--overfit-one-batch", nargs="?", const="100")
+    taken, given = optional.parse_known_args(given)
+    resume, steps = taken.resume, taken.overfit_one_batch
     settings = _call(dict, _settings_of_run(), given, "aclip train", _arguments_of_run(), TRAIN)
     if resume is not None:  # what is not given stays as it was
         named = {word[2:].partition("=")[0].removeprefix("no-").replace("-", "_")
@@ -305,20 +309,6 @@ def take_paths(given: Sequence[str], prefix: str = "") -> tuple[list[str], dict[
         else:
             rest.append(word)
     return rest, paths
-
-
-def take_optional(given: Sequence[str], option: str, bare: str) -> tuple[list[str], str | None]:
-    """Split an option whose value may be left out from the rest; `bare` is its value then, None without the option."""
-    rest, value = list(given), None
-    for index, word in enumerate(given):
-        if word.startswith(option + "="):
-            value = word.partition("=")[2]
-            rest = [*given[:index], *given[index + 1:]]
-        elif word == option:
-            follows = index + 1 < len(given) and not given[index + 1].startswith("--")
-            value = given[index + 1] if follows else bare
-            rest = [*given[:index], *given[index + (2 if follows else 1):]]
-    return rest, value
 
 
 def join_repeated(given: Sequence[str], lists: Sequence[str]) -> list[str]:

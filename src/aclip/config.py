@@ -411,12 +411,10 @@ class RunConfig:
             raise ConfigError("data is missing: name a source of image-text pairs")
         if self.unmasked_lr != 1.0 and self.unmasked_tuning == 0.0:
             raise ConfigError("unmasked_lr has no effect without unmasked_tuning, the fraction of unmasked steps")
-        if self.teacher is not None and not self.recipe.uses_frozen:
-            raise ConfigError(f"teacher has no effect: recipe '{self.recipe.name}' has no frozen encoder; choose one "
-                              "that has, such as distill")
-        if self.teacher_features is not None and not self.recipe.uses_frozen:
-            raise ConfigError(f"teacher_features has no effect: recipe '{self.recipe.name}' has no frozen encoder; "
-                              "choose one that has, such as distill")
+        for name in ("teacher", "teacher_features"):
+            if getattr(self, name) is not None and not self.recipe.uses_frozen:
+                raise ConfigError(f"{name} has no effect: recipe '{self.recipe.name}' has no frozen encoder; choose "
+                                  "one that has, such as distill")
         if self.early_stop and self.keep_best is None:
             raise ConfigError("early_stop watches the metric of keep_best: add --keep-best SET, the name of a "
                               "validation set")
@@ -440,13 +438,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build a config from JSON values; the inverse of `to_dict`.
 
-    Args:
-        cls: a config class.
-        values: its fields.
-        where: what the values are, for the error message, e.g. a file's name.
-
     Raises:
-        ConfigError: an unknown field, with the closest that exists, or a wrong value.
+        ConfigError: an unknown field, with the closest that exists, or a wrong value; its message begins with `where`.
     """
     try:
         return TypeAdapter(cls).validate_python(dict(values))

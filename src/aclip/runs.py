@@ -279,12 +279,12 @@ def _explained(hint: str, kind: type[AclipError], resumed: bool) -> Iterator[Non
 def _check_same_data(folder: RunFolder, config: RunConfig, num_pairs: int, sizes: dict[str, int]) -> None:
     """Refuse to resume on pairs that have grown, shrunk or are mixed otherwise: their order would be another."""
     before = folder.read_json("config.json")
-    known = {"the data": before.get("num_pairs")} | {
-        f"held-out set '{name}'": size for name, size in before.get("held_out_pairs", {}).items()}
-    for what, size in {"the data": num_pairs, **{f"held-out set '{name}'": n for name, n in sizes.items()}}.items():
-        if known.get(what) not in (None, size):
-            raise ConfigError(f"{what} of {folder.path} had {known[what]:,} pairs when the run was started and has "
-                              f"{size:,} now: put it back to resume, or start a new run")
+    known = before.get("held_out_pairs", {})
+    for what, then, now in (("the data", before.get("num_pairs"), num_pairs),
+                            *((f"held-out set '{name}'", known.get(name), size) for name, size in sizes.items())):
+        if then not in (None, now):
+            raise ConfigError(f"{what} of {folder.path} had {then:,} pairs when the run was started and has {now:,} "
+                              "now: put it back to resume, or start a new run")
     if data.weights_of(folder.config().data) != data.weights_of(config.data):
         raise ConfigError(f"--data names other sources or weights than the run in {folder.path} was started with: on "
                           "resume the same sources may lie elsewhere, with the same weights")
@@ -322,8 +322,7 @@ def _finish(trainer: Trainer, model: models.LoadedModel, folder: RunFolder, cons
                       f"model: {folder.best}", markup=False, soft_wrap=True)
     bad = [(record["key"], record["reason"]) for record in folder.records("skipped")]
     if bad:
-        console.print(f"{name_skipped(bad)}; all in {folder.path}/skipped.jsonl", markup=False,
-                      soft_wrap=True)
+        console.print(f"{name_skipped(bad)}; all in {folder.path}/skipped.jsonl", markup=False, soft_wrap=True)
     report = write_report(folder.path)
     console.print(f"done. model: {folder.final}  report: {report}", markup=False, soft_wrap=True)
 
