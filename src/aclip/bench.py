@@ -218,10 +218,9 @@ def _encodings(
     calls: dict[Encoding, Callable[[], object]] = {}
     for batch_size in batch_sizes:
         pixels = torch.rand(batch_size, 3, *model.image_size, device=device)
+        context = MaskingContext(batch_size, grid, device)
         for fraction in keep:
-            kept = None
-            if fraction < 1:
-                kept = UniformMasking(mask_ratio=1 - fraction)(MaskingContext(batch_size, grid, device))
+            kept = UniformMasking(mask_ratio=1 - fraction)(context) if fraction < 1 else None
             with torch.inference_mode():
                 tokens = models.encode_image(visual, pixels, kept).num_tokens
             calls[Encoding("images", fraction, tokens, batch_size)] = partial(models.encode_image, visual, pixels, kept)
@@ -291,12 +290,9 @@ def synthetic_batch(
     `DIFFERENT_CROPS`, and synthetic captions.
 
     Args:
-        plan: says which views there are, and how large.
-        batch_size: pairs.
         text_tokens: mean length of the captions, see `caption_lengths`.
         cut_text: whether text is cut after its longest caption, where the tower allows it, or padded to full context.
         augmented: whether the recipe's colour augmentation is drawn, to be applied within the step.
-        seed: of everything in it.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = plan.shape

@@ -135,9 +135,8 @@ def hardware() -> Iterator[Finding]:
 def optional_packages() -> Iterator[Finding]:
     """Yield the extras, what they are for, and which of their packages are missing."""
     for extra, packages in _requirements().items():
-        absent = [name for name in packages if not _version(name)]
-        purpose = FEATURES.get(extra, extra)
-        if not extra or extra == "test":
+        absent, purpose = [name for name in packages if not _version(name)], FEATURES.get(extra, extra)
+        if extra in ("", "test"):
             continue
         if absent:
             yield Finding(extra, f"{', '.join(absent)} missing, for {purpose}", "note",
@@ -180,17 +179,14 @@ def backends() -> Iterator[Finding]:
 
 def self_test(device: torch.device) -> Iterable[Finding]:
     """Yield whether a training step and the encoding of an image work, with their time."""
-    yield _tried("one training step", lambda: _train_step(device))
-    yield _tried("one image encoded", lambda: _encode_image(device))
-
-
-def _tried(what: str, attempt: Callable[[], str]) -> Finding:
-    begun = time.perf_counter()
-    try:
-        said = attempt()
-    except Exception as error:  # whatever goes wrong is what the user wants to know
-        return Finding(what, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "error")
-    return Finding(what, f"{said}, {time.perf_counter() - begun:.1f} s")
+    for what, attempt in (("one training step", _train_step), ("one image encoded", _encode_image)):
+        begun = time.perf_counter()
+        try:
+            said = attempt(device)
+        except Exception as error:  # whatever goes wrong is what the user wants to know
+            yield Finding(what, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "error")
+        else:
+            yield Finding(what, f"{said}, {time.perf_counter() - begun:.1f} s")
 
 
 def _train_step(device: torch.device) -> str:

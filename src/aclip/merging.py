@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,21 +110,15 @@ def mix(states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict
             mixed[name] = like.clone()
             continue
         terms = [share * state[name].double() for state, share in zip(states, shares, strict=True) if share]
-        total = terms[0]  # not 0 + terms[0], which would turn -0 into 0
-        for term in terms[1:]:
-            total = total + term
-        mixed[name] = total.to(like.dtype)
+        mixed[name] = functools.reduce(operator.add, terms).to(like.dtype)  # not sum: 0 + -0 is 0
     return mixed
 
 
 def check_same(first: LoadedModel, other: LoadedModel) -> None:
-    """Refuse a model whose weights mean something else in the modules of the first.
+    """Refuse, by a ConfigError, a model whose weights mean something else in the modules of the first.
 
     Names and shapes must agree, pixels and token ids of the same images and captions too, and the weights of `other`
     must compute the same features in a copy of the first one's modules.
-
-    Raises:
-        ConfigError: they differ; the message says in what.
     """
     import torch
 
@@ -159,9 +155,7 @@ def check_same(first: LoadedModel, other: LoadedModel) -> None:
 def best_alpha(points: Sequence[Mapping[str, float]], lose: float) -> float:
     """Return the alpha that is best on the new set among those that lose at most `lose` points of alpha 0's on the old.
 
-    Args:
-        points: "alpha" from 0 up, "old" and "new", fractions.
-        lose: percentage points.
+    `points` hold "alpha" from 0 up, "old" and "new", fractions.
     """
     least = points[0]["old"] - lose / 100 - 1e-9  # rounding is no loss
     return max((point for point in points if point["old"] >= least), key=lambda point: point["new"])["alpha"]
@@ -178,7 +172,7 @@ def _check_arguments(names: list[str], output: Path, alpha: float | str | None, 
         raise ConfigError("--evaluate is for --alpha sweep; a merged model is measured by aclip evaluate")
     if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
         raise ConfigError(f"alpha is the share of the second model, from 0 to 1, not {alpha:g}")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists already: choose another --output")
 
 
@@ -186,8 +180,7 @@ def _sweep(
     model: LoadedModel, states: list[dict[str, Tensor]], specs: Names, evaluator: str, lose: float, device: str,
     workers: int | None, console: Any,
 ) -> dict[str, Any]:
-    """Measure every alpha, printing a line each; leaves other weights in `model`. Return the frontier as JSON values.
-    """
+    """Measure every alpha, printing a line each, with its weights in `model`; return the frontier as JSON values."""
     from rich.console import Console
 
     from aclip.data import suitable_workers
@@ -201,18 +194,15 @@ def _sweep(
                           f"{', '.join(name for name in EVALUATORS if not is_probe(name))}")
     instances: list[Evaluator] = select_for_model(build_evaluators([evaluator]), model, by_default=False)
     sets: list[HeldOut] = open_sets([str(spec) for spec in specs])
-    chosen = choose_device(device)
-    old, new = (held.name for held in sets)
-    width = max(len(old), len(new), 8)
+    chosen, (old, new) = choose_device(device), (held.name for held in sets)
+    width, metric = max(len(old), len(new), 8), PRIMARY.get(evaluator)
     points: list[dict[str, float]] = []
-    metric = PRIMARY.get(evaluator)
     for alpha in ALPHAS:
         model.cpu().model.load_state_dict(mix(states, (1 - alpha, alpha)))
         shown = console if alpha == 0 else Console(quiet=True)  # counts and skipped images are the same each time
         results: list[Result] = evaluate_sets(model.to(chosen), sets, instances, None, shown, step=0, samples_seen=0,
                                               device=chosen, workers=suitable_workers(chosen, workers))
-        if metric is None:
-            metric = results[0].metric
+        metric = metric or results[0].metric
         value = {result.set: result.value for result in results if result.metric == metric}
         if alpha == 0:
             console.print(f"alpha  {old:>{width}}  {new:>{width}}  ({metric})", markup=False)
