@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from aclip.data.sources.image_files import ENDINGS, looks_embedded
+from aclip.data.sources.image_files import DOWNLOAD, ENDINGS, looks_embedded
 from aclip.data.spec import Spec, as_named
 from aclip.errors import BadSampleError, ConfigError, unknown_name
 
@@ -35,12 +35,13 @@ LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name", "spec
 
 OPTIONS = ("image", "caption", "tags", "label")  # the options of a specification that name columns
 MAX_STORED = 20_000  # characters of a caption that are kept; ten times what is tokenised
-DOWNLOAD = "download the images first, for example with img2dataset, whose shards are read as they are"
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _IMAGE_NAME = re.compile(rf"\w\.({'|'.join(sorted(ENDINGS))})(#\d+)?$", re.IGNORECASE)
 _WHOLE_FLOAT = re.compile(r"^(-?\d+)\.0+$")
 _IDS = ("id", "image_id", "imageid", "img_id", "photo_id", "images")
+_TEXTS = ("caption", "raw", "text", "value", "content", "sentence", "title", "label")  # keys of an object's text
+_PATHS = ("path", "file_name", "filename", "url", "src", "id")  # likewise of what names an image
 _PROSE = 1.5  # words of a typical caption where no column is named like one
 
 
@@ -95,9 +96,6 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(text for item in value for text in texts(item)) if isinstance(value, list | tuple) else ()
 
 
-_TEXTS = ("caption", "raw", "text", "value", "content", "sentence", "title", "label")
-
-
 def _listed(value: str) -> list[str] | None:
     """Return the strings in a string that is a JSON or Python list of strings; None: it is not."""
     if value[:2] in ('["', "['") and value.rstrip().endswith("]"):
@@ -132,9 +130,6 @@ def image_cell(value: Any) -> str:
     return "".join(texts(value))
 
 
-_PATHS = ("path", "file_name", "filename", "url", "src", "id")
-
-
 def json_object(data: bytes | str) -> dict[str, Any]:
     """Return the object in a JSON file that describes one image."""
     try:
@@ -159,13 +154,7 @@ def row_of(fields: Mapping[str, Any], columns: Columns) -> Row:
 
 
 def settle_columns(spec: Spec, header: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> Columns:
-    """Return the columns that a specification of a list names, else those that names and content tell.
-
-    Args:
-        spec: of the list; exact names win over commas and %XX.
-        header: all names of fields.
-        sample: the first rows.
-    """
+    """Return the columns that a list's specification names, else those that all names and the first rows tell."""
     named = spec.options.keys() & set(OPTIONS)
     columns = _chosen(spec, header) if named else _guess(spec, header, sample)
     for column in columns.names():

@@ -22,6 +22,7 @@ from aclip.errors import BadSampleError
 ENDINGS = IMAGE_EXTENSIONS | HEIC_EXTENSIONS
 """Endings, lower case and without the dot, by which names of images are known."""
 
+DOWNLOAD = "download the images first, for example with img2dataset, whose shards are read as they are"
 _MOST_FOLDERS, _MOST_FILES = 200, 1_000_000  # beside a list, and below it, among which its images are sought
 _OF_LISTS = ("annotations", "annotation", "captions", "labels", "meta", "metadata", "lists")  # folders beside images
 _DRIVE = re.compile(r"^[A-Za-z]:[\\/]|^[\\/]{2}")
@@ -217,8 +218,4 @@ def read_image(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadSampleError(f"cannot read the image file: {reason}: {full_path(path)}") from error
-
-
-def full_path(path: Path) -> str:
-    return printable(str(path.absolute()))
+        raise BadSampleError(f"cannot read the image file: {reason}: {printable(str(path.absolute()))}") from error

@@ -4,25 +4,16 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
 from aclip.data.sources.base import PackedStrings, RawSample, Source, Summary, digest_of, evenly, printable
-from aclip.data.sources.columns import (
-    DOWNLOAD,
-    MAX_STORED,
-    OPTIONS,
-    Columns,
-    Row,
-    image_cell,
-    row_of,
-    settle_columns,
-    texts,
-)
+from aclip.data.sources.columns import MAX_STORED, OPTIONS, Columns, Row, image_cell, row_of, settle_columns, texts
 from aclip.data.sources.folder import SPLIT_NAMES
-from aclip.data.sources.image_files import ImageFiles, embedded_image, is_address, looks_embedded, read_image
+from aclip.data.sources.image_files import DOWNLOAD, ImageFiles, embedded_image, is_address, looks_embedded, read_image
 from aclip.data.sources.records import Fields, Found, ListFile, choose_split, open_list
 from aclip.data.spec import Spec
 from aclip.errors import BadSampleError, ConfigError, DataError
@@ -46,7 +37,7 @@ class ListSource(Source):
         """Keep `rows`, whose images `files` finds, or `embedded` reads as base64 from a place in the list."""
         self.spec = spec
         self._files, self._notes = files, list(notes)
-        self._embedded: Callable[[int], str] | None = None
+        self._embedded: Callable[[int], str] | None = None  # only where needed: it may hold a whole document
         self._images, self._captions, self._tags, self._labels = (PackedStrings() for _ in range(4))
         self._problems: dict[int, str] = {}
         self._numbers: np.ndarray | None = None  # of each sample's first row, where images repeat
@@ -62,10 +53,10 @@ class ListSource(Source):
             usable = image and not row.problem
             if not usable:
                 self._problems[number] = row.problem or "missing image path"
-            in_list = image[:1] == _PLACE
-            if in_list:
-                self._embedded = embedded  # not for other lists: it holds the records of a JSON document
-            keys.append(hash(_identity(image, base)) if usable and not in_list else number)
+            if image.startswith(_PLACE):
+                self._embedded = embedded
+                usable = False  # no path to merge rows by
+            keys.append(hash(_identity(image, base)) if usable else number)
         if not keys:
             raise DataError(f"{spec} holds no rows")
         if long:
@@ -211,7 +202,8 @@ def open_list_source(path: Path, spec: Spec) -> ListSource:
     if wanted:
         found = (one for one in found if isinstance(one.fields, str) or split_of(one.fields) in wanted)
     files = ImageFiles(path.parent, spec.folder("images"), (path.stem.rpartition("_")[2].lower(),))
-    return ListSource(str(path), _rows(found, columns), files, notes=notes, embedded=_Embedded(file, columns.image))
+    embedded = partial(_read_embedded, file.rows, columns.image)
+    return ListSource(str(path), _rows(found, columns), files, notes=notes, embedded=embedded)
 
 
 def _rows(records: Iterable[Found], columns: Columns) -> Iterator[Row]:
@@ -227,18 +219,13 @@ def _rows(records: Iterable[Found], columns: Columns) -> Iterator[Row]:
             yield row._replace(image=name) if numbered else row
 
 
-class _Embedded:
-    """Reads the image in base64 of the row at a place in a list."""
-
-    def __init__(self, file: ListFile, column: str) -> None:
-        self._rows, self._column = file.rows, column
-
-    def __call__(self, offset: int) -> str:
-        try:
-            fields = next(self._rows(offset=offset)).fields
-        except (OSError, StopIteration) as error:
-            raise BadSampleError(f"cannot read the list: {error}") from error
-        return "" if isinstance(fields, str) else str(fields.get(self._column, "")).strip()
+def _read_embedded(rows: Callable[..., Iterator[Found]], column: str, offset: int) -> str:
+    """Return the image in base64 of the row at a place in a list."""
+    try:
+        fields = next(rows(offset=offset)).fields
+    except (OSError, StopIteration) as error:
+        raise BadSampleError(f"cannot read the list: {error}") from error
+    return "" if isinstance(fields, str) else str(fields.get(column, "")).strip()
 
 
 def _splits(file: ListFile, image: str, split: str | None, notes: list[str]
@@ -296,19 +283,16 @@ def _open_stored(file: ListFile) -> ListSource | None:
     rows = (row._replace(captions=tuple(said.get(row.label, ())), label="")
             for row in _rows(images.rows(), Columns(image, (), label=key)))
     notes = (f"images in base64 from {images.path.name}, captions from {captions.path.name}",)
-    return ListSource(str(file.path), rows, ImageFiles(folder), notes=notes, embedded=_Embedded(images, image))
+    embedded = partial(_read_embedded, images.rows, image)
+    return ListSource(str(file.path), rows, ImageFiles(folder), notes=notes, embedded=embedded)
 
 
 def _join(strings: Sequence[str]) -> str:
-    if len(strings) < 2:  # most rows have one caption and no tags
-        return _storable(strings[0].replace(_BETWEEN, " ")) if strings else ""
-    return _BETWEEN.join(_storable(string.replace(_BETWEEN, " ")) for string in strings)
+    return _storable(_BETWEEN.join(string.replace(_BETWEEN, " ") for string in strings))
 
 
 def _storable(string: str) -> str:
     """Return the string with halves of surrogate pairs replaced, which JSON can hold and UTF-8 cannot."""
-    if string.isascii():
-        return string
     try:
         string.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:

@@ -42,6 +42,7 @@ _PRIMARY = frozenset(("image", "img", "input", "rgb", "photo", "picture", "sourc
 _NAMINGS = (0, 1, 2)  # words of an ending, counted from the back; 0: all after the first dot, as WebDataset has it
 
 _Members = list[tuple[str, int, int]]  # name, offset, size
+_Sample = dict[str, tuple[int, int]]  # the members of one name: ending -> offset, size
 
 
 class Endings(NamedTuple):
@@ -76,13 +77,13 @@ def cached_path(kind: str, address: str, ending: str = "") -> Path:
 def index_shard(
     path: Path, endings: Endings = UNDERSTOOD, *, address: str | None = None, version: str | None = None
 ) -> ShardIndex:
-    """Read and cache the index of a shard.
+    """Read and cache the index of a shard; of a truncated one the readable part is indexed, and `damage` says so.
 
-    Of a truncated shard the readable part is indexed, and `damage` says so. The index is cached under the `address`
-    and `version`, by default the absolute path, and the shard's size and time of change.
+    It is cached under the `address` and `version`, by default the absolute path, and the shard's size and time of
+    change.
     """
     try:
-        version = version or version_of(path)
+        version = version or _version_of(path)
         index = _as_samples(*_read_headers(path), endings)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
@@ -98,7 +99,15 @@ def index_shard(
     return index
 
 
-def version_of(path: Path) -> str:
+def local_index(path: Path, endings: Endings) -> ShardIndex | None:
+    """Return the cached index of a shard on this machine, or None if there is none of its present version."""
+    try:
+        return cached_index(str(path.absolute()), endings, _version_of(path))
+    except OSError:
+        return None
+
+
+def _version_of(path: Path) -> str:
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -169,33 +178,25 @@ def _as_samples(members: _Members, damage: str, endings: Endings) -> ShardIndex:
     have dots of their own, as in `22.00.jpg`, `22.00.txt`, `22.01.jpg`.
     """
     with_dots = any(name.rpartition("/")[2].count(".") > 1 for name, *_ in members)
-    namings = (_grouped(members, words, endings) for words in (_NAMINGS if with_dots else _NAMINGS[:1]))
-    samples, repeated = max(namings, key=lambda naming: _score(naming[0]))
+    namings = [_grouped(members, words) for words in (_NAMINGS if with_dots else _NAMINGS[:1])]
+    samples, repeated = max(namings, key=lambda naming: _score(naming[0], endings)) if with_dots else namings[0]
     used, unused, rivals = Counter[str](), Counter[str](), Counter[str]()
+    rows = []
     for sample in samples.values():
-        image = sample.chosen[0]
-        spare = [ending for ending in sample.members if _role(ending, endings)[0] == 0 and ending != image]
+        image, *_ = chosen = _chosen(sample, endings)
+        spare = [ending for ending in sample if _role(ending, endings)[0] == 0 and ending != image]
         unused.update(spare)
         if image is not None:
             used[image] += 1
             rivals.update(one for one in spare if _role(one, endings) == _role(image, endings))
-    rows = [[(ABSENT, 0) if ending is None else sample.members[ending] for ending in sample.chosen]
-            for sample in samples.values()]
+        rows.append([(ABSENT, 0) if ending is None else sample[ending] for ending in chosen])
     return ShardIndex(
         PackedStrings(samples), np.array(rows, dtype=np.int64).reshape(-1, len(ROLES), 2), damage, repeated,
         dict(used.most_common(9)), dict(unused.most_common(9)), sorted(dict(rivals.most_common(9))),
     )  # fmt: skip
 
 
-class _Sample:
-    """The members of one name: offset and size by ending."""
-
-    def __init__(self) -> None:
-        self.members: dict[str, tuple[int, int]] = {}
-        self.chosen: list[str | None] = [None] * len(ROLES)  # ending for each role
-
-
-def _grouped(members: _Members, words: int, endings: Endings) -> tuple[dict[str, _Sample], int]:
+def _grouped(members: _Members, words: int) -> tuple[dict[str, _Sample], int]:
     """Return samples by name, and how many members repeat a name; files whose name starts with a dot are left out."""
     samples: dict[str, _Sample] = {}
     repeated = 0
@@ -208,21 +209,23 @@ def _grouped(members: _Members, words: int, endings: Endings) -> tuple[dict[str,
         ending = ".".join(parts[split:]).lower()
         if not parts[0] or not ending or _role(ending, UNDERSTOOD)[0] is None:
             continue
-        sample = samples.setdefault(folder + slash + ".".join(parts[:split]), _Sample())
-        repeated += ending in sample.members
-        sample.members.setdefault(ending, (offset, size))
-    for sample in samples.values():
-        best = sorted((rank, ending, role) for ending in sample.members
-                      for role, rank in [_role(ending, endings)] if role is not None and rank >= 0)
-        for _, ending, role in reversed(best):
-            sample.chosen[role] = ending
+        sample = samples.setdefault(folder + slash + ".".join(parts[:split]), {})
+        repeated += ending in sample
+        sample.setdefault(ending, (offset, size))
     return samples, repeated
 
 
-def _score(samples: Mapping[str, _Sample]) -> tuple[int, int]:
+def _chosen(sample: _Sample, endings: Endings) -> list[str | None]:
+    """Return the ending of a sample's member for each role."""
+    ranked = sorted((_role(ending, endings)[1], ending) for ending in sample)
+    return [next((ending for rank, ending in ranked if rank >= 0 and _role(ending, endings)[0] == role), None)
+            for role in range(len(ROLES))]
+
+
+def _score(samples: Mapping[str, _Sample], endings: Endings) -> tuple[int, int]:
     """Return how many samples have an image with a companion, and if none has, how many have an image."""
-    images = [sample.chosen for sample in samples.values() if sample.chosen[0] is not None]
-    pairs = sum(any(others) for _, *others in images)
+    images = [others for image, *others in (_chosen(sample, endings) for sample in samples.values()) if image]
+    pairs = sum(map(any, images))
     return pairs, 0 if pairs else len(images)
 
 

@@ -23,16 +23,7 @@ from aclip.data.sources.base import (
     relative_names,
 )
 from aclip.data.sources.columns import json_object, label_of, texts
-from aclip.data.sources.shard_index import (
-    ABSENT,
-    ROLES,
-    UNDERSTOOD,
-    Endings,
-    ShardIndex,
-    cached_index,
-    index_shard,
-    version_of,
-)
+from aclip.data.sources.shard_index import ABSENT, ROLES, UNDERSTOOD, Endings, ShardIndex, index_shard, local_index
 from aclip.data.spec import Spec
 from aclip.data.workers import read_ahead
 from aclip.devices import usable_cores
@@ -217,7 +208,7 @@ def _index_all(spec: str, paths: Sequence[Path], endings: Endings) -> list[Shard
     Those that are not cached are read by as many processes as this one has cores, if they are many. Each rank begins
     with another part of them, and finds in the cache what other ranks have read meanwhile.
     """
-    found: dict[Path, Any] = {path: cached for path in paths if (cached := _cached(path, endings)) is not None}
+    found: dict[Path, Any] = {path: cached for path in paths if (cached := local_index(path, endings)) is not None}
     new = [path for path in paths if path not in found]
     first = len(new) * dist.rank() // dist.world_size()
     new = new[first:] + new[:first]
@@ -230,16 +221,9 @@ def _index_all(spec: str, paths: Sequence[Path], endings: Endings) -> list[Shard
     return [found[path] for path in paths]
 
 
-def _cached(path: Path, endings: Endings) -> ShardIndex | None:
-    try:
-        return cached_index(str(path.absolute()), endings, version_of(path))
-    except OSError:
-        return None
-
-
 def _index(path: Path, endings: Endings) -> ShardIndex | str:
     try:
-        return _cached(path, endings) or index_shard(path, endings)
+        return local_index(path, endings) or index_shard(path, endings)
     except DataError as error:
         return str(error)
 
