@@ -15,15 +15,7 @@ from typing import Any, Literal, TypeVar
 from aclip.data.decode import one_line
 from aclip.data.progress import progress
 from aclip.data.sources.base import WINDOW, Delegating, Runs, Summary, digest_of, group_advice, relative_names
-from aclip.data.sources.shard_index import (
-    SIZES,
-    UNDERSTOOD,
-    Endings,
-    ShardIndex,
-    cached_index,
-    cached_path,
-    index_shard,
-)
+from aclip.data.sources.shard_index import SIZES, Endings, ShardIndex, cached_index, cached_path, index_shard
 from aclip.data.sources.shards import Reading, ShardSource, check_lost
 from aclip.data.spec import expand_braces
 from aclip.errors import AclipError, BadSampleError, DataError, MissingDependencyError
@@ -125,31 +117,28 @@ def expand_urls(spec: str) -> list[str]:
     """Return the addresses that a pattern names: braces anywhere, `*` where the store can list its files."""
     urls: list[str] = []
     for pattern in expand_braces(spec):
-        if "*" not in pattern:
-            urls.append(pattern)
-            continue
-        store = file_system(pattern)
-        found = sorted(_retried(functools.partial(store.glob, pattern), pattern))
+        found = [pattern]
+        if "*" in pattern:
+            store = file_system(pattern)
+            found = sorted(map(store.unstrip_protocol, _retried(functools.partial(store.glob, pattern), pattern)))
         if not found:
             raise DataError(f"no such file: {pattern}")
-        urls.extend(store.unstrip_protocol(path) for path in found)
+        urls += found
     return urls
 
 
 def file_system(url: str) -> Any:
-    """Return fsspec's file system for an address; in every process its own, as its connections do not survive a fork.
-    """
+    """Return fsspec's file system for an address, in every process its own: connections do not survive a fork."""
     protocol = url.partition("://")[0]
     try:
         import fsspec
 
-        options: dict[str, Any] = {}
-        if protocol in ("http", "https"):
-            import aiohttp
+        if protocol not in ("http", "https"):
+            return fsspec.filesystem(protocol)
+        import aiohttp
 
-            limits = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
-            options = {"client_kwargs": {"timeout": limits}}
-        return fsspec.filesystem(protocol, **options)
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+        return fsspec.filesystem(protocol, client_kwargs={"timeout": limits})
     except ImportError as error:
         raise MissingDependencyError(f"{url} needs more packages to be read: pip install 'attentive-clip[remote]' "
                                      f"({one_line(error)})") from error
@@ -157,10 +146,8 @@ def file_system(url: str) -> Any:
         raise DataError(f"fsspec does not know the protocol '{protocol}://': {one_line(error)}") from error
 
 
-class _UnavailableError(DataError):
-    """What was requested does not exist (`missing`), or could not be had in `PATIENCE` seconds."""
-
-    missing = False
+class _MissingError(DataError):
+    """What was requested does not exist."""
 
 
 def _retried(request: Callable[[], _Result], url: str) -> _Result:
@@ -190,10 +177,9 @@ def _retried(request: Callable[[], _Result], url: str) -> _Result:
         kind = _kind(error)
         if kind == "local":
             raise
-        reason = "there is no such file" if kind == "missing" else one_line(_cause(error))
-        unavailable = _UnavailableError(f"{url} cannot be fetched: {reason}")
-        unavailable.missing = kind == "missing"
-        raise unavailable from error
+        if kind == "missing":
+            raise _MissingError(f"{url} cannot be fetched: there is no such file") from error
+        raise DataError(f"{url} cannot be fetched: {one_line(_cause(error))}") from error
 
 
 def _kind(error: BaseException) -> Literal["local", "missing", "refused", "passing"]:
@@ -211,7 +197,7 @@ def _kind(error: BaseException) -> Literal["local", "missing", "refused", "passi
 def _cause(error: BaseException) -> BaseException:
     """Return what failed: fsspec reports whatever goes wrong with an HTTP server as a file that does not exist."""
     cause = error.__cause__
-    of_http = cause is not None and (type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError))
+    of_http = type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
     return cause if cause is not None and of_http and isinstance(error, FileNotFoundError) else error
 
 
@@ -226,10 +212,8 @@ def _known_sizes(urls: Sequence[str]) -> dict[str, int]:
         address = f"{folder}/{SIZES}"
         try:
             sizes = json.loads(_retried(functools.partial(file_system(address).cat_file, address), address))
-        except _UnavailableError as error:
-            if error.missing:
-                continue
-            raise
+        except _MissingError:
+            continue
         except ValueError:
             _log.warning("%s is not JSON: the shards are counted", address)
             continue
@@ -265,7 +249,7 @@ def _count(urls: Sequence[str], spec: str, shards: int, endings: Endings) -> dic
     return counts
 
 
-def fetch_and_index(url: str, endings: Endings = UNDERSTOOD) -> tuple[Path, ShardIndex]:
+def fetch_and_index(url: str, endings: Endings) -> tuple[Path, ShardIndex]:
     """Return the cached file of a shard, which is downloaded if it is not there, and its index."""
     from filelock import FileLock
 
