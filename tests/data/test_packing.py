@@ -13,8 +13,9 @@ from PIL import Image
 
 from aclip import data
 from aclip.data import open_source, packing
-from aclip.data.packing import SIZES, write_shards
+from aclip.data.packing import write_shards
 from aclip.data.sources.base import Source
+from aclip.data.sources.shard_index import SIZES
 from aclip.errors import ConfigError, DataError
 from bad_samples import SKIPPED, make_mixed_folder
 from made_pictures import encode, picture

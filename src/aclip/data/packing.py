@@ -1,13 +1,12 @@
 """`aclip data pack`: write any source as WebDataset shards of images that are no larger than training needs."""
 
-import contextlib
 import errno
 import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -16,14 +15,13 @@ from PIL import Image
 
 from aclip.data.progress import progress
 from aclip.data.sources.base import Source
+from aclip.data.sources.shard_index import SIZES
 from aclip.errors import BadSampleError, ConfigError, DataError
-from aclip.files import atomic_file, write_atomically
+from aclip.files import atomic_file, read_json_lines, write_atomically
 
-SETTINGS, SIZES, SKIPPED = "pack.json", "sizes.json", "skipped.jsonl"
-
+SETTINGS, SKIPPED = "pack.json", "skipped.jsonl"
 _CHUNK = 50  # samples per request to a worker
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-_Bad = tuple[str, str]  # name of a sample, and what is wrong
 
 
 class Sample(NamedTuple):
@@ -89,12 +87,9 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
     not at all, and a call that was interrupted goes on after the last of them. At the end `sizes.json` holds the number
     of samples in each shard.
 
-    Args:
-        source: the pairs.
-        folder: new, or of an earlier call with the same source and options.
-        side, quality, shard_size, workers: see `pack`, also for errors.
-        leave_out: names of samples.
-        keep_names: name the members of a shard as the samples, whose names have no dot or slash, instead of by number.
+    `folder` is new, or of an earlier call with the same source and options; `leave_out` holds names of samples; for
+    the other options and errors see `pack`. With `keep_names` the members of a shard are named as the samples, whose
+    names have no dot or slash, instead of by number.
     """
     every = range(len(source) if leave_out else 0)
     numbers = {name: index for index in every if (name := source.name(index)) in leave_out}
@@ -110,7 +105,7 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
         _check_settings(folder, settings)
         skipped = _skipped_in_finished(folder)
         _write_missing(source, folder, {name: some for name, some in shards.items() if not (folder / name).exists()},
-                       skipped, _Pack(source, side, quality, keep_names), workers)
+                       skipped, partial(_packed, source, side, quality, keep_names), workers)
         sizes = {name: len(some) - skipped[name] for name, some in shards.items()}
         write_atomically(folder / SIZES, json.dumps(sizes, indent=1) + "\n")
     except OSError as error:
@@ -121,14 +116,14 @@ def write_shards(source: Source, folder: Path, *, side: int | None = None, quali
 
 
 def _write_missing(source: Source, folder: Path, missing: dict[str, list[int]], skipped: Counter[str],
-                   pack_samples: "_Pack", workers: int | None) -> None:
+                   packed: Callable[[list[int]], list[Sample | dict[str, str]]], workers: int | None) -> None:
     """Write some shards; name their bad samples in `skipped.jsonl` and count them in `skipped`."""
     from aclip.data.workers import read_ahead
     from aclip.devices import usable_cores
 
     chunks = {name: [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
               for name, indices in missing.items()}
-    answers = read_ahead(pack_samples, chain.from_iterable(chunks.values()),
+    answers = read_ahead(packed, chain.from_iterable(chunks.values()),
                          workers=usable_cores() if workers is None else workers)
     with (
         (folder / SKIPPED).open("a") as journal,
@@ -141,7 +136,7 @@ def _write_missing(source: Source, folder: Path, missing: dict[str, list[int]], 
                     if isinstance(sample, Sample):
                         yield sample
                     else:
-                        journal.write(json.dumps({"shard": name, "key": sample[0], "reason": sample[1]}) + "\n")
+                        journal.write(json.dumps({"shard": name, **sample}) + "\n")
                         skipped[name] += 1
                 advance(len(samples))
 
@@ -151,40 +146,33 @@ def _write_missing(source: Source, folder: Path, missing: dict[str, list[int]], 
                 journal.flush()  # before the shard appears: it is counted by what the journal says of it
 
 
-@dataclass(frozen=True)
-class _Pack:
-    """What a worker does: a sample of a shard, or the name of a bad one and what is wrong."""
+def _packed(source: Source, side: int | None, quality: int, keep_names: bool, indices: list[int]
+            ) -> list[Sample | dict[str, str]]:
+    """Return some samples, and for each bad one its name and what is wrong."""
+    from aclip.data.captions import clean_captions
 
-    source: Source
-    side: int | None
-    quality: int
-    keep_names: bool
-
-    def __call__(self, indices: list[int]) -> list[Sample | _Bad]:
-        return list(map(self._pack, indices))
-
-    def _pack(self, index: int) -> Sample | _Bad:
-        from aclip.data.captions import clean_captions
-
+    done: list[Sample | dict[str, str]] = []
+    for index in indices:
         try:
-            raw = self.source.read(index)
+            raw = source.read(index)
             captions = clean_captions(raw.captions)
-            image = shrink(raw.image, self.side, self.quality)
+            image = shrink(raw.image, side, quality)
         except BadSampleError as error:
-            return self.source.name(index), error.reason
+            done.append({"key": source.name(index), "reason": error.reason})
+            continue
         fields = {"captions": captions, "tags": raw.tags, "label": raw.label, "concept": raw.concept,
-                  "key": None if self.keep_names else raw.name}
+                  "key": None if keep_names else raw.name}
         text = json.dumps({name: value for name, value in fields.items() if value})
         ending = "png" if image.startswith(_PNG) else "jpg"
-        return Sample(raw.name if self.keep_names else f"{index:09}", {ending: image, "json": text.encode()})
+        done.append(Sample(raw.name if keep_names else f"{index:09}", {ending: image, "json": text.encode()}))
+    return done
 
 
 def shrink(data: bytes, side: int | None, quality: int) -> bytes:
     """Return an image file whose shorter side is at most `side`; `data` itself if it is one."""
     from aclip.data.decode import decode_image
 
-    # Decoded in any case: what cannot be decoded must not get into a shard. A JPEG is decoded at reduced scale, but
-    # never below twice the target side.
+    # in any case: what cannot be decoded must not get into a shard
     image = decode_image(data, min_side=None if side is None else 2 * side)
     if side is None or min(image.size) <= side:
         if data.startswith(_JPEG) or (side is None and data.startswith(_PNG)):
@@ -221,26 +209,16 @@ def _skipped_in_finished(folder: Path) -> Counter[str]:
     """Return the number of bad samples in finished shards; drop other lines of the journal, and unfinished files."""
     for part in folder.glob(".*.tar.*.part"):
         part.unlink()
-    lines = []
-    for line in (folder / SKIPPED).read_bytes().splitlines() if (folder / SKIPPED).is_file() else ():
-        with contextlib.suppress(ValueError):  # a last line that was cut off
-            lines.append(json.loads(line))
-    lines = [line for line in lines if (folder / line["shard"]).exists()]
+    lines = [line for line in read_json_lines(folder / SKIPPED)[0] if (folder / line["shard"]).exists()]
     write_atomically(folder / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
     return Counter(line["shard"] for line in lines)
 
 
-def write_tar(file: IO[bytes], samples: Iterable[Sample]) -> int:
-    """Write the members `key.extension` of samples, in order; return the number of samples.
-
-    The bytes depend on the samples alone: no times, no owners.
-    """
-    count = 0
+def write_tar(file: IO[bytes], samples: Iterable[Sample]) -> None:
+    """Write the members `key.extension` of samples, in order; the bytes depend on nothing else: no times, no owners."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for sample in samples:
             for extension, data in sorted(sample.members.items()):
                 member = tarfile.TarInfo(f"{sample.key}.{extension}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-            count += 1
-    return count

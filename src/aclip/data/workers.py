@@ -98,7 +98,8 @@ def _read_ahead(
         # iterator would live on in a cycle, and a worker forked later that collects it would wait for strangers.
         answers: list[Iterator[Any]] = []
         stack.callback(answers.clear)
-        start = _StartWorker(stack.enter_context(_stopping())) if workers else None
+        # the id is asked for here, because this process may have gone before a worker asks
+        start = functools.partial(_start_worker, stack.enter_context(_stopping()), os.getpid()) if workers else None
         with warnings.catch_warnings():
             # Torch's wording of too many workers; and that forking beside threads can deadlock (Python 3.12): a worker
             # waits for no lock of the threads left behind.
@@ -181,28 +182,23 @@ def _stopping() -> Iterator[Connection]:
         stop()
 
 
-class _StartWorker:
-    """Sets up a worker process."""
+def _start_worker(stop: Connection, parent: int, _: int) -> None:
+    """Set up a worker process."""
+    torch.set_num_threads(1)
+    sys.excepthook = _report
+    # torchrun and Slurm signal the whole process group; the parent saves first and stops its workers itself
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
-    def __init__(self, stop: Connection) -> None:
-        self._stop = stop
-        self._parent = os.getpid()  # asked here, because the parent may have gone before the worker asks
-
-    def __call__(self, _: int) -> None:
-        torch.set_num_threads(1)
-        sys.excepthook = _report
-        # torchrun and Slurm signal the whole process group; the parent saves first and stops its workers itself
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-        threading.Thread(target=self._exit_when_told, daemon=True).start()
-
-    def _exit_when_told(self) -> None:
-        while not self._stop.poll(1.0):
-            if os.getppid() != self._parent:
+    def exit_when_told() -> None:
+        while not stop.poll(1.0):
+            if os.getppid() != parent:
                 os._exit(1)
         time.sleep(_GRACE)  # torch stops an idle worker meanwhile
         os._exit(0)
+
+    threading.Thread(target=exit_when_told, daemon=True).start()
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

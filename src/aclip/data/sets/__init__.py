@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from aclip.data.packing import SIZES, write_shards
+from aclip.data.packing import write_shards
 from aclip.data.sets.base import DataSet
 from aclip.data.sets.cifar10 import CIFAR10
 from aclip.data.sets.emoji import EMOJI
 from aclip.data.sets.icons import ICONS
 from aclip.data.sets.packages import download
 from aclip.data.sets.tuxpaint import TUXPAINT
+from aclip.data.sources.shard_index import SIZES
 from aclip.data.spec import DESCRIPTION, split_sizes
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError, unknown_name
 from aclip.files import data_root, write_atomically
