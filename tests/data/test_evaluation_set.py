@@ -29,8 +29,8 @@ def test_images_in_order(pair_folder: Path, workers: int) -> None:
         assert [len(batch.keys) for batch in batches] == [15, 16, 8]
         assert [name for name, _ in images.skipped] == ["002.png"]
     batch = batches[0]
-    assert batch.captions[:4] == ("picture 0", "picture 1", "picture 3", "picture 4")
-    assert batch.captions[4] == "Picture FIVE"
+    assert [captions[0] for captions in batch.all_captions[:5]] == [
+        "picture 0", "picture 1", "picture 3", "picture 4", "Picture FIVE"]
     assert batch.labels[0] is None
     assert torch.equal(batch.pixels[2], to_tensor(picture(3)))
     assert len(images) == 40
@@ -42,7 +42,7 @@ def test_classification_needs_labels_and_no_captions(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(encode(picture(1)))
     images = EvaluationSet(open_source(str(tmp_path)), to_tensor, target="label")
     (batch,) = images
-    assert (batch.labels, batch.keys, batch.captions) == (("cat",), ("cat/0.png",), ("",))
+    assert (batch.labels, batch.keys, batch.all_captions) == (("cat",), ("cat/0.png",), ((),))
     assert images.skipped == [("1.png", "missing label")]
 
 
@@ -54,7 +54,7 @@ def test_a_name_is_a_label_or_a_caption(tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").write_text(text)
     images = EvaluationSet(open_source(str(tmp_path)), to_tensor, target="either")
     (batch,) = images
-    assert (batch.labels, batch.captions) == ((None, "cat"), ("a dog", ""))
+    assert batch.labels == (None, "cat")
     assert batch.all_captions == (("a dog",), ())
     assert images.skipped == [("2.png", "empty caption")]
 

@@ -36,29 +36,19 @@ CutText = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Item:
-    """One training sample.
-
-    Attributes:
-        views: view name -> `Crop`.
-        tokens: (T,) int64, T the tokenizer's context length.
-        caption_id: `aclip.data.captions.caption_id` of the sample's concept if it has one, else of the drawn caption.
-        seed: of everything drawn on the device for this sample in this epoch.
-        key: the sample's name.
-        skipped: (name, reason) of the bad samples that this one replaces.
-        stored: a teacher's features, see `StoredFeatures.rows`.
-    """
+    """One training sample."""
 
     views: Mapping[str, Crop]
-    tokens: Int[Tensor, " T"]
-    caption_id: int
-    seed: int
-    key: str
-    skipped: tuple[tuple[str, str], ...] = ()
-    stored: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tokens: Int[Tensor, " T"]  # int64, T the tokenizer's context length
+    caption_id: int  # of the sample's concept if it has one, else of the drawn caption
+    seed: int  # of everything drawn on the device for this sample in this epoch
+    key: str  # the sample's name
+    skipped: tuple[tuple[str, str], ...] = ()  # name and reason of the bad samples that this one replaces
+    stored: Mapping[str, np.ndarray] = field(default_factory=dict)  # a teacher's features, see `StoredFeatures.rows`
 
 
 class _Start(NamedTuple):
-    """A sample without its image and tokens, see `Item`."""
+    """A sample without its views and tokens, see `Item`."""
 
     raw: RawSample
     epoch: int
@@ -71,9 +61,6 @@ class PairDataset:
     """The training samples of a source, by `Request`; a pure function of the request, in any process.
 
     Args:
-        source: the pairs.
-        views: draws and cuts the views of an image.
-        tokenizer: turns captions into tokens.
         sizes: view name -> (height, width) in pixels.
         seed: of everything that is drawn for a sample, and of the order.
         stored: features that samples come with; crops, captions and seeds are then those of the first K epochs, again
@@ -204,12 +191,10 @@ def build_loader(dataset: PairDataset, *, batch_size: int, total_steps: int, sta
     Args:
         dataset: the samples; its seed gives the order.
         batch_size: pairs in a step, over all ranks.
-        total_steps, start_step: the step after the last, and the first.
         workers: processes that read ahead; 0 reads in this one.
         device: where batches will go; for CUDA they come in page-locked memory.
-        cut_text: shortens the tokens of a batch, see `CutText`; None leaves them at full length.
+        cut_text: shortens the tokens of a batch; None leaves them at full length.
         rank, world_size: the contiguous slice of every batch that is delivered.
-        groups: samples that come into batches together.
 
     Raises:
         ConfigError: a batch size that does not divide among the ranks, or a negative number of workers.

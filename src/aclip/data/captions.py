@@ -141,8 +141,7 @@ def _wide(data: bytes) -> str | None:
 
 
 def _as_cp1252(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
+    assert isinstance(error, UnicodeDecodeError)
     return error.object[error.start : error.end].decode("cp1252", errors="replace"), error.end
 
 
@@ -208,13 +207,9 @@ def draw_caption(
 class CaptionTokenizer:
     """Caps captions before the tokenizer sees them; picklable if the tokenizer is.
 
-    A text tower reads T tokens and a word is at least one, so no word after the first T can matter.
-    Byte-pair encoding takes time quadratic in the length of a word (a random one of 2,000 letters 0.15 s,
-    of 100,000 minutes), so a caption is also cut to `MAX_CHARACTERS`. The tokens of ordinary captions do
-    not change; the end-of-text token is where the tokenizer puts it, at the end.
-
-    Attributes:
-        context_length: T, tokens per caption.
+    A text tower reads T tokens (`context_length`) and a word is at least one, so no word after the first T can matter.
+    Byte-pair encoding takes time quadratic in the length of a word (a random one of 2,000 letters 0.15 s, of 100,000
+    minutes), so a caption is also cut to `MAX_CHARACTERS`. The tokens of ordinary captions do not change.
     """
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:

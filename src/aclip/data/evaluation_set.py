@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from aclip.data.captions import clean_captions
 from aclip.data.decode import decode_image
-from aclip.data.sources.base import Source
+from aclip.data.sources.base import RawSample, Source
 from aclip.data.workers import check_workers, empty_shared, read_ahead
 from aclip.errors import BadSampleError, DataError
 
@@ -32,11 +33,6 @@ class EvaluationBatch:
     keys: tuple[str, ...]
     indices: tuple[int, ...]  # in the source
 
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """The first caption of each image, or an empty one."""
-        return tuple(captions[0] if captions else "" for captions in self.all_captions)
-
 
 class EvaluationSet:
     """The images of a source for evaluation, in batches: every good one once, in the source's order.
@@ -45,7 +41,6 @@ class EvaluationSet:
     workers.
 
     Args:
-        source: the images.
         preprocess: maps an RGB image to (3, h, w) float32, all of one size; open_clip's evaluation transform.
         batch_size: samples read for a batch, so at most this many images in it.
         workers: processes that read ahead; 0 reads in this one.
@@ -63,7 +58,7 @@ class EvaluationSet:
                  workers: int = 0, target: Target = "caption", share: tuple[int, int] = (0, 1)) -> None:
         self.source = source
         self.skipped: list[tuple[str, str]] = []
-        self._read = _ReadImages(source, preprocess, target)
+        self._read = partial(_read_batch, source, preprocess, target)
         self._batch_size, self._workers = batch_size, check_workers(workers)
         index, count = share
         batches = -(-len(source) // batch_size)
@@ -107,33 +102,29 @@ def limit_aspect(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-@dataclass(frozen=True)
-class _ReadImages:
-    """What a worker does for one batch: the good images, and (name, reason) of the bad samples."""
+def _read_batch(source: Source, preprocess: Callable[[Image.Image], Tensor], target: Target, indices: range
+                ) -> tuple[EvaluationBatch | None, list[tuple[str, str]]]:
+    """Return the good images of a batch, and (name, reason) of the bad samples."""
+    images, skipped = [], []
+    for index in indices:
+        try:
+            raw = source.read(index)
+            captions = _captions(raw, target)
+            pixels = preprocess(limit_aspect(decode_image(raw.image)))
+            images.append((pixels, captions, raw.label, raw.name, index))
+        except BadSampleError as error:
+            skipped.append((source.name(index), error.reason))
+    if not images:
+        return None, skipped
+    all_pixels, *about = zip(*images, strict=True)
+    shared = empty_shared((len(images), *all_pixels[0].shape), all_pixels[0].dtype)
+    return EvaluationBatch(torch.stack(all_pixels, out=shared), *about), skipped
 
-    source: Source
-    preprocess: Callable[[Image.Image], Tensor]
-    target: Target
 
-    def __call__(self, indices: range) -> tuple[EvaluationBatch | None, list[tuple[str, str]]]:
-        images, skipped = [], []
-        for index in indices:
-            try:
-                images.append(self._read(index))
-            except BadSampleError as error:
-                skipped.append((self.source.name(index), error.reason))
-        if not images:
-            return None, skipped
-        pixels, captions, labels, keys, numbers = zip(*images, strict=True)
-        shared = empty_shared((len(pixels), *pixels[0].shape), pixels[0].dtype)
-        return EvaluationBatch(torch.stack(pixels, out=shared), captions, labels, keys, numbers), skipped
-
-    def _read(self, index: int) -> tuple[Float[Tensor, "3 h w"], tuple[str, ...], str | None, str, int]:
-        raw = self.source.read(index)
-        captions: tuple[str, ...] = ()
-        if self.target == "label" and raw.label is None:
-            raise BadSampleError("missing label")
-        needed = self.target == "caption" or raw.label is None
-        if needed or (self.target == "either" and any(map(str.strip, raw.captions))):
-            captions = clean_captions(raw.captions)
-        return self.preprocess(limit_aspect(decode_image(raw.image))), captions, raw.label, raw.name, index
+def _captions(raw: RawSample, target: Target) -> tuple[str, ...]:
+    if target == "label" and raw.label is None:
+        raise BadSampleError("missing label")
+    needed = target == "caption" or raw.label is None
+    if needed or (target == "either" and any(map(str.strip, raw.captions))):
+        return clean_captions(raw.captions)
+    return ()

@@ -65,8 +65,7 @@ def token_frequencies(
 def _group_limit(source: Source) -> int | None:
     """Return how many samples of an epoch come from the first groups that training reads; None without groups."""
     if source.parts:
-        limits = [limit for part in source.parts if (limit := _group_limit(part)) is not None]
-        return min(limits) if limits else None
+        return min((limit for part in source.parts if (limit := _group_limit(part)) is not None), default=None)
     return WINDOW * len(source) // len(source.groups) if source.groups else None
 
 

@@ -18,15 +18,10 @@ class Request(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Samples that are alike come into batches together, as each other's hard negatives.
+    """Samples that are alike come into batches together, as each other's hard negatives."""
 
-    Attributes:
-        clusters: (N,) int32, the cluster of every sample of the source; -1: of none.
-        size: samples of one cluster in a group.
-    """
-
-    clusters: np.ndarray
-    size: int
+    clusters: np.ndarray  # (N,) int32, the cluster of every sample of the source; -1: of none
+    size: int  # samples of one cluster in a group
 
 
 class BatchSampler:
@@ -34,15 +29,8 @@ class BatchSampler:
 
     An epoch is `steps_per_epoch` batches of its own order; the last places, which do not fill a batch, are dropped,
     and their samples come again in the next epoch, or in a mixture in the next pass over their source. A global batch
-    is cut into contiguous slices, one per rank: together the ranks see what one process would.
-
-    Args:
-        source: its samples are requested, in the order of `source.order`.
-        batch_size: pairs in a step, over all ranks.
-        seed: of the order.
-        start_step, total_steps: first step, and the one after the last.
-        rank, world_size: of this process.
-        groups: within the spans of the source (`Source.spans`) the order is rearranged into groups (`grouped`).
+    is cut into contiguous slices, one per rank: together the ranks see what one process would. With `groups` the order
+    is rearranged into groups (`grouped`) within the spans of the source (`Source.spans`).
 
     Raises:
         ConfigError: a batch size that is not positive or not divisible by the number of ranks.
@@ -96,9 +84,7 @@ def grouped(clusters: np.ndarray, size: int, spans: Sequence[int], generator: np
 
     Args:
         clusters: (n,) int, of the samples in a random order; -1: of none.
-        size: of a group.
         spans: lengths, n together.
-        generator: shuffles the groups.
 
     Returns:
         (n,) int64; the last n % size places hold the last of what is left.

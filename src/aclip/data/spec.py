@@ -220,7 +220,7 @@ ACCEPTED = (
 )
 
 
-def missing(path: str) -> DataError:
+def _missing(path: str) -> DataError:
     """Return the error for a path that does not exist: what it may have been meant to be, or what can be given."""
     folder = os.path.dirname(path)
     with suppress(OSError):
@@ -259,7 +259,7 @@ def split_sizes(folder: Path) -> dict[str, int]:
 
 
 def locate(path: str) -> str:
-    """Return where a source lies: a file, a folder, a pattern, an address, or a set of torchvision's.
+    """Return where a source lies: a file, a folder (of `NAME:SPLIT`, too), a pattern, an address, or torchvision's.
 
     Raises:
         DataError: there is nothing of this name.
@@ -269,17 +269,9 @@ def locate(path: str) -> str:
     known = os.path.isfile(path) or os.path.isdir(path) or is_pattern(path)
     if known or "://" in path or path.startswith("torchvision:"):
         return path
-    found = resolve(path)
-    if found is None:
-        raise missing(path)
-    return found
-
-
-def resolve(path: str) -> str | None:
-    """Return the folder of shards that `NAME:SPLIT` stands for, or None if the path has another form or exists."""
-    match = _SET.fullmatch(path)
-    if match is None or os.path.exists(path):
-        return None
+    match = None if os.path.exists(path) else _SET.fullmatch(path)
+    if match is None:
+        raise _missing(path)
     name, split = match.groups()
     folder = data_root() / name
     splits = split_sizes(folder)
@@ -289,6 +281,6 @@ def resolve(path: str) -> str | None:
         choices = ", ".join(f"{name}:{one}" for one in splits)
         raise DataError(f"'{path}' names no split of the data set '{name}': there are {choices}")
     if split is None:
-        return None
+        raise _missing(path)
     raise DataError(f"'{path}' does not exist, and the data set '{name}' is not in {folder.parent}: fetch it with "
                     f"`aclip data fetch {name}`")

@@ -55,15 +55,7 @@ class StoredFeatures:
         return {"folder": self.folder, **self.description}
 
     def check(self, settings: Mapping[str, Any], source: str) -> None:
-        """Refuse features of other crops, captions or samples than a run's.
-
-        Args:
-            settings: what they depend on, as in the description.
-            source: what the user calls the data.
-
-        Raises:
-            ConfigError: they differ.
-        """
+        """Raise ConfigError for features of other `settings` (crops, captions, samples) than a run's on `source`."""
         found = differences(self.description["settings"], json.loads(json.dumps(settings)))
         if any(one.startswith(("source ", "samples ")) for one in found):
             found = [f"they are of {self.description['source']}, not of {source}"]

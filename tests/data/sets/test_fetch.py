@@ -12,7 +12,7 @@ from aclip.data import sets
 from aclip.data.sets import SETS, DataSet, fetch, list_sets
 from aclip.data.sets.base import Entries, shuffle_key, unit_hash
 from aclip.data.sources.base import RawSample
-from aclip.data.spec import resolve
+from aclip.data.spec import locate
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError
 from made_pictures import encode, picture
 
@@ -139,14 +139,15 @@ def test_errors_name_the_set_and_the_folder(mine: DataSet, tmp_path: Path) -> No
 
 def test_a_split_stands_for_its_folder(mine: DataSet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fetch it with `aclip data fetch mine`"):
-        resolve("mine:train")
+        locate("mine:train")
     fetch("mine", workers=0)
-    assert resolve("mine:train") == str(tmp_path / "data/mine/train")
+    assert locate("mine:train") == str(tmp_path / "data/mine/train")
     for wrong in ("mine:vall", "mine", "mine:"):
         with pytest.raises(DataError, match=f"'{wrong}' names no split .* there are mine:train, mine:test"):
-            resolve(wrong)
-    assert resolve("pairs.csv") is None
-    assert resolve("s3://bucket/{00..12}.tar") is None
+            locate(wrong)
+    with pytest.raises(DataError, match=r"'pairs\.csv' does not exist"):
+        locate("pairs.csv")
+    assert locate("s3://bucket/{00..12}.tar") == "s3://bucket/{00..12}.tar"
 
 
 def test_sets_are_listed_with_what_is_here(mine: DataSet, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,10 +107,8 @@ class Source:
         """Return the lengths of the spans of `order`, one after the other, in which samples may change places without
         being read at another time: all samples, or those of each window of groups.
         """
-        if not self.groups:
-            return [len(self)]
-        chosen = windows(self.groups, rng.generator(seed, "order", epoch))
-        return [sum(self.groups[group] for group in window) for window in chosen]
+        chosen = _windows(self.groups, rng.generator(seed, "order", epoch))
+        return [sum(self.groups[group] for group in window) for window in chosen] or [len(self)]
 
     def window(self, seed: int, epoch: int, sample: int) -> list[range]:
         """Return the samples that are read at about the time of `sample`: those of its window of groups.
@@ -217,22 +215,21 @@ def digest_of(*parts: Any) -> str:
     return state.hexdigest()
 
 
-def window_order(groups: Sequence[int], seed: int, epoch: int, *, window: int = WINDOW) -> np.ndarray:
+def window_order(groups: Sequence[int], seed: int, epoch: int) -> np.ndarray:
     """Return a permutation, (sum of groups,) int64, that needs few groups of consecutive samples at a time.
 
-    The groups are permuted, taken `window` at a time, and the samples of each window are permuted.
+    The groups are permuted, taken `WINDOW` at a time, and the samples of each window are permuted.
     """
     generator = rng.generator(seed, "order", epoch)
-    ends = np.cumsum(groups, dtype=np.int64)
-    ranges = [np.arange(end - size, end) for size, end in zip(groups, ends.tolist(), strict=True)]
-    return np.concatenate([generator.permutation(np.concatenate([ranges[i] for i in chosen]))
-                           for chosen in windows(groups, generator, window=window)])
+    samples = np.split(np.arange(sum(groups)), np.cumsum(groups)[:-1])
+    return np.concatenate([generator.permutation(np.concatenate([samples[group] for group in chosen]))
+                           for chosen in _windows(groups, generator)])
 
 
-def windows(groups: Sequence[int], generator: np.random.Generator, *, window: int = WINDOW) -> list[list[int]]:
-    """Return the numbers of the groups, permuted, `window` at a time."""
+def _windows(groups: Sequence[int], generator: np.random.Generator) -> list[list[int]]:
+    """Return the numbers of the groups, permuted, `WINDOW` at a time."""
     order = generator.permutation(len(groups)).tolist()
-    return [order[first : first + window] for first in range(0, len(order), window)]
+    return [order[first : first + WINDOW] for first in range(0, len(order), WINDOW)]
 
 
 def evenly(count: int, most: int) -> range:

@@ -39,9 +39,7 @@ class Joined(Delegating):
     @property
     def summary(self) -> Summary:
         all_of = [source.summary for source in self.parts]
-        left_out: Counter[str] = Counter()
-        for one in all_of:
-            left_out.update(one.left_out)
+        left_out = sum((Counter(one.left_out) for one in all_of), Counter[str]())
         notes = tuple(dict.fromkeys(note for one in all_of for note in one.notes))
         return Summary(self.spec, sum(one.found for one in all_of), sum(one.captioned for one in all_of),
                        sum(one.uncaptioned for one in all_of), left_out, notes[:_NOTES])
@@ -173,15 +171,14 @@ def open_mixture(specs: str | Sequence[str], open_one: Callable[[str], Source]) 
     """Open `a.csv=2 b.tar=1`, or one source alone; without weights, sources weigh as much as they have samples."""
     given = [specs] if isinstance(specs, str) else list(specs)
     weights = weights_of(given)
-    known = [weight for weight in weights if weight is not None]
-    if known and len(known) < len(given):
+    if None in weights and any(weights):
         unweighted = given[weights.index(None)]
         raise ConfigError(f"the source '{unweighted}' has no weight, and others have: give all of them one, or none")
     sources = [open_one(spec) for spec in given]
     if len(sources) == 1:
         return sources[0]
     name = " + ".join(source.spec for source in sources)
-    return Mixture(name, sources, known or [len(source) for source in sources])
+    return Mixture(name, sources, [weight or len(one) for weight, one in zip(weights, sources, strict=True)])
 
 
 def weights_of(specs: str | Sequence[str]) -> list[float | None]:
