@@ -94,17 +94,11 @@ def draw(augmentation: Augmentation, generator: np.random.Generator) -> Float32[
 
 
 def apply(view: ViewBatch, mean: Float[Tensor, " 3"], std: Float[Tensor, " 3"]) -> Float[Tensor, "B 3 h w"]:
-    """Augment a view with its own parameters and normalise it: (augmented(pixels / 255) - mean) / std.
+    """Augment a view with its own parameters, if any, and normalise it: (augmented(pixels / 255) - mean) / std.
 
     The order is brightness, contrast, saturation, hue, grey, blur, solarisation. Each sample's result depends on that
-    sample alone. Runs on the view's device, without a host synchronisation.
-
-    Args:
-        view: B crops; without augmentation parameters they are only normalised.
-        mean, std: (3,) float32 on the view's device, of values in [0, 1].
-
-    Returns:
-        (B, 3, h, w) float32.
+    sample alone. Runs on the view's device, without a host synchronisation. `mean` and `std` are float32 on that
+    device, of values in [0, 1]; so is the result.
     """
     # The loader's pixels are channels_last; towers read contiguous images.
     images = view.pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)

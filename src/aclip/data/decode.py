@@ -11,7 +11,6 @@ import functools
 import importlib
 import io
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -43,8 +42,7 @@ def decode_image(data: bytes, *, min_side: int | None = None) -> Image.Image:
 
     Args:
         data: a whole file.
-        min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as neither side gets
-            shorter than this, in pixels; None decodes every pixel.
+        min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as neither side gets shorter than this.
 
     Raises:
         BadSampleError: nothing there, not a known format, more than `MAX_PIXELS`, truncated or damaged.
@@ -160,10 +158,7 @@ def grey_peak(data: bytes) -> int | None:
 def stretch_grey(data: bytes, white: float | None = None) -> bytes:
     """Return a 16-bit grey image as an 8-bit PNG whose values are stretched; other images as they are.
 
-    Args:
-        data: a whole file.
-        white: the value that becomes white, such as 4,095 of 12 bits; None stretches from each image's darkest value to
-            its brightest.
+    `white` is the value that becomes white, such as 4,095 of 12 bits; None stretches from the darkest to the brightest.
     """
     pixels = _deep_grey(data)
     if pixels is None:
@@ -191,11 +186,9 @@ def _deep_grey(data: bytes) -> Float32[np.ndarray, "h w"] | None:
 def reads_heic() -> bool:
     """Return whether HEIC images can be read: whether pillow-heif is installed."""
     try:
-        heif = importlib.import_module("pillow_heif")
+        importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError:
         return False
-    register: Callable[[], None] = heif.register_heif_opener
-    register()
     return True
 
 

@@ -65,11 +65,9 @@ class ViewPipeline:
 
     def __call__(self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, epoch: int, sample: int,
                  sizes: Mapping[str, tuple[int, int]]) -> dict[str, Crop]:
-        """Return the crops of one decoded image.
+        """Return the crops of one decoded RGB image, drawn from (seed, epoch, sample, view).
 
         Args:
-            image: (H, W, 3) uint8 RGB.
-            seed, epoch, sample: what the draws depend on, with the view's name.
             sizes: view name -> (height, width) of the crop in pixels. A view without a size is drawn, so that
                 the others stay the same, but not cut.
 
@@ -81,7 +79,7 @@ class ViewPipeline:
                 raise ConfigError(unknown_name("view", name, self.names))
         generator = _generators(seed, epoch, sample)
         crops = {}
-        for name, (box, flipped) in self._draw(image.shape[0], image.shape[1], generator).items():
+        for name, (box, flipped) in self._draw(*image.shape[:2], generator).items():
             if name in sizes:
                 plain = self.augmentation == "none" or name in self.plain
                 drawn = None if plain else draw(AUGMENTATIONS[self.augmentation], generator("augment", name))

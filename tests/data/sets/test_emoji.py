@@ -48,7 +48,7 @@ def icon(body: str) -> Icon:
 
 def concepts(**labels: str) -> dict[str, Concept]:
     """Concepts by code; `c` stands before codes so that they are Python names."""
-    return {name[1:]: Concept(name[1:], label, ()) for name, label in labels.items()}
+    return {name[1:]: Concept(label, ()) for name, label in labels.items()}
 
 
 def test_the_set_is_the_documented_one() -> None:
@@ -103,7 +103,7 @@ def test_skin_tones_and_bare_letters_are_no_concepts(tmp_path: Path) -> None:
     # A variant in a skin tone is listed inside its entry, never on its own.
     entries[2]["skins"] = [entry("2764-1F3FB", "red heart: light skin tone", group=8)]
     path = write(tmp_path / "labels.tgz", {"en/data.json": entries})
-    assert read_concepts(path) == {"2764": Concept("2764", "red heart", ("love", "emotion"))}
+    assert read_concepts(path) == {"2764": Concept("red heart", ("love", "emotion"))}
 
 
 def test_a_pack_gives_sizes_their_defaults_and_takes_plain_renames_only(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from aclip.data.sets.base import DataSet, Entries, Files, unit_hash
 from aclip.data.sets.drawings import Icon, draw_icon, icon_of
@@ -58,17 +58,14 @@ PACKAGES = (
 # fmt: on
 
 
-@dataclass(frozen=True)
-class Concept:
-    """One emoji: its code, English name and English keywords."""
+class Concept(NamedTuple):
+    """One emoji."""
 
-    code: str
-    label: str
-    tags: tuple[str, ...]
+    label: str  # its English name
+    tags: tuple[str, ...]  # English keywords
 
 
-@dataclass(frozen=True)
-class Pack:
+class Pack(NamedTuple):
     """Drawings by name, plain renames included, and code points -> name, empty where a pack has no `chars.json`."""
 
     icons: Mapping[str, Icon]
@@ -82,7 +79,7 @@ def open_emoji(files: Files) -> dict[str, Source]:
     splits: dict[str, list[tuple[RawSample, Icon]]] = {split: [] for split in SPLITS}
     for style, icons in match(packs, concepts).items():
         for code, icon in icons.items():
-            label, tags = concepts[code].label, concepts[code].tags
+            label, tags = concepts[code]
             sample = RawSample(f"{style}-{code}", b"", (label,), tags, label, code)
             splits[split_of(code, style in HELD_OUT_STYLES)].append((sample, icon))
     return {split: Entries(f"emoji:{split}", entries, draw_icon) for split, entries in splits.items()}
@@ -113,9 +110,8 @@ def concept_code(hexcode: str) -> str:
 def read_concepts(path: Path) -> dict[str, Concept]:
     """Return the concepts of an emojibase package by code, in the package's order."""
     (content,) = dict(read_npm(path, ["en/data.json"])).values()
-    concepts = (Concept(concept_code(entry["hexcode"]), entry["label"], tuple(entry.get("tags", ())))
-                for entry in json.loads(content) if entry.get("group", _COMPONENTS) != _COMPONENTS)
-    return {concept.code: concept for concept in concepts}
+    return {concept_code(entry["hexcode"]): Concept(entry["label"], tuple(entry.get("tags", ())))
+            for entry in json.loads(content) if entry.get("group", _COMPONENTS) != _COMPONENTS}
 
 
 def read_pack(path: Path) -> Pack:

@@ -62,12 +62,11 @@ class ColumnarSource(Source):
     """
 
     def __init__(self, spec: str, files: Sequence[_File], columns: Columns, notes: Sequence[str] = ()) -> None:
-        """Number the rows of `files`."""
         self.spec = spec
         self._files, self._columns, self._notes = tuple(files), columns, tuple(notes)
         self._places = [(file, group) for file, one in enumerate(files) for group in range(len(one.groups))]
-        self._runs = Runs([size for one in files for size in one.groups])
-        self.groups = tuple(size for one in files for size in one.groups) if files[0].parquet else ()
+        sizes = tuple(size for one in files for size in one.groups)
+        self._runs, self.groups = Runs(sizes), sizes if files[0].parquet else ()
         self._labels = _class_names(files[0].schema, columns.label)
         self._names = relative_names([one.path.absolute().as_posix() for one in files])
         self._kept: OrderedDict[tuple[int, bool], list[Any]] = OrderedDict()
@@ -194,8 +193,7 @@ def is_columnar(path: Path) -> bool:
 
 
 def _image_bytes(value: Any, folder: Path) -> bytes:
-    """Return the bytes of an image's cell: bytes, base64, a path in `folder`, Hugging Face's object of bytes and path.
-    """
+    """Return the bytes of an image: of bytes, base64, a path in `folder`, Hugging Face's object of bytes and path."""
     if isinstance(value, list) and value:
         value = value[0]
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)

@@ -123,14 +123,12 @@ class FolderSource(Source):
     tabby cat." for `tabby_cat/tom.jpg`.
     """
 
-    def __init__(
-        self, listing: Listing, templates: Sequence[str] = (), *, whole_texts: bool = False, encoding: str | None = None
-    ) -> None:
+    def __init__(self, listing: Listing, templates: Sequence[str] = (), *, whole_texts: bool = False,
+                 encoding: str | None = None) -> None:
         """Read a folder that was listed.
 
-        If no image has a caption file, and all lie in two or more folders below, these are taken for classes:
-        `templates` is then `CLASS_TEMPLATES`, and the summary says so.
-        With `whole_texts` a `.txt` file is one caption, line breaks and all. Its encoding is found out if it is None.
+        If no image has a caption file, and all lie in two or more folders below, these are taken for classes, and
+        `templates` is `CLASS_TEMPLATES`. With `whole_texts` a `.txt` file is one caption, line breaks and all.
         """
         self.spec = str(listing.folder)
         self._folder, self._whole, self._encoding = listing.folder, whole_texts, encoding
@@ -145,9 +143,10 @@ class FolderSource(Source):
         self._images, self._texts = PackedStrings(listing.images), PackedStrings(files)
         self.templates = tuple(templates)
         self._with_text = sum(map(bool, files))
-        if not self._with_text and not templates and _are_classes(listing):
+        if not self._with_text and not templates and _are_classes(
+                parents := {PurePosixPath(path).parent.name for path in listing.images}):
             self.templates = CLASS_TEMPLATES
-            self._notes.append(f"no caption files, so its {len(_parents(listing))} folders are classes: "
+            self._notes.append(f"no caption files, so its {len(parents)} folders are classes: "
                                f"'{CLASS_TEMPLATES[0]}' ('?templates=...' says otherwise)")
         if self._with_text and (orphans := sorted(set(listing.texts.values()) - set(files))):
             self._notes.append(f"{len(orphans):,} text files have no image beside them: {printable(orphans[0])}")
@@ -227,21 +226,16 @@ class FolderSource(Source):
 def _captions_in(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Return captions, tags and label of an object that describes one image."""
     plain = flat(fields)
-    names = {name.lower().rpartition(".")[2]: name for name in reversed(plain)}
+    values = {name.lower().rpartition(".")[2]: plain[name] for name in reversed(plain)}
     ordered = ("captions", *(name for name in CAPTION_COLUMNS if name not in ("label", "category", "class")))
-    captions = next((said for name in ordered if name in names and (said := texts(plain[names[name]]))), ())
-    tags = plain.get(names.get("tags", ""), plain.get(names.get("keywords", "")))
-    return captions, split_tags(texts(tags)), label_of(plain.get(names.get("label", "")))
+    captions = next((said for name in ordered if (said := texts(values.get(name)))), ())
+    return captions, split_tags(texts(values.get("tags", values.get("keywords")))), label_of(values.get("label"))
 
 
-def _are_classes(listing: Listing) -> bool:
-    parents = _parents(listing)
-    named = [name for name in parents if not _NUMBERED.fullmatch(name) and name.lower() not in SPLIT_NAMES]
-    return all("/" in path for path in listing.images) and len(parents) > 1 and bool(named)
-
-
-def _parents(listing: Listing) -> set[str]:
-    return {PurePosixPath(path).parent.name for path in listing.images}
+def _are_classes(folders: set[str]) -> bool:
+    """Return whether the folders right above the images are classes; "" is the source itself."""
+    named = any(not _NUMBERED.fullmatch(name) and name.lower() not in SPLIT_NAMES for name in folders)
+    return "" not in folders and len(folders) > 1 and named
 
 
 def beside(listing: Listing) -> dict[str, str]:

@@ -6,7 +6,6 @@ folder, with the first parts of their paths removed, or else wherever a file of 
 """
 
 import base64
-import binascii
 import os
 import re
 import unicodedata
@@ -192,12 +191,11 @@ def is_address(cell: str) -> bool:
 
 def embedded_image(cell: str) -> bytes | None:
     """Return the bytes of an image written in base64, with or without `data:`, or None if the cell is none."""
-    match = _BASE64.fullmatch(cell)
-    if match is None:
+    if (match := _BASE64.fullmatch(cell)) is None:
         return None
     try:
-        data = base64.b64decode(match[1].replace("-", "+").replace("_", "/") + "==")
-    except (binascii.Error, ValueError):
+        data = base64.urlsafe_b64decode(match[1] + "==")  # takes + and /, too
+    except ValueError:
         return None
     return data if data.startswith(_MAGIC) else None
 

@@ -12,6 +12,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ijson
+
 from aclip.data.captions import find_encoding, open_binary, text_errors
 from aclip.data.sources.columns import guessable, names_image, texts
 from aclip.data.sources.image_files import looks_embedded
@@ -42,24 +44,15 @@ class Found(NamedTuple):
 
 @dataclass
 class ListFile:
-    """A file that lists things.
-
-    Attributes:
-        about: format, for people.
-        rows: reads the records anew, from the one at an offset on, by default from the first.
-        notes: on how it is read.
-        header: names of all fields.
-        sample: the first records.
-        given: fields of image, caption, tags, label, if the format says so.
-    """
+    """A file that lists things."""
 
     path: Path
-    about: str
-    rows: Callable[..., Iterator[Found]]
-    notes: list[str]
-    header: list[str] = field(default_factory=list)
-    sample: list[Mapping[str, Any]] = field(default_factory=list)
-    given: tuple[str, ...] | None = None
+    about: str  # format, for people
+    rows: Callable[..., Iterator[Found]]  # reads the records anew, from the one at an offset on, else from the first
+    notes: list[str]  # on how it is read
+    header: list[str] = field(default_factory=list)  # names of all fields
+    sample: list[Mapping[str, Any]] = field(default_factory=list)  # the first records
+    given: tuple[str, ...] | None = None  # fields of image, caption, tags, label, if the format says so
 
     def __post_init__(self) -> None:
         if not self.header:
@@ -139,8 +132,6 @@ def _parse_line(line: str) -> Fields:
 
 
 def _json_items(path: Path) -> Iterator[Found]:
-    import ijson
-
     try:
         with open_binary(path) as file:
             yield from (Found(_item(one)) for one in ijson.items(file, "item", use_float=True))
@@ -152,8 +143,6 @@ def _load(path: Path, codec: str) -> Any:
     """Return a document; objects one behind the other are the list of them."""
     with open_binary(path) as file:
         text = file.read().decode(codec, errors=text_errors(codec))
-    import ijson
-
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -170,11 +159,10 @@ def _load(path: Path, codec: str) -> Any:
 
 def _open_table(path: Path, codec: str, notes: list[str]) -> ListFile:
     """Open a table with or without a header row; without one the fields are "1", "2", ..."""
-    lines, size = [], 0
+    lines: list[str] = []
     for line, _ in islice(_table_lines(path, codec), 4 * SAMPLED):
         lines.append(line)
-        size += len(line)
-        if size > _SAMPLE_BYTES and len(lines) > 3:
+        if len(lines) > 3 and sum(map(len, lines)) > _SAMPLE_BYTES:
             break
     fits = [_fit(lines, delimiter) for delimiter in (*_DELIMITERS, _WORDS)]
     best = max(fits, key=lambda fit: fit[:4])
@@ -213,8 +201,8 @@ def _fit(lines: Sequence[str], delimiter: str) -> _Fit:
     header = [name.strip() for name in rows[0]]
     fitting = sum(len(row) == len(header) for row in rows) / len(rows)
     if delimiter == _WORDS:
-        return _Fit(1, True, 0.5 * fitting, 0, delimiter, rows) if names_image(header[0]) else _Fit(
-            0, False, 0.0, 0, delimiter, [])
+        found = names_image(header[0])
+        return _Fit(int(found), found, 0.5 * fitting * found, 0, delimiter, rows if found else [])
     first_is_row = any(names_image(cell) or looks_embedded(cell) for cell in header)
     images = max(sum(names_image(row[at]) for row in rows[1:] if at < len(row)) for at in range(len(header)))
     rank = 2 if not first_is_row and guessable(header) else int(first_is_row)
@@ -342,10 +330,9 @@ def _item(one: Any) -> Fields:
 
 def flat(one: Mapping[str, Any]) -> dict[str, Any]:
     """Return an object with the fields of objects in it beside its own, as `outer.inner`."""
-    nested = [(name, value) for name, value in one.items() if isinstance(value, dict)]
     fields = dict(one)
-    for name, value in nested:
-        if not any(key in value for key in ("bytes", "path")):
+    for name, value in one.items():
+        if isinstance(value, dict) and not value.keys() & {"bytes", "path"}:
             fields.pop(name)
             fields |= {f"{name}.{inner}": item for inner, item in flat(value).items()}
     if isinstance(one.get("data"), dict) and isinstance(one.get("annotations"), list):
