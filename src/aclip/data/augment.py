@@ -97,8 +97,8 @@ def apply(view: ViewBatch, mean: Float[Tensor, " 3"], std: Float[Tensor, " 3"]) 
     """Augment a view with its own parameters, if any, and normalise it: (augmented(pixels / 255) - mean) / std.
 
     The order is brightness, contrast, saturation, hue, grey, blur, solarisation. Each sample's result depends on that
-    sample alone. Runs on the view's device, without a host synchronisation. `mean` and `std` are float32 on that
-    device, of values in [0, 1]; so is the result.
+    sample alone. Runs on the view's device, without a host synchronisation. `mean` and `std` are float32 there, of
+    values in [0, 1]; the result is float32, too.
     """
     # The loader's pixels are channels_last; towers read contiguous images.
     images = view.pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)

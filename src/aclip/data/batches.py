@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from aclip import rng
@@ -19,7 +19,7 @@ from aclip.data.decode import decode_pixels
 from aclip.data.order import BatchSampler, Groups, Request
 from aclip.data.sources.base import RawSample, Source
 from aclip.data.stored import StoredFeatures
-from aclip.data.views import Crop, ViewPipeline
+from aclip.data.views import Box, Crop, ViewPipeline
 from aclip.data.workers import check_workers, empty_shared, read_ahead
 from aclip.errors import BadSampleError, DataError
 from aclip.structs import Batch, ViewBatch
@@ -211,15 +211,18 @@ def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_
 
     An item's pixels are copied before the next item is asked for, while they are in the processor's cache.
     """
-    views: dict[str, _Rows] = {}
+    pixels: dict[str, Tensor] = {}  # (B, h, w, 3) of each view
+    drawn: dict[str, list[tuple[Box, bool, np.ndarray | None]]] = {}
     stored: dict[str, list[np.ndarray]] = {}
     rows: list[tuple[Tensor, int, int, str]] = []
     skipped: dict[tuple[str, str], None] = {}
     for row, item in enumerate(items):
         for name, crop in item.views.items():
             if row == 0:
-                views[name] = _Rows(count, crop)
-            views[name].put(row, crop)
+                _, height, width = crop.pixels.shape
+                pixels[name], drawn[name] = empty_shared((count, height, width, 3), torch.uint8), []
+            pixels[name].numpy()[row] = crop.pixels.transpose(1, 2, 0)
+            drawn[name].append(crop[1:])
         rows.append((item.tokens, item.caption_id, item.seed, item.key))
         skipped.update(dict.fromkeys(item.skipped))
         for name, features in item.stored.items():
@@ -227,7 +230,7 @@ def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_
     all_tokens, caption_ids, seeds, keys = zip(*rows, strict=True)
     tokens = torch.stack(all_tokens)
     return Batch(
-        views={name: crops.batch() for name, crops in views.items()},
+        views={name: _view(pixels[name], some) for name, some in drawn.items()},
         tokens=tokens if cut_text is None else cut_text(tokens).contiguous(),
         caption_ids=torch.tensor(caption_ids, dtype=torch.int64),
         seeds=torch.tensor(seeds, dtype=torch.int64),
@@ -238,24 +241,11 @@ def collate(items: Iterable[Item], count: int, tokenizer: CaptionTokenizer, cut_
     )
 
 
-class _Rows:
-    """One view of a batch, filled row by row."""
-
-    def __init__(self, count: int, first: Crop) -> None:
-        _, height, width = first.pixels.shape
-        self._pixels = empty_shared((count, height, width, 3), torch.uint8)
-        self._rows = self._pixels.numpy()
-        self._crops: list[Crop] = []
-
-    def put(self, row: int, crop: Crop) -> None:
-        self._rows[row] = crop.pixels.transpose(1, 2, 0)
-        self._crops.append(crop._replace(pixels=self._rows[row]))
-
-    def batch(self) -> ViewBatch:
-        _, boxes, flipped, drawn = zip(*self._crops, strict=True)
-        return ViewBatch(
-            pixels=self._pixels.permute(0, 3, 1, 2),
-            boxes=torch.tensor(boxes, dtype=torch.float32),
-            flipped=torch.tensor(flipped),
-            augmentation=None if drawn[0] is None else torch.from_numpy(np.stack(drawn)),
-        )
+def _view(pixels: UInt8[Tensor, "B h w 3"], drawn: Sequence[tuple[Box, bool, np.ndarray | None]]) -> ViewBatch:
+    boxes, flipped, augmentations = zip(*drawn, strict=True)
+    return ViewBatch(
+        pixels=pixels.permute(0, 3, 1, 2),
+        boxes=torch.tensor(boxes, dtype=torch.float32),
+        flipped=torch.tensor(flipped),
+        augmentation=None if augmentations[0] is None else torch.from_numpy(np.stack(augmentations)),
+    )

@@ -26,11 +26,9 @@ def token_frequencies(
     the epoch are read, which training needs anyway, and captions without tags.
 
     Args:
-        source: the training pairs.
         tokenizer: as in training; its rows hold the start, the caption, the end (the row's highest id), padding.
         vocab_size: V, ids that the text tower knows.
         seed: the run's; the result is the same on every rank.
-        limit: most samples that are read.
 
     Returns:
         (V,) float32, non-negative, sum 1.

@@ -79,7 +79,7 @@ class ViewPipeline:
                 raise ConfigError(unknown_name("view", name, self.names))
         generator = _generators(seed, epoch, sample)
         crops = {}
-        for name, (box, flipped) in self._draw(*image.shape[:2], generator).items():
+        for name, (box, flipped) in self._draw(image.shape[0], image.shape[1], generator).items():
             if name in sizes:
                 plain = self.augmentation == "none" or name in self.plain
                 drawn = None if plain else draw(AUGMENTATIONS[self.augmentation], generator("augment", name))

@@ -118,11 +118,11 @@ class Source:
         """
         if not self.groups:
             return [range(len(self))]
-        ends = np.cumsum(self.groups, dtype=np.int64)
-        order = rng.generator(seed, "order", epoch).permutation(len(ends)).tolist()
-        first = order.index(int(np.searchsorted(ends, sample, side="right"))) // WINDOW * WINDOW
+        runs = Runs(self.groups)
+        order = rng.generator(seed, "order", epoch).permutation(len(self.groups)).tolist()
+        first = order.index(runs.place(sample)[0]) // WINDOW * WINDOW
         chosen = order[max(0, min(first, len(order) - WINDOW)) : first + WINDOW]
-        return [range(int(ends[group]) - self.groups[group], int(ends[group])) for group in chosen]
+        return [range(start := runs.start(group), start + self.groups[group]) for group in chosen]
 
     def advice(self) -> list[str]:
         """Return what makes training on this source slow or useless, and what to do; a few samples are read."""

@@ -70,14 +70,12 @@ class ShardSource(Source):
     Headers are read once and cached; images are read by their offset. A member's name is never used as a path.
     """
 
-    def __init__(
-        self, spec: str, paths: Sequence[Path], reading: Reading = Reading(),  # noqa: B008 - immutable
-        index: ShardIndex | None = None,
-    ) -> None:
-        """Index the shards `paths`, in this order.
+    def __init__(self, spec: str, paths: Sequence[Path], reading: Reading = Reading(),  # noqa: B008 - immutable
+                 index: ShardIndex | None = None) -> None:
+        """Index the shards `paths`, in this order; `index` is that of the only shard, if it is at hand.
 
         Shards that cannot be read are left out and named, up to `MAX_LOST` of all; one that is listed twice is read
-        once. `index` is that of the only shard, if it is at hand.
+        once.
         """
         self.spec, self._reading = spec, reading
         paths = list(dict.fromkeys(paths))
