@@ -69,7 +69,7 @@ def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_leaves_everything_that_is_promised(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
-    assert config["recipe"]["name"] == "a-clip"
+    assert config["recipe"]["name"] == "a-clip-muon"
     assert config["batch_size"] == 8
     records = journal(finished)
     assert [r["step"] for r in records] == list(range(1, 19))
