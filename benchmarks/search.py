@@ -33,7 +33,8 @@ from sklearn.metrics import average_precision_score
 import aclip
 from aclip.data import EvaluationSet, open_source
 from aclip.evaluation.features import encode_batch
-from aclip.search import Index, approximate, build
+from aclip.search import approximate, build
+from aclip.search.store import Index
 
 TOP = 10
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from aclip.report import heat_map, kept_patches, read_snapshot
+from aclip.report.snapshots import heat_map, kept_patches, read_snapshot
 
 CELL, GAP = 132, 10
 

@@ -20,7 +20,7 @@ from aclip.errors import UnsupportedModelError
 from aclip.exporters import open_clip as exported
 from aclip.plan import image_macs
 from aclip.recipes import RECIPES
-from aclip.report import read_snapshot, take_snapshot
+from aclip.report.snapshots import read_snapshot, take_snapshot
 from aclip.trainer import build_trainer
 from aclip.training.distributed import wrap
 from aclip.training.optim import parameter_groups

@@ -18,8 +18,8 @@ from aclip.errors import ConfigError, TrainingError
 from aclip.overfit import overfit_one_batch
 from aclip.recipes import configure
 from aclip.run_folder import RunFolder
-from aclip.search import Index
 from aclip.search.clusters import cluster_samples
+from aclip.search.store import Index
 from aclip.training.guard import Interrupted
 from over_ranks import run_ranks
 from tests_support import stop_after

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from aclip.objectives import functional as losses
     from aclip.recipes import RECIPES, configure
     from aclip.runs import Run, train
-    from aclip.search import Index, index, serve
+    from aclip.search.commands import index, serve
+    from aclip.search.store import Index
 
 __version__ = VERSION
 
@@ -41,7 +42,8 @@ _HOMES = {
                     "aclip.config"),
     **dict.fromkeys(("SETS", "SOURCES"), "aclip.data"),
     **dict.fromkeys(("explain", "Explanation"), "aclip.explanation"),
-    **dict.fromkeys(("Index", "index", "serve"), "aclip.search"),
+    **dict.fromkeys(("index", "serve"), "aclip.search.commands"),
+    "Index": "aclip.search.store",
     "compare": "aclip.comparison",
     "load": "aclip.models",
     "merge": "aclip.merging",

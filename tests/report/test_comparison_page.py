@@ -11,8 +11,7 @@ from html_page import EVIL, Page
 from synthetic_comparison import write_comparison_folder
 
 from aclip.errors import ConfigError
-from aclip.report import write_comparison
-from aclip.report.comparison import clock, read_comparison
+from aclip.report.comparison import clock, read_comparison, write_comparison
 
 
 @pytest.fixture

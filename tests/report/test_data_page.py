@@ -10,7 +10,7 @@ from PIL import Image
 
 from aclip.data import open_source
 from aclip.examination import Limits, examine
-from aclip.report import write_data_page, write_look_page
+from aclip.report.data_page import write_data_page, write_look_page
 from made_pictures import encode, picture
 
 

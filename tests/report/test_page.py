@@ -84,6 +84,6 @@ def test_pandas_is_imported_for_comparisons_alone(name):
 
 
 def test_help_needs_neither_torch_nor_jinja2():
-    code = "import sys; from aclip.report import write_report, write_comparison; print({*sys.modules})"
+    code = "import sys; from aclip.report.run import write_report; print({*sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert all(f"'{name}'" not in loaded for name in ("torch", "jinja2", "numpy", "pandas"))

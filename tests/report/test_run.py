@@ -9,10 +9,10 @@ import pytest
 from html_page import EVIL, Page, write_lines
 from synthetic_comparison import write_comparison_folder
 
-from aclip import report as reporting
 from aclip.errors import ConfigError
-from aclip.report import read_snapshot, write_report
-from aclip.report.snapshots import write_snapshot
+from aclip.report import run as reporting
+from aclip.report.run import write_report
+from aclip.report.snapshots import read_snapshot, write_snapshot
 
 
 def report(folder: Path) -> Page:

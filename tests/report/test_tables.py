@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from synthetic_comparison import write_comparison_folder
 
-from aclip.report import summary_table
-from aclip.report.comparison import read_comparison
+from aclip.report.comparison import read_comparison, summary_table
 from aclip.report.tables import Tables, exceeds_spread, pooled_spread
 
 

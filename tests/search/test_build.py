@@ -21,7 +21,8 @@ import aclip
 from aclip import data
 from aclip.errors import BadSampleError, ConfigError, DataError, MissingDependencyError
 from aclip.models import LoadedModel
-from aclip.search import Index, approximate, build
+from aclip.search import approximate, build
+from aclip.search.store import Index
 from bad_samples import SKIPPED, make_mixed_folder
 from made_pictures import encode, picture
 from tests_support import Numbers

@@ -14,8 +14,8 @@ import aclip
 from aclip.cli import main
 from aclip.errors import CheckpointError, ConfigError, DataError
 from aclip.models import LoadedModel
-from aclip.search import Index
 from aclip.search import store as module
+from aclip.search.store import Index
 from made_pictures import encode, picture
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 import aclip
 from aclip.cli import main
-from aclip.search import Index
+from aclip.search.store import Index
 from made_pictures import encode, giant_png, picture
 
 uvicorn = pytest.importorskip("uvicorn")

@@ -25,7 +25,7 @@ from aclip.errors import BadSampleError, ConfigError, TrainingError
 from aclip.logs import warnings_only
 from aclip.plan import resolve_run, trains_only_masked
 from aclip.recipes import configure, find_recipe
-from aclip.report import summary_table, write_comparison
+from aclip.report.comparison import summary_table, write_comparison
 from aclip.report.journals import outcome, primary
 from aclip.rng import generator
 from aclip.run_folder import RunFolder, command_line

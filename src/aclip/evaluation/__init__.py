@@ -107,7 +107,7 @@ def evaluate(
     from aclip.evaluation.features import MaskedEncoder, check_masking
     from aclip.evaluation.sets import build_evaluators, evaluate_sets, open_sets, select_for_model
     from aclip.models import load
-    from aclip.report import write_report
+    from aclip.report.run import write_report
 
     with joined(device) as device_name, sharding.sharded():
         if not data:
