@@ -84,8 +84,8 @@ def test_a_small_difference_is_not_bold(folder: Path) -> None:
 
 
 def test_time_follows_the_stages_of_a_run(folder: Path) -> None:
-    comparison = read_comparison(folder)
-    clip, flip = clock(comparison, "clip"), clock(comparison, "flip")
+    tables = read_comparison(folder)
+    clip, flip = clock(tables, "clip"), clock(tables, "flip")
     assert [clip(fraction) for fraction in (0.0, 0.5, 1.0)] == [0.0, 4.0, 8.0]
     # 8 steps, the first half at 0.25 s, the second at 0.75 s
     assert [flip(fraction) for fraction in (0.25, 0.5, 0.75, 1.0)] == [0.5, 1.0, 2.5, 4.0]

@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tables(folder: Path) -> Tables:
-    return read_comparison(folder).tables
+    return read_comparison(folder)
 
 
 def of_one_recipe(values: list[float], metric: str) -> Tables:
@@ -111,7 +111,7 @@ def test_the_files_hold_the_same_numbers(folder: Path, tables: Tables) -> None:
 def test_a_pipe_in_a_name_does_not_end_a_cell(folder: Path) -> None:
     text = (folder / "comparison.json").read_text().replace('"val"', '"a|b"')
     (folder / "comparison.json").write_text(text)
-    tables = read_comparison(folder).tables
+    tables = read_comparison(folder)
     tables.write(folder)
     assert {len(re.split(r"(?<!\\)\|", line)) for line in (folder / "table.md").read_text().splitlines()[:5]} == {14}
 
@@ -121,7 +121,7 @@ def test_sets_come_in_their_order(folder: Path) -> None:
     values["sets"] = ["second", "val"]
     values["runs"][0]["metrics"]["second"] = {"knn": {"top1": 0.5}}
     (folder / "comparison.json").write_text(json.dumps(values))
-    tables = read_comparison(folder).tables
+    tables = read_comparison(folder)
     assert next(iter(tables.metrics)) == ("second", "knn")
     assert "val R@1 to caption" in tables.summary().columns
 

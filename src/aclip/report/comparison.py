@@ -1,7 +1,6 @@
 """The tables and the page of a comparison: `table.md`, `table.csv` and `index.html`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +10,7 @@ from markupsafe import Markup
 
 from aclip.errors import CheckpointError, ConfigError
 from aclip.report.figures import Points, Series, line_chart
-from aclip.report.journals import PRIMARY, Metric, Record, mapping, number, primary, read_journal, read_json
+from aclip.report.journals import Metric, Record, mapping, number, primary, read_journal, read_json
 from aclip.report.page import count, write_page
 from aclip.report.tables import Tables, exceeds_spread, full_words, is_fraction, to_rich
 
@@ -29,42 +28,14 @@ SECTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class ComparisonFiles:
-    """The contents of a comparison's folder."""
-
-    path: Path
-    raw: Record  # comparison.json, with the step times of timing.json
-    tables: Tables
-    runs: list[Record]  # finished or not
-
-    def primary(self) -> Metric | None:
-        found = [metric for metrics in self.tables.metrics.values() for metric in metrics]
-        wanted = ((held, *metric) for held in self.tables.sets for metric in PRIMARY.items())
-        return next((metric for metric in wanted if metric in found), None)
-
-    def notes(self) -> list[str]:
-        found: dict[str, list[str]] = {"Failed, and left out": [], "Not finished yet, and left out": [],
-                                       "Trained, but not measured with every evaluator; what was measured counts": []}
-        failed, unfinished, in_part = found.values()
-        for run in self.runs:
-            if not run.get("finished"):
-                (failed if run.get("error") else unfinished).append(run["name"])
-            elif not run.get("complete", True):
-                in_part.append(run["name"])
-        found["Runs in the folder that the command does not name, not shown"] = sorted(
-            {path.name for path in (self.path / "runs").glob("*")} - {run["name"] for run in self.runs})
-        return [f"{sentence}: {', '.join(names)}." for sentence, names in found.items() if names]
-
-
-def read_comparison(folder: Path) -> ComparisonFiles:
+def read_comparison(folder: Path) -> Tables:
     damaged: list[str] = []
     raw = read_json(folder / "comparison.json", damaged)
     if not isinstance(raw, dict):
         raise ConfigError(f"there is no comparison in '{folder}': its comparison.json is "
                           f"{'damaged' if damaged else 'missing'}")
     raw["timing"] = read_json(folder / "timing.json", []) or {}  # may be newer than the one in comparison.json
-    return ComparisonFiles(folder, raw, Tables(raw), raw["runs"])
+    return Tables(raw)
 
 
 def write_comparison(folder: Path) -> Path:
@@ -73,36 +44,46 @@ def write_comparison(folder: Path) -> Path:
     Raises:
         ConfigError: there is no comparison in the folder, or its file is damaged.
     """
-    comparison = read_comparison(folder)
-    tables, metric, name = comparison.tables, comparison.primary(), folder.resolve().name
-    chosen = mapping(comparison.raw, "chosen_lr").values()
+    tables, name = read_comparison(folder), folder.resolve().name
+    metric, chosen = tables.primary(), mapping(tables.raw, "chosen_lr").values()
     chosen_on = list(dict.fromkeys(str(one["set"]) for one in chosen if one.get("set")))
     tables.write(folder)
     return write_page(
         folder / "index.html", "comparison", name=f"{name}: a comparison", sections=SECTIONS, folder=name,
-        notes=comparison.notes(), raw=comparison.raw, tables=tables, recipes=tables.recipes, baseline=tables.baseline,
-        metric=metric, metric_words=full_words(metric) if metric else "", tiles=metric and len(tables.recipes) <= MANY,
-        difference=difference, full_words=full_words, many=MANY, curves=curves(comparison), kept=kept(comparison),
-        chosen_on=chosen_on, primary=partial(primary, sets=tables.sets),
-        searched=partial(primary, sets=[*chosen_on, *tables.sets]),
+        notes=notes(folder, tables.raw["runs"]), raw=tables.raw, tables=tables, recipes=tables.recipes,
+        baseline=tables.baseline, metric=metric, metric_words=full_words(metric) if metric else "",
+        tiles=metric and len(tables.recipes) <= MANY, difference=difference, full_words=full_words, many=MANY,
+        curves=curves(folder, tables, metric) if metric else [], kept=kept(folder, tables), chosen_on=chosen_on,
+        primary=partial(primary, sets=tables.sets), searched=partial(primary, sets=[*chosen_on, *tables.sets]),
         reports={path.parent.name for path in folder.glob("runs/*/report.html")})
 
 
 def summary_table(folder: Path) -> "Table":
-    return to_rich(read_comparison(folder).tables.summary(brief=True))
+    return to_rich(read_comparison(folder).summary(brief=True))
 
 
-def curves(comparison: ComparisonFiles) -> list[Markup]:
-    metric, tables = comparison.primary(), comparison.tables
-    if metric is None:
-        return []
-    clocks = {name: clock(comparison, name) for name in tables.recipes}
+def notes(folder: Path, runs: Sequence[Record]) -> list[str]:
+    found: dict[str, list[str]] = {"Failed, and left out": [], "Not finished yet, and left out": [],
+                                   "Trained, but not measured with every evaluator; what was measured counts": []}
+    failed, unfinished, in_part = found.values()
+    for run in runs:
+        if not run.get("finished"):
+            (failed if run.get("error") else unfinished).append(run["name"])
+        elif not run.get("complete", True):
+            in_part.append(run["name"])
+    found["Runs in the folder that the command does not name, not shown"] = sorted(
+        {path.name for path in (folder / "runs").glob("*")} - {run["name"] for run in runs})
+    return [f"{sentence}: {', '.join(names)}." for sentence, names in found.items() if names]
+
+
+def curves(folder: Path, tables: Tables, metric: Metric) -> list[Markup]:
+    clocks = {name: clock(tables, name) for name in tables.recipes}
     longest = max((clocks[name](1.0) for name in tables.recipes if tables.runs[name]), default=0.0)
     unit, scale = ("seconds", 1.0) if longest < 300 else ("minutes", 60.0) if longest < 3 * 3600 else ("hours", 3600.0)
     by_samples: list[Series] = []
     by_time: list[Series] = []
     for i, name in enumerate(tables.recipes):
-        histories = [_history(comparison, run, metric) for run in tables.runs[name]]
+        histories = [_history(folder / "runs" / str(run["name"]), metric) for run in tables.runs[name]]
         total = tables.cost(name, "samples_seen", "max") or 1.0
         timed = [[(clocks[name](x / total) / scale, y) for x, y in points] for points in histories]
         colour = 0 if name == tables.baseline else 1 + i % COLOURS
@@ -122,14 +103,14 @@ def curves(comparison: ComparisonFiles) -> list[Markup]:
                    note="steps at their measured time", x_label=unit)]
 
 
-def clock(comparison: ComparisonFiles, recipe: str) -> Callable[[float], float]:
+def clock(tables: Tables, recipe: str) -> Callable[[float], float]:
     """Return a function from the fraction of a run that is done to the seconds of its steps so far.
 
     Every stage of a run (small images, masked, unmasked) has its own measured step time.
     """
-    steps = max((number(run, "total_steps") or 0.0 for run in comparison.tables.runs[recipe]), default=0.0)
-    stages = mapping(mapping(comparison.raw, "timing"), "stages").get(recipe) or [
-        {"share": 1.0, "seconds": comparison.tables.cost(recipe, "step_seconds") or 0.0}]
+    steps = max((number(run, "total_steps") or 0.0 for run in tables.runs[recipe]), default=0.0)
+    stages = mapping(mapping(tables.raw, "timing"), "stages").get(recipe) or [
+        {"share": 1.0, "seconds": tables.cost(recipe, "step_seconds") or 0.0}]
 
     def seconds(fraction: float) -> float:
         total = 0.0
@@ -141,13 +122,13 @@ def clock(comparison: ComparisonFiles, recipe: str) -> Callable[[float], float]:
     return seconds
 
 
-def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
+def kept(folder: Path, tables: Tables) -> dict[str, Any] | None:
     """Return images with what each masking recipe removes, at the end of training of the first seed.
 
     Recipes that remove nothing are named, not shown; None if there are no others.
     """
-    shots = {name: shot for name, runs in comparison.tables.runs.items() for run in runs[:1]
-             if (shot := _last_snapshot(comparison.path / "runs" / str(run["name"]))) is not None}
+    shots = {name: shot for name, runs in tables.runs.items() for run in runs[:1]
+             if (shot := _last_snapshot(folder / "runs" / str(run["name"]))) is not None}
     masking = {name: shot for name, shot in shots.items() if shot.keep_indices.shape[1] < shot.scores.shape[1]}
     if not masking:
         return None
@@ -165,15 +146,15 @@ def kept(comparison: ComparisonFiles) -> dict[str, Any] | None:
 
 
 def difference(first: Sequence[float], second: Sequence[float], metric: Metric) -> Markup:
-    points = round((100.0 if is_fraction(metric) else 1.0) * (fmean(first) - fmean(second)), 1)
+    points = round((100.0 if is_fraction(metric[2]) else 1.0) * (fmean(first) - fmean(second)), 1)
     text = f"{points + 0.0:+.1f}"  # + 0.0: no negative zero
     return Markup("<b>{}</b>" if exceeds_spread(first, second) else '<span class="within">{}</span>').format(text)
 
 
-def _history(comparison: ComparisonFiles, run: Record, metric: Metric) -> Points:
+def _history(run: Path, metric: Metric) -> Points:
     held, evaluator, name = metric
     found: dict[float, float] = {}
-    for record in read_journal(comparison.path / "runs" / str(run["name"]) / "evaluations.jsonl", []):
+    for record in read_journal(run / "evaluations.jsonl", []):
         if (record.get("set"), record.get("evaluator"), record.get("weights")) == (held, evaluator, "online"):
             seen, value = number(record, "samples_seen"), number(mapping(record, "metrics"), name)
             if seen is not None and value is not None:

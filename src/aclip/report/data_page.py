@@ -41,14 +41,7 @@ def write_look_page(
     path: Path, title: str, facts: list[tuple[str, str]],
     samples: list[tuple[Image.Image, str, tuple[str, ...]]], advice: list[str],
 ) -> Path:
-    """Write the page of `aclip data look`, what a source was read as, to `path`, and return it.
-
-    Args:
-        title: name of the source.
-        facts: names and values, shown below the title.
-        samples: image, name and captions of each.
-        advice: sentences about the source; none leaves the section out.
-    """
+    """Write the page of `aclip data look`: facts about a source, image, name and captions of samples, and advice."""
     cards = []
     for image, name, captions in samples:
         small = image.convert("RGB")

@@ -99,14 +99,8 @@ def line_chart(
 ) -> Markup:
     """Return a chart as a `<figure>`; series without a finite point are left out, and without any it is empty.
 
-    Args:
-        title, note: the heading, and small print beside it.
-        series: the lines.
-        unit: "%" for fractions in [0, 1], else plain numbers.
-        from_zero: whether the vertical axis must include 0.
-        digits: significant digits of values in legend and cursor.
-        x_label: what the horizontal axis counts.
-        last_values: whether the legend shows each line's last finite value.
+    Fractions in [0, 1] have the unit "%". `digits` are significant ones of the values in legend and cursor; the legend
+    shows each line's last finite value unless `last_values` is off.
     """
     drawn = [(s, thin([(x, math.nan if y is None else y) for x, y in s.points])) for s in series]
     finite = {id(s): [(x, y) for x, y in points if math.isfinite(y)] for s, points in drawn}

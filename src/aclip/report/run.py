@@ -14,7 +14,7 @@ from aclip.files import as_file_name
 from aclip.report.figures import Points, Series, line_chart, smooth
 from aclip.report.journals import PRIMARY, Record, RunFiles, at_start, mapping, number, read_run
 from aclip.report.page import MISSING, compact, count, percent, write_page
-from aclip.report.tables import is_fraction
+from aclip.report.tables import change, is_fraction
 
 DIRECTIONS = {"image_to_text": "image → caption", "text_to_image": "caption → image"}
 CLASSIFIERS = {"zero_shot": "Zero-shot classification", "linear_probe": "Linear probe", "knn": "Nearest neighbours"}
@@ -209,23 +209,18 @@ def _table(evaluations: Sequence[Record], evaluator: str) -> Table:
         settings, start = mapping(record, "settings"), at_start(evaluations, record)
         labels = [str(record.get("training_set") or MISSING),
                   ", ".join(f"{key} {compact(number(settings, key))}" for key in settings) or MISSING]
-        rows += [[name, weights, words, *labels, *(
-            write(number(mapping(record, part), key.format(direction)))
-            + (change(mapping(record, part), start, key.format(direction)) if part == "metrics" else "")
-            for _, part, key, write in columns)]
-                 for direction, words in (DIRECTIONS if evaluator == "retrieval" else {"": MISSING}).items()]
+        for direction, words in (DIRECTIONS if evaluator == "retrieval" else {"": MISSING}).items():
+            cells = []
+            for _, part, key, write in columns:
+                metric = key.format(direction)
+                value = number(mapping(record, part), metric)
+                before = number(start, metric) if part == "metrics" else None
+                cells.append(write(value) + change(value, before, is_fraction(metric)))
+            rows.append([name, weights, words, *labels, *cells])
     head = ["set", "weights", "direction", "learned from", "settings", *(column[0] for column in columns)]
     optional = ("direction", "learned from", "settings", "training images")
     shown = [i for i, word in enumerate(head) if word not in optional or any(row[i] != MISSING for row in rows)]
     return title, [head[i] for i in shown], [[row[i] for i in shown] for row in rows], sum(i < 5 for i in shown)
-
-
-def change(now: Record, start: Record, key: str) -> str:
-    """Return how far a metric is from what it was at the start, in brackets, fractions in points; "" if unknown."""
-    value, before = number(now, key), number(start, key)
-    if value is None or before is None:
-        return ""
-    return f" ({100 * (value - before):+.1f})" if is_fraction(("", "", key)) else f" ({value - before:+.3g})"
 
 
 def _plain_table(evaluations: Sequence[Record], evaluator: str) -> Table:  # such as a user's

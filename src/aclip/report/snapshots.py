@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from aclip import models
 from aclip.data import augment
 from aclip.errors import CheckpointError
+from aclip.files import write_atomically
 from aclip.method import Method, resized
 from aclip.plan import PassPlan
 from aclip.structs import Batch, Encoded, ViewBatch
@@ -56,15 +57,11 @@ def snapshot_path(folder: Path, step: int) -> Path:
 
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
-    """Write a snapshot atomically."""
     dtypes = {"images": torch.uint8, "scores": torch.float32, "keep_indices": torch.int64, "maps": torch.float32}
     tensors = {name: getattr(snapshot, name).detach().to("cpu", dtype).contiguous() for name, dtype in dtypes.items()
                if getattr(snapshot, name) is not None}
     header = {"captions": json.dumps(snapshot.captions), "grid": json.dumps(snapshot.grid), "step": str(snapshot.step)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=header)
-    partial.replace(path)
+    write_atomically(path, save(tensors, metadata=header))
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -118,11 +115,10 @@ def heat_colours(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*sha
 def heat_layer(
     scores: Float[Tensor, " N"], grid: tuple[int, int], limits: tuple[float, float] | None = None
 ) -> Image.Image:
-    """Return the scores of one image as RGB colours, one pixel a patch.
+    """Return the scores of one image as RGB colours, one pixel a patch, the darkest for equal ones.
 
     Scores are stretched between `limits`; by default from their minimum to their 98th percentile, so that a single
-    patch with most of the attention, which ViTs have, does not leave all others black. Equal scores give the darkest
-    colour.
+    patch with most of the attention, which ViTs have, does not leave all others black.
     """
     values = np.nan_to_num(scores.detach().cpu().double().numpy()).reshape(grid)
     low, high = limits or (values.min(), np.quantile(values, 0.98))

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from aclip.files import write_atomically
-from aclip.report.journals import Metric, Record, mapping, number
+from aclip.report.journals import PRIMARY, Metric, Record, mapping, number
 from aclip.report.page import MISSING, compact, count, duration, gigabytes, milliseconds, ratio
 
 if TYPE_CHECKING:  # pandas takes long to import
@@ -29,7 +29,7 @@ class Tables:
     """
 
     def __init__(self, raw: Record) -> None:
-        self.recipes = list(mapping(raw, "recipes"))
+        self.raw, self.recipes = raw, list(mapping(raw, "recipes"))
         counted = sorted((run for run in raw.get("runs") or [] if run.get("finished") and run.get("counts")),
                          key=lambda run: int(run["seed"]))
         self.runs = {name: [run for run in counted if run.get("recipe") == name] for name in self.recipes}
@@ -44,6 +44,11 @@ class Tables:
         for metric in sorted(found, key=lambda metric: self.sets.index(metric[0])):
             self.metrics.setdefault(metric[:2], []).append(metric)
 
+    def primary(self) -> Metric | None:
+        found = [metric for metrics in self.metrics.values() for metric in metrics]
+        wanted = ((held, *metric) for held in self.sets for metric in PRIMARY.items())
+        return next((metric for metric in wanted if metric in found), None)
+
     def values(self, recipe: str, metric: Metric) -> list[float]:
         row = self._rows.get((recipe, metric))
         return [] if row is None else list(row["values"])
@@ -53,7 +58,7 @@ class Tables:
         return None if row is None else float(row[statistic])
 
     def cell(self, recipe: str, metric: Metric) -> str:
-        row, (scale, unit) = self._rows.get((recipe, metric)), (100.0, " %") if is_fraction(metric) else (1.0, "")
+        row, (scale, unit) = self._rows.get((recipe, metric)), (100.0, " %") if is_fraction(metric[2]) else (1.0, "")
         if row is None:
             return MISSING
         spread = f" ± {scale * row['standard_deviation']:.1f}" if row["n"] > 1 else ""
@@ -137,8 +142,15 @@ def exceeds_spread(first: Sequence[float], second: Sequence[float]) -> bool | No
     return None if pooled is None else abs(fmean(first) - fmean(second)) > 2.0 * pooled
 
 
-def is_fraction(metric: Metric) -> bool:
-    return "rank" not in metric[2] and metric[2] != "nll"
+def is_fraction(metric: str) -> bool:
+    return "rank" not in metric and metric != "nll"
+
+
+def change(value: float | None, start: float | None, fraction: bool) -> str:
+    """Return how far a metric is from what it was at the start, in brackets, fractions in points; "" if unknown."""
+    if value is None or start is None:
+        return ""
+    return f" ({100 * (value - start):+.1f})" if fraction else f" ({value - start:+.4g})"
 
 
 def metric_words(name: str) -> str:
