@@ -216,7 +216,7 @@ def test_what_is_no_index_is_left_alone(model: LoadedModel, pair_folder: Path, t
 
 
 def test_pyarrow_is_asked_for(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'attentive-clip\[parquet\]'"):
         aclip.index(model, "images", output=tmp_path / "index")
 

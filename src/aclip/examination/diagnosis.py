@@ -28,19 +28,12 @@ _LONGER = 4  # times the model's context that captions are counted to
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found in a source.
+    """What was found in a source."""
 
-    Attributes:
-        measured: the source, then those that it was compared with.
-        groups: of the images of each, see `find_duplicates`.
-        limits: of the model that the data is for.
-        findings: errors first.
-    """
-
-    measured: tuple[Measurements, ...]
-    groups: tuple[np.ndarray, ...]
-    limits: Limits
-    findings: tuple[Finding, ...]
+    measured: tuple[Measurements, ...]  # of the source, then of those that it was compared with
+    groups: tuple[np.ndarray, ...]  # of the images of each, see `find_duplicates`
+    limits: Limits  # of the model that the data is for
+    findings: tuple[Finding, ...]  # errors first
 
     @property
     def usable(self) -> int:
@@ -114,15 +107,10 @@ def doctor(source: str, *, against: Sequence[str] = (), model: str = "vit-tiny",
 def examine(source: Source, against: Sequence[Source] = (), *, limits: Limits,
             tokenizer: "CaptionTokenizer | None" = None, workers: int | None = None, limit: int | None = None
             ) -> Examination:
-    """Read every sample once and report what was found; nothing is written.
+    """Read every sample once and report what was found; nothing is written. For the arguments see `doctor`.
 
-    Args:
-        source: what is examined.
-        against: evaluation sets, which should share no image with it.
-        limits: what the model takes that the data is for.
-        tokenizer: with a longer context than the model's, or captions that are cut look whole; None counts no tokens.
-        workers: processes that read; 0 reads in this one, None takes one per core.
-        limit: samples of each source that are read at most, drawn at random.
+    The tokenizer has a longer context than the model's, or captions that are cut would look whole; None counts no
+    tokens.
     """
     from aclip.devices import usable_cores
 
@@ -150,7 +138,6 @@ def _needs(model: str) -> "tuple[Limits, CaptionTokenizer | None]":
 
 
 def print_findings(console: "Console", examined: Examination) -> None:
-    """Print a line for each finding."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -183,7 +170,6 @@ class Example:
 
 
 def load_example(examined: Examination, place: Place) -> Example:
-    """Read the sample at `place` again."""
     from aclip.data.captions import clean_captions
     from aclip.data.decode import decode_image
 
@@ -221,8 +207,7 @@ def left_out(examined: Examination) -> dict[int, str]:
         for row in shared_rows(own, theirs).tolist():
             reasons.setdefault(row, f"also in {other.source.spec}")
     kept: dict[int, int] = {}
-    _, inverse, counts = np.unique(own, return_inverse=True, return_counts=True)
-    for row in np.flatnonzero((own >= 0) & (counts[inverse] > 1)).tolist():
+    for row in np.flatnonzero(own >= 0).tolist():
         if row not in reasons:
             first = kept.setdefault(int(own[row]), row)
             if first != row and captions_of(source, row) <= captions_of(source, first):

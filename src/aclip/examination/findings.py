@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import pandas
@@ -23,56 +23,38 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One thing that was found."""
 
-    Attributes:
-        name: short and stable, for programs; `title` for people.
-        count, total, unit: how many samples or captions it concerns, and of how many.
-        advice: what to do, in one line.
-        details: parts of `count` with their numbers.
-        examples: groups of samples that belong together, of one sample each where none do.
-    """
-
-    name: str
+    name: str  # short and stable, for programs
     severity: Severity
-    title: str
-    count: int
-    total: int
+    title: str  # for people
+    count: int  # of samples or captions that it concerns
+    total: int  # of these
     unit: Literal["samples", "captions"]
-    advice: str
-    details: tuple[tuple[str, int], ...] = ()
-    examples: tuple[tuple[Place, ...], ...] = ()
+    advice: str  # what to do, in one line
+    details: tuple[tuple[str, int], ...] = ()  # parts of `count` with their numbers
+    examples: tuple[tuple[Place, ...], ...] = ()  # groups of samples that belong together, of one where none do
 
     @property
     def share(self) -> float:
-        """Return `count` as a fraction of `total`."""
         return self.count / max(self.total, 1)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model takes: its name, the (height, width) of its input in pixels, and the tokens of a caption.
-
-    `context_length` counts start and end, and is None for a model without text.
-    """
+    """What a model takes."""
 
     model: str
-    image_size: tuple[int, int]
-    context_length: int | None
+    image_size: tuple[int, int]  # (height, width) in pixels
+    context_length: int | None  # tokens of a caption, start and end included; None without text
 
 
 def find_all(measured: Sequence[Measurements], groups: Sequence[np.ndarray], limits: Limits) -> tuple[Finding, ...]:
-    """Return the findings about the first source, errors first; it must share no image with the others.
-
-    Args:
-        measured, groups: of each source, see `find_duplicates`.
-        limits: of the model that the data is for.
-    """
+    """Return the findings about the first source, errors first; for the groups see `find_duplicates`."""
     source = measured[0]
     found = [*_bad_samples(source), *_leaks(measured, groups), *_pixels(source, limits),
              *_duplicates(source, groups[0]), *_captions(source, limits)]
-    order = ("error", "warning", "note")
-    return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
+    return tuple(sorted(found, key=lambda finding: get_args(Severity).index(finding.severity)))
 
 
 def _of_samples(

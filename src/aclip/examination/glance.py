@@ -5,7 +5,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aclip.data.sources.base import RawSample, Source
+from aclip.data.sources.base import RawSample, Source, printable
 from aclip.errors import BadSampleError, ConfigError
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def look(source: str, *, output: str | None = None, samples: int = 5) -> Look:
             console.print(f"  {opened.name(index)}: cannot be used, {error.reason}")
             continue
         shown.append((image, sample))
-        label = "" if sample.label is None else f", label {_one_line(sample.label)}"
+        label = "" if sample.label is None else f", label {one_line(sample.label)}"
         console.print(f"  {sample.name}: {image.width} x {image.height}{label}")
         for caption in sample.captions or ("(no caption)",):
-            console.print(f"    {_one_line(caption)}")
+            console.print(f"    {one_line(caption)}")
     for sentence in advice:
         console.print(f"advice: {sentence}")
     page = None
@@ -91,6 +91,7 @@ def _evenly(source: Source, wanted: int) -> list[int]:
     return [round(number * (count - 1) / max(1, wanted - 1)) for number in range(wanted)]
 
 
-def _one_line(text: str) -> str:
-    line = " ".join(text.encode(errors="backslashreplace").decode().split())
+def one_line(text: str) -> str:
+    """Return a text on one line of at most `_WIDTH` characters."""
+    line = " ".join(printable(text).split())
     return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}..."

@@ -37,30 +37,20 @@ _BLANK = 8  # levels of 255
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was measured of a source.
-
-    Attributes:
-        samples: a row of `SAMPLE` for each, in the source's order, and `reason`: why it cannot be used, "" if it can.
-        captions: a row for each usable one: `sample`, the row of its own; `exact`, its `caption_id`; `tokens`.
-        fingerprints: (n, PRINT_BYTES) uint8, see `hash_images`.
-    """
+    """What was measured of a source."""
 
     source: Source
-    samples: pandas.DataFrame
-    captions: pandas.DataFrame
-    fingerprints: np.ndarray
+    samples: pandas.DataFrame  # in its order, rows of `SAMPLE` and `reason`: why it cannot be used, "" if it can
+    captions: pandas.DataFrame  # usable ones: `sample`, the row of its own; `exact`, its `caption_id`; `tokens`
+    fingerprints: np.ndarray  # (n, PRINT_BYTES) uint8, see `hash_images`
 
 
 def measure(source: Source, *, tokenizer: "CaptionTokenizer | None" = None, workers: int = 0, limit: int | None = None,
             advance: Callable[[int], object] = lambda _: None) -> Measurements:
     """Read, hash, decode and tokenise the samples of `source` once each; takes 360 bytes a sample and 20 a caption.
 
-    Args:
-        source: what is measured.
-        tokenizer: counts the tokens of captions, up to its context length; None counts none.
-        workers: processes; 0 measures in this one.
-        limit: measure at most so many samples, drawn at random, the same ones each time.
-        advance: called with a number of samples when they are done.
+    At most `limit` samples are drawn at random, the same ones each time. `advance` is called with a number of samples
+    when they are done.
     """
     from aclip.data.workers import read_ahead
 
@@ -202,14 +192,8 @@ def look_alikes(across: np.ndarray, down: np.ndarray, fingerprints: np.ndarray) 
 
     The images are sorted by their hash, rotated so that each of its four 16-bit bands leads once, and each is compared
     with the next 64 that share the band. Hashes across that differ in up to three bits share a band, so a pair
-    is missed only where a band has more images than the window. Time and memory grow as n log n and n.
-
-    Args:
-        across, down: (n,) uint64 hashes; see `hash_images`.
-        fingerprints: (n, PRINT_BYTES) uint8; they confirm what the hashes propose.
-
-    Returns:
-        (n,) int64: the smallest number of an image in the same group.
+    is missed only where a band has more images than the window. Time and memory grow as n log n and n. Fingerprints
+    confirm what the hashes propose; see `hash_images` for both. A group is called by its smallest image, (n,) int64.
     """
     groups = np.arange(len(across), dtype=np.int64)
     for turn in (0, 16, 32, 48):
@@ -233,7 +217,6 @@ def look_alikes(across: np.ndarray, down: np.ndarray, fingerprints: np.ndarray) 
 
 
 def _confirmed(first: np.ndarray, second: np.ndarray, fingerprints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs whose fingerprints agree."""
     agree = np.zeros(len(first), dtype=bool)
     for start in range(0, len(first), 4096):
         part = slice(start, start + 4096)

@@ -75,8 +75,8 @@ def search_graph(
 def log_recall(index: "Index") -> None:
     """Log the fraction of the true nearest images that the graph finds.
 
-    Queries are captions, spread over the index, if the model reads text: the features of texts lie apart from those of
-    images, which is harder for a graph. Without captions they are images.
+    Queries are captions if there are any and the model reads text: the features of texts lie apart from those of
+    images, which is harder for a graph.
     """
     rows = np.linspace(0, len(index) - 1, min(_SAMPLE, len(index)), dtype=np.int64)
     captions = [hit.captions[0] for hit in index.hits(rows.tolist(), [0.0] * len(rows)) if hit.captions]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def build(
     model: str | Path | LoadedModel, source: str | Path | Sequence[str], folder: Path, weights: WeightsOf, device: str,
     workers: int | None,
 ) -> Index:
-    """See `aclip.search.index`."""
-    _need_pyarrow()
+    """See `aclip.index`."""
+    if find_spec("pyarrow") is None:
+        raise MissingDependencyError("an index needs pyarrow: pip install 'attentive-clip[parquet]'")
     if folder.is_file() or (folder.is_dir() and not (folder / DESCRIPTION).exists() and not _pieces(folder)
                             and any(not path.name.endswith(".part") for path in folder.iterdir())):
         raise ConfigError(f"{folder} holds something else than an index: name a new folder with --output")
@@ -77,7 +79,6 @@ def build(
 
 
 def _with_graph(index: Index) -> Index:
-    """Return an index with a graph of neighbours if it is large and has none."""
     name = f"graph-{index.description['generation']}.usearch"
     if (index.graph is not None or len(index) < approximate.APPROXIMATE_FROM
             or not approximate.build_graph(index.features, index.folder / name)):
@@ -104,22 +105,17 @@ class _Chunk:
     rows: list[_Row]
     pixels: Tensor | None  # of the rows without known features
     skipped: list[tuple[str, str]]
-    count: int
 
 
 @dataclass(frozen=True)
 class _ReadNew:
-    """What a worker does for some samples of a source: tell the known from the new, and decode these.
-
-    Attributes:
-        known: (n,) S32, sorted identities; numbers: (n,) int64, of their features.
-    """
+    """What a worker does for some samples of a source: tell the known from the new, and decode these."""
 
     sources: Sequence[Source]
     stretched: Sequence[str | None]  # the option of each source, which makes other pixels of the same file
     digest: str
-    known: np.ndarray
-    numbers: np.ndarray
+    known: np.ndarray  # (n,) S32, sorted identities
+    numbers: np.ndarray  # (n,) int64, of their features
     preprocess: Callable[[Any], Tensor]
 
     def __call__(self, request: tuple[int, range]) -> _Chunk:
@@ -134,7 +130,7 @@ class _ReadNew:
                 continue
             rows.append(row)
             pixels += [] if new is None else [new]
-        return _Chunk(rows, torch.stack(pixels) if pixels else None, skipped, len(indices))
+        return _Chunk(rows, torch.stack(pixels) if pixels else None, skipped)
 
     def _read(self, source: Source, number: int, index: int) -> tuple[_Row, Tensor | None]:
         path, raw = source.path(index), None
@@ -168,8 +164,6 @@ class _ReadNew:
 
 
 class _Build:
-    """One pass over the sources."""
-
     def __init__(self, folder: Path, description: dict[str, Any], model: LoadedModel, sources: Sequence[Source],
                  workers: int) -> None:
         self.folder, self.description, self.model, self.sources = folder, description, model, sources
@@ -202,7 +196,7 @@ class _Build:
                 for chunk in read_ahead(read, requests, workers=self.workers):
                     self._add(chunk)
                     write(chunk.rows)
-                    advance(chunk.count)
+                    advance(len(chunk.rows) + len(chunk.skipped))
         finally:
             self._write_piece()
         origins = np.concatenate([*self.origins, np.empty(0, dtype=np.int64)])
@@ -331,10 +325,3 @@ def _identities(path: Path) -> Any:
 
 def _pieces(folder: Path) -> list[Path]:
     return sorted(folder.glob(_PIECES))
-
-
-def _need_pyarrow() -> None:
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("an index needs pyarrow: pip install 'attentive-clip[parquet]'") from error

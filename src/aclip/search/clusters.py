@@ -20,16 +20,9 @@ _log = logging.getLogger(__name__)
 def cluster_samples(folder: str | Path, source: Source, seed: int) -> np.ndarray:
     """Return the cluster of every sample of a source, by mini-batch k-means of its features in an index.
 
+    (N,) int32, -1 for samples that the index has no features of; of one seed the same on every machine up to rounding.
     There are as many clusters as samples in each on average. B3 (arXiv 2505.11293) cuts a graph of neighbours instead,
     without the nearest, and makes each batch of whole clusters.
-
-    Args:
-        folder: of the index.
-        source: the training pairs.
-        seed: of the clusters; the same on every machine up to rounding.
-
-    Returns:
-        (N,) int32, -1 for samples that the index has no features of.
 
     Raises:
         ConfigError: no index, one of other data, or a mixture of sources that are read by groups.

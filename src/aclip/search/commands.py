@@ -141,6 +141,8 @@ def _print_table(index: Index, groups: Sequence[Sequence[Hit]], duplicates: bool
     from rich.table import Table
     from rich.text import Text
 
+    from aclip.examination.glance import one_line
+
     console = Console(highlight=False)
     if duplicates:
         console.print(f"{len(groups):,} groups of near-duplicates, {sum(map(len, groups)):,} of {len(index):,} images"
@@ -149,7 +151,7 @@ def _print_table(index: Index, groups: Sequence[Sequence[Hit]], duplicates: bool
         table = Table("similarity", "image", "caption", box=None, pad_edge=False, show_header=number == 0)
         for hit in group:
             table.add_row(f"{hit.similarity:.3f}", Text(hit.path or hit.name, overflow="fold"),
-                          Text(_short(hit.captions[0] if hit.captions else "")))
+                          Text(one_line(hit.captions[0] if hit.captions else "")))
         console.print(table)
         if number + 1 < len(groups[:_GROUPS]):
             console.print()
@@ -172,8 +174,3 @@ def write_sheet(index: Index, groups: Sequence[Sequence[Hit]], path: Path) -> No
         top += sheet.height
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
-
-
-def _short(text: str, most: int = 200) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 3] + "..."

@@ -4,7 +4,6 @@ What a request names is a row of the index, so no other file can be reached. The
 """
 
 import base64
-import binascii
 import functools
 import hmac
 import io
@@ -75,12 +74,9 @@ def run(index: Index, host: str, port: int, password: str | None, announce: Call
 
 
 def application(index: Index, password: str | None = None, *, check_host: bool = False) -> Starlette:
-    """Return the page of an index.
+    """Return the page of an index, which asks for a password (HTTP Basic, any user) if it is given.
 
-    Args:
-        index: what is searched.
-        password: asked for (HTTP Basic, any user) if it is given.
-        check_host: refuse requests for other names than this machine's loopback, which a web page could point there.
+    `check_host` refuses requests for other names than this machine's loopback, which a web page could point there.
     """
     page = _Page(index)
     files = [Route("/" if name == "page.html" else f"/{name}", _static(name, kind)) for name, kind in (
@@ -90,7 +86,8 @@ def application(index: Index, password: str | None = None, *, check_host: bool =
                 Route("/api/similar/{row:int}", page.similar), Route("/api/upload", page.upload, methods=["POST"]),
                 Route("/image/{row:int}", page.image), Route("/look/{row:int}", page.look)],
         middleware=[Middleware(_Guard, password=password, check_host=check_host)],
-        exception_handlers={AclipError: _refuse, ValueError: _refuse, IndexError: _not_found})
+        exception_handlers={AclipError: _refuse, ValueError: _refuse,
+                            IndexError: lambda *_: JSONResponse({"error": "no such image"}, 404)})
 
 
 class _Guard(BaseHTTPMiddleware):
@@ -115,7 +112,7 @@ class _Guard(BaseHTTPMiddleware):
         scheme, _, encoded = authorization.partition(" ")
         try:
             given = base64.b64decode(encoded, validate=True).partition(b":")[2]
-        except (binascii.Error, ValueError):
+        except ValueError:
             return False
         return scheme.lower() == "basic" and hmac.compare_digest(given, str(self._password).encode())
 
@@ -144,7 +141,7 @@ class _Page:
         return self._nearest(vector, top)
 
     def similar(self, request: Request) -> Response:
-        row, keep = self._row(request), _keep(request)
+        row, keep = request.path_params["row"], _keep(request)
         if keep == 1.0:
             return self._nearest(torch.from_numpy(self.index.features[row]).float(), _top(request))
         with self._reading:
@@ -161,7 +158,7 @@ class _Page:
             lambda: self._nearest(self._encode(bytes(data), _keep(request)), _top(request)))
 
     def image(self, request: Request) -> Response:
-        row = self._row(request)
+        row = request.path_params["row"]
         if "large" not in request.query_params:
             return Response(self._thumbnail(row), media_type="image/jpeg")
         with self._reading:
@@ -171,7 +168,7 @@ class _Page:
 
     def look(self, request: Request) -> Response:
         """Answer with the map of a text over an image, or without a text with the patches that are kept."""
-        row, text = self._row(request), request.query_params.get("text", "").strip()[:MAX_TEXT]
+        row, text = request.path_params["row"], request.query_params.get("text", "").strip()[:MAX_TEXT]
         with self._reading:
             image = self.index.image(row)
         with self._computing:
@@ -183,7 +180,6 @@ class _Page:
         return _jpeg(kept_patches(found.image, torch.from_numpy(found.kept.ravel()).nonzero()[:, 0], grid))
 
     def _encode(self, data: bytes, keep: float) -> torch.Tensor:
-        """Return the features of an image of which the model sees the most attended patches."""
         model = self.index.model
         with self._computing, torch.inference_mode():
             pixels = model.preprocess(limit_aspect(decode_image(data)))[None]
@@ -198,12 +194,6 @@ class _Page:
         return JSONResponse({"hits": [{
             "row": hit.row, "name": hit.name, "similarity": hit.similarity if similarity else None,
             "caption": hit.captions[0][:MAX_TEXT] if hit.captions else ""} for hit in hits]})
-
-    def _row(self, request: Request) -> int:
-        row = int(request.path_params["row"])
-        if row >= len(self.index):
-            raise IndexError(row)
-        return row
 
     def _make_thumbnail(self, row: int) -> bytes:
         with self._reading:
@@ -250,7 +240,3 @@ def _jpeg(image: Image.Image) -> Response:
 
 def _refuse(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": category(str(error)) if isinstance(error, BadSampleError) else str(error)}, 400)
-
-
-def _not_found(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "no such image"}, 404)

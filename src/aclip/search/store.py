@@ -39,19 +39,13 @@ _BLOCK = 4096  # rows that are searched at a time: their float32 copy stays in t
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found.
+    """An image that was found."""
 
-    Attributes:
-        row: its number in the index, of `Index.features` and for `Index.image`.
-        similarity: cosine with the query (less that of what was subtracted).
-        path: its file; None in shards and tables.
-    """
-
-    row: int
+    row: int  # its number in the index, of `Index.features` and for `Index.image`
     name: str
-    similarity: float
+    similarity: float  # cosine with the query, less that of what was subtracted
     captions: tuple[str, ...]
-    path: str | None
+    path: str | None  # its file; None in shards and tables
 
 
 class Index:
@@ -100,8 +94,7 @@ class Index:
     def describe(folder: Path) -> dict[str, Any]:
         """Return what `index.json` says of an index."""
         try:
-            description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_bytes())
-            return description
+            return dict(json.loads((folder / DESCRIPTION).read_bytes()))
         except FileNotFoundError as error:
             below = sorted(one.parent for one in folder.glob(f"*/{DESCRIPTION}"))
             output = folder / "index" if (folder / "config.json").exists() else folder  # a run holds other files
@@ -112,11 +105,9 @@ class Index:
             raise DataError(f"{folder / DESCRIPTION} is damaged: remove the folder and build it again") from error
 
     def __len__(self) -> int:
-        """Return the number of images N."""
         return len(self.features)
 
     def to_json(self) -> dict[str, Any]:
-        """Return where it lies and what its `index.json` says."""
         return {"folder": self.folder, **self.description}
 
     @cached_property
@@ -127,13 +118,11 @@ class Index:
             CheckpointError: its weights are other ones now.
             ConfigError: it is not where it was.
         """
-        given = self.description["model"] if self._model is None else self._model
-        if given is None:
+        loaded = self._model or self.description["model"]
+        if loaded is None:
             raise ConfigError(f"{self.folder} was built by a model in memory: name it with --model")
-        if isinstance(given, LoadedModel):
-            loaded = given
-        else:
-            loaded = load(given, weights=self.description["weights"]).to(choose_device(self._device))
+        if not isinstance(loaded, LoadedModel):
+            loaded = load(loaded, weights=self.description["weights"]).to(choose_device(self._device))
         if weights_digest(loaded) != self.description["digest"]:
             raise CheckpointError(f"{loaded.name} has other weights than those that {self.folder} was built by: run "
                                   "`aclip index` again, or name the earlier model with --model")
@@ -216,7 +205,6 @@ class Index:
         return listed
 
     def hits(self, rows: Sequence[int], similarity: Sequence[float]) -> list[Hit]:
-        """Return what is known of some rows."""
         records = self._items.take(list(rows)).to_pylist()
         return [Hit(row, record["name"], value, tuple(record["captions"]), record["path"])
                 for row, value, record in zip(rows, similarity, records, strict=True)]
@@ -264,24 +252,21 @@ class Index:
         image.thumbnail((side, side))
         return image
 
-    def _pairs(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pairs of rows whose cosine is at least `threshold`."""
-        first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    def _pairs(self, threshold: float) -> Int[np.ndarray, "2 P"]:
+        pairs = [torch.empty(2, 0, dtype=torch.int64)]
         with progress("comparing images", len(self), "images") as advance:
             for start in range(0, len(self), _BLOCK):
                 own = torch.from_numpy(self.features[start : start + _BLOCK]).float()
                 if self.graph is not None:
                     similarity, rows = search_graph(self.graph, self.features, own, min(16, len(self)))
                     at, place = torch.nonzero(similarity >= threshold, as_tuple=True)
-                    first.append((at + start).numpy())
-                    second.append(rows[at, place].numpy())
+                    pairs.append(torch.stack([at + start, rows[at, place]]))
                 for other in range(start, len(self), _BLOCK) if self.graph is None else ():
                     some = torch.from_numpy(self.features[other : other + _BLOCK]).float()
                     one, two = torch.nonzero(own @ some.T >= threshold, as_tuple=True)
-                    first.append((one + start).numpy())
-                    second.append((two + other).numpy())
+                    pairs.append(torch.stack([one + start, two + other]))
                 advance(len(own))
-        return np.concatenate(first), np.concatenate(second)
+        return torch.cat(pairs, dim=1).numpy()
 
 
 def _key(source: Source, index: int) -> str:
