@@ -17,9 +17,10 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from aclip import devices, exporters, models
+from aclip import devices, models
 from aclip.devices import in_units
 from aclip.errors import AclipError
+from aclip.exporters.base import synthetic_images
 from aclip.files import cache_root, data_root
 from aclip.version import VERSION
 
@@ -196,7 +197,7 @@ def _train_step(device: torch.device) -> str:
     from aclip.trainer import build_trainer, open_batches
 
     with tempfile.TemporaryDirectory(prefix="aclip-doctor-") as folder:
-        for number, image in enumerate(exporters.synthetic_examples((32, 32)).images):
+        for number, image in enumerate(synthetic_images((32, 32))):
             image.save(Path(folder, f"{number}.png"))
             Path(folder, f"{number}.txt").write_text(f"image {number}\n", encoding="utf-8")
         source = data.open_training(folder)
@@ -210,7 +211,7 @@ def _train_step(device: torch.device) -> str:
 
 def _encode_image(device: torch.device) -> str:
     model = models.LoadedModel(models.create_model("vit-micro").eval(), models.tokenizer_of("vit-micro")).to(device)
-    features = model.encode_images(exporters.synthetic_examples(model.image_size).images[:1])
+    features = model.encode_images(synthetic_images(model.image_size)[:1])
     if not features.isfinite().all():
         raise ArithmeticError("its features are not finite")
     return f"{features.shape[1]} features"

@@ -122,7 +122,7 @@ def check_same(first: LoadedModel, other: LoadedModel) -> None:
     """
     import torch
 
-    from aclip.exporters.base import CAPTIONS, synthetic_examples
+    from aclip.exporters.base import CAPTIONS, synthetic_images
 
     def refuse(reason: str) -> ConfigError:
         return ConfigError(f"{first.name} and {other.name} cannot be merged: {reason}; merge models that were trained "
@@ -134,7 +134,7 @@ def check_same(first: LoadedModel, other: LoadedModel) -> None:
     for name, tensor in ours.items():
         if tensor.shape != theirs[name].shape:
             raise refuse(f"'{name}' has shape {list(tensor.shape)} in one and {list(theirs[name].shape)} in the other")
-    images, captions = synthetic_examples(first.image_size).images, list(CAPTIONS)
+    images, captions = synthetic_images(first.image_size), list(CAPTIONS)
     pixels, others = (torch.stack([one.preprocess(image) for image in images]) for one in (first, other))
     if not torch.equal(pixels, others):
         raise refuse("they normalise or resize images differently")
@@ -185,8 +185,7 @@ def _sweep(
 
     from aclip.data import suitable_workers
     from aclip.devices import choose_device
-    from aclip.evaluation import EVALUATORS, is_probe, open_sets
-    from aclip.evaluation.sets import build_evaluators, evaluate_sets, select_for_model
+    from aclip.evaluation.sets import EVALUATORS, build_evaluators, evaluate_sets, is_probe, open_sets, select_for_model
     from aclip.report.journals import PRIMARY
 
     if is_probe(evaluator):

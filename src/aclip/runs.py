@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from aclip import data, dist, exporters, models
+from aclip import data, dist, models
 from aclip.config import CHANGEABLE, RunConfig, differences, to_dict
 from aclip.describe import dataflow_table, describe_run, plain_text
 from aclip.devices import choose_device, versions
@@ -21,6 +21,7 @@ from aclip.errors import AclipError, BadSampleError, ConfigError, DataError, unk
 from aclip.evaluation import Result, evaluate
 from aclip.evaluation.retrieval import RECALLS, Retrieval
 from aclip.evaluation.sets import HeldOut, check_sets, evaluate_sets, name_skipped, open_sets
+from aclip.exporters import open_clip
 from aclip.files import atomic_file
 from aclip.recipes import configure
 from aclip.report.journals import PRIMARY
@@ -330,7 +331,7 @@ def _finish(trainer: Trainer, model: models.LoadedModel, folder: RunFolder, cons
 def _save(trainer: Trainer, model: models.LoadedModel, folder: Path) -> None:
     """Write the model as it is now, for open_clip."""
     config = trainer.config
-    exporters.open_clip.save(
+    open_clip.save(
         model.model, models.model_config(config.model, image_size=config.image_size),
         models.preprocess_config(model.model), model.tokenizer, folder,
         step=trainer.step, samples_seen=trainer.samples_seen)

@@ -12,20 +12,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from aclip import data, exporters, models
+from aclip import data, models
 from aclip.errors import AclipError, CheckpointError, ConfigError, DataError, UnsupportedModelError
-from aclip.evaluation import (
-    EVALUATORS,
-    Evaluator,
-    MaskedEncoder,
-    Retrieval,
-    check_sets,
-    evaluate,
-    evaluate_sets,
-    open_sets,
-    sharding,
-)
-from aclip.evaluation.sets import HeldOut, set_name
+from aclip.evaluation import EVALUATORS, Evaluator, evaluate, sharding
+from aclip.evaluation.features import MaskedEncoder
+from aclip.evaluation.retrieval import Retrieval
+from aclip.evaluation.sets import HeldOut, check_sets, evaluate_sets, open_sets, set_name
+from aclip.exporters import open_clip as exported
 from aclip.run_folder import RunFolder
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
@@ -49,8 +42,8 @@ def make_run(folder: Path, *, with_text: bool) -> Path:
     torch.manual_seed(0)
     model = models.create_model("vit-tiny", with_text=with_text)
     folder.mkdir()
-    exporters.open_clip.save(model, models.model_config("vit-tiny"), models.preprocess_config(model),
-                          models.tokenizer_of("vit-tiny"), folder / "final")
+    exported.save(model, models.model_config("vit-tiny"), models.preprocess_config(model),
+                  models.tokenizer_of("vit-tiny"), folder / "final")
     (folder / "config.json").write_text("{}")
     (folder / "metrics.jsonl").write_text('{"step": 12, "samples_seen": 120}\n')
     return folder

@@ -14,9 +14,9 @@ from tiny_models import TINY, tiny_model
 from torch import Tensor
 
 from aclip.errors import CheckpointError, ConfigError, ExportError, MissingDependencyError, UnsupportedModelError
-from aclip.exporters import EXPORTERS, Readback, write_checked
+from aclip.exporters import EXPORTERS, Readback
 from aclip.exporters import open_clip as open_clip_exporter
-from aclip.exporters.base import TOKENS, check_differences, compare, logit_multiplier
+from aclip.exporters.base import TOKENS, check_differences, compare, logit_multiplier, write_checked
 from aclip.models import LoadedModel, load, resize_images
 
 MODEL = tiny_model()

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aclip import checkpoint, exporters, models
+from aclip import checkpoint, models
 from aclip.errors import AclipError
 from aclip.exporters import EXPORTERS, Exporter, Readback, export
+from aclip.exporters import open_clip as exported
 from aclip.models import LoadedModel
 
 RECIPE = {"name": "a-clip", "title": "attentive masking", "paper": "arXiv 2212.08653",
@@ -28,8 +29,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     model = models.create_model("vit-micro")
     folder = tmp_path / "runs" / "first run"
-    exporters.open_clip.save(model, models.model_config("vit-micro"), models.preprocess_config(model),
-                             models.tokenizer_of("vit-micro"), folder / "final", step=7, samples_seen=448)
+    exported.save(model, models.model_config("vit-micro"), models.preprocess_config(model),
+                  models.tokenizer_of("vit-micro"), folder / "final", step=7, samples_seen=448)
     tensors = {f"method/model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"method/ema_visual.{name}": 2 * tensor for name, tensor in model.visual.state_dict().items()}
     (folder / "checkpoints" / ".new").mkdir(parents=True)

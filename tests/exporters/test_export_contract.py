@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_models import TINY, changed, tiny_model, with_shifted
 
 from aclip.errors import ExportError
-from aclip.exporters import EXPORTERS, Exporter, Readback, write_checked
+from aclip.exporters import EXPORTERS, Exporter, Readback
+from aclip.exporters.base import write_checked
 from aclip.exporters.programs import write_metadata
 from aclip.models import LoadedModel
 

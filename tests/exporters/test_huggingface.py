@@ -16,12 +16,12 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisio
 
 import aclip
 from aclip.errors import UnsupportedModelError
-from aclip.exporters import EXPORTERS, synthetic_examples, write_checked
-from aclip.exporters.base import logit_multiplier
+from aclip.exporters import EXPORTERS
+from aclip.exporters.base import logit_multiplier, synthetic_images, write_checked
 from aclip.exporters.huggingface import EOT, SOT, image_processor_config, write_tokenizer
 
 MODEL = tiny_model()
-IMAGES = synthetic_examples((24, 24)).images
+IMAGES = synthetic_images((24, 24))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_preprocessing_equals_ours_to_a_grey_level(size: int, mode: str, interpo
     model = type(model)(model.model, model.tokenizer)
     processor = CLIPImageProcessor(**image_processor_config(model))
     std = torch.tensor(model.model.visual.preprocess_cfg["std"])[:, None, None] * 255
-    for image in synthetic_examples((size, size)).images:
+    for image in synthetic_images((size, size)):
         theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
         assert ((theirs - model.preprocess(image)) * std).abs().max() < 1.01
 

@@ -15,7 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from aclip import models
-from aclip.exporters import EXPORTERS, write_checked
+from aclip.exporters import EXPORTERS
+from aclip.exporters.base import write_checked
 
 WORDS = ["<pad>", "<s>", "</s>", "?", "eine", "katze", "zwei", "hunde"]
 TEXTS = ["eine katze", "zwei hunde und noch mehr", ""]

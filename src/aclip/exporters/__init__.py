@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from aclip.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from aclip.exporters import open_clip
-    from aclip.exporters.base import Exporter, Readback, synthetic_examples, write_checked
+    from aclip.exporters.base import Exporter, Readback
 
 EXPORTERS: "dict[str, Exporter]"
 """Formats by the name that `export(to=...)` takes; `EXPORTERS["mine"] = MyExporter()` adds one.
@@ -26,7 +25,7 @@ Example:
     ['open_clip', 'huggingface', 'onnx', 'torch-export']
 """
 
-__all__ = ["EXPORTERS", "Exporter", "Readback", "export", "open_clip", "synthetic_examples", "write_checked"]
+__all__ = ["EXPORTERS", "Exporter", "Readback", "export"]
 
 
 def __getattr__(name: str) -> Any:
@@ -36,8 +35,6 @@ def __getattr__(name: str) -> Any:
         return globals().setdefault(name, {
             "open_clip": open_clip.OpenClipExporter(), "huggingface": huggingface.HuggingFaceExporter(),
             "onnx": programs.OnnxExporter(), "torch-export": programs.TorchExporter()})
-    if name == "open_clip":
-        return import_module("aclip.exporters.open_clip")
     if name in __all__:
         return getattr(import_module("aclip.exporters.base"), name)
     raise AttributeError(f"module 'aclip.exporters' has no attribute '{name}'")
@@ -77,8 +74,8 @@ def export(
     from rich.console import Console
 
     from aclip.data import CaptionTokenizer
-    from aclip.exporters import EXPORTERS, write_checked
-    from aclip.exporters.base import model_card
+    from aclip.exporters import EXPORTERS
+    from aclip.exporters.base import model_card, write_checked
     from aclip.models import load, model_config
     from aclip.run_folder import RunFolder
 

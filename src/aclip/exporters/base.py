@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,39 +41,22 @@ LIMITS = {PIXELS: 2.0, TOKENS: float("inf")}
 
 @dataclass(frozen=True)
 class Readback:
-    """An export as its own library loads it.
+    """An export as its own library loads it; what a model or a format does not have is None."""
 
-    Attributes:
-        encode_image: (B, 3, h, w) preprocessed pixels -> (B, D) features, normalised or not.
-        encode_text: (B, T) tokens at full context -> (B, D); None without a text tower.
-        preprocess: image -> (3, h, w), where the format has its own preprocessing.
-        tokenize: texts -> (B, T), where the format has its own tokenizer; ids after the first EOT are ignored.
-        logit_scale: multiplier of similarities, where the format stores it.
-    """
-
-    encode_image: Callable[[Float[Tensor, "B 3 h w"]], Float[Tensor, "B D"]]
-    encode_text: Callable[[Int[Tensor, "B T"]], Float[Tensor, "B D"]] | None = None
+    encode_image: Callable[[Float[Tensor, "B 3 h w"]], Float[Tensor, "B D"]]  # normalised or not, as that of texts
+    encode_text: Callable[[Int[Tensor, "B T"]], Float[Tensor, "B D"]] | None = None  # at full context
     preprocess: Callable[[Image.Image], Float[Tensor, "3 h w"]] | None = None
-    tokenize: Callable[[list[str]], Int[Tensor, "B T"]] | None = None
-    logit_scale: float | None = None
+    tokenize: Callable[[list[str]], Int[Tensor, "B T"]] | None = None  # ids after the first EOT are ignored
+    logit_scale: float | None = None  # multiplier of similarities
 
 
 class Exporter(ABC):
-    """One export format. Models are on the CPU, in fp32 and evaluation mode.
+    """One export format. Models are on the CPU, in fp32 and evaluation mode."""
 
-    Attributes:
-        library: what reads the format, as messages and the model card name it.
-    """
-
-    library: ClassVar[str]
+    library: ClassVar[str]  # what reads the format, as messages and the model card name it
 
     def check_supported(self, model: LoadedModel) -> None:  # noqa: B027 - most formats take any model
-        """Check that the format can represent a model, before anything is written.
-
-        Raises:
-            UnsupportedModelError: it cannot; the message names formats that can.
-            MissingDependencyError: writing or reading needs a package that is not installed.
-        """
+        """Raise an `UnsupportedModelError` that names other formats, or a `MissingDependencyError`, before writing."""
 
     @abstractmethod
     def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:
@@ -88,17 +71,10 @@ class Exporter(ABC):
         """Return Python code for the model card that loads the export from `FOLDER` and computes features."""
 
 
-class Examples(NamedTuple):
-    """RGB images and uncleaned captions to compare features on."""
+def synthetic_images(image_size: tuple[int, int]) -> list[Image.Image]:
+    """Return RGB images for an input of (height, width) that are the same on every machine.
 
-    images: tuple[Image.Image, ...]
-    captions: tuple[str, ...] = CAPTIONS
-
-
-def synthetic_examples(image_size: tuple[int, int]) -> Examples:
-    """Return images for an input of (height, width), and captions, that are the same on every machine.
-
-    The images are coloured noise, smooth and sharp: one of twice the input's side, one much wider and one much taller
+    They are coloured noise, smooth and sharp: one of twice the input's side, one much wider and one much taller
     than the input, with even margins to crop, and a small one that has to be enlarged.
     """
     height, width = image_size
@@ -108,7 +84,7 @@ def synthetic_examples(image_size: tuple[int, int]) -> Examples:
         draw = partial(rng.generator(0, "export", i).integers, 0, 256, dtype=np.uint8)
         smooth = Image.fromarray(draw((2 + 3 * i, 3 + 2 * i, 3))).resize((w, h), Image.Resampling.BICUBIC)
         images.append(Image.blend(smooth, Image.fromarray(draw((h, w, 3))), 0.2))
-    return Examples(tuple(images))
+    return images
 
 
 def write_checked(
@@ -118,16 +94,9 @@ def write_checked(
 ) -> dict[str, float]:
     """Write an export to `folder` if its own library computes the model's features from it.
 
-    Everything is written beside the folder first: on any error nothing is left, and an earlier export stays.
-
-    Args:
-        exporter, model, config: as `Exporter.write` has them.
-        folder, tolerance, overwrite: as `aclip.exporters.export` has them; it raises the same errors.
-        card: differences -> model card.
-        record: further entries of `aclip_export.json`.
-
-    Returns:
-        The differences, see `compare`.
+    Everything is written beside the folder first: on any error nothing is left, and an earlier export stays. `card`
+    makes a model card of the differences; `record` has further entries of `aclip_export.json`. For the other arguments
+    and errors see `Exporter.write` and `aclip.export`. Return the differences, see `compare`.
     """
     if (folder / RECORD).is_file():
         if not overwrite:
@@ -155,7 +124,7 @@ def write_checked(
 @torch.inference_mode()
 def compare(readback: Readback, model: LoadedModel) -> dict[str, float]:
     """Return the largest difference of each thing that an export computes, by its name; NaN for another shape."""
-    images, captions = synthetic_examples(model.image_size).images, list(CAPTIONS)
+    images, captions = synthetic_images(model.image_size), list(CAPTIONS)
     pixels = torch.stack([model.preprocess(image) for image in images])
     found = {"image features": _difference(_normalized(readback.encode_image(pixels)), model.encode_image(pixels))}
     if readback.encode_text is not None:

@@ -58,16 +58,9 @@ def save(
 ) -> None:
     """Write a model in fp32 to `folder`, replacing it as a whole; low-rank updates are added to their matrices.
 
-    Args:
-        model: the open_clip model (or `ImageTower`).
-        model_config, preprocess_config: open_clip's `model_cfg`, complete, and `preprocess_cfg`.
-        tokenizer: the model's; one of Hugging Face's is written beside it, where open_clip looks for it.
-        folder: may hold an earlier model.
-        step, samples_seen: optimizer steps and pairs behind the weights, in `aclip.json`; `aclip.load` returns them
-            and verifies the checksum beside them.
-
-    Raises:
-        OSError: the folder cannot be written; an earlier model stays.
+    The configurations are open_clip's `model_cfg`, complete, and `preprocess_cfg`. A tokenizer of Hugging Face's is
+    written beside the weights. `aclip.json` holds step and samples, which `aclip.load` returns, and a checksum, which
+    it verifies. An OSError leaves an earlier model as it was.
     """
     with replace_folder(folder) as temporary:
         write_json(temporary / HF_CONFIG_NAME,
