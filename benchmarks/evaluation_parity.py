@@ -24,10 +24,10 @@ from torch import Tensor
 
 import aclip
 from aclip import data, models
-from aclip.evaluation import ImageFeatures, LinearProbe, Retrieval, TextEncoder, ZeroShot, encode_image_set
-from aclip.evaluation.features import Space
-from aclip.evaluation.probes import split
-from aclip.evaluation.zero_shot import DEFAULT_TEMPLATES
+from aclip.evaluation.features import ImageFeatures, Space, TextEncoder, encode_image_set
+from aclip.evaluation.probes import LinearProbe, split
+from aclip.evaluation.retrieval import Retrieval
+from aclip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot
 
 zeroshot_classification.float = lambda value: np.asarray(value).item()
 FIVE = ("{} number {n}", "a picture of {} ({n})", "{n}: a photo of a {}", "an image of {}, {n}", "a drawing of {} {n}")

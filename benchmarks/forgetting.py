@@ -21,7 +21,8 @@ from rich.console import Console
 
 import aclip
 from aclip import data, merging, models
-from aclip.evaluation import Retrieval, TextEncoder, encode_image_set
+from aclip.evaluation.features import TextEncoder, encode_image_set
+from aclip.evaluation.retrieval import Retrieval
 from growth import GAP, LEFT, PANEL, TOP, panel, svg
 from step import markdown
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aclip import models
-from aclip.evaluation import ImageFeatures, Retrieval, TextEncoder
+from aclip.evaluation import ImageFeatures, TextEncoder
+from aclip.evaluation.retrieval import Retrieval
 
 
 def tokenize(texts: Sequence[str]) -> Tensor:

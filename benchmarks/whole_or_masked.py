@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from aclip import data, models
-from aclip.evaluation import MaskedEncoder, Retrieval, TextEncoder, encode_image_set
+from aclip.evaluation.features import MaskedEncoder, TextEncoder, encode_image_set
+from aclip.evaluation.retrieval import Retrieval
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from aclip.evaluation import Calibration, ranking
+from aclip.evaluation import ranking
+from aclip.evaluation.zero_shot import Calibration
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from aclip.errors import ConfigError, MissingDependencyError
-from aclip.evaluation import ClassList, ZeroShot, zero_shot
-from aclip.evaluation.zero_shot import find_classes, find_templates
+from aclip.evaluation import zero_shot
+from aclip.evaluation.zero_shot import ClassList, ZeroShot, find_classes, find_templates
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from aclip.errors import CheckpointError, DataError
-from aclip.evaluation import TextEncoder, encode_image_set
+from aclip.evaluation.features import TextEncoder, encode_image_set
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from aclip.errors import DataError
-from aclip.evaluation import LinearProbe, probes
-from aclip.evaluation.probes import fit_logistic, search, split
+from aclip.evaluation import probes
+from aclip.evaluation.probes import LinearProbe, fit_logistic, search, split
 
 EXPONENTS = [i / 8 for i in range(-48, 49)]
 

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from aclip import models
 from aclip.errors import ConfigError
-from aclip.evaluation import MaskedEncoder
-from aclip.evaluation.features import KEEP_BY
+from aclip.evaluation.features import KEEP_BY, MaskedEncoder
 
 
 @pytest.fixture(scope="module")

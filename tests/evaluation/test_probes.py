@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from aclip.errors import ConfigError, DataError
-from aclip.evaluation import EVALUATORS, Probe, encode_image_set, ranking
+from aclip.evaluation import EVALUATORS, ranking
+from aclip.evaluation.features import encode_image_set
+from aclip.evaluation.probes import Probe
 
 PROBES = [entry for entry in EVALUATORS.values() if isinstance(entry, type) and issubclass(entry, Probe)]
 

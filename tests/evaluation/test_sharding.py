@@ -11,15 +11,11 @@ from torch import multiprocessing
 
 from aclip.data import EvaluationSet
 from aclip.errors import DataError
-from aclip.evaluation import (
-    Calibration,
-    NearestNeighbours,
-    Retrieval,
-    TextEncoder,
-    ZeroShot,
-    encode_image_set,
-    sharding,
-)
+from aclip.evaluation import sharding
+from aclip.evaluation.features import TextEncoder, encode_image_set
+from aclip.evaluation.probes import NearestNeighbours
+from aclip.evaluation.retrieval import Retrieval
+from aclip.evaluation.zero_shot import Calibration, ZeroShot
 
 RANKS = 2
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from aclip.errors import ConfigError
-from aclip.evaluation import TextEncoder, ZeroShot
-from aclip.evaluation.zero_shot import class_embeddings
+from aclip.evaluation import TextEncoder
+from aclip.evaluation.zero_shot import ZeroShot, class_embeddings
 
 TEMPLATES = ("{}", "a image of {}")
 

@@ -1,10 +1,8 @@
 """A comparison: what was asked for, resolved and checked before anything runs; timed, trained, written down."""
 
 import itertools
-import json
 import os
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -16,17 +14,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from aclip import data, evaluation, models
+from aclip import data, models
 from aclip.comparison.processes import ended, gpus_of, locked, start, time_steps, train_run
 from aclip.comparison.runs import BASELINE, Contender, PlannedRun, stages_of
 from aclip.config import Recipe, RunConfig, to_dict
 from aclip.devices import choose_device, usable_cores
 from aclip.errors import BadSampleError, ConfigError, TrainingError
+from aclip.evaluation.sets import check_sets, is_probe, open_sets
 from aclip.logs import warnings_only
 from aclip.plan import resolve_run, trains_only_masked
 from aclip.recipes import configure, find_recipe
 from aclip.report.comparison import summary_table, write_comparison
-from aclip.report.journals import outcome, primary
+from aclip.report.journals import outcome, primary, read_json
 from aclip.rng import generator
 from aclip.run_folder import RunFolder, command_line
 from aclip.trainer import resolve_defaults
@@ -36,13 +35,7 @@ TEXT_SAMPLES = 512
 
 
 class Comparison:
-    """What was asked for, resolved and checked before anything runs.
-
-    Attributes:
-        asked: arguments of `compare`, as they are written to `comparison.json`.
-        budgets: recipe -> pairs that fit into its minutes. timing: `timing.json`, once there is one.
-        errors: names of runs -> why they failed.
-    """
+    """What was asked for, resolved and checked before anything runs; see `compare` for the arguments."""
 
     def __init__(
         self, asked: dict[str, Any], sources: list[str], validation: list[str], folder: Path, changes: dict[str, Any],
@@ -51,7 +44,7 @@ class Comparison:
         self.asked, self.sources, self.validation, self.folder = asked, sources, validation, RunFolder(folder)
         self.changes, self.settings = changes, {k: v for k, v in settings.items() if v is not None}
         self.console = Console(highlight=False)
-        self.errors: dict[str, str] = {}
+        self.errors: dict[str, str] = {}  # names of runs -> why they failed
         self._check_options()
         self.device = choose_device(self.settings.get("device", "auto"))
         self.threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "0") or usable_cores()) // asked["jobs"])
@@ -66,15 +59,14 @@ class Comparison:
         self._check_runs()
 
     def run(self) -> list[dict[str, Any]]:
-        """Time, train, evaluate, write the tables; see `compare`."""
         with locked(self.folder.path):
             self.write()
             if self.timing is None:
                 self._time_steps()
             self._set_budgets()
             self._check_runs()
-            self._train(self.first_runs())
-            self._train(self.other_runs())
+            self._train()  # the first seed, at every learning rate
+            self._train()  # the others, at the chosen one
             self.write()
             page = write_comparison(self.folder.path)
             self.console.print(summary_table(self.folder.path))
@@ -86,7 +78,6 @@ class Comparison:
         return self.records()
 
     def planned(self, name: str, lr: float, seed: int) -> PlannedRun:
-        """Return the run of a recipe, learning rate and seed."""
         one = self.contenders[name]
         recipe = replace(one.config.recipe, optimization=replace(one.config.recipe.optimization, lr=lr))
         samples = self.budgets[name]["samples"] if self.asked["minutes"] else self.asked["samples"]
@@ -101,17 +92,14 @@ class Comparison:
                           frozenset(itertools.product(later, self._evaluators(one.plan.uses_text))),
                           tuple(dict.fromkeys(specs)))
 
-    def first_runs(self) -> list[PlannedRun]:
-        """Return the runs of the first seed, at every learning rate."""
-        return [self.planned(name, lr, self.asked["seeds"][0]) for name in self.contenders for lr in self.lrs(name)]
-
-    def other_runs(self) -> list[PlannedRun]:
-        """Return the runs of the other seeds, of recipes whose learning rate is chosen."""
-        return [self.planned(name, choice["lr"], seed) for seed in self.asked["seeds"][1:] for name in self.contenders
-                if (choice := self.choice(name)) is not None]
+    def runs(self) -> list[PlannedRun]:
+        """Return the runs of the first seed, at every learning rate, and of the others, of recipes that chose one."""
+        first, *others = self.asked["seeds"]
+        return [*(self.planned(name, lr, first) for name in self.contenders for lr in self.lrs(name)),
+                *(self.planned(name, choice["lr"], seed) for seed in others for name in self.contenders
+                  if (choice := self.choice(name)) is not None)]
 
     def lrs(self, name: str) -> list[float]:
-        """Return the learning rates that a recipe tries."""
         return self.asked["lr"] or [self.contenders[name].config.recipe.optimization.lr]
 
     def choice(self, name: str) -> dict[str, Any] | None:
@@ -131,12 +119,11 @@ class Comparison:
         return {"lr": best, "set": held, "evaluator": evaluator, "metric": metric, "value": value}
 
     def records(self) -> list[dict[str, Any]]:
-        """Return a record of every run planned so far."""
         if not self._budgeted():
             return []
         choices = {name: self.choice(name) for name in self.contenders}
         found = []
-        for run in [*self.first_runs(), *self.other_runs()]:
+        for run in self.runs():
             name, lr = run.config.recipe.name, run.config.recipe.optimization.lr
             chosen = choices[name]
             record = {"name": run.name, "recipe": name, "lr": lr, "seed": run.config.seed,
@@ -151,7 +138,6 @@ class Comparison:
         return found
 
     def write(self) -> None:
-        """Write everything known so far to `comparison.json`."""
         one = self.baseline.config
         choices = {name: self.choice(name) for name in self.contenders} if self._budgeted() else {}
         self.folder.write_json("comparison.json", {
@@ -194,7 +180,7 @@ class Comparison:
 
     def _check_options(self) -> None:
         asked = self.asked
-        probes = {name for name in asked["evaluators"] or () if evaluation.is_probe(name)}
+        probes = {name for name in asked["evaluators"] or () if is_probe(name)}
         if probes and not asked["probe"]:
             raise ConfigError(f"{' and '.join(sorted(probes))} need --probe, labelled images to learn from")
         before = self._read("comparison.json").get("settings", {}) if (self.folder.path / "runs").exists() else {}
@@ -208,7 +194,7 @@ class Comparison:
         specs: dict[str, str] = {}
 
         def names(of: list[str]) -> list[str]:
-            found = [held.name for held in evaluation.open_sets(of)]
+            found = [held.name for held in open_sets(of)]
             for name, spec in zip(found, of, strict=True):
                 if specs.setdefault(name, spec) != spec:
                     raise ConfigError(f"two sets are called '{name}', {specs[name]} and {spec}: name them apart, as in "
@@ -217,16 +203,14 @@ class Comparison:
 
         self.sets, self.chooser, self.later_sets = names(self.validation), names(self.choose_on), names(self.later)
         with warnings_only():
-            evaluation.check_sets(evaluation.open_sets([*self.validation, *self.choose_on]))
+            check_sets(open_sets([*self.validation, *self.choose_on]))
         if self.asked["probe"]:
-            evaluation.open_sets([self.asked["probe"]])
+            open_sets([self.asked["probe"]])
 
     def _contender(self, name: str, *, plain: bool = False) -> Contender:
         """Return a recipe with the settings of every run, as far as they concern it.
 
-        Args:
-            name: of the recipe.
-            plain: without changes to the recipe, which are not meant for a baseline that was not asked for.
+        `plain` leaves out changes to the recipe, which are not meant for a baseline that was not asked for.
         """
         recipe: Recipe = replace(find_recipe(name), name=name)
         settings = dict(self.settings)
@@ -249,9 +233,8 @@ class Comparison:
             raise ConfigError(f"{name}: {error}") from error
 
     def _evaluators(self, uses_text: bool) -> list[str]:
-        """Return the evaluators of finished models; without text only probes."""
         default = ["linear_probe", "knn"] if self.asked["probe"] else ["retrieval"] if self.asked["evaluate_on"] else []
-        return [e for e in self.asked["evaluators"] or default if uses_text or evaluation.is_probe(e)]
+        return [e for e in self.asked["evaluators"] or default if uses_text or is_probe(e)]
 
     def _check_runs(self) -> None:
         for name in filter(self._budgeted, self.contenders):
@@ -324,9 +307,9 @@ class Comparison:
 
     # processes
 
-    def _train(self, runs: Sequence[PlannedRun]) -> None:
-        """Finish runs, a few at a time; a failed run does not stop the others."""
-        waiting = [run for run in runs if not run.complete]
+    def _train(self) -> None:
+        """Finish the runs planned so far, a few at a time; a failed run does not stop the others."""
+        waiting = [run for run in self.runs() if not run.complete and run.name not in self.errors]
         working: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
         processes: list[Any] = []
         with StopRequest() as stop, self.console.status("starting") as status, ended(processes):
@@ -363,7 +346,7 @@ class Comparison:
             count = len(self.lrs(name)) + others
             number += count
             left += count * seconds.get(name, 0.0) * self.planned(name, self.lrs(name)[0], 0).total_steps
-        for run in [*self.first_runs(), *self.other_runs()]:
+        for run in self.runs():
             ended = run.complete or run.name in self.errors
             over += ended
             left -= seconds.get(run.config.recipe.name, 0.0) * (run.total_steps if ended else run.steps)
@@ -384,9 +367,7 @@ class Comparison:
         return last.removeprefix("aclip: ")
 
     def _read(self, name: str) -> dict[str, Any]:
-        path = self.folder.path / name
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return found
+        return read_json(self.folder.path / name, []) or {}
 
 
 def _masks(recipe: Recipe) -> bool:

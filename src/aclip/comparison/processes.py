@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from aclip import data, evaluation
+from aclip import data
 from aclip.bench import summary, time_in_turns
 from aclip.comparison.runs import BASELINE, NOMINAL_STEPS, PlannedRun, Stage, stages_of
 from aclip.config import RunConfig, to_dict
 from aclip.devices import choose_device
 from aclip.errors import AclipError, ConfigError
+from aclip.evaluation import evaluate
+from aclip.evaluation.sets import is_probe
 from aclip.run_folder import RunFolder
 from aclip.runs import train
 from aclip.trainer import Trainer, build_trainer, open_batches
@@ -84,9 +86,8 @@ def train_run(run: PlannedRun, probe: str | None) -> None:
     for wanted, specs in ((run.in_training, run.config.validation), (run.afterwards, run.later)):
         names = tuple(sorted({evaluator for _, evaluator in run.missing(wanted)}))
         if names:
-            evaluation.evaluate(run.config.output, data=specs, evaluators=names, device=run.config.device,
-                                train=probe if any(map(evaluation.is_probe, names)) else None,
-                                workers=run.config.workers)
+            evaluate(run.config.output, data=specs, evaluators=names, device=run.config.device,
+                     train=probe if any(map(is_probe, names)) else None, workers=run.config.workers)
 
 
 def time_steps(folder: RunFolder, configs: Mapping[str, RunConfig], rounds: int, num_pairs: int) -> None:

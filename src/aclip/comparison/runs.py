@@ -28,9 +28,8 @@ class Stage:
     plan: Plan
 
     def label(self, name: str) -> str:
-        """Return the recipe's name with what is special about these steps."""
-        return ", ".join([name, *([] if self.masked else ["unmasked"]),
-                          *([f"at {self.resolution:g} of the size"] if self.resolution != 1.0 else [])])
+        size = "" if self.resolution == 1.0 else f", at {self.resolution:g} of the size"
+        return f"{name}{'' if self.masked else ', unmasked'}{size}"
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,14 @@ class PlannedRun:
 
     @property
     def folder(self) -> RunFolder:
-        """The run's folder."""
         return RunFolder(Path(self.config.output))
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
         return self.folder.path.name
 
     @cached_property
     def total_steps(self) -> int:
-        """Its length."""
         return Timetable.of(self.config, self.num_pairs).total_steps
 
     @property
@@ -88,7 +84,6 @@ class PlannedRun:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do."""
         return self.trained and not self.missing(self.afterwards)
 
     def check_same(self) -> None:

@@ -12,20 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from aclip.evaluation.base import Evaluation, Evaluator, Result
 
 if TYPE_CHECKING:
-    from aclip.evaluation.features import ImageFeatures, MaskedEncoder, TextEncoder, encode_image_set
-    from aclip.evaluation.probes import LinearProbe, NearestNeighbours, Probe
-    from aclip.evaluation.retrieval import Retrieval
-    from aclip.evaluation.sets import (
-        EVALUATORS,
-        check_sets,
-        evaluate_sets,
-        find_evaluator,
-        is_probe,
-        name_skipped,
-        open_sets,
-    )
-    from aclip.evaluation.sharding import sharded
-    from aclip.evaluation.zero_shot import Calibration, ClassList, ZeroShot
+    from aclip.evaluation.features import ImageFeatures, TextEncoder
+    from aclip.evaluation.sets import EVALUATORS
     from aclip.models import LoadedModel
     from aclip.run_folder import RunFolder
 
@@ -34,24 +22,12 @@ if TYPE_CHECKING:
 else:  # what the command line parses
     ModelLike, Words = str, tuple[str, ...]
 
-_HOMES = {
-    **dict.fromkeys(("ImageFeatures", "MaskedEncoder", "TextEncoder", "encode_image_set"), "features"),
-    **dict.fromkeys(("LinearProbe", "NearestNeighbours", "Probe"), "probes"),
-    "Retrieval": "retrieval",
-    **dict.fromkeys(("EVALUATORS", "check_sets", "evaluate_sets", "find_evaluator", "is_probe", "name_skipped",
-                     "open_sets"), "sets"),
-    "sharded": "sharding",
-    **dict.fromkeys(("Calibration", "ClassList", "ZeroShot"), "zero_shot"),
-}
-__all__ = ["EVALUATORS", "Calibration", "ClassList", "Evaluation", "Evaluator", "ImageFeatures", "LinearProbe",
-           "MaskedEncoder", "NearestNeighbours", "Probe", "Result", "Retrieval", "TextEncoder", "ZeroShot",
-           "check_sets", "encode_image_set", "evaluate", "evaluate_sets", "find_evaluator", "is_probe", "name_skipped",
-           "open_sets", "sharded"]
+__all__ = ["EVALUATORS", "Evaluation", "Evaluator", "ImageFeatures", "Result", "TextEncoder", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"aclip.evaluation.{_HOMES[name]}"), name)
+    if name in __all__:
+        return getattr(import_module("aclip.evaluation.sets"), name)
     raise AttributeError(f"module 'aclip.evaluation' has no attribute '{name}'")
 
 

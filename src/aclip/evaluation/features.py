@@ -41,22 +41,17 @@ quarter of the cost; random patches, the same ones of an image in every run."""
 class ImageFeatures:
     """An evaluation set after one pass through the image encoder.
 
-    Attributes:
-        features: float32, finite, on the encoder's device: L2-normalised in the joint space, or pooled tokens.
-        captions: all captions of each image. labels: class of each image, or None. keys: name of each image.
-        skipped: (name, reason) of images that could not be used.
-        open_image: reads image i again, upright and in RGB; None where there is nothing to read.
+    Features are float32, finite, on the encoder's device: L2-normalised in the joint space, or pooled tokens.
     """
 
     features: Float[Tensor, "B _"]
-    captions: tuple[tuple[str, ...], ...]
+    captions: tuple[tuple[str, ...], ...]  # all of each image
     labels: tuple[str | None, ...]
-    keys: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
-    open_image: Callable[[int], Image.Image] | None = None
+    keys: tuple[str, ...]  # names of the images
+    skipped: tuple[tuple[str, str], ...] = ()  # (name, reason) of images that could not be used
+    open_image: Callable[[int], Image.Image] | None = None  # reads image i again, upright and in RGB
 
     def __len__(self) -> int:
-        """Return the number of images B."""
         return len(self.captions)
 
 
@@ -66,12 +61,8 @@ def encode_image_set(
 ) -> ImageFeatures:
     """Encode all images of a set (with sharding, of this rank's share of it) without gradient and in evaluation mode.
 
-    `model` is on `device`, where the features stay; `progress` is called with the size of each finished batch.
-
-    Raises:
-        DataError: the set has no usable image.
-        CheckpointError: some features are NaN or inf.
-        AclipError: reading failed on any rank; raised on all.
+    `model` is on `device`, where the features stay; `progress` is called with the size of each finished batch. Raises
+    a `DataError` without any usable image, a `CheckpointError` for features that are NaN or inf, on all ranks.
     """
     features: list[Tensor] = []
     about: list[tuple[tuple[str, ...], str | None, str, int]] = []
@@ -102,10 +93,9 @@ def encode_batch(
 
 
 class TextEncoder:
-    """A model's text tower, called with texts, and a cache of the features computed last.
+    """A model's text tower, called with texts, and a cache of the features computed last; the weights must not change.
 
-    The cache embeds classes once for all sets and evaluators, and a set's captions once for every fraction of patches
-    kept. The weights must not change meanwhile.
+    It embeds classes once for all sets and evaluators, and a set's captions once for every fraction of patches kept.
     """
 
     def __init__(
@@ -143,10 +133,6 @@ class MaskedEncoder(LoadedModel):
     """A model whose image tower sees some patches only: what attentive inference costs in accuracy, and saves.
 
     Nothing else in an evaluation can mask.
-
-    Attributes:
-        num_keep, num_patches: patches kept and in all; 0 before the first images.
-        seconds: spent encoding images, scoring included. images: encoded in that time.
     """
 
     def __init__(self, model: LoadedModel, keep: float, kept_by: str = "attentive", block_size: int = 1) -> None:
@@ -157,16 +143,14 @@ class MaskedEncoder(LoadedModel):
         self.keep, self.kept_by, self.block_size = keep, kept_by, block_size
         strategy = UniformMasking if kept_by == "uniform" else AttentiveMasking
         self._masking: MaskingStrategy = strategy(1.0 - keep, block_size=block_size)
-        self.num_keep = self.num_patches = self.images = 0
-        self.seconds = 0.0
+        self.num_keep = self.num_patches = 0  # of the latest images
+        self.images, self.seconds = 0, 0.0  # encoded, and the time it took, scoring included
 
     def encode_image(self, images: Float[Tensor, "B 3 h w"], normalize: bool = True) -> Float[Tensor, "B D"]:
-        """Return the features of the kept patches, in the joint space."""
         features = self._encode(images).features
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_trunk(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B C"]:
-        """Return the pooled token of the kept patches."""
         return self._encode(images).cls
 
     def keep_indices(self, pixels: Float[Tensor, "B 3 h w"]) -> Int[Tensor, "B K"] | None:

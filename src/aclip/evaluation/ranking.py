@@ -44,14 +44,12 @@ def rank_both_ways(
 
     rank(q) = 1 + #{i wrong : s(q, i) >= max over right r of s(q, r) - TIE},  s = <q, i>
 
-    and the same with the roles exchanged. In float64, exact, up to `EXACT_ENTRIES` where the device has it. The matrix
-    is never held: bands of rows are computed, counted in both directions and dropped. With sharding each rank takes
-    every n-th band, and the counts are summed, so that the result is equal on all ranks.
+    and the same with the roles exchanged, of L2-normalised and finite features. `right` are all pairs (query, item)
+    that are right, int64; every query and every item is in at least one.
 
-    Args:
-        queries, items: (Q, D) and (I, D), L2-normalised and finite.
-        right: (2, P) int64, all pairs (query, item) that are right; every query and every item is in at least one.
-        chunk_elements: entries of the matrix held at once, at least a row; does not change the result.
+    In float64, exact, up to `EXACT_ENTRIES` where the device has it. The matrix is never held: bands of rows, of at
+    most `chunk_elements` or one row, are computed, counted in both directions and dropped. With sharding each rank
+    takes every n-th band, and the counts are summed, so that the result is equal on all ranks.
     """
     a, b = map(widened, (queries, items)) if len(queries) * len(items) <= EXACT_ENTRIES else (queries, items)
     best_a, best_b = (x.new_full((len(x),), -math.inf) for x in (a, b))
@@ -90,10 +88,9 @@ def classify(
     Of classes with equal names (ImageNet has two such pairs), which no model can distinguish, the first counts as
     nearer. `row_elements` are the entries that `scores` holds for an image, if more than M.
 
-    Returns:
-        As in `Evaluation`: `metrics` (`top1`, `top5` of more than five classes, and `mean_per_class`), `chance`, and
-        `details`: `classes`; `pictures` and `right`, a count for each; `confusions`, [class, prediction, images] of the
-        wrong predictions, the most frequent first.
+    Return, as in `Evaluation`, `metrics` (`top1`, `top5` of more than five classes, and `mean_per_class`), `chance`,
+    and `details`: `classes`; `pictures` and `right`, a count for each; `confusions`, [class, prediction, images] of the
+    wrong predictions, the most frequent first.
     """
     ranks, predictions = [], []
     for some, own in in_chunks(features, targets, max(len(classes), row_elements)):

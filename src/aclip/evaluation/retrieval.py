@@ -1,7 +1,5 @@
 """Retrieval: the caption of an image among captions, and the image of a caption among images."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
+from aclip.data.captions import caption_id
 from aclip.errors import ConfigError, unknown_name
 from aclip.evaluation import sharding
 from aclip.evaluation.base import Evaluation, Evaluator
 from aclip.evaluation.features import ImageFeatures, TextEncoder
 from aclip.evaluation.ranking import Ranks, chance_recall, rank_both_ways, recall
+from aclip.report.page import data_uri
 
 CUTOFFS = (1, 5, 10)
 """The k of R@k."""
@@ -31,28 +30,12 @@ THUMBNAIL_SIDE = 96
 _TOP = 5  # captions shown with an example
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """Which captions and images are candidates.
-
-    Attributes:
-        captions: of each image, the first ones, each a candidate of its own; None for all. 0: first captions only,
-            equal ones merged into one candidate that is right for all of their images.
-        fold: images ranked at a time, in order; metrics are means over whole folds. None ranks all at once.
-    """
-
-    captions: int | None = 0
-    fold: int | None = None
-
-
-PROTOCOLS = {
-    "distinct": Protocol(),
-    "all": Protocol(captions=None),
-    "karpathy": Protocol(captions=5),
-    "karpathy-1k": Protocol(captions=5, fold=1000),
-}
-"""`karpathy` is the protocol of Karpathy & Fei-Fei 2015 (arXiv 1412.2306, section 4.2) on their splits: COCO 5K and
-Flickr30K 1K; `karpathy-1k` is COCO 1K."""
+PROTOCOLS: dict[str, tuple[int | None, int | None]] = {
+    "distinct": (0, None), "all": (None, None), "karpathy": (5, None), "karpathy-1k": (5, 1000)}
+"""Captions of each image that are candidates, the first ones, None for all, or 0 for its first one, equal ones merged
+into one candidate that is right for all of their images; and images ranked at a time, in order, None for all: metrics
+are means over whole folds. `karpathy` is the protocol of Karpathy & Fei-Fei 2015 (arXiv 1412.2306, section 4.2) on
+their splits: COCO 5K and Flickr30K 1K; `karpathy-1k` is COCO 1K."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +47,12 @@ class Retrieval(Evaluator):
     `pictures`, `captions` (candidates) and `skipped`; with folds `folds` and `left_over`; where each caption is right
     for its own image only `shared`, the candidates whose words another image has too. Nothing distinguishes these, so
     no image finds such a caption first; the published protocols are kept as they are.
-
-    Attributes:
-        examples: number of best and of worst images returned.
-        protocol: key of `PROTOCOLS`.
     """
 
     name = "retrieval"
     needs_captions = True
-    examples: int = 8
-    protocol: str = "distinct"
+    examples: int = 8  # number of best and of worst images returned
+    protocol: str = "distinct"  # key of `PROTOCOLS`
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -85,22 +64,23 @@ class Retrieval(Evaluator):
 
     def measure(self, images: ImageFeatures, texts: TextEncoder) -> Evaluation:
         """See `Evaluator.measure`; raises a `ConfigError` for fewer images than one fold of the protocol."""
-        protocol = PROTOCOLS[self.protocol]
-        size = protocol.fold or len(images)
+        each, fold = PROTOCOLS[self.protocol]
+        size = fold or len(images)
         count = len(images) // size
         if count == 0:
             raise ConfigError(f"retrieval protocol '{self.protocol}' ranks {size:,} images at a time and the set has "
                               f"{len(images):,}: choose another --protocol")
-        folds = [self._measure_fold(images, texts, n * size, size) for n in range(count)]
+        folds = [self._measure_fold(images, texts, each, n * size, size) for n in range(count)]
         counts = {"pictures": count * size, "skipped": len(images.skipped)}
         counts |= {name: round(mean) for name, mean in _means([fold.counts for fold in folds]).items()}
-        if protocol.fold is not None:
+        if fold is not None:
             counts |= {"folds": count, "left_over": len(images) - count * size}
         return Evaluation(self.name, _means([fold.metrics for fold in folds]), _means([fold.chance for fold in folds]),
                           counts, examples=folds[0].examples)
 
-    def _measure_fold(self, images: ImageFeatures, encoder: TextEncoder, first: int, size: int) -> Evaluation:
-        each = PROTOCOLS[self.protocol].captions
+    def _measure_fold(
+        self, images: ImageFeatures, encoder: TextEncoder, each: int | None, first: int, size: int
+    ) -> Evaluation:
         texts, right = _candidates(images.captions[first : first + size], each)
         features = encoder.cached(tuple(texts), lambda: encoder(texts))
         found = rank_both_ways(images.features[first : first + size], features, right.to(features.device))
@@ -141,9 +121,11 @@ class Retrieval(Evaluator):
                     values, indices = similarity.topk(min(_TOP, len(texts)))
                     top = [{"caption": texts[text], "similarity": value}
                            for text, value in zip(indices.tolist(), values.tolist(), strict=True)]
+                    image = images.open_image(i)
+                    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
                     examples.append({"kind": kind, "key": images.keys[i], "caption": texts[caption], "rank": rank,
                                      "similarity": float(similarity[caption]), "top": top,
-                                     "thumbnail": _thumbnail(images.open_image(i))})
+                                     "thumbnail": data_uri(image).partition(",")[2]})
         return examples
 
 
@@ -168,17 +150,10 @@ def _means(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(table[name] for table in tables) for name in tables[0]}
 
 
-def _thumbnail(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    image.save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 def distinct(captions: Sequence[str]) -> tuple[list[str], list[int]]:
     """Return the distinct captions, case and spacing aside, each as first written, and the index of each image's."""
-    keys = [" ".join(caption.casefold().split()) for caption in captions]
-    first: dict[str, int] = {}
+    keys = list(map(caption_id, captions))
+    first: dict[int, int] = {}
     numbers = [first.setdefault(key, len(first)) for key in keys]
     spelled = dict(zip(reversed(keys), reversed(captions), strict=True))
     return [spelled[key] for key in first], numbers

@@ -23,6 +23,7 @@ from aclip.evaluation.zero_shot import Calibration, ZeroShot, find_classes, find
 from aclip.files import as_file_name, write_atomically
 from aclip.models import LoadedModel
 from aclip.report.journals import at_start
+from aclip.report.tables import change
 from aclip.run_folder import RunFolder
 
 MeasureFunction = Callable[[ImageFeatures, TextEncoder], Mapping[str, Any]]
@@ -166,13 +167,9 @@ def evaluate_sets(
     A set that fails does not keep the others from being evaluated; its `AclipError` is raised at the end. Inside
     `sharding.sharded` all ranks share the work and return the same, and rank 0 journals; otherwise one rank calls this.
 
-    Args:
-        model: on `device`; not changed.
-        sets, training: see `open_sets`; the latter are labelled images that probes are fitted on first.
-        folder: where `evaluations.jsonl`, `examples/` and `details/` are written.
-        step, samples_seen, weights: of the model, for the journal: optimizer steps, pairs, "online" or "ema".
-        workers: processes that read images.
-        masked: encoders of the same model to measure as well; their records go to `robustness.jsonl`.
+    The model is on `device`. Probes are fitted on `training` first. Records go to `evaluations.jsonl`, with the model's
+    step, samples and weights, and what the report shows with them to `examples/` and `details/`; those of `masked`,
+    encoders of the same model to measure as well, go to `robustness.jsonl`.
     """
     encode = partial(_encode_set, console=console, device=device, workers=workers)
     tokenizer = data.CaptionTokenizer(model.tokenizer) if model.has_text else None  # bounds the time of long captions
@@ -262,10 +259,8 @@ def _sentence(
     set_name: str, evaluator: Evaluator, found: Evaluation, masking: dict[str, Any], start: Mapping[str, float]
 ) -> str:
     def write(key: str, value: float) -> str:
-        fraction = _FRACTION.search(key)
-        change = "" if key not in start else (
-            f" ({100 * (value - start[key]):+.1f})" if fraction else f" ({value - start[key]:+.4g})")
-        return f"{key} {value:.1%}{change}" if fraction else f"{key} {value:.4g}{change}"
+        fraction = _FRACTION.search(key) is not None
+        return f"{key} {value:{'.1%' if fraction else '.4g'}}{change(value, start.get(key), fraction)}"
 
     metrics = "  ".join(write(key, value) for key, value in found.metrics.items())
     counts = ", ".join(f"{value:,} {key.replace('_', ' ').replace('picture', 'image')}"

@@ -44,19 +44,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassList:
-    """Classes by the names that go into prompts, and what a set calls them.
-
-    Attributes:
-        names: for prompts.
-        labels: what the set calls each class, all different; names may then repeat. None: the names.
-        present_only: whether classes without any image in the set are left out.
-        title: for messages.
-    """
+    """Classes by the names that go into prompts, and what a set calls them."""
 
     names: tuple[str, ...]
-    labels: tuple[str, ...] | None = None
-    present_only: bool = False
-    title: str = "given"
+    labels: tuple[str, ...] | None = None  # of the set, all different; names may then repeat. None: the names
+    present_only: bool = False  # whether classes without any image in the set are left out
+    title: str = "given"  # for messages
 
     def __post_init__(self) -> None:
         if len(self.names) < 2:
@@ -165,17 +158,13 @@ class ZeroShot(Evaluator):
     """Top-1 and top-5 accuracy and the mean of the classes' top-1 accuracies, fractions in [0, 1].
 
     For metrics, ties and `details` see `ranking.classify`; counts are `pictures`, `classes`, `skipped` and
-    `outside_classes` (images left out because they are of none of the classes).
-
-    Attributes:
-        classes: a `ClassList`, or names; None for the distinct labels of the set, or its distinct captions if an image
-            has no label.
-        templates: prompts with `{}` for the class name.
+    `outside_classes` (images left out because they are of none of the classes). Without `classes`, those are the
+    distinct labels of the set, or its distinct captions if an image has no label.
     """
 
     name = "zero_shot"
     classes: ClassList | tuple[str, ...] | None = None
-    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES  # prompts with `{}` for the class name
 
     def __post_init__(self) -> None:
         bad = [template for template in self.templates if "{}" not in template]
@@ -211,7 +200,6 @@ class ZeroShot(Evaluator):
         self, features: Float[Tensor, "B D"], embeddings: Float[Tensor, "M D"], targets: Int[Tensor, " B"],
         classes: tuple[str, ...], model: LoadedModel,
     ) -> dict[str, Any]:
-        """Return `metrics`, `chance` and `details`, as `Evaluation` holds them."""
         return classify(lambda some: widened(some) @ widened(embeddings).T, features, targets, classes)
 
 
@@ -227,9 +215,6 @@ class Calibration(ZeroShot):
     arXiv 1706.04599, equation 3); NLL = mean of -log p(right class), in nats. Metrics are `ece`, `nll`, `confidence`
     (mean) and `accuracy` (fraction of images whose likeliest class is right, the first of equally likely ones).
     `chance` of `nll` is that of equal probabilities, log M. `details` hold the reliability diagram.
-
-    Attributes:
-        bins: of the confidence.
     """
 
     name = "calibration"
