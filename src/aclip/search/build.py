@@ -55,7 +55,7 @@ def build(
     """See `aclip.index`."""
     if find_spec("pyarrow") is None:
         raise MissingDependencyError("an index needs pyarrow: pip install 'attentive-clip[parquet]'")
-    if folder.is_file() or (folder.is_dir() and not (folder / DESCRIPTION).exists() and not _pieces(folder)
+    if folder.is_file() or (folder.is_dir() and not (folder / DESCRIPTION).exists() and not any(folder.glob(_PIECES))
                             and any(not path.name.endswith(".part") for path in folder.iterdir())):
         raise ConfigError(f"{folder} holds something else than an index: name a new folder with --output")
     specs = [absolute(str(spec)) for spec in ([source] if isinstance(source, str | Path) else source)]
@@ -101,15 +101,11 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    rows: list[_Row]
-    pixels: Tensor | None  # of the rows without known features
-    skipped: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
 class _ReadNew:
-    """What a worker does for some samples of a source: tell the known from the new, and decode these."""
+    """What a worker does for some samples of a source: tell the known from the new, and decode these.
+
+    It returns the rows, the pixels of those without known features, and (name, reason) of bad samples.
+    """
 
     sources: Sequence[Source]
     stretched: Sequence[str | None]  # the option of each source, which makes other pixels of the same file
@@ -118,7 +114,7 @@ class _ReadNew:
     numbers: np.ndarray  # (n,) int64, of their features
     preprocess: Callable[[Any], Tensor]
 
-    def __call__(self, request: tuple[int, range]) -> _Chunk:
+    def __call__(self, request: tuple[int, range]) -> tuple[list[_Row], Tensor | None, list[tuple[str, str]]]:
         number, indices = request
         source = self.sources[number]
         rows, pixels, skipped = [], [], []
@@ -130,7 +126,7 @@ class _ReadNew:
                 continue
             rows.append(row)
             pixels += [] if new is None else [new]
-        return _Chunk(rows, torch.stack(pixels) if pixels else None, skipped)
+        return rows, torch.stack(pixels) if pixels else None, skipped
 
     def _read(self, source: Source, number: int, index: int) -> tuple[_Row, Tensor | None]:
         path, raw = source.path(index), None
@@ -193,10 +189,11 @@ class _Build:
             with (atomic_file(self.folder / items) as file, _table_writer(file) as write,
                   progress(f"indexing {self.folder}", sum(map(len, self.sources)), "images") as advance,
                   evaluating(self.model), torch.inference_mode()):
-                for chunk in read_ahead(read, requests, workers=self.workers):
-                    self._add(chunk)
-                    write(chunk.rows)
-                    advance(len(chunk.rows) + len(chunk.skipped))
+                for rows, pixels, skipped in read_ahead(read, requests, workers=self.workers):
+                    self._add(rows, pixels)
+                    self.skipped += skipped
+                    write(rows)
+                    advance(len(rows) + len(skipped))
         finally:
             self._write_piece()
         origins = np.concatenate([*self.origins, np.empty(0, dtype=np.int64)])
@@ -213,7 +210,7 @@ class _Build:
             self.parts.append(np.load(self.folder / self.earlier["features"], mmap_mode="r"))
             column = _identities(self.folder / self.earlier["items"])
             identities.append(column.to_numpy(zero_copy_only=False).astype("S32"))
-        for path in _pieces(self.folder):
+        for path in sorted(self.folder.glob(_PIECES)):
             piece = np.load(path, mmap_mode="r")
             self.parts.append(piece["features"])
             identities.append(piece["identity"])
@@ -221,18 +218,17 @@ class _Build:
         order = np.argsort(found, kind="stable")
         return found[order], order
 
-    def _add(self, chunk: _Chunk) -> None:
-        numbers = np.array([row.known for row in chunk.rows], dtype=np.int64)
+    def _add(self, rows: list[_Row], pixels: Tensor | None) -> None:
+        numbers = np.array([row.known for row in rows], dtype=np.int64)
         new = numbers < 0
-        if chunk.pixels is not None:
-            features = encode_batch(self.model, chunk.pixels, self.model.device)
+        if pixels is not None:
+            features = encode_batch(self.model, pixels, self.model.device)
             check_finite(features, "images")
-            self.waiting.append(([row.identity for row in chunk.rows if row.known < 0], features.half().cpu()))
+            self.waiting.append(([row.identity for row in rows if row.known < 0], features.half().cpu()))
             start = len(self.known) + self.encoded
             numbers[new] = np.arange(start, start + len(features))
             self.encoded += len(features)
         self.origins.append(numbers)
-        self.skipped += chunk.skipped
         if time.monotonic() > self.last_piece + PIECE_SECONDS:
             self._write_piece()
 
@@ -321,7 +317,3 @@ def _identities(path: Path) -> Any:
     import pyarrow.parquet
 
     return pyarrow.parquet.read_table(path, columns=["identity"])["identity"].combine_chunks()
-
-
-def _pieces(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_PIECES))

@@ -118,8 +118,6 @@ def serve(
     """
     import os
 
-    from rich.console import Console
-
     from aclip.errors import ConfigError, MissingDependencyError
     from aclip.search.store import Index
 
@@ -131,9 +129,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise MissingDependencyError("aclip serve needs starlette and uvicorn: pip install 'attentive-clip[serve]'"
                                      ) from error
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    server.run(Index(index, model=model, device=device), host, port, password,
-               lambda address: console.print(f"open {address} (stop with Ctrl-C)"))
+    server.run(Index(index, model=model, device=device), host, port, password)
 
 
 def _print_table(index: Index, groups: Sequence[Sequence[Hit]], duplicates: bool) -> None:

@@ -13,12 +13,12 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import uvicorn
 from PIL import Image
+from rich.console import Console
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -49,8 +49,8 @@ _HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosni
             "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store"}
 
 
-def run(index: Index, host: str, port: int, password: str | None, announce: Callable[[str], object]) -> None:
-    """Serve until SIGINT or SIGTERM; `announce` is called with the address."""
+def run(index: Index, host: str, port: int, password: str | None) -> None:
+    """Print the address, and serve until SIGINT or SIGTERM."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)
@@ -58,7 +58,8 @@ def run(index: Index, host: str, port: int, password: str | None, announce: Call
         raise ConfigError(f"cannot listen on {host}, port {port} ({error.strerror}): choose another --port") from error
     index.model  # noqa: B018 - loaded before the first request, and checked
     name = f"[{host}]" if ":" in host else host
-    announce(f"http://{name}:{listening.getsockname()[1]}/")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"open http://{name}:{listening.getsockname()[1]}/ (stop with Ctrl-C)")
     # uvicorn finishes what is running, then raises the signal again
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = uvicorn.Server(uvicorn.Config(
@@ -78,6 +79,18 @@ def application(index: Index, password: str | None = None, *, check_host: bool =
 
     `check_host` refuses requests for other names than this machine's loopback, which a web page could point there.
     """
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Let in who may come in, and send the headers that keep the page to itself."""
+        foreign = request.headers.get("sec-fetch-site") == "cross-site" and request.url.path != "/"
+        if foreign or (check_host and request.url.hostname not in LOOPBACK):
+            response = Response("not from here", 403)
+        elif password is not None and not _knows(password, request.headers.get("authorization", "")):
+            response = Response("password needed", 401, {"WWW-Authenticate": 'Basic realm="aclip", charset="UTF-8"'})
+        else:
+            response = await call_next(request)
+        response.headers.update(_HEADERS)
+        return response
+
     page = _Page(index)
     files = [Route("/" if name == "page.html" else f"/{name}", _static(name, kind)) for name, kind in (
         ("page.html", "text/html"), ("page.css", "text/css"), ("page.js", "text/javascript"))]
@@ -85,36 +98,18 @@ def application(index: Index, password: str | None = None, *, check_host: bool =
         routes=[*files, Route("/api/index", page.about), Route("/api/search", page.search),
                 Route("/api/similar/{row:int}", page.similar), Route("/api/upload", page.upload, methods=["POST"]),
                 Route("/image/{row:int}", page.image), Route("/look/{row:int}", page.look)],
-        middleware=[Middleware(_Guard, password=password, check_host=check_host)],
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
         exception_handlers={AclipError: _refuse, ValueError: _refuse,
                             IndexError: lambda *_: JSONResponse({"error": "no such image"}, 404)})
 
 
-class _Guard(BaseHTTPMiddleware):
-    """Lets in who may come in, and sends the headers that keep the page to itself."""
-
-    def __init__(self, app: Any, password: str | None, check_host: bool) -> None:
-        super().__init__(app)
-        self._password, self._check_host = password, check_host
-
-    async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        foreign = request.headers.get("sec-fetch-site") == "cross-site" and request.url.path != "/"
-        if foreign or (self._check_host and request.url.hostname not in LOOPBACK):
-            response = Response("not from here", 403)
-        elif self._password is not None and not self._knows(request.headers.get("authorization", "")):
-            response = Response("password needed", 401, {"WWW-Authenticate": 'Basic realm="aclip", charset="UTF-8"'})
-        else:
-            response = await call_next(request)
-        response.headers.update(_HEADERS)
-        return response
-
-    def _knows(self, authorization: str) -> bool:
-        scheme, _, encoded = authorization.partition(" ")
-        try:
-            given = base64.b64decode(encoded, validate=True).partition(b":")[2]
-        except ValueError:
-            return False
-        return scheme.lower() == "basic" and hmac.compare_digest(given, str(self._password).encode())
+def _knows(password: str, authorization: str) -> bool:
+    scheme, _, encoded = authorization.partition(" ")
+    try:
+        given = base64.b64decode(encoded, validate=True).partition(b":")[2]
+    except ValueError:
+        return False
+    return scheme.lower() == "basic" and hmac.compare_digest(given, password.encode())
 
 
 class _Page:
