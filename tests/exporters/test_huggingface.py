@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisio
 import aclip
 from aclip.errors import UnsupportedModelError
 from aclip.exporters import EXPORTERS
-from aclip.exporters.base import logit_multiplier, synthetic_images, write_checked
+from aclip.exporters.base import synthetic_images, write_checked
 from aclip.exporters.huggingface import EOT, SOT, image_processor_config, write_tokenizer
 
 MODEL = tiny_model()
@@ -55,7 +55,7 @@ def test_its_processor_and_model_compute_our_similarities(folder: Path, processo
     texts = ["a cat", "a photo of a dog in “the” park"]
     inputs = processor(text=texts, images=Image.fromarray(pixels), padding=True, return_tensors="pt")
     theirs = CLIPModel.from_pretrained(folder, local_files_only=True).eval()(**inputs).logits_per_image
-    ours = logit_multiplier(MODEL.model) * MODEL.encode_images([pixels]) @ MODEL.encode_texts(texts).T
+    ours = MODEL.model.logit_scale.exp().item() * MODEL.encode_images([pixels]) @ MODEL.encode_texts(texts).T
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 

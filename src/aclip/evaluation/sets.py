@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,15 +49,15 @@ CAPTIONS_CHECKED = 32
 _FRACTION = re.compile(r"(_r|top)\d+$|(^|_)(accuracy|mean_per_class|ece|confidence)$")  # shown in percent
 
 
+@dataclass(frozen=True)
 class FunctionEvaluator(Evaluator):
     """A `MeasureFunction`, by its name in `EVALUATORS`."""
 
-    def __init__(self, name: str, function: MeasureFunction) -> None:
-        self.name = name
-        self._function = function
+    name: str
+    function: MeasureFunction
 
     def measure(self, images: ImageFeatures, texts: TextEncoder) -> Mapping[str, Any]:
-        return self._function(images, texts)
+        return self.function(images, texts)
 
 
 class HeldOut(NamedTuple):

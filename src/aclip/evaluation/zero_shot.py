@@ -226,9 +226,8 @@ class Calibration(ZeroShot):
     ) -> dict[str, Any]:
         from torchmetrics.functional.classification import binary_calibration_error
 
-        parameter = model.model.logit_scale
-        assert isinstance(parameter, Tensor)
-        scale = float(parameter.detach().float().exp())
+        clip: Any = model.model
+        scale = clip.logit_scale.exp().item()
         confidences, corrects, nll = [], [], 0.0
         for some, own in in_chunks(features, targets, len(classes)):
             logits = scale * some @ embeddings.T

@@ -171,9 +171,8 @@ _LUMA_CELLS = 16 * 16
 def find_duplicates(measured: Sequence[Measurements]) -> tuple[np.ndarray, ...]:
     """Compare all images of all sources with each other; blank and dark ones by their bytes alone.
 
-    Returns:
-        For each source the (n,) int64 group of every image, -1 if it cannot be decoded: images of one group, in any
-        source, have the same bytes or look the same.
+    Return for each source the (n,) int64 group of every image, -1 if it cannot be decoded: images of one group, in any
+    source, have the same bytes or look the same.
     """
     samples = pandas.concat([one.samples for one in measured], ignore_index=True)
     rows = samples.index.to_series()

@@ -1,7 +1,4 @@
-"""What an export format is; an export is written, read back with its own library, and kept only if features agree.
-
-Its model card says how to load it, how the model was trained and evaluated, and how the export was checked.
-"""
+"""What an export format is; an export is written, read back with its own library, and kept only if features agree."""
 
 import json
 import shutil
@@ -24,7 +21,7 @@ from torch.nn import functional as F
 
 from aclip import rng
 from aclip.errors import AclipError, ConfigError, ExportError, MissingDependencyError
-from aclip.models import LoadedModel, preprocess_config
+from aclip.models import LoadedModel, logit_scale_of, preprocess_config
 
 RECORD = "aclip_export.json"
 CAPTIONS = (
@@ -134,7 +131,7 @@ def compare(readback: Readback, model: LoadedModel) -> dict[str, float]:
             counted = torch.arange(tokens.shape[1]) <= tokens.argmax(dim=1)[:, None]  # up to the EOT, the highest id
             found[TOKENS] = int(((readback.tokenize(captions) != tokens) & counted).any(dim=1).sum())
     if readback.logit_scale is not None:
-        found["logit scale"] = abs(readback.logit_scale / logit_multiplier(model.model) - 1)
+        found["logit scale"] = abs(readback.logit_scale / logit_scale_of(model.model).exp().item() - 1)
     if readback.preprocess is not None:
         levels = torch.tensor(preprocess_config(model.model)["std"])[:, None, None] * 255
         differences = [_difference(readback.preprocess(image) * levels, ours * levels)
@@ -171,11 +168,6 @@ def model_card(
         data, template_path=str(Path(__file__).with_name("card.md.j2")), exporter=exporter, model=model, name=name,
         differences=differences, weights=weights, config=config, evaluations=list(newest.values()),
         pixels=preprocess_config(model.model), config_json=json.dumps(shown, indent=2, ensure_ascii=False)))
-
-
-def logit_multiplier(model: Any) -> float:
-    """Return the multiplier of similarities; open_clip and transformers store its logarithm."""
-    return float(model.logit_scale.exp().item())
 
 
 def optional_package(name: str, extra: str) -> Any:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aclip.errors import UnsupportedModelError
-from aclip.exporters.base import Exporter, Readback, logit_multiplier, optional_package, write_json
+from aclip.exporters.base import Exporter, Readback, optional_package, write_json
 from aclip.models import LoadedModel, can_cut, preprocess_config
 from aclip.models.hugging_face import to_hugging_face
 from aclip.models.text import text_tower_of
@@ -82,7 +82,7 @@ class HuggingFaceExporter(Exporter):
             lambda tokens: _pooled(theirs.get_text_features(tokens)), preprocess,
             lambda texts: processor(
                 text=texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"],
-            logit_multiplier(theirs))
+            theirs.logit_scale.exp().item())
 
     def usage(self, model: LoadedModel) -> str:
         return '''\

@@ -12,7 +12,7 @@ from torch import nn
 
 from aclip.checkpoint import crc32
 from aclip.errors import UnsupportedModelError
-from aclip.exporters.base import Exporter, Readback, logit_multiplier, replace_folder, write_json
+from aclip.exporters.base import Exporter, Readback, replace_folder, write_json
 from aclip.exporters.huggingface import is_clip_tokenizer, save_pretrained
 from aclip.models import LoadedModel, Tokenizer, preprocess_config, tokenizer_of
 from aclip.models.lora import merged
@@ -38,7 +38,8 @@ class OpenClipExporter(Exporter):
         # Not open_clip.get_tokenizer: it would run a tokenizer's own code if its config asks for that.
         tokenizer = (open_clip.get_tokenizer(f"local-dir:{folder}") if is_clip_tokenizer(model.tokenizer)
                      else tokenizer_of(folder))
-        return Readback(theirs.encode_image, theirs.encode_text, preprocess, tokenizer, logit_multiplier(theirs))
+        return Readback(theirs.encode_image, theirs.encode_text, preprocess, tokenizer,
+                        theirs.logit_scale.exp().item())
 
     def usage(self, model: LoadedModel) -> str:
         return '''\

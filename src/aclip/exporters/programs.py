@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aclip.exporters.base import Exporter, Readback, logit_multiplier, optional_package, write_json
+from aclip.exporters.base import Exporter, Readback, optional_package, write_json
 from aclip.exporters.huggingface import is_clip_tokenizer, save_pretrained, write_tokenizer
-from aclip.models import LoadedModel, encode_image, encode_text, preprocess_config
+from aclip.models import LoadedModel, encode_image, encode_text, logit_scale_of, preprocess_config
 from aclip.models.text import text_tower_of
 
 
@@ -122,7 +122,8 @@ def write_metadata(model: LoadedModel, folder: Path) -> None:
     if model.has_text:
         bias: Tensor | None = getattr(model.model, "logit_bias", None)
         metadata |= {"context_length": text_tower_of(model.model).context_length,
-                     "logit_scale": logit_multiplier(model.model), "logit_bias": 0.0 if bias is None else bias.item()}
+                     "logit_scale": logit_scale_of(model.model).exp().item(),
+                     "logit_bias": 0.0 if bias is None else bias.item()}
         if is_clip_tokenizer(model.tokenizer):
             write_tokenizer(folder, metadata["context_length"])
         else:

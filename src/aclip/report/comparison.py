@@ -29,6 +29,7 @@ SECTIONS = (
 
 
 def read_comparison(folder: Path) -> Tables:
+    """Read `comparison.json`; a `ConfigError` if it is missing or damaged."""
     damaged: list[str] = []
     raw = read_json(folder / "comparison.json", damaged)
     if not isinstance(raw, dict):
@@ -39,11 +40,7 @@ def read_comparison(folder: Path) -> Tables:
 
 
 def write_comparison(folder: Path) -> Path:
-    """Write `table.md`, `table.csv` and the page `index.html` into a comparison's folder; return the page.
-
-    Raises:
-        ConfigError: there is no comparison in the folder, or its file is damaged.
-    """
+    """Write `table.md`, `table.csv` and the page `index.html` into a comparison's folder; return the page."""
     tables, name = read_comparison(folder), folder.resolve().name
     metric, chosen = tables.primary(), mapping(tables.raw, "chosen_lr").values()
     chosen_on = list(dict.fromkeys(str(one["set"]) for one in chosen if one.get("set")))

@@ -20,8 +20,6 @@ _RATIOS = {1 / 4: "taller than 4:1", 1 / 2: "4:1 to 2:1", 0.8: "2:1 to 5:4", 1.2
            2: "5:4 to 2:1, wide", 4: "2:1 to 4:1, wide"}
 _TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
-Groups = Sequence[Sequence[Sequence["Example"]]]  # of each finding, groups of samples that belong together
-
 
 def write_data_page(examined: "Examination", folder: Path) -> Path:
     """Write `data.html`, with the images of the examples, and the same numbers in `data.json`; return the page."""
@@ -52,7 +50,7 @@ def write_look_page(
                       facts_shown=facts, samples=cards, advice=advice)
 
 
-def to_record(examined: "Examination", shown: Groups) -> dict[str, Any]:
+def to_record(examined: "Examination", shown: Sequence[Sequence[Sequence["Example"]]]) -> dict[str, Any]:
     source, *against = examined.measured
     return {
         "source": str(source.source.spec), "samples": len(source.source), "examined": len(source.samples),

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Literal
 
 from markupsafe import Markup
@@ -81,12 +82,9 @@ def smooth(points: Sequence[tuple[float, float]], width: float = 0.015) -> Point
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     decay = math.exp(-1.0 / max(1.0, width * len(finite)))
 
-    def one_sided(values: Sequence[float]) -> Points:
-        total, weight, sums = 0.0, 0.0, []
-        for value in values:
-            total, weight = decay * total + value, decay * weight + 1.0
-            sums.append((total, weight))
-        return sums
+    def one_sided(values: Sequence[float]) -> Points:  # decayed sums of the values so far, and of their weights
+        return list(accumulate(((value, 1.0) for value in values),
+                               lambda sums, new: (decay * sums[0] + new[0], decay * sums[1] + new[1])))
 
     ys = [y for _, y in finite]
     both = zip(finite, one_sided(ys), reversed(one_sided(ys[::-1])), strict=True)

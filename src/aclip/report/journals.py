@@ -52,11 +52,7 @@ class RunFiles:
 
 
 def read_run(folder: Path, *, journals_only: bool = False) -> RunFiles:
-    """Read a run folder in any state; `journals_only` leaves out images, details and snapshots.
-
-    Raises:
-        ConfigError: the folder does not exist, or holds no run.
-    """
+    """Read a run folder in any state; a `ConfigError` if it is none. `journals_only` leaves out images and details."""
     if not folder.is_dir():
         raise ConfigError(f"there is no run folder '{folder}'")
     notes: list[str] = []

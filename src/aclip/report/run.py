@@ -14,11 +14,10 @@ from aclip.files import as_file_name
 from aclip.report.figures import Points, Series, line_chart, smooth
 from aclip.report.journals import PRIMARY, Record, RunFiles, at_start, mapping, number, read_run
 from aclip.report.page import MISSING, compact, count, percent, write_page
-from aclip.report.tables import change, is_fraction
+from aclip.report.tables import ACCURACIES, change, is_fraction
 
 DIRECTIONS = {"image_to_text": "image → caption", "text_to_image": "caption → image"}
 CLASSIFIERS = {"zero_shot": "Zero-shot classification", "linear_probe": "Linear probe", "knn": "Nearest neighbours"}
-ACCURACIES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 INCIDENTS = {"non_finite": "step skipped", "damaged_checkpoint": "checkpoint damaged",
              "save_failed": "checkpoint not written", "evaluation_failed": "results not written"}
 
@@ -59,10 +58,7 @@ Table = tuple[str, list[str], list[list[str]], int]  # title, head, rows, first 
 def write_report(folder: Path) -> Path:
     """Write the page of a run, `report.html`, or of a comparison, `index.html`, into its folder; return its path.
 
-    The folder may be in any state: what is missing or damaged is named on the page.
-
-    Raises:
-        ConfigError: the folder holds neither.
+    A folder that holds neither is a `ConfigError`; what else is missing or damaged is named on the page.
     """
     if (folder / "comparison.json").exists():
         from aclip.report.comparison import write_comparison

@@ -65,11 +65,7 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Read what `write_snapshot` wrote.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, or something else.
-    """
+    """Read what `write_snapshot` wrote; a `CheckpointError` for a file that is missing, truncated, or another one."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # pandas takes long to import
     from pandas import DataFrame
     from rich.table import Table
 
-_WORDS = {"image_to_text": "to caption", "text_to_image": "to image", "median_rank": "median rank",
-          "top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+ACCURACIES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+_WORDS = {"image_to_text": "to caption", "text_to_image": "to image", "median_rank": "median rank", **ACCURACIES}
 
 
 class Tables:
