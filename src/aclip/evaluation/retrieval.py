@@ -32,10 +32,11 @@ _TOP = 5  # captions shown with an example
 
 PROTOCOLS: dict[str, tuple[int | None, int | None]] = {
     "distinct": (0, None), "all": (None, None), "karpathy": (5, None), "karpathy-1k": (5, 1000)}
-"""Captions of each image that are candidates, the first ones, None for all, or 0 for its first one, equal ones merged
-into one candidate that is right for all of their images; and images ranked at a time, in order, None for all: metrics
-are means over whole folds. `karpathy` is the protocol of Karpathy & Fei-Fei 2015 (arXiv 1412.2306, section 4.2) on
-their splits: COCO 5K and Flickr30K 1K; `karpathy-1k` is COCO 1K."""
+"""How many captions of each image are candidates (None: all; 0: the first, equal ones merged into one that is right for
+all of their images), and images ranked at a time, in order (None: all; metrics are means over whole folds).
+
+`karpathy` is the protocol of Karpathy & Fei-Fei 2015 (arXiv 1412.2306, section 4.2) on their splits: COCO 5K and
+Flickr30K 1K; `karpathy-1k` is COCO 1K."""
 
 
 @dataclass(frozen=True)
