@@ -4,8 +4,8 @@
     python benchmarks/align.py runs/first pair
     aclip train --recipe align --model pair --data emoji:train --validation emoji:val_vendor --output runs/aligned
 
-WordLlama is a table of vectors of 32,000 tokens, whose mean says what a sentence is about; `align` learns a hidden layer
-on it, and the image tower's projection.
+WordLlama is a table of vectors of 32,000 tokens, whose mean says what a sentence is about; `align` learns a hidden
+layer on it, and the image tower's projection.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from aclip import models
 
 CONSTANT = 1e6
-"""BERT's layer norm divides by the root of a vector's variance, here below 10, and this; its weight is the root of this.
-So all that it does is to subtract a vector's mean."""
+"""BERT's layer norm divides by the root of a vector's variance, here below 10, and this; its weight is the root of
+this. So all that it does is to subtract a vector's mean."""
 
 
 def main() -> None:

@@ -9,7 +9,16 @@ import open_clip
 import pytest
 import torch
 from tower_oracles import shake
-from transformers import BertConfig, BertModel, M2M100Config, M2M100Model, MT5Config, MT5Model, RobertaConfig, RobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    M2M100Config,
+    M2M100Model,
+    MT5Config,
+    MT5Model,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from aclip import models
 from aclip.errors import CheckpointError
@@ -89,7 +98,8 @@ def test_layer_decay_counts_its_blocks(model: tuple[str, Any]) -> None:
     text = method.model.text
     blocks = text_blocks_of(text)
     below = [0.5 ** (len(blocks) - 1 - number) for number in range(-1, len(blocks))]
-    for part, expected in zip([text.transformer.get_input_embeddings(), *blocks, text.proj], [*below, 1.0], strict=True):
+    parts = text.transformer.get_input_embeddings(), *blocks, text.proj
+    for part, expected in zip(parts, (*below, 1.0), strict=True):
         assert {factors[p] for p in part.parameters()} == {expected}
 
 

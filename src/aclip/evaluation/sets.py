@@ -24,7 +24,7 @@ from aclip.evaluation.zero_shot import Calibration, ZeroShot, find_classes, find
 from aclip.files import as_file_name, write_atomically
 from aclip.models import LoadedModel
 from aclip.report.journals import at_start
-from aclip.report.tables import change
+from aclip.report.tables import change, is_fraction
 from aclip.run_folder import RunFolder
 
 MeasureFunction = Callable[[ImageFeatures, TextEncoder], Mapping[str, Any]]
@@ -46,7 +46,6 @@ BATCH_SIZE = 256
 CAPTIONS_CHECKED = 32
 """Samples of a set whose captions `check_sets` reads."""
 
-_FRACTION = re.compile(r"(_r|top)\d+$|(^|_)(accuracy|mean_per_class|ece|confidence)$")  # shown in percent
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ def _sentence(
     set_name: str, evaluator: Evaluator, found: Evaluation, masking: dict[str, Any], start: Mapping[str, float]
 ) -> str:
     def write(key: str, value: float) -> str:
-        fraction = _FRACTION.search(key) is not None
+        fraction = is_fraction(key)
         return f"{key} {value:{'.1%' if fraction else '.4g'}}{change(value, start.get(key), fraction)}"
 
     metrics = "  ".join(write(key, value) for key, value in found.metrics.items())

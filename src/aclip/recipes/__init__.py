@@ -27,7 +27,7 @@ Example:
 
 
 def default_recipe(model: str) -> str:
-    """Return the name of the recipe for a model, by its name alone: finetune if it comes with weights, else a-clip-muon."""
+    """Return the recipe's name for a model, by its name alone: finetune if it has weights, else a-clip-muon."""
     return "finetune" if ":" in model or Path(model).exists() else "a-clip-muon"
 
 

@@ -47,8 +47,8 @@ A_CLIP_MUON = replace(
 )
 """Cost 1.29 and Muon's own, 0.07 of CLIP at batch 256 and 0.004 at 4,096.
 
-What the parts are worth, on drawings in unseen styles (R@1 to caption, vit-tiny, docs/results.md): Muon 12.6 points over
-AdamW after 20 epochs; attention 3.5 over random masks, and all of A-CLIP 5.3 over CLIP, at equal time after 36.
+What the parts are worth, on drawings in unseen styles (R@1 to caption, vit-tiny, docs/results.md): Muon 12.6 points
+over AdamW after 20 epochs; attention 3.5 over random masks, and all of A-CLIP 5.3 over CLIP, at equal time after 36.
 """
 
 

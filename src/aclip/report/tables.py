@@ -1,5 +1,6 @@
 """The tables of a comparison: mean and standard deviation over seeds; as Markdown, CSV and for the terminal."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -143,7 +144,8 @@ def exceeds_spread(first: Sequence[float], second: Sequence[float]) -> bool | No
 
 
 def is_fraction(metric: str) -> bool:
-    return "rank" not in metric and metric != "nll"
+    """Return whether a metric is shown in percent; one of a user's own evaluator is not, unless it is called so."""
+    return re.search(r"(_r|top)\d+$|(^|_)(accuracy|mean_per_class|ece|confidence)$", metric) is not None
 
 
 def change(value: float | None, start: float | None, fraction: bool) -> str:
