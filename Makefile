@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/aclip data fetch emoji
-	$(BIN)/aclip train --resume --output $(RUN) --seed $(SEED) --recipe a-clip --optimizer muon --model vit-tiny \
+	$(BIN)/aclip train --resume --output $(RUN) --seed $(SEED) --recipe a-clip-muon --model vit-tiny \
 	  --data emoji:train --validation emoji:val_vendor emoji:val_concept emoji:val_both --batch-size 128 \
 	  --epochs $(EPOCHS) --resolution-schedule 0.6:0.5 --unmasked-tuning 0.15 --evaluate-every 18
 	@echo "look:   $(BIN)/aclip explain $(RUN) IMAGE.png --text sunflower --output explained.png"

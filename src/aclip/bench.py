@@ -38,7 +38,7 @@ CAPTIONS = ("a photo of a dog", "two people walk along a beach at sunset", "red 
 
 def bench_step(
     *,
-    recipe: str = "a-clip",
+    recipe: str = "a-clip-muon",
     model: str = "vit-tiny",
     image_size: int | str | None = None,
     batch_sizes: tuple[int, ...] = (),

@@ -58,8 +58,7 @@ and its relatives, on your own images and captions, over open_clip.
 
 examples:
   aclip data look pairs.csv
-  aclip train --recipe a-clip --model vit-tiny --data pairs.csv \\
-              --output runs/first
+  aclip train --model vit-tiny --data pairs.csv --output runs/first
   aclip evaluate runs/first --data held-out.csv
   aclip recipes show a-clip --model ViT-B-16
 

@@ -15,7 +15,7 @@ BRIEFLY = ["bench", "step", "--model", "vit-micro", "--rounds", "2", "--device",
 def test_times_memory_and_hours_of_each_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*BRIEFLY, "--batch-sizes", "4", "2", "--pairs", "3600", "--epochs", "10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["recipe"], found["model"]) == ("a-clip", "vit-micro")
+    assert (found["recipe"], found["model"]) == ("a-clip-muon", "vit-micro")
     assert [one["batch_size"] for one in found["speeds"]] == [2, 4]
     for one in found["speeds"]:
         low, high = one["quartiles"]
