@@ -50,13 +50,13 @@ def main() -> None:
         text.embeddings.LayerNorm.weight.fill_(CONSTANT**0.5)
     text.save_pretrained(words)
 
-    trained = models.create_model(args.run)
+    trained: Any = models.create_model(args.run)
     config: dict[str, Any] = models.model_config(args.run)
     config["text_cfg"] = {"hf_model_name": str(words), "hf_tokenizer_name": str(words), "hf_pooler_type": "mean_pooler",
                           "hf_proj_type": "mlp", "context_length": 77}
     (args.folder / "open_clip_config.json").write_text(json.dumps(
         {"model_cfg": config, "preprocess_cfg": models.preprocess_config(trained)}))
-    pair = create_model(f"local-dir:{args.folder}", load_weights=False)
+    pair: Any = create_model(f"local-dir:{args.folder}", load_weights=False)
     pair.visual.load_state_dict(trained.visual.state_dict())
     save_file(pair.state_dict(), args.folder / "open_clip_model.safetensors")
 
