@@ -2,8 +2,8 @@
 
     python benchmarks/equality.py --ranks 2
 
-On the CPU in fp32, with the tests' very small model: the largest difference of any weight after ten steps of SGD, and
-of any loss in fifty steps of AdamW.
+On the CPU, with the tests' very small model: the largest difference of any weight after ten steps of SGD in fp64, and
+of any loss in fifty steps of AdamW in fp32.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from aclip.data.packing import Sample, write_tar
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SOURCE = Path(aclip.__file__).parents[1]
 PARTS = {"checkouts", "competitors", "gpu_checks", "gpu_speed", "gpu_training"}  # imported by others
-NOT_RUN = {"reading", "gpu_bundle"}  # read fetched sets
+NOT_RUN = {"align", "reading", "gpu_bundle"}  # read fetched sets, or what a package brings
 NEEDS = {"evaluation_parity": "clip_benchmark"}
 
 IN_THIS_PROCESS = {

@@ -11,6 +11,7 @@ from rich.console import Console
 import over_ranks
 from aclip import dist
 from aclip.config import RunConfig
+from aclip.method import Method
 from aclip.run_folder import RunFolder
 from aclip.structs import Batch
 from aclip.trainer import Trainer, fit
@@ -20,7 +21,7 @@ from aclip.training.schedule import Timetable
 ROWS = 8
 
 
-def build(recipe: str = "a-clip", **changes: Any) -> Trainer:
+def build(recipe: str = "a-clip", method: Method | None = None, **changes: Any) -> Trainer:
     """Return a trainer of twelve steps that saves every second, evaluates only at the end and logs all."""
     table = {"total_steps": 12, "save_every": 2, "steps_per_epoch": 12, "masked_steps": 12, "evaluate_every": 0,
              "resolutions": ()}
@@ -28,7 +29,7 @@ def build(recipe: str = "a-clip", **changes: Any) -> Trainer:
     settings = {"recipe": over_ranks.recipe_of(recipe), "model": "vit-nano", "data": "synthetic", "output": "none",
                 "log_every": 1, "batch_size": ROWS, "precision": "fp32", "keep_checkpoints": 3}
     config = RunConfig(**(settings | changes))
-    return Trainer(config, over_ranks.build(recipe), Timetable(warmup_steps=1, **table), torch.device("cpu"))
+    return Trainer(config, method or over_ranks.build(recipe), Timetable(warmup_steps=1, **table), torch.device("cpu"))
 
 
 def poisoned(batch: Batch) -> Batch:

@@ -1,11 +1,13 @@
 """Trainings over ranks, and on one process, on the same synthetic batches: losses and weights."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from synthetic_training import batches, build
 from torch import Tensor
 
+import over_ranks
 from aclip import dist
 from aclip.training.distributed import whole
 
@@ -24,18 +26,21 @@ class PlainSGD(torch.optim.SGD):
 def train(recipe: str, way: str, optimizer: str) -> dict[str, Tensor]:
     """Return the losses of some steps ("losses") and the weights after them, whole.
 
-    Ten steps of plain SGD, whose change is that of the gradients, or fifty of AdamW at the recipe's own rate.
+    Ten steps of plain SGD, whose change is that of the gradients, in float64, where rounding moves no patch over the
+    edge of what is kept; or fifty of AdamW at the recipe's own rate.
     """
     parallel, _, micro_batch = way.partition(" in ")
-    trainer = build(recipe, total_steps=STEPS[optimizer], parallel=parallel,
-                    micro_batch=int(micro_batch) if micro_batch else None)
-    if optimizer == "sgd":
-        groups = [{"params": g["params"], "lr_factor": 1.0} for g in trainer.optimizer.param_groups]
-        trainer.optimizer = PlainSGD(groups, lr=SGD_LR)  # type: ignore[assignment]
-        trainer.learning_rate = lambda: SGD_LR  # type: ignore[method-assign]
-    losses = [trainer.train_step(batch).loss.detach() for batch in batches(trainer)]
-    mean = dist.sum_over_ranks(torch.stack(losses)) / dist.world_size()
-    return {"losses": mean, **{name: whole(p.detach()) for name, p in trainer.method.named_parameters()}}
+    method = over_ranks.build(recipe)
+    with over_ranks.in_double(method) if optimizer == "sgd" else nullcontext():
+        trainer = build(recipe, method, total_steps=STEPS[optimizer], parallel=parallel,
+                        micro_batch=int(micro_batch) if micro_batch else None)
+        if optimizer == "sgd":
+            groups = [{"params": g["params"], "lr_factor": 1.0} for g in trainer.optimizer.param_groups]
+            trainer.optimizer = PlainSGD(groups, lr=SGD_LR)  # type: ignore[assignment]
+            trainer.learning_rate = lambda: SGD_LR  # type: ignore[method-assign]
+        losses = [trainer.train_step(batch).loss.detach() for batch in batches(trainer)]
+        mean = dist.sum_over_ranks(torch.stack(losses)) / dist.world_size()
+        return {"losses": mean, **{name: whole(p.detach()) for name, p in trainer.method.named_parameters()}}
 
 
 def largest_errors(folder: Path, cases: list[Case]) -> dict[Case, tuple[float, float]]:

@@ -60,8 +60,8 @@ def clip_loss(
 
         def contrast(rows: Tensor, columns: Tensor) -> Tensor:
             def loss(rows: Tensor, labels: Tensor) -> Tensor:
-                logits = fill_alike(logit_scale * rows @ columns.T, labels, float("-inf"))
-                return F.cross_entropy(logits, labels, reduction="sum")
+                logits = logit_scale * rows @ columns.T
+                return F.cross_entropy(fill_alike(logits, labels, float("-inf")), labels, reduction="sum")
 
             return sum_over_rows(loss, rows, labels, columns=len(columns))
 
