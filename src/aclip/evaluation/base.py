@@ -17,39 +17,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """One metric of one evaluator on one set."""
+    """One metric of one evaluator on one set.
 
-    set: str  # its name, with the retrieval protocol if that is not the default
-    evaluator: str  # its name in `EVALUATORS`
-    metric: str  # such as "image_to_text_r1"
-    value: float  # recalls and accuracies are fractions in [0, 1]
-    keep: float | None = None  # fraction of patches kept, of an evaluation on masked images
-    kept_by: str | None = None  # how these were chosen
+    Attributes:
+        set: its name, with the retrieval protocol if that is not the default.
+        evaluator: its name in `EVALUATORS`.
+        metric: name, such as "image_to_text_r1".
+        value: recalls and accuracies are fractions in [0, 1].
+        keep: fraction of patches kept, of an evaluation on masked images; else None.
+        kept_by: how these were chosen.
+    """
+
+    set: str
+    evaluator: str
+    metric: str
+    value: float
+    keep: float | None = None
+    kept_by: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluator found on a set, by the names of metrics and numbers.
+    """What an evaluator found on a set.
 
-    Examples are images shown in the report: kind ("best": right, by the widest margin; "worst": true caption ranked
-    last), key, caption, its rank and similarity, top (most similar captions) and thumbnail (PNG, base64).
+    Attributes:
+        metrics: name -> value; recalls and accuracies are fractions in [0, 1].
+        chance: name -> expected value of that metric for a random order, where it has one.
+        counts: name -> number of images, captions, classes, skipped images.
+        settings: name -> what a probe was fitted with.
+        examples: images shown in the report: kind ("best": right, by the widest margin; "worst": true caption ranked
+            last), key, caption, its rank and similarity, top (most similar captions) and thumbnail (PNG, base64).
+        details: what the report draws; like examples, plain JSON values.
     """
 
     evaluator: str
-    metrics: Mapping[str, float]  # recalls and accuracies are fractions in [0, 1]
-    chance: Mapping[str, float] = field(default_factory=dict)  # expected for a random order, where a metric has it
-    counts: Mapping[str, int] = field(default_factory=dict)  # of images, captions, classes, skipped images
-    settings: Mapping[str, float] = field(default_factory=dict)  # what a probe was fitted with
+    metrics: Mapping[str, float]
+    chance: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, float] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] = ()
-    details: Mapping[str, Any] = field(default_factory=dict)  # what the report draws, plain JSON values
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Evaluator(ABC):
-    """Measures one ability of a model; subclasses implement `measure`."""
+    """Measures one ability of a model; subclasses implement `measure`.
 
-    name: str  # in records; the key in `EVALUATORS` if not defined
-    space: Space = "joint"  # of the image features that it reads; "joint" needs a model with text
-    needs_captions: bool = False  # whether images without a caption are skipped even if they have a label
+    Attributes:
+        name: in records; the key in `EVALUATORS` if not defined.
+        space: of the image features that it reads; "joint" needs a model with text.
+        needs_captions: whether images without a caption are skipped even if they have a label.
+    """
+
+    name: str
+    space: Space = "joint"
+    needs_captions: bool = False
 
     @property
     def variant(self) -> str:

@@ -41,15 +41,19 @@ quarter of the cost; random patches, the same ones of an image in every run."""
 class ImageFeatures:
     """An evaluation set after one pass through the image encoder.
 
-    Features are float32, finite, on the encoder's device: L2-normalised in the joint space, or pooled tokens.
+    Attributes:
+        features: float32, finite, on the encoder's device: L2-normalised in the joint space, or pooled tokens.
+        captions: all captions of each image. labels: class of each image, or None. keys: name of each image.
+        skipped: (name, reason) of images that could not be used.
+        open_image: reads image i again, upright and in RGB; None where there is nothing to read.
     """
 
     features: Float[Tensor, "B _"]
-    captions: tuple[tuple[str, ...], ...]  # all of each image
+    captions: tuple[tuple[str, ...], ...]
     labels: tuple[str | None, ...]
-    keys: tuple[str, ...]  # names of the images
-    skipped: tuple[tuple[str, str], ...] = ()  # (name, reason) of images that could not be used
-    open_image: Callable[[int], Image.Image] | None = None  # reads image i again, upright and in RGB
+    keys: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    open_image: Callable[[int], Image.Image] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)

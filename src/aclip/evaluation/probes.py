@@ -96,11 +96,15 @@ class NearestNeighbours(Probe):
 
     N_k(q) are the k training images most similar to q, or all if there are fewer. Nothing is chosen on the data. Scores
     are divided by their sum, which changes no rank.
+
+    Attributes:
+        k: neighbours that vote; Wu et al. take 200, DINO finds 20 best.
+        temperature: of the weights, as in both.
     """
 
     name = "knn"
-    k: int = 20  # neighbours that vote; Wu et al. take 200, DINO finds 20 best
-    temperature: float = 0.07  # of the weights, as in both
+    k: int = 20
+    temperature: float = 0.07
 
     def fit_classifier(self, features: Float[Tensor, "B C"], targets: Int[Tensor, " B"]) -> Classifier:
         items, num_classes = F.normalize(features, dim=1), int(targets.max()) + 1

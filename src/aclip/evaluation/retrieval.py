@@ -48,12 +48,16 @@ class Retrieval(Evaluator):
     `pictures`, `captions` (candidates) and `skipped`; with folds `folds` and `left_over`; where each caption is right
     for its own image only `shared`, the candidates whose words another image has too. Nothing distinguishes these, so
     no image finds such a caption first; the published protocols are kept as they are.
+
+    Attributes:
+        examples: number of best and of worst images returned.
+        protocol: key of `PROTOCOLS`.
     """
 
     name = "retrieval"
     needs_captions = True
-    examples: int = 8  # number of best and of worst images returned
-    protocol: str = "distinct"  # key of `PROTOCOLS`
+    examples: int = 8
+    protocol: str = "distinct"
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:

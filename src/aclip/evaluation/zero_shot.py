@@ -44,12 +44,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassList:
-    """Classes by the names that go into prompts, and what a set calls them."""
+    """Classes by the names that go into prompts, and what a set calls them.
+
+    Attributes:
+        names: for prompts.
+        labels: what the set calls each class, all different; names may then repeat. None: the names.
+        present_only: whether classes without any image in the set are left out.
+        title: for messages.
+    """
 
     names: tuple[str, ...]
-    labels: tuple[str, ...] | None = None  # of the set, all different; names may then repeat. None: the names
-    present_only: bool = False  # whether classes without any image in the set are left out
-    title: str = "given"  # for messages
+    labels: tuple[str, ...] | None = None
+    present_only: bool = False
+    title: str = "given"
 
     def __post_init__(self) -> None:
         if len(self.names) < 2:
@@ -158,13 +165,17 @@ class ZeroShot(Evaluator):
     """Top-1 and top-5 accuracy and the mean of the classes' top-1 accuracies, fractions in [0, 1].
 
     For metrics, ties and `details` see `ranking.classify`; counts are `pictures`, `classes`, `skipped` and
-    `outside_classes` (images left out because they are of none of the classes). Without `classes`, those are the
-    distinct labels of the set, or its distinct captions if an image has no label.
+    `outside_classes` (images left out because they are of none of the classes).
+
+    Attributes:
+        classes: a `ClassList`, or names; None for the distinct labels of the set, or its distinct captions if an image
+            has no label.
+        templates: prompts with `{}` for the class name.
     """
 
     name = "zero_shot"
     classes: ClassList | tuple[str, ...] | None = None
-    templates: tuple[str, ...] = DEFAULT_TEMPLATES  # prompts with `{}` for the class name
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
 
     def __post_init__(self) -> None:
         bad = [template for template in self.templates if "{}" not in template]
@@ -215,6 +226,9 @@ class Calibration(ZeroShot):
     arXiv 1706.04599, equation 3); NLL = mean of -log p(right class), in nats. Metrics are `ece`, `nll`, `confidence`
     (mean) and `accuracy` (fraction of images whose likeliest class is right, the first of equally likely ones).
     `chance` of `nll` is that of equal probabilities, log M. `details` hold the reliability diagram.
+
+    Attributes:
+        bins: of the confidence.
     """
 
     name = "calibration"

@@ -38,22 +38,39 @@ LIMITS = {PIXELS: 2.0, TOKENS: float("inf")}
 
 @dataclass(frozen=True)
 class Readback:
-    """An export as its own library loads it; what a model or a format does not have is None."""
+    """An export as its own library loads it.
 
-    encode_image: Callable[[Float[Tensor, "B 3 h w"]], Float[Tensor, "B D"]]  # normalised or not, as that of texts
-    encode_text: Callable[[Int[Tensor, "B T"]], Float[Tensor, "B D"]] | None = None  # at full context
+    Attributes:
+        encode_image: (B, 3, h, w) preprocessed pixels -> (B, D) features, normalised or not.
+        encode_text: (B, T) tokens at full context -> (B, D); None without a text tower.
+        preprocess: image -> (3, h, w), where the format has its own preprocessing.
+        tokenize: texts -> (B, T), where the format has its own tokenizer; ids after the first EOT are ignored.
+        logit_scale: multiplier of similarities, where the format stores it.
+    """
+
+    encode_image: Callable[[Float[Tensor, "B 3 h w"]], Float[Tensor, "B D"]]
+    encode_text: Callable[[Int[Tensor, "B T"]], Float[Tensor, "B D"]] | None = None
     preprocess: Callable[[Image.Image], Float[Tensor, "3 h w"]] | None = None
-    tokenize: Callable[[list[str]], Int[Tensor, "B T"]] | None = None  # ids after the first EOT are ignored
-    logit_scale: float | None = None  # multiplier of similarities
+    tokenize: Callable[[list[str]], Int[Tensor, "B T"]] | None = None
+    logit_scale: float | None = None
 
 
 class Exporter(ABC):
-    """One export format. Models are on the CPU, in fp32 and evaluation mode."""
+    """One export format. Models are on the CPU, in fp32 and evaluation mode.
 
-    library: ClassVar[str]  # what reads the format, as messages and the model card name it
+    Attributes:
+        library: what reads the format, as messages and the model card name it.
+    """
+
+    library: ClassVar[str]
 
     def check_supported(self, model: LoadedModel) -> None:  # noqa: B027 - most formats take any model
-        """Raise an `UnsupportedModelError` that names other formats, or a `MissingDependencyError`, before writing."""
+        """Check that the format can represent a model, before anything is written.
+
+        Raises:
+            UnsupportedModelError: it cannot; the message names formats that can.
+            MissingDependencyError: writing or reading needs a package that is not installed.
+        """
 
     @abstractmethod
     def write(self, model: LoadedModel, config: Mapping[str, Any], folder: Path) -> None:

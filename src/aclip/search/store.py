@@ -39,13 +39,19 @@ _BLOCK = 4096  # rows that are searched at a time: their float32 copy stays in t
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found."""
+    """An image that was found.
 
-    row: int  # its number in the index, of `Index.features` and for `Index.image`
+    Attributes:
+        row: its number in the index, of `Index.features` and for `Index.image`.
+        similarity: cosine with the query (less that of what was subtracted).
+        path: its file; None in shards and tables.
+    """
+
+    row: int
     name: str
-    similarity: float  # cosine with the query, less that of what was subtracted
+    similarity: float
     captions: tuple[str, ...]
-    path: str | None  # its file; None in shards and tables
+    path: str | None
 
 
 class Index:
