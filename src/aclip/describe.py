@@ -1,7 +1,7 @@
 """Recipes in words: the list of all, the resolved dataflow of one, what a step costs."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -186,11 +186,14 @@ def _describe_text(text: "TextPlan") -> str:
 def parameter_table(groups: Sequence["ParameterGroup"], model: "nn.Module") -> Table:
     """Return how each parameter group is trained, and how much is frozen."""
     table = Table("parameters", "tensors", "millions", "weight decay", "learning rate", box=None, pad_edge=False)
-    rows = [(group.title, list(group.parameters.values()), f"{group.weight_decay:g}", f"x {group.lr_factor:.3g}")
-            for group in groups]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    for title, members, *settings in [*rows, *([("frozen", frozen, "", "")] if frozen else [])]:
+
+    def add(title: str, members: "Collection[nn.Parameter]", *settings: str) -> None:
         table.add_row(title, str(len(members)), f"{sum(p.numel() for p in members) / 1e6:.2f}", *settings)
+
+    for group in groups:
+        add(group.title, group.parameters.values(), f"{group.weight_decay:g}", f"x {group.lr_factor:.3g}")
+    if frozen := [p for p in model.parameters() if not p.requires_grad]:
+        add("frozen", frozen)
     return table
 
 

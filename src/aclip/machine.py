@@ -136,10 +136,10 @@ def hardware() -> Iterator[Finding]:
 def optional_packages() -> Iterator[Finding]:
     """Yield the extras, what they are for, and which of their packages are missing."""
     for extra, packages in _requirements().items():
-        absent, purpose = [name for name in packages if not _version(name)], FEATURES.get(extra, extra)
         if extra in ("", "test"):
             continue
-        if absent:
+        purpose = FEATURES.get(extra, extra)
+        if absent := [name for name in packages if not _version(name)]:
             yield Finding(extra, f"{', '.join(absent)} missing, for {purpose}", "note",
                           f"pip install 'attentive-clip[{extra}]'")
         else:

@@ -193,8 +193,9 @@ def _sweep(
                           f"{', '.join(name for name in EVALUATORS if not is_probe(name))}")
     instances: list[Evaluator] = select_for_model(build_evaluators([evaluator]), model, by_default=False)
     sets: list[HeldOut] = open_sets([str(spec) for spec in specs])
-    chosen, (old, new) = choose_device(device), (held.name for held in sets)
-    width, metric = max(len(old), len(new), 8), PRIMARY.get(evaluator)
+    chosen, metric = choose_device(device), PRIMARY.get(evaluator)
+    old, new = (held.name for held in sets)
+    width = max(len(old), len(new), 8)
     points: list[dict[str, float]] = []
     for alpha in ALPHAS:
         model.cpu().model.load_state_dict(mix(states, (1 - alpha, alpha)))

@@ -204,13 +204,16 @@ def _heads_of(
         (q,), (k,), (v,) = (split(projection(tokens), 1) for projection, tokens in (
             (attn.q_proj, x if queried is None else queried), (attn.k_proj, x), (attn.v_proj, x)))
     else:
-        stacked = (*_stacked(attn), up)
+        weight, bias = _stacked(attn)
         if queried is None:
-            q, k, v = split(project(x, *stacked), 3)
+            q, k, v = split(project(x, weight, bias, up), 3)
         else:
-            sizes = [stacked[0].shape[0] // 3, 2 * stacked[0].shape[0] // 3]
-            of_q, of_kv = zip(*[(None, None) if one is None else one.split(sizes) for one in stacked], strict=True)
-            (q,), (k, v) = split(project(queried, *of_q), 1), split(project(x, *of_kv), 2)
+            sizes = [weight.shape[0] // 3, 2 * weight.shape[0] // 3]
+            q_weight, kv_weight = torch.split(weight, sizes)
+            q_bias, kv_bias = (None, None) if bias is None else torch.split(bias, sizes)
+            q_up, kv_up = (None, None) if up is None else torch.split(up, sizes)
+            (q,) = split(project(queried, q_weight, q_bias, q_up), 1)
+            k, v = split(project(x, kv_weight, kv_bias, kv_up), 2)
     return (attn.q_norm(q), attn.k_norm(k), v) if hasattr(attn, "q_norm") else (q, k, v)
 
 

@@ -139,8 +139,9 @@ def build(
     fresh = source.read is None and source.preprocess is None
     preprocess = merge_preprocess_dict(PreprocessCfg(), FRESH_PREPROCESS if fresh else source.preprocess)
     set_model_preprocess_cfg(model, {**preprocess, "size": pair(visual.image_size)})
-    weights, image_only = source.read() if source.read is not None else None, False
-    if weights is not None:
+    weights, image_only = None, False
+    if source.read is not None:
+        weights = source.read()
         image_only = load_weights(model, weights.state, weights.origin)
         if image_only and with_text:
             logger.info("%s holds an image tower only: projection and text tower start fresh", weights.origin)
